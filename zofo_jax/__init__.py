@@ -1,0 +1,28 @@
+"""Bilevel-ZOFO in JAX: zeroth-order backbones, first-order adapters."""
+
+from zofo_jax import directions, losses, outer, zo
+from zofo_jax.bilevel import (
+  BilevelAlgorithm,
+  BilevelBatch,
+  BilevelHParams,
+  BilevelInfo,
+  BilevelState,
+  bilevel_step,
+  make_bilevel_step,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+  "BilevelAlgorithm",
+  "BilevelBatch",
+  "BilevelHParams",
+  "BilevelInfo",
+  "BilevelState",
+  "bilevel_step",
+  "directions",
+  "losses",
+  "make_bilevel_step",
+  "outer",
+  "zo",
+]

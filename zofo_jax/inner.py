@@ -1,0 +1,58 @@
+"""First-order steps on an adapter with the backbone held fixed.
+
+The lower level of Bilevel-ZOFO: T steps of an optax transformation on
+L(theta, s; D_p), in one `lax.scan`. The backbone is closed over, so nothing
+is ever differentiated with respect to it.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# (base, adapter, batch, key) -> scalar loss. A None key means no dropout.
+LossFn = Callable[[Any, Any, Any, jax.Array | None], jax.Array]
+
+
+def minimize(
+  loss_fn: LossFn,
+  base: Any,
+  adapter: Any,
+  opt_state: optax.OptState,
+  batches: Any,
+  key: jax.Array,
+  *,
+  tx: optax.GradientTransformation,
+) -> tuple[Any, optax.OptState, jax.Array]:
+  """Takes T optimizer steps on an adapter.
+
+  Args:
+    loss_fn: the lower loss.
+    base: backbone parameters; not differentiated.
+    adapter: adapter parameters.
+    opt_state: state of `tx` for the adapter.
+    batches: batches stacked on a leading axis T; T is read from the shape.
+    key: typed PRNG key, shape []. Folded with the step's number.
+    tx: optax transformation of the adapter.
+
+  Returns:
+    The adapter, the optimizer state and the T losses, float32, shape [T].
+  """
+  num_steps = jax.tree.leaves(batches)[0].shape[0]
+
+  def step(carry, xs):
+    adapter, opt_state = carry
+    batch, index = xs
+    loss, grads = jax.value_and_grad(loss_fn, argnums=1)(
+      base, adapter, batch, jax.random.fold_in(key, index)
+    )
+    updates, opt_state = tx.update(grads, opt_state, adapter)
+    adapter = optax.apply_updates(adapter, updates)
+    return (adapter, opt_state), loss.astype(jnp.float32)
+
+  (adapter, opt_state), losses = jax.lax.scan(
+    step, (adapter, opt_state), (batches, jnp.arange(num_steps))
+  )
+  return adapter, opt_state, losses

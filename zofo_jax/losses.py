@@ -1,0 +1,124 @@
+"""Losses over label words and right answers, from target log-probabilities.
+
+A batch names the positions whose next token is supervised; a model returns
+log p of each target there, and everything below is arithmetic on those.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Batch(NamedTuple):
+  """Rows of text with their supervised positions.
+
+  B examples, R rows an example, L tokens, P positions read, K targets,
+  O options. One row serves every option of a single token; an option of
+  several tokens has a row of its own.
+
+  Attributes:
+    tokens: int32 [B, R, L].
+    mask: bool [B, R, L], True at real tokens.
+    positions: int32 [B, R, P], where hidden states are read; each predicts
+      the token after it.
+    target_slot: int32 [B, R, K], which of the P positions predicts a target.
+    target_token: int32 [B, R, K], the token to predict.
+    target_option: int32 [B, R, K], the option a target belongs to.
+    target_weight: float32 [B, R, K], 1 for a target, 0 for padding.
+    label: int32 [B], the right option.
+    option_mask: bool [B, O], True at real options.
+    example_weight: float32 [B], 0 for an example that only fills the batch.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  positions: jax.Array
+  target_slot: jax.Array
+  target_token: jax.Array
+  target_option: jax.Array
+  target_weight: jax.Array
+  label: jax.Array
+  option_mask: jax.Array
+  example_weight: jax.Array
+
+
+# (base, adapter, batch, key) -> log p of every target, float32 [B, R, K].
+LogProbsFn = Callable[[Any, Any, Batch, jax.Array | None], jax.Array]
+
+
+def option_scores(log_probs: jax.Array, batch: Batch) -> jax.Array:
+  """Mean log-probability of each option's tokens; float32's least where none.
+
+  Finite, so that a row without options gives no NaN to a gradient.
+
+  Args:
+    log_probs: log p of every target, float32 [B, R, K].
+    batch: the rows they belong to.
+
+  Returns:
+    float32 [B, O].
+  """
+  options = jnp.arange(batch.option_mask.shape[1])
+  member = batch.target_option[..., None] == options
+  weight = member * batch.target_weight[..., None]
+  total = jnp.einsum("brk,brko->bo", log_probs, weight)
+  count = weight.sum(axis=(1, 2))
+  scores = total / jnp.maximum(count, 1.0)
+  return jnp.where(batch.option_mask, scores, jnp.finfo(jnp.float32).min)
+
+
+def likelihood(log_probs: jax.Array, batch: Batch) -> jax.Array:
+  """Teacher-forced loss: minus the mean log p of the right option's tokens.
+
+  The mean runs over tokens of all examples, as in language-model training.
+
+  Args:
+    log_probs: log p of every target, float32 [B, R, K].
+    batch: the rows they belong to.
+
+  Returns:
+    float32, shape [].
+  """
+  right = batch.target_option == batch.label[:, None, None]
+  weight = right * batch.target_weight * batch.example_weight[:, None, None]
+  return -jnp.sum(weight * log_probs) / jnp.maximum(jnp.sum(weight), 1.0)
+
+
+def classification(log_probs: jax.Array, batch: Batch) -> jax.Array:
+  """Cross-entropy over the options' mean log-probabilities.
+
+  Args:
+    log_probs: log p of every target, float32 [B, R, K].
+    batch: the rows they belong to; options may differ in number by example.
+
+  Returns:
+    float32, shape [].
+  """
+  scores = option_scores(log_probs, batch)
+  log_options = jax.nn.log_softmax(scores, axis=-1)
+  right = jnp.take_along_axis(log_options, batch.label[:, None], axis=-1)[:, 0]
+  return -jnp.sum(right * batch.example_weight) / jnp.maximum(
+    jnp.sum(batch.example_weight), 1.0
+  )
+
+
+def make_loss_fn(
+  log_probs_fn: LogProbsFn,
+  reduce_fn: Callable[[jax.Array, Batch], jax.Array],
+) -> Callable[[Any, Any, Batch, jax.Array | None], jax.Array]:
+  """Composes a model's log-probabilities with a loss over them.
+
+  Args:
+    log_probs_fn: log p of a batch's targets.
+    reduce_fn: `likelihood`, `classification` or any function like them.
+
+  Returns:
+    loss(base, adapter, batch, key) -> scalar, as the core takes it.
+  """
+
+  def loss_fn(base, adapter, batch, key):
+    return reduce_fn(log_probs_fn(base, adapter, batch, key), batch)
+
+  return loss_fn
