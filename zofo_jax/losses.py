@@ -61,7 +61,7 @@ def option_scores(log_probs: jax.Array, batch: Batch) -> jax.Array:
     float32 [B, O].
   """
   options = jnp.arange(batch.option_mask.shape[1])
-  member = batch.target_option[..., None] == options
+  member = batch.target_option[..., None] == options[None, None, None]
   weight = member * batch.target_weight[..., None]
   total = jnp.einsum("brk,brko->bo", log_probs, weight)
   count = weight.sum(axis=(1, 2))

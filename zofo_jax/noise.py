@@ -48,6 +48,11 @@ def fold_in(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
   return jnp.stack(threefry2x32(key, high, low), axis=-1)
 
 
+def _last_axis(size: int, ndim: int) -> jax.Array:
+  """Counts along the last of `ndim` axes, uint32, shape [1, ..., 1, size]."""
+  return jnp.arange(size, dtype=jnp.uint32).reshape((1,) * (ndim - 1) + (size,))
+
+
 def gaussian(key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:
   """Draws N(0, 1) elements, float32, shape [*rows.shape, columns].
 
@@ -59,7 +64,7 @@ def gaussian(key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:
   Returns:
     float32 array; |z| <= 5.42, since the uniform beneath has 23 bits.
   """
-  column = jnp.arange(columns, dtype=jnp.uint32)
+  column = _last_axis(columns, rows.ndim + 1)
   x0, x1 = threefry2x32(key, rows[..., None], column)
   # 23 random bits give a float in [1, 2); the half ulp keeps 0 and 1 out.
   mantissa = ((x0 ^ x1) >> 9) | np.uint32(0x3F800000)
@@ -79,9 +84,9 @@ def rademacher(key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:
   Returns:
     float32 array of +1 and -1, shape [*rows.shape, columns].
   """
-  block = jnp.arange(-(-columns // 64), dtype=jnp.uint32)
+  block = _last_axis(-(-columns // 64), rows.ndim + 1)
   words = jnp.stack(threefry2x32(key, rows[..., None], block), axis=-1)
-  shifts = jnp.arange(32, dtype=jnp.uint32)
+  shifts = _last_axis(32, words.ndim + 1)
   bits = (words[..., None] >> shifts) & np.uint32(1)
   bits = bits.reshape(*rows.shape, -1)[..., :columns]
   return 1.0 - 2.0 * bits.astype(jnp.float32)
