@@ -1,0 +1,46 @@
+"""Decoders as Flax modules, found by the model_type of Hugging Face.
+
+A family is a module with `Model`, `config_from_hf` and `hf_parameters`.
+"""
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.linen as nn
+
+from zofo_jax import errors
+from zofo_jax.models import llama, opt
+
+FAMILIES: dict[str, ModuleType] = {
+  "opt": opt,
+  "llama": llama,
+  "mistral": llama,
+  "qwen2": llama,
+}
+
+
+def from_hf(
+  config: Mapping[str, Any], *, remat: bool = False
+) -> tuple[nn.Module, ModuleType]:
+  """Makes the module that a config.json describes.
+
+  Args:
+    config: the file as a dict.
+    remat: whether the backward pass recomputes each layer's inside.
+
+  Returns:
+    The module and its family, whose `hf_parameters(module.config)` names the
+    tensors.
+
+  Raises:
+    UserError: the family, or something the config asks for, is not supported.
+  """
+  model_type = config.get("model_type")
+  if model_type not in FAMILIES:
+    raise errors.UserError(
+      f"config.json has model_type '{model_type}'; supported are "
+      f"{', '.join(FAMILIES)}.{errors.nearest(str(model_type), FAMILIES)}"
+    )
+  family = FAMILIES[model_type]
+  return family.Model(family.config_from_hf(config), remat=remat), family

@@ -1,0 +1,248 @@
+"""Blocks that every decoder here is made of, and its head.
+
+Weights are read only through `directions.value`, `take` and `dot`, so any of
+them may be a perturbed weight. Products run in the dtype of the weights;
+norms, softmax and log-probabilities in float32.
+
+Shapes: B rows, L length, D width, F a head's width, H heads, K kv heads (or,
+in the head, targets), V vocabulary, P supervised positions.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from zofo_jax import adapters, directions, errors
+
+INIT = nn.initializers.normal(0.02)
+
+# By the names that config.json uses.
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "relu": nn.relu,
+  "silu": nn.silu,
+  "swish": nn.silu,
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu_new": nn.gelu,
+  "gelu_fast": nn.gelu,
+  "gelu_pytorch_tanh": nn.gelu,
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+}
+
+
+class Linear(nn.Module):
+  """y = x W + b, plus the product of a LoRA adapter where there is one."""
+
+  features: int
+  use_bias: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
+    y = directions.dot(x, kernel)
+    if self.use_bias:
+      bias = directions.value(
+        self.param("bias", nn.initializers.zeros, (self.features,))
+      )
+      y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
+    if self.has_variable("adapter", "lora"):
+      lora = self.get_variable("adapter", "lora")
+      y = y + adapters.lora_product(x, lora).astype(y.dtype)
+    return y
+
+
+class Embed(nn.Module):
+  """Rows of a table [V, D]; the table also serves as a head."""
+
+  rows: int
+  features: int
+
+  def setup(self):
+    self.embedding = self.param("embedding", INIT, (self.rows, self.features))
+
+  def __call__(self, ids: jax.Array) -> jax.Array:
+    return directions.take(self.embedding, ids)
+
+  def table(self) -> Any:
+    """Returns the table as it is stored, perturbed or not."""
+    return self.embedding
+
+
+def _affine(x: jax.Array, weight: Any) -> jax.Array:
+  """Broadcasts a weight [D] to x in float32."""
+  weight = directions.value(weight).astype(jnp.float32)
+  return jnp.broadcast_to(weight, x.shape)
+
+
+class RmsNorm(nn.Module):
+  """x / rms(x) * scale."""
+
+  epsilon: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(
+      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
+    )
+    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+    return (y * _affine(y, scale)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+  """(x - mean) / std, then scale and bias unless `affine` is False."""
+
+  epsilon: float = 1e-5
+  affine: bool = True
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(
+      jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
+    )
+    if self.affine:
+      scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+      bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+      y = y * _affine(y, scale) + _affine(y, bias)
+    return y.astype(x.dtype)
+
+
+def token_positions(mask_BxL: jax.Array) -> jax.Array:
+  """Numbers real tokens from 0, wherever the padding is; int32 [B, L]."""
+  count = jnp.cumsum(mask_BxL.astype(jnp.int32), axis=1)
+  return jnp.maximum(count - 1, 0)
+
+
+def attention_mask(mask_BxL: jax.Array) -> jax.Array:
+  """Tells which tokens see which: real ones not after them; [B, 1, L, L].
+
+  Every token sees itself, padding included, so that no softmax runs over
+  nothing.
+  """
+  length = mask_BxL.shape[1]
+  causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
+  itself = jnp.eye(length, dtype=bool)[None, None]
+  return (mask_BxL[:, None, None, :] & causal) | itself
+
+
+def attend(
+  query_BxLxHxF: jax.Array,
+  key_BxLxKxF: jax.Array,
+  value_BxLxKxF: jax.Array,
+  allowed_Bx1xLxL: jax.Array,
+) -> jax.Array:
+  """Softmax attention, scaled by 1/sqrt(F), softmax in float32; [B, L, H*F].
+
+  Args:
+    query_BxLxHxF: queries.
+    key_BxLxKxF: keys; H is a multiple of K and each serves H/K queries.
+    value_BxLxKxF: values.
+    allowed_Bx1xLxL: bool, [.., query, key]: which tokens see which.
+
+  Returns:
+    The heads' outputs side by side, in the dtype of the queries.
+  """
+  out = jax.nn.dot_product_attention(
+    query_BxLxHxF,
+    key_BxLxKxF,
+    value_BxLxKxF,
+    mask=allowed_Bx1xLxL,
+    implementation="xla",
+  )
+  return out.reshape(*out.shape[:2], -1)
+
+
+def stack_layers(
+  block: type[nn.Module], length: int, remat: bool, in_axes: Any
+) -> Any:
+  """Scans a block over layers stacked on axis 0 of weights and adapters.
+
+  Args:
+    block: a module whose call maps (x, *inputs) to (x, None).
+    length: number of layers.
+    remat: whether the backward pass recomputes a layer's inside.
+    in_axes: for each of `inputs`, nn.broadcast or the axis that is scanned.
+
+  Returns:
+    A module class with the constructor of `block`.
+  """
+  if remat:
+    block = nn.remat(block, prevent_cse=False)
+  return nn.scan(
+    block,
+    variable_axes={"params": 0, "adapter": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=in_axes,
+    length=length,
+  )
+
+
+def gather_positions(x_BxLxD: jax.Array, positions_BxP: jax.Array) -> jax.Array:
+  """Picks the hidden states at the given positions; [B, P, D]."""
+  return jnp.take_along_axis(x_BxLxD, positions_BxP[..., None], axis=1)
+
+
+def head_logits(hidden_BxPxD: jax.Array, embedding: Any) -> jax.Array:
+  """Scores every token, h E^T; float32 [B, P, V]."""
+  return jnp.einsum(
+    "bpd,vd->bpv",
+    hidden_BxPxD,
+    directions.value(embedding),
+    preferred_element_type=jnp.float32,
+  )
+
+
+def target_log_probs(
+  hidden_BxPxD: jax.Array,
+  embedding: Any,
+  target_slot_BxK: jax.Array,
+  target_token_BxK: jax.Array,
+) -> jax.Array:
+  """Log-probability of each target at its position, over the vocabulary.
+
+  Args:
+    hidden_BxPxD: hidden states that predict, after the last norm.
+    embedding: [V, D], tied or the head's own, perturbed or not.
+    target_slot_BxK: int32, which of the P positions predicts the target.
+    target_token_BxK: int32, token to be predicted.
+
+  Returns:
+    float32 [B, K].
+  """
+  logits = head_logits(hidden_BxPxD, embedding)
+  normalizer = jax.nn.logsumexp(logits, axis=-1)
+  row = jnp.arange(logits.shape[0])[:, None]
+  row = jnp.broadcast_to(row, target_slot_BxK.shape)
+  picked = logits[row, target_slot_BxK, target_token_BxK]
+  return picked - normalizer[row, target_slot_BxK]
+
+
+def hf_field(config: Mapping[str, Any], name: str) -> Any:
+  """Reads a field that config.json must have."""
+  if config.get(name) is None:
+    raise errors.UserError(f"config.json has no field '{name}'.")
+  return config[name]
+
+
+def hf_activation(config: Mapping[str, Any], name: str, default: str) -> str:
+  """Reads the name of an activation function and checks it."""
+  activation = config.get(name, default)
+  if activation not in ACTIVATIONS:
+    raise errors.UserError(
+      f"config.json has {name} '{activation}'; supported are "
+      f"{', '.join(ACTIVATIONS)}.{errors.nearest(str(activation), ACTIVATIONS)}"
+    )
+  return activation
+
+
+def hf_check(config: Mapping[str, Any], name: str, expected: Any) -> None:
+  """Stops at a field whose value needs something not implemented."""
+  if name in config and config[name] not in (None, expected):
+    raise errors.UserError(
+      f"config.json has {name} = {config[name]!r}; only {expected!r} is "
+      "supported."
+    )

@@ -1,0 +1,307 @@
+"""The Llama family: SmolLM2, TinyLlama, Llama-2/3, Mistral, Qwen2 and 2.5.
+
+Pre-norm decoders with rotary positions, grouped kv heads and a gated MLP.
+Layers are stacked on axis 0 under "layers" and scanned. Names of fields and
+tensors of Hugging Face checkpoints are known only to the two functions at the
+end.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from zofo_jax import errors
+from zofo_jax.models import layers
+from zofo_jax.models import rope as rope_lib
+
+_EVERYTHING = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+  """Shape and variant of a Llama model.
+
+  Attributes:
+    vocab_size: V.
+    hidden_size: D.
+    mlp_size: width inside the gated MLP.
+    num_layers: number of blocks.
+    num_heads: H.
+    num_kv_heads: K, a divisor of H.
+    head_dim: F, even; H * F need not be D.
+    max_length: longest row that the model was made for.
+    norm_epsilon: added to the mean square.
+    activation: a name in layers.ACTIVATIONS.
+    tied_head: whether the head is the embedding.
+    qkv_bias: biases of query, key and value.
+    out_bias: bias of attention's output.
+    mlp_bias: biases of the MLP.
+    rope: rotary positions.
+    windows: for each layer how many tokens back a token sees, itself
+      included; None where every layer sees everything.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  mlp_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_length: int = 2048
+  norm_epsilon: float = 1e-6
+  activation: str = "silu"
+  tied_head: bool = False
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  rope: rope_lib.Rope = rope_lib.Rope()
+  windows: tuple[int, ...] | None = None
+
+
+class Attention(nn.Module):
+  """Self-attention with rotary positions and grouped kv heads."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x, allowed_Bx1xLxL, rotations):
+    c = self.config
+
+    def heads(name, count):
+      y = layers.Linear(count * c.head_dim, c.qkv_bias, name=name)(x)
+      return y.reshape(*x.shape[:2], count, c.head_dim)
+
+    query = rope_lib.rotate(heads("query", c.num_heads), *rotations)
+    key = rope_lib.rotate(heads("key", c.num_kv_heads), *rotations)
+    value = heads("value", c.num_kv_heads)
+    out = layers.attend(query, key, value, allowed_Bx1xLxL)
+    return layers.Linear(c.hidden_size, c.out_bias, name="out")(out)
+
+
+class Mlp(nn.Module):
+  """down(act(gate(x)) * up(x))."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    gate = layers.Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
+    up = layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x)
+    inside = layers.ACTIVATIONS[c.activation](gate) * up
+    return layers.Linear(c.hidden_size, c.mlp_bias, name="down")(inside)
+
+
+class Block(nn.Module):
+  """One pre-norm layer; the body of the scan."""
+
+  config: LlamaConfig
+
+  @nn.compact
+  def __call__(self, x, allowed_Bx1xLxL, rotations, window):
+    c = self.config
+    if window is not None:
+      index = jnp.arange(x.shape[1])
+      near = index[:, None] - index[None, :] < window
+      allowed_Bx1xLxL = allowed_Bx1xLxL & near[None, None]
+    norm = layers.RmsNorm(c.norm_epsilon, name="attention_norm")
+    x = x + Attention(c, name="attention")(norm(x), allowed_Bx1xLxL, rotations)
+    norm = layers.RmsNorm(c.norm_epsilon, name="mlp_norm")
+    x = x + Mlp(c, name="mlp")(norm(x))
+    return x, None
+
+
+class Llama(nn.Module):
+  """A Llama decoder with its head.
+
+  Attributes:
+    config: shape and variant.
+    remat: whether the backward pass recomputes each layer's inside.
+  """
+
+  config: LlamaConfig
+  remat: bool = False
+
+  def setup(self):
+    c = self.config
+    self.embed = layers.Embed(c.vocab_size, c.hidden_size)
+    window_axis = nn.broadcast if c.windows is None else 0
+    self.layers = layers.stack_layers(
+      Block,
+      c.num_layers,
+      self.remat,
+      (nn.broadcast, nn.broadcast, window_axis),
+    )(c)
+    self.norm = layers.RmsNorm(c.norm_epsilon)
+    if not c.tied_head:
+      self.head = layers.Embed(c.vocab_size, c.hidden_size)
+
+  def _body(self, tokens_BxL, mask_BxL):
+    """Runs everything before the last norm; [B, L, D]."""
+    c = self.config
+    mask_BxL = mask_BxL.astype(bool)
+    rotations = rope_lib.rotations(
+      c.rope, c.head_dim, mask_BxL, layers.token_positions(mask_BxL)
+    )
+    windows = None if c.windows is None else jnp.array(c.windows, jnp.int32)
+    x = self.embed(tokens_BxL)
+    x, _ = self.layers(x, layers.attention_mask(mask_BxL), rotations, windows)
+    return x
+
+  def _head_table(self):
+    return self.embed.table() if self.config.tied_head else self.head.table()
+
+  def __call__(
+    self, tokens, mask, positions, target_slot, target_token
+  ) -> jax.Array:
+    """Scores the targets of each row.
+
+    Args:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, real tokens; padding may be on either side.
+      positions: [B, P] int32, where hidden states predict the next token.
+      target_slot: [B, K] int32, which of the P positions predicts.
+      target_token: [B, K] int32, token to be predicted.
+
+    Returns:
+      Log-probabilities of the targets, [B, K] float32.
+    """
+    x = layers.gather_positions(self._body(tokens, mask), positions)
+    return layers.target_log_probs(
+      self.norm(x), self._head_table(), target_slot, target_token
+    )
+
+  def hidden(self, tokens, mask) -> jax.Array:
+    """Returns what the head reads at every token, [B, L, D]."""
+    return self.norm(self._body(tokens, mask))
+
+  def logits(self, tokens, mask) -> jax.Array:
+    """Returns the scores of every next token, [B, L, V] float32."""
+    return layers.head_logits(self.hidden(tokens, mask), self._head_table())
+
+
+Model = Llama
+
+
+def _windows(
+  config: Mapping[str, Any], family: str, num_layers: int
+) -> tuple[int, ...] | None:
+  """Reads which layers see only a window."""
+  if family == "mistral":
+    window = config.get("sliding_window", 4096)
+    return None if window is None else (int(window),) * num_layers
+  if family != "qwen2" or not config.get("use_sliding_window", False):
+    return None
+  window = config.get("sliding_window", 4096)
+  if window is None:
+    return None
+  kinds = config.get("layer_types")
+  if kinds is None:
+    first = config.get("max_window_layers", 28)
+    sliding = [layer >= first for layer in range(num_layers)]
+  else:
+    if len(kinds) != num_layers:
+      raise errors.UserError(
+        f"config.json has {len(kinds)} layer_types for {num_layers} layers."
+      )
+    sliding = [kind == "sliding_attention" for kind in kinds]
+  if not any(sliding):
+    return None
+  return tuple(int(window) if here else _EVERYTHING for here in sliding)
+
+
+def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
+  """Reads a config.json of model_type llama, mistral or qwen2.
+
+  Args:
+    config: the file as a dict, written by any version of transformers.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    UserError: a field is missing or asks for something not implemented.
+  """
+  family = config.get("model_type", "llama")
+  layers.hf_check(config, "quantization_config", None)
+  num_heads = layers.hf_field(config, "num_attention_heads")
+  hidden_size = layers.hf_field(config, "hidden_size")
+  num_layers = layers.hf_field(config, "num_hidden_layers")
+  if family == "llama":
+    num_kv_heads = config.get("num_key_value_heads") or num_heads
+  else:
+    num_kv_heads = layers.hf_field(config, "num_key_value_heads")
+  if num_heads % num_kv_heads:
+    raise errors.UserError(
+      f"config.json has num_attention_heads = {num_heads}, which "
+      f"num_key_value_heads = {num_kv_heads} does not divide."
+    )
+  head_dim = config.get("head_dim") or hidden_size // num_heads
+  if head_dim % 2 or (not config.get("head_dim") and hidden_size % num_heads):
+    raise errors.UserError(
+      f"config.json has hidden_size = {hidden_size} and num_attention_heads "
+      f"= {num_heads}; expected heads of an even width."
+    )
+  max_length = layers.hf_field(config, "max_position_embeddings")
+  attention_bias = bool(config.get("attention_bias")) and family == "llama"
+  return LlamaConfig(
+    vocab_size=layers.hf_field(config, "vocab_size"),
+    hidden_size=hidden_size,
+    mlp_size=layers.hf_field(config, "intermediate_size"),
+    num_layers=num_layers,
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    max_length=max_length,
+    norm_epsilon=config.get("rms_norm_eps", 1e-6),
+    activation=layers.hf_activation(config, "hidden_act", "silu"),
+    tied_head=bool(config.get("tie_word_embeddings", False)),
+    qkv_bias=attention_bias or family == "qwen2",
+    out_bias=attention_bias,
+    mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
+    rope=rope_lib.from_hf(config, max_length),
+    windows=_windows(config, family, num_layers),
+  )
+
+
+def hf_parameters(config: LlamaConfig) -> dict[str, tuple[str, bool]]:
+  """Maps our paths to the tensors of a Hugging Face checkpoint.
+
+  Args:
+    config: the model's configuration.
+
+  Returns:
+    {path: (name, transposed)}: `{layer}` in a name stands for each layer of a
+    stacked weight, and a transposed tensor is stored [out, in].
+  """
+  block = "model.layers.{layer}."
+  names = {
+    "embed/embedding": ("model.embed_tokens.weight", False),
+    "layers/attention_norm/scale": (block + "input_layernorm.weight", False),
+    "layers/mlp_norm/scale": (
+      block + "post_attention_layernorm.weight",
+      False,
+    ),
+    "norm/scale": ("model.norm.weight", False),
+  }
+  if not config.tied_head:
+    names["head/embedding"] = ("lm_head.weight", False)
+  matrices = (
+    ("attention/query", "self_attn.q_proj", config.qkv_bias),
+    ("attention/key", "self_attn.k_proj", config.qkv_bias),
+    ("attention/value", "self_attn.v_proj", config.qkv_bias),
+    ("attention/out", "self_attn.o_proj", config.out_bias),
+    ("mlp/gate", "mlp.gate_proj", config.mlp_bias),
+    ("mlp/up", "mlp.up_proj", config.mlp_bias),
+    ("mlp/down", "mlp.down_proj", config.mlp_bias),
+  )
+  for ours, theirs, has_bias in matrices:
+    names[f"layers/{ours}/kernel"] = (block + theirs + ".weight", True)
+    if has_bias:
+      names[f"layers/{ours}/bias"] = (block + theirs + ".bias", False)
+  return names

@@ -1,0 +1,275 @@
+"""The OPT family (Zhang et al., 2022), 125m to 66b.
+
+Decoders with learned positions and ReLU; 350m normalises after each sum and
+projects between a narrower embedding and the layers. Layers are stacked on
+axis 0 under "layers" and scanned. Names of fields and tensors of Hugging Face
+checkpoints are known only to the two functions at the end.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from zofo_jax import errors
+from zofo_jax.models import layers
+
+# OPT's table of positions keeps its first two rows; padding reads row 1.
+_OFFSET = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class OptConfig:
+  """Shape and variant of an OPT model.
+
+  Attributes:
+    vocab_size: V.
+    hidden_size: D.
+    mlp_size: width inside the MLP.
+    num_layers: number of blocks.
+    num_heads: H, a divisor of D.
+    embed_size: width of the embedding; projected where it is not D.
+    max_length: number of positions.
+    activation: a name in layers.ACTIVATIONS.
+    norm_before: norms before attention and MLP, or (350m) after the sums.
+    final_norm: whether a norm follows the last layer.
+    norm_affine: whether norms have scale and bias.
+    use_bias: biases of the layers' matrices.
+    tied_head: whether the head is the embedding.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  mlp_size: int
+  num_layers: int
+  num_heads: int
+  embed_size: int
+  max_length: int = 2048
+  activation: str = "relu"
+  norm_before: bool = True
+  final_norm: bool = True
+  norm_affine: bool = True
+  use_bias: bool = True
+  tied_head: bool = True
+
+
+class Attention(nn.Module):
+  """Self-attention."""
+
+  config: OptConfig
+
+  @nn.compact
+  def __call__(self, x, allowed_Bx1xLxL):
+    c = self.config
+
+    def heads(name):
+      y = layers.Linear(c.hidden_size, c.use_bias, name=name)(x)
+      return y.reshape(*x.shape[:2], c.num_heads, -1)
+
+    out = layers.attend(
+      heads("query"), heads("key"), heads("value"), allowed_Bx1xLxL
+    )
+    return layers.Linear(c.hidden_size, c.use_bias, name="out")(out)
+
+
+class Mlp(nn.Module):
+  """down(act(up(x)))."""
+
+  config: OptConfig
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    inside = layers.Linear(c.mlp_size, c.use_bias, name="up")(x)
+    inside = layers.ACTIVATIONS[c.activation](inside)
+    return layers.Linear(c.hidden_size, c.use_bias, name="down")(inside)
+
+
+class Block(nn.Module):
+  """One layer; the body of the scan."""
+
+  config: OptConfig
+
+  @nn.compact
+  def __call__(self, x, allowed_Bx1xLxL):
+    c = self.config
+    attention_norm = layers.LayerNorm(
+      affine=c.norm_affine, name="attention_norm"
+    )
+    mlp_norm = layers.LayerNorm(affine=c.norm_affine, name="mlp_norm")
+    attention = Attention(c, name="attention")
+    mlp = Mlp(c, name="mlp")
+    if c.norm_before:
+      x = x + attention(attention_norm(x), allowed_Bx1xLxL)
+      return x + mlp(mlp_norm(x)), None
+    x = attention_norm(x + attention(x, allowed_Bx1xLxL))
+    return mlp_norm(x + mlp(x)), None
+
+
+class Opt(nn.Module):
+  """An OPT decoder with its head.
+
+  Attributes:
+    config: shape and variant.
+    remat: whether the backward pass recomputes each layer's inside.
+  """
+
+  config: OptConfig
+  remat: bool = False
+
+  def setup(self):
+    c = self.config
+    self.embed = layers.Embed(c.vocab_size, c.embed_size)
+    self.position_embed = layers.Embed(c.max_length + _OFFSET, c.hidden_size)
+    if c.embed_size != c.hidden_size:
+      self.project_in = layers.Linear(c.hidden_size, use_bias=False)
+      self.project_out = layers.Linear(c.embed_size, use_bias=False)
+    self.layers = layers.stack_layers(
+      Block, c.num_layers, self.remat, (nn.broadcast,)
+    )(c)
+    if c.final_norm:
+      self.norm = layers.LayerNorm(affine=c.norm_affine)
+    if not c.tied_head:
+      self.head = layers.Embed(c.vocab_size, c.embed_size)
+
+  def _body(self, tokens_BxL, mask_BxL):
+    """Runs the layers; [B, L, D]."""
+    mask_BxL = mask_BxL.astype(bool)
+    rows = layers.token_positions(mask_BxL) + _OFFSET
+    rows = jnp.where(mask_BxL, rows, _OFFSET - 1)
+    x = self.embed(tokens_BxL)
+    if self.config.embed_size != self.config.hidden_size:
+      x = self.project_in(x)
+    x = x + self.position_embed(rows)
+    x, _ = self.layers(x, layers.attention_mask(mask_BxL))
+    return x
+
+  def _finish(self, x):
+    """Turns the layers' output into what the head reads."""
+    if self.config.final_norm:
+      x = self.norm(x)
+    if self.config.embed_size != self.config.hidden_size:
+      x = self.project_out(x)
+    return x
+
+  def _head_table(self):
+    return self.embed.table() if self.config.tied_head else self.head.table()
+
+  def __call__(
+    self, tokens, mask, positions, target_slot, target_token
+  ) -> jax.Array:
+    """Scores the targets of each row.
+
+    Args:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, real tokens; padding may be on either side.
+      positions: [B, P] int32, where hidden states predict the next token.
+      target_slot: [B, K] int32, which of the P positions predicts.
+      target_token: [B, K] int32, token to be predicted.
+
+    Returns:
+      Log-probabilities of the targets, [B, K] float32.
+    """
+    x = layers.gather_positions(self._body(tokens, mask), positions)
+    return layers.target_log_probs(
+      self._finish(x), self._head_table(), target_slot, target_token
+    )
+
+  def hidden(self, tokens, mask) -> jax.Array:
+    """Returns what the head reads at every token, [B, L, D]."""
+    return self._finish(self._body(tokens, mask))
+
+  def logits(self, tokens, mask) -> jax.Array:
+    """Returns the scores of every next token, [B, L, V] float32."""
+    return layers.head_logits(self.hidden(tokens, mask), self._head_table())
+
+
+Model = Opt
+
+
+def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
+  """Reads a config.json of model_type opt.
+
+  Args:
+    config: the file as a dict, written by any version of transformers.
+
+  Returns:
+    The configuration.
+
+  Raises:
+    UserError: a field is missing or asks for something not implemented.
+  """
+  layers.hf_check(config, "quantization_config", None)
+  hidden_size = layers.hf_field(config, "hidden_size")
+  num_heads = layers.hf_field(config, "num_attention_heads")
+  if hidden_size % num_heads:
+    raise errors.UserError(
+      f"config.json has hidden_size = {hidden_size}, which "
+      f"num_attention_heads = {num_heads} does not divide."
+    )
+  norm_before = bool(config.get("do_layer_norm_before", True))
+  return OptConfig(
+    vocab_size=layers.hf_field(config, "vocab_size"),
+    hidden_size=hidden_size,
+    mlp_size=layers.hf_field(config, "ffn_dim"),
+    num_layers=layers.hf_field(config, "num_hidden_layers"),
+    num_heads=num_heads,
+    embed_size=config.get("word_embed_proj_dim") or hidden_size,
+    max_length=layers.hf_field(config, "max_position_embeddings"),
+    activation=layers.hf_activation(config, "activation_function", "relu"),
+    norm_before=norm_before,
+    # Checkpoints tuned before transformers 4.20.1 lack the last norm.
+    final_norm=norm_before and not config.get("_remove_final_layer_norm"),
+    norm_affine=bool(config.get("layer_norm_elementwise_affine", True)),
+    use_bias=bool(config.get("enable_bias", True)),
+    tied_head=bool(config.get("tie_word_embeddings", True)),
+  )
+
+
+def hf_parameters(config: OptConfig) -> dict[str, tuple[str, bool]]:
+  """Maps our paths to the tensors of a Hugging Face checkpoint.
+
+  Args:
+    config: the model's configuration.
+
+  Returns:
+    {path: (name, transposed)}: `{layer}` in a name stands for each layer of a
+    stacked weight, and a transposed tensor is stored [out, in].
+  """
+  decoder = "model.decoder."
+  block = decoder + "layers.{layer}."
+  names = {
+    "embed/embedding": (decoder + "embed_tokens.weight", False),
+    "position_embed/embedding": (decoder + "embed_positions.weight", False),
+  }
+  if config.embed_size != config.hidden_size:
+    names["project_in/kernel"] = (decoder + "project_in.weight", True)
+    names["project_out/kernel"] = (decoder + "project_out.weight", True)
+  if not config.tied_head:
+    names["head/embedding"] = ("lm_head.weight", False)
+  norms = {
+    "layers/attention_norm": block + "self_attn_layer_norm",
+    "layers/mlp_norm": block + "final_layer_norm",
+  }
+  if config.final_norm:
+    norms["norm"] = decoder + "final_layer_norm"
+  if config.norm_affine:
+    for ours, theirs in norms.items():
+      names[f"{ours}/scale"] = (theirs + ".weight", False)
+      names[f"{ours}/bias"] = (theirs + ".bias", False)
+  matrices = {
+    "attention/query": "self_attn.q_proj",
+    "attention/key": "self_attn.k_proj",
+    "attention/value": "self_attn.v_proj",
+    "attention/out": "self_attn.out_proj",
+    "mlp/up": "fc1",
+    "mlp/down": "fc2",
+  }
+  for ours, theirs in matrices.items():
+    names[f"layers/{ours}/kernel"] = (block + theirs + ".weight", True)
+    if config.use_bias:
+      names[f"layers/{ours}/bias"] = (block + theirs + ".bias", False)
+  return names

@@ -1,0 +1,199 @@
+"""Rotary positions (Su et al., 2021, "RoFormer") and their long-context forms.
+
+Plain, linear interpolation, dynamic NTK, Llama-3's bands, and YaRN (Peng et
+al., 2023), as transformers defines them. Angles are float32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zofo_jax import errors
+
+KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+  """How positions turn into angles.
+
+  Attributes:
+    kind: one of KINDS.
+    theta: base of the frequencies.
+    factor: how much the context is stretched.
+    original_length: context of the pretraining (dynamic, llama3, yarn).
+    low_freq_factor: llama3, waves longer than original / this are stretched.
+    high_freq_factor: llama3, waves shorter than original / this are kept.
+    attention_factor: yarn, factor of cos and sin; None derives it.
+    mscale: yarn, numerator's part of the derived attention factor.
+    mscale_all_dim: yarn, denominator's part.
+    beta_fast: yarn, rotations above which a dimension is kept.
+    beta_slow: yarn, rotations below which a dimension is stretched.
+    truncate: yarn, whether the band's ends are rounded outwards.
+  """
+
+  kind: str = "default"
+  theta: float = 10000.0
+  factor: float = 1.0
+  original_length: int = 2048
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  attention_factor: float | None = None
+  mscale: float | None = None
+  mscale_all_dim: float | None = None
+  beta_fast: float = 32.0
+  beta_slow: float = 1.0
+  truncate: bool = True
+
+
+def from_hf(config: Mapping[str, Any], max_length: int) -> Rope:
+  """Reads RoPE's fields in the new form or the old one.
+
+  Args:
+    config: config.json; `rope_parameters` (transformers 5), or `rope_theta`
+      with `rope_scaling`.
+    max_length: the model's context.
+
+  Returns:
+    The variant.
+
+  Raises:
+    UserError: a variant or a field that is not implemented, or one missing.
+  """
+  scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
+  name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+  kind = scaling.get("rope_type", scaling.get("type", "default"))
+  if kind not in KINDS:
+    raise errors.UserError(
+      f"config.json has {name} of type '{kind}'; supported are "
+      f"{', '.join(KINDS)}.{errors.nearest(str(kind), KINDS)}"
+    )
+  partial = scaling.get(
+    "partial_rotary_factor", config.get("partial_rotary_factor")
+  )
+  if partial not in (None, 1.0):
+    raise errors.UserError(
+      f"config.json has partial_rotary_factor = {partial}; only 1.0 is "
+      "supported."
+    )
+  needed = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+  }
+  for field in needed.get(kind, ()):
+    if scaling.get(field) is None:
+      raise errors.UserError(
+        f"config.json has {name} of type '{kind}' without '{field}'."
+      )
+  theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
+  values: dict[str, Any] = {"kind": kind, "theta": float(theta)}
+  for field in dataclasses.fields(Rope)[2:]:
+    if kind != "default" and scaling.get(field.name) is not None:
+      values[field.name] = scaling[field.name]
+  values["original_length"] = max_length
+  if kind in ("llama3", "yarn"):
+    values["original_length"] = (
+      config.get("original_max_position_embeddings")
+      or scaling.get("original_max_position_embeddings")
+      or max_length
+    )
+  return Rope(**values)
+
+
+def _llama3(rope: Rope, frequency: np.ndarray) -> np.ndarray:
+  """Stretches long waves, keeps short ones, blends between."""
+  turns = rope.original_length * frequency / (2 * math.pi)
+  blend = (turns - rope.low_freq_factor) / (
+    rope.high_freq_factor - rope.low_freq_factor
+  )
+  blend = np.clip(blend, 0.0, 1.0)
+  return (1 - blend) * frequency / rope.factor + blend * frequency
+
+
+def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int) -> np.ndarray:
+  """Blends by dimension between the stretched and the kept frequencies."""
+
+  def dimension(rotations):
+    length = rope.original_length / (rotations * 2 * math.pi)
+    return head_dim * math.log(length) / (2 * math.log(rope.theta))
+
+  low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+  if rope.truncate:
+    low, high = math.floor(low), math.ceil(high)
+  low, high = max(low, 0), min(high, head_dim - 1)
+  if low == high:
+    high += 0.001
+  ramp = np.clip((np.arange(head_dim // 2) - low) / (high - low), 0.0, 1.0)
+  return ramp * frequency / rope.factor + (1 - ramp) * frequency
+
+
+def _attention_factor(rope: Rope) -> float:
+  """YaRN's factor of cos and sin; 1 for the other kinds."""
+  if rope.kind != "yarn":
+    return 1.0
+  if rope.attention_factor is not None:
+    return rope.attention_factor
+
+  def scale(mscale):
+    return 0.1 * mscale * math.log(rope.factor) + 1 if rope.factor > 1 else 1.0
+
+  if rope.mscale and rope.mscale_all_dim:
+    return scale(rope.mscale) / scale(rope.mscale_all_dim)
+  return scale(1.0)
+
+
+def rotations(
+  rope: Rope, head_dim: int, mask_BxL: jax.Array, positions_BxL: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Gives the cosine and sine of every token's angles.
+
+  Dynamic NTK stretches each row by its own number of real tokens, so a row's
+  result depends neither on padding nor on its neighbours.
+
+  Args:
+    rope: the variant.
+    head_dim: width of a head, even.
+    mask_BxL: bool, real tokens.
+    positions_BxL: int32 positions.
+
+  Returns:
+    Two float32 arrays [B, L, 1, head_dim / 2].
+  """
+  exponent = np.arange(0, head_dim, 2) / head_dim
+  frequency = rope.theta**-exponent
+  if rope.kind == "linear":
+    frequency = frequency / rope.factor
+  elif rope.kind == "llama3":
+    frequency = _llama3(rope, frequency)
+  elif rope.kind == "yarn":
+    frequency = _yarn(rope, frequency, head_dim)
+  frequency_Bx1xF = jnp.asarray(frequency, jnp.float32)[None, None]
+  if rope.kind == "dynamic":
+    real_B = jnp.sum(mask_BxL, axis=1).astype(jnp.float32)
+    stretch_B = jnp.maximum(real_B / rope.original_length, 1.0)
+    growth_B = (rope.factor * stretch_B - (rope.factor - 1)) ** (
+      head_dim / (head_dim - 2)
+    )
+    frequency_Bx1xF = frequency_Bx1xF * jnp.power(
+      growth_B[:, None, None], jnp.asarray(-exponent, jnp.float32)[None, None]
+    )
+  angle = positions_BxL[..., None].astype(jnp.float32) * frequency_Bx1xF
+  factor = _attention_factor(rope)
+  angle = angle[:, :, None, :]
+  return jnp.cos(angle) * factor, jnp.sin(angle) * factor
+
+
+def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
+  """Rotates the halves of each head [B, L, H, F] by its angles."""
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate(
+    [first * cosine - second * sine, second * cosine + first * sine], axis=-1
+  )
+  return turned.astype(x.dtype)
