@@ -1,0 +1,24 @@
+"""Every task by name, and the means to declare one's own."""
+
+from zofo_jax import errors
+from zofo_jax.tasks import sentiment
+from zofo_jax.tasks.task import Task as Task
+from zofo_jax.tasks.task import Template as Template
+from zofo_jax.tasks.task import Version as Version
+from zofo_jax.tasks.task import custom as custom
+
+ALL: dict[str, Task] = {entry.name: entry for entry in (*sentiment.TASKS,)}
+
+
+def get(name: str) -> Task:
+  """Returns the task of that name.
+
+  Raises:
+    UserError: there is none; the sentence suggests the nearest.
+  """
+  if name not in ALL:
+    raise errors.UserError(
+      f"Unknown task '{name}'.{errors.nearest(name, ALL)} "
+      "`python -m zofo_jax.tasks` lists them all."
+    )
+  return ALL[name]

@@ -1,0 +1,261 @@
+"""What a task is: columns, a prompt, the options after it, and a metric.
+
+An entry is data. A template is a `str.format` pattern over the row's columns,
+or a small function where a pattern is not enough; the text of an option is
+what follows the prompt, its leading space or line break included.
+"""
+
+import dataclasses
+import json
+import string
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from zofo_jax import errors, rows
+
+Fields = Mapping[str, Any]
+Kind = Literal["classification", "multiple choice", "generation"]
+Metric = Literal["accuracy", "macro_f1", "matthews", "token_f1"]
+Version = int | Literal["reference"]
+
+
+class Template(NamedTuple):
+  """A prompt and what may follow it.
+
+  Attributes:
+    prompt: pattern over the columns, or a function of them.
+    options: one pattern per option, or a function giving the options' texts.
+      For generation: the accepted answers, the first of which is trained on.
+    may_repeat: two options may read the same (the first one then wins); only
+      for a reference variant that publishes such a mistake.
+  """
+
+  prompt: str | Callable[[Fields], str]
+  options: Sequence[str] | Callable[[Fields], Sequence[str]]
+  may_repeat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """One task, declared.
+
+  Attributes:
+    name: what users call it.
+    templates: the template versions 0, 1, 2, ...
+    example: a short made-up row, for the listing and the tests.
+    text: columns that must hold text that is not empty.
+    other: further columns that a template or `label` reads.
+    label: column of the label, or a function giving all right options.
+    labels: label values in the options' order; None if they are 0, 1, 2, ...
+    hub: id on the Hugging Face hub and the configuration there.
+    hub_splits: the hub's names of our splits, where they differ.
+    metric: how predictions are scored.
+    kind: what the options are.
+    reference: the template as the PyTorch code has it, where results depend
+      on a mistake in it.
+  """
+
+  name: str
+  templates: tuple[Template, ...]
+  example: Fields
+  text: tuple[str, ...]
+  other: tuple[str, ...] = ()
+  label: str | Callable[[Fields], Sequence[int]] = "label"
+  labels: tuple[str, ...] | None = None
+  hub: tuple[str, str | None] | None = None
+  hub_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  metric: Metric = "accuracy"
+  kind: Kind = "classification"
+  reference: Template | None = None
+
+  @property
+  def columns(self) -> tuple[str, ...]:
+    """Every column that a row must have."""
+    label = (self.label,) if isinstance(self.label, str) else ()
+    return (*self.text, *self.other, *label)
+
+  def template(self, version: Version = 0) -> Template:
+    """Returns a template version.
+
+    Args:
+      version: its number, or "reference" for the PyTorch code's variant
+        (which is version 0 where the two do not differ).
+
+    Raises:
+      UserError: the task has no such version.
+    """
+    if version == "reference":
+      return self.reference or self.templates[0]
+    if version not in range(len(self.templates)):
+      raise errors.UserError(
+        f"Task {self.name} has no template version {version!r}; it has "
+        f"{', '.join(map(str, range(len(self.templates))))} and 'reference'."
+      )
+    return self.templates[version]
+
+  def prompt(self, row: rows.Row, version: Version = 0) -> str:
+    """Returns the text before the option."""
+    prompt = self.template(version).prompt
+    if isinstance(prompt, str):
+      return prompt.format_map(row.fields)
+    return _call(prompt, row)
+
+  def options(self, row: rows.Row, version: Version = 0) -> tuple[str, ...]:
+    """Returns the texts that may follow the prompt, leading space included."""
+    options = self.template(version).options
+    if callable(options):
+      return tuple(_call(options, row))
+    return tuple(option.format_map(row.fields) for option in options)
+
+  def right(self, row: rows.Row) -> tuple[int, ...]:
+    """Returns the indices of every right option, at least one.
+
+    Raises:
+      UserError: the label is out of range, of a wrong type or missing.
+    """
+    if callable(self.label):
+      right = tuple(_call(self.label, row))
+      if not right:
+        raise errors.UserError(
+          f"{row.where}: task {self.name} finds no right option in this row."
+        )
+      return right
+    value = row.fields[self.label]
+    count = len(self.labels or self.options(row))
+    index = _label_index(value, self.labels, count)
+    if index is None:
+      expected = (
+        f"one of {', '.join(map(repr, self.labels))}"
+        if self.labels
+        else f"an integer from 0 to {count - 1}"
+      )
+      raise errors.UserError(
+        f"{row.where}: label column '{self.label}' holds {value!r}, but task "
+        f"{self.name} expects {expected}."
+      )
+    return (index,)
+
+  def check(self, row: rows.Row) -> None:
+    """Checks that a row has the columns, their types and a label in range.
+
+    Raises:
+      UserError: with the file and the row.
+    """
+    for column in self.columns:
+      if column not in row.fields:
+        raise errors.UserError(
+          f"{row.where}: no column '{column}', which task {self.name} reads; "
+          f"the row has {', '.join(map(str, row.fields))}."
+          f"{errors.nearest(column, map(str, row.fields))}"
+        )
+    for column in self.text:
+      value = row.fields[column]
+      if not isinstance(value, str):
+        raise errors.UserError(
+          f"{row.where}: column '{column}' holds "
+          f"{json.dumps(value, default=str)[:40]} of type "
+          f"{type(value).__name__}, but task {self.name} expects text."
+        )
+      if not value.strip():
+        raise errors.UserError(f"{row.where}: column '{column}' is empty.")
+    self.right(row)
+
+
+def custom(
+  name: str,
+  *,
+  prompt: str,
+  options: Sequence[str],
+  label: str = "label",
+  labels: Sequence[str] | None = None,
+  metric: Metric = "accuracy",
+) -> Task:
+  """Makes a task of the user's own out of a config's plain values.
+
+  Args:
+    name: what to call it.
+    prompt: pattern such as "{review} It was"; braces name columns.
+    options: one text per label, such as " bad"; may name columns too, which
+      makes multiple choice ("{ending0}").
+    label: column of the label.
+    labels: label values in the options' order, where they are not 0, 1, ...
+    metric: how predictions are scored.
+
+  Returns:
+    A task like the built-in ones.
+
+  Raises:
+    UserError: a pattern is broken, or too few options or labels.
+  """
+  texts: list[str] = []
+  for field, pattern in [
+    ("prompt", prompt),
+    *((f"options[{i}]", option) for i, option in enumerate(options)),
+  ]:
+    try:
+      names = [f for _, f, _, _ in string.Formatter().parse(pattern)]
+    except ValueError as error:
+      raise errors.UserError(
+        f"Task {name}: {field} {pattern!r} is no pattern: {error}. Write "
+        "columns as {column} and a real brace twice."
+      ) from error
+    for column in names:
+      if column is None:
+        continue
+      if not column.isidentifier():
+        raise errors.UserError(
+          f"Task {name}: {field} {pattern!r} names the column '{column}'; "
+          "expected a plain column name between braces."
+        )
+      if column not in texts:
+        texts.append(column)
+  if not texts:
+    raise errors.UserError(
+      f"Task {name}: prompt {prompt!r} names no column; write one as "
+      "{column}."
+    )
+  if len(options) < 2:
+    raise errors.UserError(
+      f"Task {name}: options has {len(options)} entries; at least 2 expected."
+    )
+  if labels is not None and len(labels) != len(options):
+    raise errors.UserError(
+      f"Task {name}: labels has {len(labels)} entries and options "
+      f"{len(options)}; one label per option expected."
+    )
+  varying = any("{" in option for option in options)
+  return Task(
+    name=name,
+    templates=(Template(prompt, tuple(options)),),
+    example={column: f"<{column}>" for column in texts},
+    text=tuple(texts),
+    label=label,
+    labels=None if labels is None else tuple(map(str, labels)),
+    metric=metric,
+    kind="multiple choice" if varying else "classification",
+  )
+
+
+def _call(function: Callable[[Fields], Any], row: rows.Row) -> Any:
+  """Calls an entry's function; a ValueError's sentence gets the row's name."""
+  try:
+    return function(row.fields)
+  except (ValueError, TypeError, KeyError, AttributeError) as error:
+    raise errors.UserError(f"{row.where}: {error}") from error
+
+
+def _label_index(
+  value: Any, labels: Sequence[str] | None, count: int
+) -> int | None:
+  """Returns the option index of a label value, or None if there is none."""
+  if labels is not None:
+    if isinstance(value, float) and value.is_integer():
+      value = int(value)
+    return labels.index(str(value)) if str(value) in labels else None
+  try:
+    index = int(value)
+  except (TypeError, ValueError, OverflowError):
+    return None
+  if isinstance(value, float) and index != value:
+    return None
+  return index if 0 <= index < count else None
