@@ -37,7 +37,7 @@ class Lora:
 
 
 def lora_product(x: jax.Array, lora: Lora) -> jax.Array:
-  """Multiplies x [..., in] by scale * A B; [..., out] in the adapter's dtype."""
+  """Multiplies x [..., in] by scale * A B, in the adapter's dtype."""
   return lora.scale * ((x.astype(lora.a.dtype) @ lora.a) @ lora.b)
 
 

@@ -40,6 +40,7 @@ class Linear(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., in] to [..., features]."""
     kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
     y = directions.dot(x, kernel)
     if self.use_bias:
@@ -48,7 +49,7 @@ class Linear(nn.Module):
       )
       y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
     if self.has_variable("adapter", "lora"):
-      lora = self.get_variable("adapter", "lora")
+      lora: adapters.Lora = self.get_variable("adapter", "lora")
       y = y + adapters.lora_product(x, lora).astype(y.dtype)
     return y
 
@@ -59,10 +60,12 @@ class Embed(nn.Module):
   rows: int
   features: int
 
-  def setup(self):
+  def setup(self) -> None:
+    """Declares the table."""
     self.embedding = self.param("embedding", INIT, (self.rows, self.features))
 
   def __call__(self, ids: jax.Array) -> jax.Array:
+    """Looks ids [...] up; [..., D]."""
     return directions.take(self.embedding, ids)
 
   def table(self) -> Any:
@@ -83,6 +86,7 @@ class RmsNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises the last axis."""
     y = x.astype(jnp.float32)
     y = y * jax.lax.rsqrt(
       jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
@@ -99,6 +103,7 @@ class LayerNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
+    """Normalises the last axis."""
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     y = y * jax.lax.rsqrt(

@@ -59,7 +59,7 @@ class LlamaConfig:
   qkv_bias: bool = False
   out_bias: bool = False
   mlp_bias: bool = False
-  rope: rope_lib.Rope = rope_lib.Rope()
+  rope: rope_lib.Rope = dataclasses.field(default_factory=rope_lib.Rope)
   windows: tuple[int, ...] | None = None
 
 
@@ -69,10 +69,16 @@ class Attention(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x, allowed_Bx1xLxL, rotations):
+  def __call__(
+    self,
+    x: jax.Array,
+    allowed_Bx1xLxL: jax.Array,
+    rotations: tuple[jax.Array, jax.Array],
+  ) -> jax.Array:
+    """Mixes tokens [B, L, D] that may see each other."""
     c = self.config
 
-    def heads(name, count):
+    def heads(name: str, count: int) -> jax.Array:
       y = layers.Linear(count * c.head_dim, c.qkv_bias, name=name)(x)
       return y.reshape(*x.shape[:2], count, c.head_dim)
 
@@ -89,7 +95,8 @@ class Mlp(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., D] to [..., D]."""
     c = self.config
     gate = layers.Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
     up = layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x)
@@ -103,7 +110,14 @@ class Block(nn.Module):
   config: LlamaConfig
 
   @nn.compact
-  def __call__(self, x, allowed_Bx1xLxL, rotations, window):
+  def __call__(
+    self,
+    x: jax.Array,
+    allowed_Bx1xLxL: jax.Array,
+    rotations: tuple[jax.Array, jax.Array],
+    window: jax.Array | None,
+  ) -> tuple[jax.Array, None]:
+    """Runs one layer; a window [] hides tokens further back."""
     c = self.config
     if window is not None:
       index = jnp.arange(x.shape[1])
@@ -127,7 +141,8 @@ class Llama(nn.Module):
   config: LlamaConfig
   remat: bool = False
 
-  def setup(self):
+  def setup(self) -> None:
+    """Declares the parts."""
     c = self.config
     self.embed = layers.Embed(c.vocab_size, c.hidden_size)
     window_axis = nn.broadcast if c.windows is None else 0
@@ -141,7 +156,7 @@ class Llama(nn.Module):
     if not c.tied_head:
       self.head = layers.Embed(c.vocab_size, c.hidden_size)
 
-  def _body(self, tokens_BxL, mask_BxL):
+  def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
     """Runs everything before the last norm; [B, L, D]."""
     c = self.config
     mask_BxL = mask_BxL.astype(bool)
@@ -153,11 +168,17 @@ class Llama(nn.Module):
     x, _ = self.layers(x, layers.attention_mask(mask_BxL), rotations, windows)
     return x
 
-  def _head_table(self):
+  def _head_table(self) -> Any:
+    """Returns the table [V, D] of the head."""
     return self.embed.table() if self.config.tied_head else self.head.table()
 
   def __call__(
-    self, tokens, mask, positions, target_slot, target_token
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    target_slot: jax.Array,
+    target_token: jax.Array,
   ) -> jax.Array:
     """Scores the targets of each row.
 
@@ -176,11 +197,11 @@ class Llama(nn.Module):
       self.norm(x), self._head_table(), target_slot, target_token
     )
 
-  def hidden(self, tokens, mask) -> jax.Array:
+  def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns what the head reads at every token, [B, L, D]."""
     return self.norm(self._body(tokens, mask))
 
-  def logits(self, tokens, mask) -> jax.Array:
+  def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the scores of every next token, [B, L, V] float32."""
     return layers.head_logits(self.hidden(tokens, mask), self._head_table())
 

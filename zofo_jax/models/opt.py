@@ -62,10 +62,11 @@ class Attention(nn.Module):
   config: OptConfig
 
   @nn.compact
-  def __call__(self, x, allowed_Bx1xLxL):
+  def __call__(self, x: jax.Array, allowed_Bx1xLxL: jax.Array) -> jax.Array:
+    """Mixes tokens [B, L, D] that may see each other."""
     c = self.config
 
-    def heads(name):
+    def heads(name: str) -> jax.Array:
       y = layers.Linear(c.hidden_size, c.use_bias, name=name)(x)
       return y.reshape(*x.shape[:2], c.num_heads, -1)
 
@@ -81,7 +82,8 @@ class Mlp(nn.Module):
   config: OptConfig
 
   @nn.compact
-  def __call__(self, x):
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., D] to [..., D]."""
     c = self.config
     inside = layers.Linear(c.mlp_size, c.use_bias, name="up")(x)
     inside = layers.ACTIVATIONS[c.activation](inside)
@@ -94,7 +96,10 @@ class Block(nn.Module):
   config: OptConfig
 
   @nn.compact
-  def __call__(self, x, allowed_Bx1xLxL):
+  def __call__(
+    self, x: jax.Array, allowed_Bx1xLxL: jax.Array
+  ) -> tuple[jax.Array, None]:
+    """Runs one layer."""
     c = self.config
     attention_norm = layers.LayerNorm(
       affine=c.norm_affine, name="attention_norm"
@@ -120,7 +125,8 @@ class Opt(nn.Module):
   config: OptConfig
   remat: bool = False
 
-  def setup(self):
+  def setup(self) -> None:
+    """Declares the parts."""
     c = self.config
     self.embed = layers.Embed(c.vocab_size, c.embed_size)
     self.position_embed = layers.Embed(c.max_length + _OFFSET, c.hidden_size)
@@ -135,7 +141,7 @@ class Opt(nn.Module):
     if not c.tied_head:
       self.head = layers.Embed(c.vocab_size, c.embed_size)
 
-  def _body(self, tokens_BxL, mask_BxL):
+  def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
     """Runs the layers; [B, L, D]."""
     mask_BxL = mask_BxL.astype(bool)
     rows = layers.token_positions(mask_BxL) + _OFFSET
@@ -147,7 +153,7 @@ class Opt(nn.Module):
     x, _ = self.layers(x, layers.attention_mask(mask_BxL))
     return x
 
-  def _finish(self, x):
+  def _finish(self, x: jax.Array) -> jax.Array:
     """Turns the layers' output into what the head reads."""
     if self.config.final_norm:
       x = self.norm(x)
@@ -155,11 +161,17 @@ class Opt(nn.Module):
       x = self.project_out(x)
     return x
 
-  def _head_table(self):
+  def _head_table(self) -> Any:
+    """Returns the table [V, D] of the head."""
     return self.embed.table() if self.config.tied_head else self.head.table()
 
   def __call__(
-    self, tokens, mask, positions, target_slot, target_token
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    target_slot: jax.Array,
+    target_token: jax.Array,
   ) -> jax.Array:
     """Scores the targets of each row.
 
@@ -178,11 +190,11 @@ class Opt(nn.Module):
       self._finish(x), self._head_table(), target_slot, target_token
     )
 
-  def hidden(self, tokens, mask) -> jax.Array:
+  def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns what the head reads at every token, [B, L, D]."""
     return self._finish(self._body(tokens, mask))
 
-  def logits(self, tokens, mask) -> jax.Array:
+  def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the scores of every next token, [B, L, V] float32."""
     return layers.head_logits(self.hidden(tokens, mask), self._head_table())
 

@@ -94,9 +94,9 @@ def from_hf(config: Mapping[str, Any], max_length: int) -> Rope:
       )
   theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
   values: dict[str, Any] = {"kind": kind, "theta": float(theta)}
-  for field in dataclasses.fields(Rope)[2:]:
-    if kind != "default" and scaling.get(field.name) is not None:
-      values[field.name] = scaling[field.name]
+  for option in dataclasses.fields(Rope)[2:]:
+    if kind != "default" and scaling.get(option.name) is not None:
+      values[option.name] = scaling[option.name]
   values["original_length"] = max_length
   if kind in ("llama3", "yarn"):
     values["original_length"] = (

@@ -1,0 +1,204 @@
+import functools
+import pathlib
+import runpy
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zofo_jax import adapters, directions, errors, models
+from zofo_jax.models import llama
+
+HERE = pathlib.Path(__file__).parent
+hf = types.SimpleNamespace(
+  **runpy.run_path(str(HERE / "reference" / "make_logits.py"))
+)
+CASES = [name for name in hf.CASES if not name.startswith("opt")]
+
+
+def build(config, tensors, **options):
+  model, family = models.from_hf(config, **options)
+  names = family.hf_parameters(model.config)
+  tree = hf.nest(tensors, names, model.config.num_layers)
+  return model, jax.tree.map(jnp.asarray, tree)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(model, base, tokens, mask):
+  return model.apply({"params": base}, tokens, mask, method="logits")
+
+
+def recorded(name, **options):
+  config, tensors, tokens, mask, logits = hf.load(name)
+  return *build(config, tensors, **options), tokens, mask, logits
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_recorded_ones(name):
+  model, base, tokens, mask, logits = recorded(name)
+  ours = run(model, base, tokens, mask)
+  assert ours.dtype == jnp.float32
+  np.testing.assert_allclose(ours[mask], logits[mask], atol=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_transformers(name):
+  pytest.importorskip("torch")
+  config, tensors, tokens, mask, logits = hf.reference(hf.CASES[name], seed=1)
+  model, base = build(config, tensors)
+  ours = run(model, base, tokens, mask)
+  np.testing.assert_allclose(ours[mask], logits[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_all_named(name):
+  model, family = models.from_hf(hf.load(name)[0])
+  shapes = jax.eval_shape(
+    lambda key: model.init(
+      key, jnp.ones((1, 2), int), jnp.ones((1, 2), bool), method="logits"
+    ),
+    jax.random.key(0),
+  )["params"]
+  paths = jax.tree_util.tree_leaves_with_path(shapes)
+  names = {directions.path_name(path) for path, _ in paths}
+  assert names == set(family.hf_parameters(model.config))
+  base = build(*hf.load(name)[:2])[1]
+  assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, shapes)
+
+
+@pytest.mark.parametrize("name", ["llama_dynamic", "qwen2_window"])
+def test_padding_changes_nothing_and_empty_rows_are_finite(name):
+  model, base, tokens, _, _ = recorded(name)
+  real = tokens[:1, :9]
+  pad = np.ones((1, 3), np.int32)
+  rows = np.concatenate(
+    [
+      np.concatenate([pad, real], axis=1),
+      np.concatenate([real, pad], axis=1),
+      np.ones((1, 12), np.int32),
+    ]
+  )
+  mask = rows != 1
+  logits = run(model, base, rows, mask)
+  alone = run(model, base, real, real != 1)[0]
+  np.testing.assert_allclose(logits[0, 3:], alone, atol=1e-5)
+  np.testing.assert_allclose(logits[1, :9], alone, atol=1e-5)
+  assert np.isfinite(logits).all()
+
+
+def test_later_tokens_do_not_change_earlier_logits():
+  model, base, tokens, _, _ = recorded("llama")
+  mask = np.ones_like(tokens, bool)
+  changed = tokens.copy()
+  changed[:, 7] = (changed[:, 7] + 1) % 96
+  before = run(model, base, tokens, mask)
+  after = run(model, base, changed, mask)
+  np.testing.assert_array_equal(before[:, :7], after[:, :7])
+  assert (np.abs(before - after)[:, 7:].max(axis=-1) > 1e-4).all()
+
+
+def targets():
+  positions = jnp.array([[3, 11], [8, 6], [0, 7]], jnp.int32)
+  slot = jnp.array([[0, 1, 1], [1, 0, 0], [1, 1, 0]], jnp.int32)
+  token = jnp.array([[5, 6, 7], [95, 4, 4], [50, 51, 52]], jnp.int32)
+  return positions, slot, token
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_tied"])
+def test_target_log_probs_are_those_of_the_logits(name):
+  model, base, tokens, mask, logits = recorded(name)
+  positions, slot, token = targets()
+  ours = jax.jit(model.apply)({"params": base}, tokens, mask, *targets())
+  shifted = logits.astype(np.float64)
+  log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+  for row in range(3):
+    for k in range(3):
+      place = positions[row, slot[row, k]]
+      expected = log_probs[row, place, token[row, k]]
+      np.testing.assert_allclose(ours[row, k], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama_biases", "qwen2_window"])
+def test_perturbed_weights_act_as_their_values(name):
+  model, base, tokens, mask, _ = recorded(name)
+  key, direction = jax.random.key(3), directions.Rademacher()
+
+  def score(scale, read):
+    weights = read(directions.perturb(base, key, scale, direction))
+    return model.apply({"params": weights}, tokens, mask, *targets())
+
+  scales = jnp.array([1e-2, -1e-2])
+  lazy, whole = (
+    jax.jit(jax.vmap(lambda scale, read=read: score(scale, read)))(scales)
+    for read in (lambda tree: tree, directions.materialize)
+  )
+  np.testing.assert_allclose(lazy, whole, atol=1e-5)
+  assert np.abs(lazy[0] - lazy[1]).max() > 1e-2
+
+
+def test_bfloat16_runs_and_is_near_float32():
+  model, base, tokens, mask, logits = recorded("llama_llama3")
+  small = jax.tree.map(lambda w: w.astype(jnp.bfloat16), base)
+  hidden = model.apply({"params": small}, tokens, mask, method="hidden")
+  assert hidden.dtype == jnp.bfloat16
+  ours = run(model, small, tokens, mask)
+  assert ours.dtype == jnp.float32
+  spread = np.std(logits[mask])
+  assert np.abs(ours[mask] - logits[mask]).mean() < 0.02 * spread
+
+
+def test_remat_gives_the_same_gradients():
+  gradients = []
+  for remat in (False, True):
+    model, base, tokens, mask, _ = recorded("mistral", remat=remat)
+    adapter = adapters.init_lora(jax.random.key(0), base, rank=2, alpha=4.0)
+
+    def loss(base, adapter, model=model, tokens=tokens, mask=mask):
+      variables = {"params": base, "adapter": adapter}
+      return model.apply(variables, tokens, mask, *targets()).mean()
+
+    gradient = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    text = gradient.lower(base, adapter).as_text()
+    assert ("optimization_barrier" in text) is remat or not remat
+    gradients.append(gradient(base, adapter))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients
+  )
+
+
+def test_old_and_new_forms_of_rope_read_the_same():
+  new = hf.CASES["llama_llama3"]
+  old = dict(new)
+  scaling = dict(old.pop("rope_parameters"))
+  old["rope_theta"] = scaling.pop("rope_theta")
+  scaling["type"] = scaling.pop("rope_type")
+  old["rope_scaling"] = scaling
+  assert llama.config_from_hf(old) == llama.config_from_hf(new)
+  assert llama.config_from_hf(old).rope.theta == 100.0
+
+
+def llama_config(**fields):
+  return {**hf.CASES["llama"], **fields}
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  [
+    ({"model_type": "lama"}, "model_type 'lama'.*mean 'llama'"),
+    ({"model_type": None}, "model_type 'None'"),
+    ({"hidden_act": "gelu_tanh"}, "hidden_act 'gelu_tanh'.*mean"),
+    ({"hidden_size": None}, "no field 'hidden_size'"),
+    ({"num_key_value_heads": 3}, "num_key_value_heads = 3"),
+    ({"rope_scaling": {"type": "longrope"}}, "rope_scaling.*'longrope'"),
+    ({"rope_scaling": {"type": "yarn"}}, "'yarn' without 'factor'"),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor = 0.5"),
+    ({"quantization_config": {"bits": 4}}, "quantization_config"),
+  ],
+)
+def test_what_is_not_supported_is_named(fields, words):
+  with pytest.raises(errors.UserError, match=words):
+    models.from_hf(llama_config(**fields))
