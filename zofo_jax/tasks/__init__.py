@@ -1,13 +1,23 @@
 """Every task by name, and the means to declare one's own."""
 
 from zofo_jax import errors
-from zofo_jax.tasks import sentiment
+from zofo_jax.tasks import answers, choices, claims, pairs, sentiment, superglue
 from zofo_jax.tasks.task import Task as Task
 from zofo_jax.tasks.task import Template as Template
 from zofo_jax.tasks.task import Version as Version
 from zofo_jax.tasks.task import custom as custom
 
-ALL: dict[str, Task] = {entry.name: entry for entry in (*sentiment.TASKS,)}
+ALL: dict[str, Task] = {
+  entry.name: entry
+  for entry in (
+    *superglue.TASKS,
+    *sentiment.TASKS,
+    *choices.TASKS,
+    *answers.TASKS,
+    *pairs.TASKS,
+    *claims.TASKS,
+  )
+}
 
 
 def get(name: str) -> Task:

@@ -97,7 +97,7 @@ class Task:
     """Returns the text before the option."""
     prompt = self.template(version).prompt
     if isinstance(prompt, str):
-      return prompt.format_map(row.fields)
+      return _call(prompt.format_map, row)
     return _call(prompt, row)
 
   def options(self, row: rows.Row, version: Version = 0) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ class Task:
     options = self.template(version).options
     if callable(options):
       return tuple(_call(options, row))
-    return tuple(option.format_map(row.fields) for option in options)
+    return tuple(_call(option.format_map, row) for option in options)
 
   def right(self, row: rows.Row) -> tuple[int, ...]:
     """Returns the indices of every right option, at least one.
@@ -237,11 +237,20 @@ def custom(
 
 
 def _call(function: Callable[[Fields], Any], row: rows.Row) -> Any:
-  """Calls an entry's function; a ValueError's sentence gets the row's name."""
+  """Calls an entry's function; what it finds wrong gets the row's name."""
   try:
     return function(row.fields)
-  except (ValueError, TypeError, KeyError, AttributeError) as error:
+  except ValueError as error:  # A sentence of the entry's own.
     raise errors.UserError(f"{row.where}: {error}") from error
+  except KeyError as error:
+    raise errors.UserError(
+      f"{row.where}: no entry {error} in this row; it has "
+      f"{', '.join(map(str, row.fields))}."
+    ) from error
+  except (TypeError, AttributeError, IndexError) as error:
+    raise errors.UserError(
+      f"{row.where}: a column is not of the kind this task reads ({error})."
+    ) from error
 
 
 def _label_index(

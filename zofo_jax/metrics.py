@@ -1,0 +1,118 @@
+"""Scores of predictions, by scikit-learn, and how sure they are.
+
+Token F1 and exact match are SQuAD's: lower case, without punctuation and
+articles, the best over the accepted answers.
+"""
+
+import collections
+import re
+import string
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def accuracy(predicted: Sequence[int], label: Sequence[int]) -> float:
+  """Returns the share of predictions that are right."""
+  return float(np.mean(np.asarray(predicted) == np.asarray(label)))
+
+
+def macro_f1(predicted: Sequence[int], label: Sequence[int]) -> float:
+  """Returns the mean F1 of the labels that occur in either sequence."""
+  from sklearn import metrics  # Slow to import, and needed here alone.
+
+  return float(
+    metrics.f1_score(label, predicted, average="macro", zero_division=0)
+  )
+
+
+def matthews(predicted: Sequence[int], label: Sequence[int]) -> float:
+  """Returns Matthews's correlation; 0 where a sequence is constant."""
+  from sklearn import metrics  # Slow to import, and needed here alone.
+
+  return float(metrics.matthews_corrcoef(label, predicted))
+
+
+METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
+  "accuracy": accuracy,
+  "macro_f1": macro_f1,
+  "matthews": matthews,
+}
+
+
+def credit(
+  predicted: Sequence[int], right: Sequence[Sequence[int]]
+) -> list[int]:
+  """Returns the label to score each prediction against.
+
+  Where several options are right, that is the predicted one if it is among
+  them, and the first of them otherwise.
+
+  Args:
+    predicted: option chosen for each example.
+    right: every right option of each example.
+  """
+  return [
+    p if p in options else options[0]
+    for p, options in zip(predicted, right, strict=True)
+  ]
+
+
+def token_f1(predicted: str, answers: Sequence[str]) -> float:
+  """Returns the best F1 over words between a text and the accepted answers."""
+  return max(_word_f1(_words(predicted), _words(a)) for a in answers)
+
+
+def exact_match(predicted: str, answers: Sequence[str]) -> float:
+  """Returns 1 if the words are those of an accepted answer, else 0."""
+  return float(any(_words(predicted) == _words(a) for a in answers))
+
+
+def bootstrap_interval(
+  score: Callable[[Sequence[int], Sequence[int]], float],
+  predicted: Sequence[int],
+  label: Sequence[int],
+  *,
+  level: float = 0.95,
+  resamples: int = 1000,
+  seed: int = 0,
+) -> tuple[float, float]:
+  """Returns the percentile bootstrap interval of a score over examples.
+
+  Efron and Tibshirani (1993), chapter 13.
+
+  Args:
+    score: a metric of (predicted, label).
+    predicted: option chosen for each example.
+    label: right option of each example.
+    level: coverage.
+    resamples: how often the examples are drawn anew.
+    seed: of the draws.
+
+  Returns:
+    Lower and upper end.
+  """
+  guess, truth = np.asarray(predicted), np.asarray(label)
+  random = np.random.RandomState(seed)
+  draws = random.randint(len(truth), size=(resamples, len(truth)))
+  scores = [score(guess[i], truth[i]) for i in draws]
+  low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
+  return float(low), float(high)
+
+
+def _words(text: str) -> list[str]:
+  return _ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split()
+
+
+def _word_f1(predicted: list[str], answer: list[str]) -> float:
+  if not predicted or not answer:
+    return float(predicted == answer)
+  common = collections.Counter(predicted) & collections.Counter(answer)
+  same = sum(common.values())
+  if not same:
+    return 0.0
+  precision, recall = same / len(predicted), same / len(answer)
+  return 2 * precision * recall / (precision + recall)
