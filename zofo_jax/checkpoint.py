@@ -31,7 +31,8 @@ class Checkpoints:
 
     Args:
       folder: a path, local or "gs://...".
-      keep: how many of the latest checkpoints to keep. With a number the folder
+      keep: how many of the latest checkpoints to keep, beside the best one.
+        With a number the folder
         is made if need be, and the first save removes what an interrupted one
         left; with None the folder is only read.
 
@@ -53,9 +54,7 @@ class Checkpoints:
       options=ocp.CheckpointManagerOptions(
         create=keep is not None,
         cleanup_tmp_directories=keep is not None,
-        preservation_policy=(
-          None if keep is None else ocp.checkpoint_managers.LatestN(keep)
-        ),
+        preservation_policy=(None if keep is None else _latest_and_best(keep)),
       ),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
@@ -79,7 +78,20 @@ class Checkpoints:
     """Returns the latest step that has a complete checkpoint, if any."""
     return self._manager.latest_step()
 
-  def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> bool:
+  def best_step(self) -> int | None:
+    """Returns the step of the highest metric, the last of equals, if any."""
+    return max(
+      self.steps(), key=lambda step: (self._metric(step), step), default=None
+    )
+
+  def save(
+    self,
+    step: int,
+    state: Any,
+    extra: Mapping[str, Any],
+    *,
+    metric: float = 0.0,
+  ) -> bool:
     """Begins to write a checkpoint; its arrays may be donated at once.
 
     Waits for the save before it, if that still runs, and raises what went wrong
@@ -89,6 +101,7 @@ class Checkpoints:
       step: the number of the checkpoint, above those already there.
       state: pytree of arrays and typed PRNG keys.
       extra: what belongs to the state and is no array; JSON.
+      metric: what the state is worth; the highest is kept, the last of equals.
 
     Returns:
       Whether it was begun; False if this step has a checkpoint already.
@@ -103,6 +116,7 @@ class Checkpoints:
         state=ocp.args.StandardSave(state),
         extra=ocp.args.JsonSave(dict(extra)),
       ),
+      metrics={"metric": metric},
       force=True,
     )
 
@@ -161,6 +175,9 @@ class Checkpoints:
     """Waits for the last save and lets go of the folder."""
     self._manager.close()
 
+  def _metric(self, step: int) -> float:
+    return float((self._manager.metrics(step) or {}).get("metric", 0.0))
+
   def _existing(self, step: int | None) -> int:
     steps = self.steps()
     if not steps:
@@ -198,6 +215,16 @@ class Checkpoints:
         f"{wanted.get(leaf, 'no such leaf')}."
         + ("" if leaf in found else errors.nearest(leaf, found))
       )
+
+
+def _latest_and_best(keep: int) -> Any:
+  policies = ocp.checkpoint_managers
+  return policies.AnyPreservationPolicy(
+    [
+      policies.LatestN(keep),
+      policies.BestN(get_metric_fn=lambda metrics: metrics["metric"], n=1),
+    ]
+  )
 
 
 def _absolute(folder: str | epath.Path) -> epath.Path:

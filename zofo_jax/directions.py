@@ -34,7 +34,12 @@ class Direction(Protocol):
     ...
 
 
-def _draw_rows(element_fn, key, shape, rows):
+def _draw_rows(
+  element_fn: Callable[[jax.Array, jax.Array, int], jax.Array],
+  key: jax.Array,
+  shape: tuple[int, ...],
+  rows: jax.Array | None,
+) -> jax.Array:
   """Draws a leaf as a matrix of rows; scalars are one row of one element."""
   if rows is None:
     rows = jnp.arange(shape[0] if shape else 1, dtype=jnp.uint32)
@@ -50,7 +55,10 @@ def _draw_rows(element_fn, key, shape, rows):
 class Gaussian:
   """z ~ N(0, I), drawn in float32."""
 
-  def draw(self, key, shape, rows=None):
+  def draw(
+    self, key: jax.Array, shape: tuple[int, ...], rows: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns z, float32; only the given rows of axis 0 if `rows` is set."""
     return _draw_rows(noise.gaussian, key, shape, rows)
 
 
@@ -58,7 +66,10 @@ class Gaussian:
 class Rademacher:
   """z uniform on {-1, +1}^d; exact in every dtype, 64 elements a draw."""
 
-  def draw(self, key, shape, rows=None):
+  def draw(
+    self, key: jax.Array, shape: tuple[int, ...], rows: jax.Array | None = None
+  ) -> jax.Array:
+    """Returns z, float32; only the given rows of axis 0 if `rows` is set."""
     return _draw_rows(noise.rademacher, key, shape, rows)
 
 
@@ -81,14 +92,17 @@ class Perturbed:
 
   @property
   def shape(self) -> tuple[int, ...]:
+    """Shape of the stored weight."""
     return self.value.shape
 
   @property
-  def dtype(self):
+  def dtype(self) -> jnp.dtype:
+    """Type of the stored weight, and of the perturbed one."""
     return self.value.dtype
 
   @property
   def ndim(self) -> int:
+    """Number of axes of the stored weight."""
     return self.value.ndim
 
 
@@ -180,7 +194,9 @@ def perturb(
   )
 
 
-def draw(direction: Direction, key: jax.Array, shape: tuple[int, ...]):
+def draw(
+  direction: Direction, key: jax.Array, shape: tuple[int, ...]
+) -> jax.Array:
   """Draws a leaf's z, float32; layer by layer where the key is stacked."""
   if key.ndim == 1:
     return direction.draw(key, shape)

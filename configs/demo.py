@@ -1,0 +1,33 @@
+"""SmolLM2-135M on fresh and rotten film reviews: minutes on a laptop.
+
+  make demo
+
+Weights and rows are made by `python -m zofo_jax.assets`, without any hub.
+Expected on two cores: test accuracy about 0.87 from about 0.6, in 6 minutes.
+"""
+
+from zofo_jax import assets
+from zofo_jax import config as config_lib
+
+
+def get_config():
+  """Returns the config of the demo."""
+  config = config_lib.base_config()
+  config.model.name = str(assets.smollm2())
+  config.data.task = "rotten_tomatoes"
+  config.data.dir = str(assets.fresh_rotten())
+  config.data.num_lower = 1000
+  config.data.num_upper = 1000
+  config.data.num_selection = 200
+  config.data.num_test = 500
+  config.data.max_length = 40
+  config.data.long_rows = "drop"
+  config.loss = "classification"
+  config.penalty = 1.0
+  config.lower.num_steps = 2
+  config.lower.learning_rate = 1e-3
+  config.upper.learning_rate = 1e-3
+  config.zo.learning_rate = 1e-6
+  config.train.num_steps = 60
+  config.train.eval_every_steps = 20
+  return config

@@ -1,0 +1,35 @@
+"""OPT on one of the paper's tasks, with LoRA.
+
+  python -m zofo_jax.main --config=configs/opt.py:size=125m,task=sst2 \
+      --workdir=runs/opt
+
+Weights and rows come from the Hugging Face hub; a local folder does as well:
+--config.model.name=DIR and --config.data.dir=DIR. `preset=reference` takes the
+choices of the paper's PyTorch code instead of this project's defaults.
+"""
+
+from zofo_jax import config as config_lib
+
+SIZES = {
+  size: f"facebook/opt-{size}"
+  for size in (
+    "125m",
+    "350m",
+    "1.3b",
+    "2.7b",
+    "6.7b",
+    "13b",
+    "30b",
+    "66b",
+  )
+}
+
+
+def get_config(arg: str = ""):
+  """Returns the config of `size=...,task=...,preset=paper|reference`."""
+  args = config_lib.parse_arg(arg, size="125m", task="sst2", preset="paper")
+  config = config_lib.base_config()
+  config.model.name = config_lib.choose("size", args["size"], SIZES)
+  config.data.task = args["task"]
+  config_lib.apply_preset(config, args["preset"])
+  return config

@@ -1,0 +1,262 @@
+"""The fields of a run, their defaults and their checks.
+
+A config is data: `train` turns it into explicit arguments, and nothing below
+`train` ever sees it. Fields in the paper's letters: `lower` trains s (T =
+`lower.num_steps`), `upper` trains p, `zo` moves theta, `penalty` is lambda.
+"""
+
+import ml_collections
+from ml_collections import config_dict
+
+from zofo_jax import errors, recipes
+
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+DIRECTIONS = ("gaussian", "rademacher")
+ESTIMATORS = ("central", "forward", "exact")
+LOSSES = ("likelihood", "classification")
+DTYPES = ("float32", "bfloat16")
+
+
+def base_config() -> ml_collections.ConfigDict:
+  """Returns every field with its default; configs/*.py change some."""
+  config = ml_collections.ConfigDict()
+  config.seed = 0
+  config.penalty = 100.0  # lambda: weight of L(theta, p) - L(theta, s) on D_p
+  config.loss = "likelihood"  # or "classification" over the label words
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = config_dict.placeholder(str)  # hub id or local folder
+  config.model.revision = config_dict.placeholder(str)  # of the hub id
+  config.model.dtype = "float32"  # or "bfloat16"
+  config.model.remat = False  # recompute activations in the adapters' backward
+
+  config.lora = ml_collections.ConfigDict()
+  config.lora.rank = 8
+  config.lora.alpha = 16.0
+  config.lora.targets = r"attention/(query|value)$"  # module paths
+
+  config.lower = ml_collections.ConfigDict()  # s, first order, on D_p
+  config.lower.num_steps = 10  # T
+  config.lower.optimizer = "adam"
+  config.lower.learning_rate = 1e-4
+  config.lower.clip_norm = 1.0  # 0 for none
+  config.lower.batch_size = 8
+
+  config.upper = ml_collections.ConfigDict()  # p, first order, on D_f and D_p
+  config.upper.optimizer = "adam"
+  config.upper.learning_rate = 1e-4
+  config.upper.clip_norm = 0.0
+  config.upper.batch_size = 8
+
+  config.zo = ml_collections.ConfigDict()  # theta, zeroth order
+  config.zo.direction = "rademacher"
+  config.zo.estimator = "central"
+  config.zo.num_directions = 1
+  config.zo.eps = 1e-3
+  config.zo.optimizer = "sgd"  # in place; the others keep trees like theta
+  config.zo.learning_rate = 1e-8
+
+  config.data = ml_collections.ConfigDict()
+  config.data.task = "sst2"
+  config.data.template = 0  # version of the task's prompt
+  config.data.dir = config_dict.placeholder(str)  # JSONL files; else the hub
+  config.data.seed = 0  # which rows are drawn
+  config.data.num_lower = 666  # D_p
+  config.data.num_upper = 334  # D_f
+  config.data.num_selection = 500  # to choose a checkpoint; 0: D_f, as in [1]
+  config.data.num_test = 1000
+  config.data.max_length = 2048  # tokens a row, prompt and option
+  config.data.long_rows = "error"  # or "truncate" at the left, or "drop"
+
+  config.train = ml_collections.ConfigDict()
+  config.train.num_steps = 500  # outer iterations
+  config.train.eval_every_steps = 50
+
+  config.eval = ml_collections.ConfigDict()
+  config.eval.batch_size = 32
+
+  config.ckpt = ml_collections.ConfigDict()
+  config.ckpt.keep = 1  # latest ones, beside the best on the selection rows
+  return config
+
+
+def parse_arg(arg: str, **defaults: str) -> dict[str, str]:
+  """Parses what follows the colon in `--config=FILE:size=1.3b,task=sst2`.
+
+  Args:
+    arg: comma-separated `name=value` pairs, or "".
+    **defaults: the names there are, with their defaults.
+
+  Returns:
+    A value for every name.
+
+  Raises:
+    errors.UserError: a pair is malformed or names nothing that is there.
+  """
+  values = dict(defaults)
+  for pair in filter(None, arg.split(",")):
+    name, separator, text = pair.partition("=")
+    if not separator:
+      raise errors.UserError(
+        f"--config=...:{arg}: expected name=value, found '{pair}'."
+      )
+    if name not in defaults:
+      raise errors.UserError(
+        f"--config=...:{arg}: there is no '{name}' to choose; choose from "
+        f"{', '.join(defaults)}.{errors.nearest(name, defaults)}"
+      )
+    values[name] = text
+  return values
+
+
+def choose(what: str, name: str, table: dict[str, str]) -> str:
+  """Looks a chosen name up, suggesting the nearest where there is none."""
+  if name not in table:
+    raise errors.UserError(
+      f"--config: there is no {what} '{name}'; choose from "
+      f"{', '.join(table)}.{errors.nearest(name, table)}"
+    )
+  return table[name]
+
+
+def apply_preset(config: ml_collections.ConfigDict, preset: str) -> None:
+  """Applies `paper` (the defaults) or `reference` (the PyTorch code's)."""
+  presets = {"paper": "", "reference": "reference"}
+  if choose("preset", preset, presets):
+    _apply_reference(config)
+
+
+def _apply_reference(config: ml_collections.ConfigDict) -> None:
+  """Changes a config to the choices of the paper's PyTorch code.
+
+  One-sided differences along one Gaussian direction, Adam on theta with the
+  learning rate of p, the selected (lr, outer lr, lambda, T) of each task, the
+  upper set D_f used again for selection. Its defects are not reproduced: theta
+  is never rounded by being perturbed in place, losses are averaged without
+  dropout, and p and s are both scored (README, "Reference preset").
+
+  Args:
+    config: changed in place.
+
+  Raises:
+    errors.UserError: the reference has no settings for this task.
+  """
+  recipe = recipes.lora(config.data.task)
+  config.zo.direction = "gaussian"
+  config.zo.estimator = "forward"
+  config.zo.num_directions = 1
+  config.zo.eps = 1e-3
+  config.zo.optimizer = "adam"
+  config.zo.learning_rate = recipe.outer_learning_rate
+  config.upper.optimizer = "adam"
+  config.upper.learning_rate = recipe.outer_learning_rate
+  config.lower.optimizer = "adam"
+  config.lower.learning_rate = recipe.learning_rate
+  config.lower.num_steps = recipe.num_inner_steps
+  config.lower.clip_norm = 1.0
+  config.upper.clip_norm = 0.0
+  config.penalty = recipe.penalty
+  config.data.num_selection = 0
+  # 5,000 optimizer steps, inner and outer counted together.
+  config.train.num_steps = 5000 // recipe.num_inner_steps
+
+
+_CHOICES = {
+  "loss": LOSSES,
+  "model.dtype": DTYPES,
+  "lower.optimizer": OPTIMIZERS,
+  "upper.optimizer": OPTIMIZERS,
+  "zo.optimizer": OPTIMIZERS,
+  "zo.direction": DIRECTIONS,
+  "zo.estimator": ESTIMATORS,
+  "data.long_rows": ("error", "truncate", "drop"),
+}
+_POSITIVE = (
+  "lora.rank",
+  "lower.num_steps",
+  "lower.batch_size",
+  "upper.batch_size",
+  "zo.num_directions",
+  "zo.eps",
+  "data.num_lower",
+  "data.num_upper",
+  "data.num_test",
+  "data.max_length",
+  "train.num_steps",
+  "train.eval_every_steps",
+  "eval.batch_size",
+  "ckpt.keep",
+)
+_NOT_NEGATIVE = (
+  "penalty",
+  "lower.learning_rate",
+  "upper.learning_rate",
+  "zo.learning_rate",
+  "lower.clip_norm",
+  "upper.clip_norm",
+  "data.num_selection",
+)
+
+
+def file_of(argv: list[str]) -> str:
+  """Finds the file that the command line's --config names."""
+  for i, argument in enumerate(argv):
+    if argument in ("--config", "-config"):
+      return "".join(argv[i + 1 : i + 2]).partition(":")[0]
+    if argument.startswith(("--config=", "-config=")):
+      return argument.partition("=")[2].partition(":")[0]
+  return ""
+
+
+def unknown_field(argv: list[str]) -> str:
+  """Says which --config.* argument names no field, and the nearest one."""
+  known = flat(base_config())
+  for argument in argv:
+    name = argument.lstrip("-").partition("=")[0]
+    if name.startswith("config.") and name[7:] not in known:
+      near = errors.nearest(name, [f"config.{other}" for other in known])
+      return f"--{name}: there is no such field.{near}"
+  return "--config: a field that is set does not exist."
+
+
+def flat(
+  config: ml_collections.ConfigDict, prefix: str = ""
+) -> dict[str, object]:
+  """Returns {"zo.eps": 1e-3, ...}."""
+  fields: dict[str, object] = {}
+  for name, value in config.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      fields.update(flat(value, f"{prefix}{name}."))
+    else:
+      fields[f"{prefix}{name}"] = value
+  return fields
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Stops on a value that cannot be meant.
+
+  Raises:
+    errors.UserError: names the field, what was found and what was expected.
+  """
+  fields = flat(config)
+  for name, valid in _CHOICES.items():
+    found = fields[name]
+    if found not in valid:
+      raise errors.UserError(
+        f"config.{name}: expected one of {', '.join(valid)}; found "
+        f"'{found}'.{errors.nearest(str(found), valid)}"
+      )
+  for name in _POSITIVE:
+    if not fields[name] > 0:
+      raise errors.UserError(
+        f"config.{name}: expected more than 0; found {fields[name]}."
+      )
+  for name in _NOT_NEGATIVE:
+    if not fields[name] >= 0:
+      raise errors.UserError(
+        f"config.{name}: expected 0 or more; found {fields[name]}."
+      )
+  if not config.model.name:
+    raise errors.UserError(
+      "config.model.name: expected a hub id or a local folder; found nothing."
+    )

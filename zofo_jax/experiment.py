@@ -1,0 +1,227 @@
+"""From a config to the model, rows and functions of a run.
+
+What is cheap and can fail comes first: names, files, rows and lengths are
+checked before any weight is read or anything is compiled.
+"""
+
+import json
+import pathlib
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from zofo_jax import batches, data, encode, errors, inner, losses, models, tasks
+from zofo_jax.models import hub, weights
+
+
+class Examples(NamedTuple):
+  """Encoded rows: D_p, D_f, those that choose a checkpoint, and the test's."""
+
+  lower: list[encode.Example]
+  upper: list[encode.Example]
+  selection: list[encode.Example]
+  test: list[encode.Example]
+
+
+class Model(NamedTuple):
+  """A model that is known but whose weights are not read yet.
+
+  Attributes:
+    module: Flax module of the decoder.
+    family: the module of `zofo_jax.models` that it comes from.
+    folder: its checkpoint.
+    tokenizer: its fast tokenizer.
+  """
+
+  module: nn.Module
+  family: ModuleType
+  folder: pathlib.Path
+  tokenizer: Any
+
+  @property
+  def pad(self) -> int:
+    """Token id that fills rows."""
+    return encode.pad_id(self.tokenizer)
+
+
+def load_model(config: ml_collections.ConfigDict) -> Model:
+  """Finds a model's checkpoint and reads its configuration and tokenizer.
+
+  Args:
+    config: the run's config; reads `config.model`.
+
+  Returns:
+    The model without weights.
+
+  Raises:
+    UserError: no such model, or one that is not supported.
+  """
+  folder = hub.locate(config.model.name, config.model.revision)
+  path = folder / "config.json"
+  try:
+    hf_config = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise errors.UserError(f"{path}: not a JSON file ({error}).") from error
+  module, family = models.from_hf(hf_config, remat=config.model.remat)
+  tokenizer = encode.load_tokenizer(folder)
+  vocab_size = module.config.vocab_size
+  if len(tokenizer) > vocab_size:
+    raise errors.UserError(
+      f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model "
+      f"{vocab_size}; expected a tokenizer of this model."
+    )
+  return Model(module, family, folder, tokenizer)
+
+
+def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
+  """Looks the config's task up.
+
+  Raises:
+    UserError: no such task, or one that options cannot answer.
+  """
+  task = tasks.get(config.data.task)
+  if task.kind == "generation":
+    raise errors.UserError(
+      f"config.data.task: '{task.name}' is answered by generating text; "
+      "expected a task with options to choose from."
+    )
+  task.template(config.data.template)
+  return task
+
+
+def row_length(config: ml_collections.ConfigDict, model: Model) -> int:
+  """Returns the longest row in tokens: the config's, within the model's."""
+  return min(config.data.max_length, model.module.config.max_length)
+
+
+def load_examples(
+  config: ml_collections.ConfigDict, model: Model, task: tasks.Task
+) -> Examples:
+  """Reads, divides and encodes the rows of a run.
+
+  Test and selection rows are never dropped for their length: those that do
+  not fit `data.max_length` still count, up to the model's own context.
+
+  Args:
+    config: the run's config; reads `config.data` and `config.loss`.
+    model: gives the tokenizer and the longest row.
+    task: the task.
+
+  Returns:
+    The encoded rows.
+
+  Raises:
+    UserError: names the file and row that is wrong.
+  """
+  counts = data.Counts(
+    lower=config.data.num_lower,
+    upper=config.data.num_upper,
+    selection=config.data.num_selection,
+    test=config.data.num_test,
+  )
+  splits = data.load_splits(
+    task, config.data.dir, counts=counts, seed=config.data.seed
+  )
+  version = config.data.template
+  long_rows = config.data.long_rows
+  context = model.module.config.max_length
+
+  def train(rows):
+    return encode.encode_rows(
+      task,
+      rows,
+      model.tokenizer,
+      config.loss,
+      max_length=row_length(config, model),
+      version=version,
+      long_rows=long_rows,
+    )
+
+  def score(rows):
+    dropped = long_rows == "drop"
+    return encode.encode_rows(
+      task,
+      rows,
+      model.tokenizer,
+      "classification",
+      max_length=context if dropped else row_length(config, model),
+      version=version,
+      long_rows="error" if dropped else long_rows,
+    )
+
+  return Examples(
+    lower=train(splits.lower),
+    upper=train(splits.upper),
+    selection=score(splits.selection),
+    test=score(splits.test),
+  )
+
+
+def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:
+  """Reads the backbone's weights in the config's dtype."""
+  return weights.load(
+    model.folder,
+    model.family,
+    model.module.config,
+    jnp.dtype(config.model.dtype),
+  )
+
+
+def abstract_base(config: ml_collections.ConfigDict, model: Model) -> Any:
+  """Returns the shapes and dtypes of the backbone, without its weights."""
+  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  variables = jax.eval_shape(
+    model.module.init, jax.random.key(0), ids, ids, ids, ids, ids
+  )
+  dtype = jnp.dtype(config.model.dtype)
+  return jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables["params"]
+  )
+
+
+def make_log_probs_fn(module: nn.Module) -> losses.LogProbsFn:
+  """Makes log_probs(base, adapter, batch, key) of a model's targets.
+
+  Args:
+    module: a decoder of `zofo_jax.models`.
+
+  Returns:
+    A function to float32 [B, R, K], for `losses.make_loss_fn` and evaluation.
+  """
+
+  def log_probs_fn(base, adapter, batch, key):
+    del key  # no dropout in these models
+    lead = batch.tokens.shape[:2]
+
+    def flat(leaf):
+      return leaf.reshape(lead[0] * lead[1], *leaf.shape[2:])
+
+    out = module.apply(
+      {"params": base, "adapter": adapter},
+      flat(batch.tokens),
+      flat(batch.mask),
+      flat(batch.positions),
+      flat(batch.target_slot),
+      flat(batch.target_token),
+    )
+    return out.reshape(*lead, -1)
+
+  return log_probs_fn
+
+
+def make_loss_fn(name: str, module: nn.Module) -> inner.LossFn:
+  """Makes the loss that `config.loss` names, over a model's targets."""
+  reduce_fn = {
+    "likelihood": losses.likelihood,
+    "classification": losses.classification,
+  }[name]
+  return losses.make_loss_fn(make_log_probs_fn(module), reduce_fn)
+
+
+def train_shape(examples: Examples) -> batches.Shape:
+  """Returns the one shape of all training batches."""
+  return batches.shape_of([*examples.lower, *examples.upper])

@@ -1,0 +1,89 @@
+"""The command line: train, evaluate, predict.
+
+  python -m zofo_jax.main [train] --config=configs/opt.py --workdir=DIR
+  python -m zofo_jax.main evaluate --workdir=DIR
+  python -m zofo_jax.main predict --workdir=DIR --input=ROWS.jsonl \
+      --output=ANSWERS.jsonl
+
+Any field of the config can be set: --config.zo.eps=1e-2. Small on purpose:
+everything worth testing lives in importable modules. Exit code 2 means a
+mistake in the command, its config or its files, told in one sentence.
+"""
+
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from zofo_jax import config as config_lib
+from zofo_jax import errors
+
+COMMANDS = ("train", "evaluate", "predict")
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file of configs/, as FILE.py or FILE.py:name=value,..."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Folder of the run: checkpoints, metrics, summary."
+)
+_INPUT = flags.DEFINE_string(
+  "input", None, "predict: JSONL file of rows to answer, labels not needed."
+)
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "predict: JSONL file to write; default WORKDIR/answers."
+)
+
+
+def _parse(argv: list[str]) -> str:
+  """Parses flags and returns the command, or raises UserError."""
+  try:
+    rest = flags.FLAGS(argv)[1:]
+  except flags.Error as error:
+    raise errors.UserError(f"{error}.") from error
+  except AttributeError as error:
+    raise errors.UserError(config_lib.unknown_field(argv)) from error
+  except OSError as error:
+    raise errors.UserError(
+      f"--config: no such file as '{config_lib.file_of(argv)}'; there are "
+      "configs/demo.py, configs/opt.py and configs/llama.py."
+    ) from error
+  if len(rest) > 1 or (rest and rest[0] not in COMMANDS):
+    found = " ".join(rest)
+    raise errors.UserError(
+      f"expected one command of {', '.join(COMMANDS)}; found '{found}'."
+      f"{errors.nearest(rest[0], COMMANDS)}"
+    )
+  return rest[0] if rest else "train"
+
+
+def _run(argv: list[str]) -> None:
+  command = _parse(argv)
+  if not _WORKDIR.value:
+    raise errors.UserError("--workdir: expected a folder; found nothing.")
+  # Heavy: imported only once the command line is right.
+  from zofo_jax import saved, train
+
+  if command == "train":
+    if _CONFIG.value is None:
+      raise errors.UserError(
+        "--config: expected a file such as configs/demo.py; found nothing."
+      )
+    train.train(_CONFIG.value, _WORKDIR.value)
+  elif command == "evaluate":
+    saved.evaluate_run(_WORKDIR.value)
+  else:
+    saved.predict(_WORKDIR.value, _INPUT.value, _OUTPUT.value)
+
+
+def main() -> int:
+  """Runs the command line and returns the exit code."""
+  try:
+    _run(sys.argv)
+  except errors.UserError as error:
+    print(f"zofo_jax: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,179 @@
+"""A config turned into the functions of a run, for every command.
+
+Everything that the config says becomes an explicit argument here.
+"""
+
+import json
+from typing import Any, NamedTuple
+
+import jax
+import ml_collections
+import optax
+from etils import epath
+
+from zofo_jax import (
+  adapters,
+  bilevel,
+  directions,
+  encode,
+  errors,
+  evaluate,
+  experiment,
+  inner,
+  outer,
+  tasks,
+  zo,
+)
+from zofo_jax import config as config_lib
+
+
+def make_optimizer(
+  name: str, learning_rate: float, clip_norm: float = 0.0
+) -> optax.GradientTransformation:
+  """Makes an optax transformation whose learning rate lives in its state.
+
+  Args:
+    name: one of `config.OPTIMIZERS`.
+    learning_rate: constant rate; a traced number, so it can change freely.
+    clip_norm: largest global norm of the gradient; 0 for no limit.
+
+  Returns:
+    The transformation.
+  """
+  factory = {
+    "sgd": optax.sgd,
+    "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
+    "adam": optax.adam,
+    "adamw": optax.adamw,
+  }[name]
+  tx = optax.inject_hyperparams(factory)(learning_rate=learning_rate)
+  if clip_norm:
+    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
+  return tx
+
+
+def make_algorithm(
+  config: ml_collections.ConfigDict, loss_fn: inner.LossFn
+) -> bilevel.BilevelAlgorithm:
+  """Makes the (init, step) pair that a config asks for."""
+  direction = {
+    "gaussian": directions.Gaussian(),
+    "rademacher": directions.Rademacher(),
+  }[config.zo.direction]
+  estimator = {
+    "central": zo.central,
+    "forward": zo.forward,
+    "exact": zo.exact,
+  }[config.zo.estimator]
+  base_tx: Any = outer.sgd(config.zo.learning_rate)
+  if config.zo.optimizer != "sgd":
+    base_tx = make_optimizer(config.zo.optimizer, config.zo.learning_rate)
+  return bilevel.make_bilevel_step(
+    loss_fn,
+    lower_tx=make_optimizer(
+      config.lower.optimizer, config.lower.learning_rate, config.lower.clip_norm
+    ),
+    upper_tx=make_optimizer(
+      config.upper.optimizer, config.upper.learning_rate, config.upper.clip_norm
+    ),
+    base_tx=base_tx,
+    sampler=directions.Sampler(direction, lazy=True),
+    estimator=estimator,
+    num_directions=config.zo.num_directions,
+  )
+
+
+class Run(NamedTuple):
+  """What training, evaluation and prediction share.
+
+  Attributes:
+    config: the resolved config.
+    model: the model without weights.
+    task: what the rows mean.
+    algorithm: the (init, step) pair.
+    score_fn: jitted scores of a batch's options.
+  """
+
+  config: ml_collections.ConfigDict
+  model: experiment.Model
+  task: tasks.Task
+  algorithm: bilevel.BilevelAlgorithm
+  score_fn: evaluate.ScoreFn
+
+  def init(self, base: Any) -> bilevel.BilevelState:
+    """Starts a state at a backbone; p and s begin independently."""
+    key = jax.random.key(self.config.seed)
+    upper_key, lower_key, step_key = jax.random.split(key, 3)
+
+    def adapter(adapter_key: jax.Array) -> Any:
+      return adapters.init_lora(
+        adapter_key,
+        base,
+        rank=self.config.lora.rank,
+        alpha=self.config.lora.alpha,
+        targets=self.config.lora.targets,
+      )
+
+    return self.algorithm.init(
+      step_key, base, adapter(upper_key), adapter(lower_key)
+    )
+
+  def abstract_state(self) -> bilevel.BilevelState:
+    """Returns the shapes of a state, without reading weights."""
+    base = experiment.abstract_base(self.config, self.model)
+    return jax.eval_shape(self.init, base)
+
+  def evaluate(
+    self,
+    base: Any,
+    adapter: Any,
+    examples: list[encode.Example],
+    label: str,
+  ) -> evaluate.Evaluation:
+    """Scores examples with an adapter on a backbone."""
+    return evaluate.evaluate(
+      self.score_fn,
+      base,
+      adapter,
+      examples,
+      metric=self.task.metric,
+      batch_size=self.config.eval.batch_size,
+      pad=self.model.pad,
+      label=label,
+    )
+
+
+def make_run(config: ml_collections.ConfigDict) -> Run:
+  """Checks a config and makes what does not need rows or weights."""
+  config_lib.check(config)
+  task = experiment.load_task(config)
+  model = experiment.load_model(config)
+  loss_fn = experiment.make_loss_fn(config.loss, model.module)
+  log_probs_fn = experiment.make_log_probs_fn(model.module)
+  return Run(
+    config=config,
+    model=model,
+    task=task,
+    algorithm=make_algorithm(config, loss_fn),
+    score_fn=jax.jit(evaluate.make_score_fn(log_probs_fn)),
+  )
+
+
+def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
+  """Reads the config of a saved run.
+
+  Raises:
+    UserError: there is no run, or its config is not of this version.
+  """
+  path = folder / "config.json"
+  if not path.exists():
+    raise errors.UserError(
+      f"--workdir: {folder} holds no run; expected a folder with config.json."
+    )
+  config = config_lib.base_config()
+  try:
+    with config.unlocked():
+      config.update(json.loads(path.read_text()))
+  except (ValueError, TypeError) as error:
+    raise errors.UserError(f"{path}: not a run's config ({error}).") from error
+  return config

@@ -1,0 +1,235 @@
+"""Trains a run: the loop, its checkpoints, and the results at its end.
+
+The one program of an outer iteration is jitted here.
+"""
+
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+
+from zofo_jax import (
+  batches,
+  bilevel,
+  checkpoint,
+  errors,
+  evaluate,
+  experiment,
+  report,
+  runs,
+)
+from zofo_jax import config as config_lib
+
+
+def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
+  """Counts an iteration's (forward, backward) passes over one batch.
+
+  The penalised objective is three losses; an exact derivative counts as two
+  evaluations of each, its value and its tangent.
+  """
+  q = config.zo.num_directions
+  points = {"central": 2 * q, "forward": q + 1, "exact": 2 * q}
+  inner_steps = config.lower.num_steps
+  forward = inner_steps + 2 + 3 * points[config.zo.estimator]
+  return forward, inner_steps + 2
+
+
+def iteration_batch(
+  config: ml_collections.ConfigDict,
+  examples: experiment.Examples,
+  shape: batches.Shape,
+  pad: int,
+  step: int,
+) -> bilevel.BilevelBatch:
+  """Returns the rows of an outer iteration: a pure function of its number."""
+
+  def batch(pool, seed, size, index):
+    chosen = batches.batch_indices(seed, len(pool), size, index)
+    return batches.collate([pool[i] for i in chosen], shape, pad=pad)
+
+  num_inner = config.lower.num_steps
+  seed = 2 * config.seed
+  lower = [
+    batch(
+      examples.lower,
+      seed,
+      config.lower.batch_size,
+      step * (num_inner + 1) + index,
+    )
+    for index in range(num_inner + 1)
+  ]
+  return bilevel.BilevelBatch(
+    lower=jax.tree.map(lambda *leaves: np.stack(leaves), *lower[:-1]),
+    penalty=lower[-1],
+    upper=batch(examples.upper, seed + 1, config.upper.batch_size, step),
+  )
+
+
+def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
+  """Trains a run to its end, from its latest checkpoint if there is one.
+
+  Args:
+    config: the run's config.
+    workdir: folder of the run; local or gs://.
+
+  Returns:
+    What is written to `summary.json`.
+
+  Raises:
+    UserError: something in the config, the files or `workdir` is wrong.
+  """
+  run = runs.make_run(config)
+  folder = epath.Path(workdir)
+  _check_same_config(config, folder)
+  examples = experiment.load_examples(config, run.model, run.task)
+  with checkpoint.Checkpoints(
+    folder / "checkpoints", keep=config.ckpt.keep
+  ) as checkpoints:
+    report.write_json(folder / "config.json", config.to_dict())
+    writer = report.JsonlWriter(folder / "metrics.jsonl")
+    if checkpoints.latest_step() is None:
+      writer.truncate_after(-1)
+      state = run.init(experiment.load_base(config, run.model))
+      zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
+      record = {"seconds": 0.0, "zero_shot": _worth(run, zero_shot)}
+    else:
+      state, record = checkpoints.restore(run.abstract_state())
+      writer.truncate_after(int(state.step))
+    with writer:
+      state, record = _loop(run, examples, state, record, writer, checkpoints)
+    checkpoints.wait()
+    best = checkpoints.best_step()
+    if best != int(state.step):
+      del state  # one backbone at a time
+      state, _ = checkpoints.restore(run.abstract_state(), best)
+    summary = _finish(run, examples, state, record, folder)
+  return summary
+
+
+def _loop(run, examples, state, record, writer, checkpoints):
+  """Takes the remaining outer iterations; returns the state and the record."""
+  config = run.config
+  step_fn = jax.jit(run.algorithm.step, donate_argnums=0)
+  hparams = bilevel.BilevelHParams(
+    zo_eps=np.float32(config.zo.eps), penalty=np.float32(config.penalty)
+  )
+  shape = experiment.train_shape(examples)
+  start, total = int(state.step), config.train.num_steps
+  forward, backward = passes(config)
+  began = time.monotonic() - record["seconds"]
+  pending: tuple[int, bilevel.BilevelInfo] | None = None
+  with report.Progress(total, start=start) as progress:
+
+    def flush():
+      # Metrics are fetched one step late, so the device never waits for us.
+      nonlocal pending
+      if pending is None:
+        return
+      step, info = pending[0], jax.device_get(pending[1])
+      pending = None
+      lower_loss = float(info.lower_loss.mean())
+      writer.write(
+        {
+          "step": step,
+          "lower_loss": lower_loss,
+          **{k: v for k, v in info._asdict().items() if k != "lower_loss"},
+          "seconds": time.monotonic() - began,
+          "forward_passes": forward * step,
+          "backward_passes": backward * step,
+          "rss_bytes": report.rss_bytes(),
+        }
+      )
+      progress.update(step, lower=lower_loss, upper=float(info.upper_loss))
+
+    for step in range(start, total):
+      batch = iteration_batch(config, examples, shape, run.model.pad, step)
+      state, info = step_fn(state, batch, hparams)
+      flush()
+      pending = (step + 1, info)
+      if (step + 1) % config.train.eval_every_steps == 0 or step + 1 == total:
+        flush()
+        record["seconds"] = time.monotonic() - began
+        scores = {}
+        for name, adapter in (("", state.upper), ("_s", state.lower)):
+          result = run.evaluate(
+            state.base, adapter, examples.selection, "selection" + name
+          )
+          scores[f"selection_accuracy{name}"] = result.accuracy
+          scores[f"selection_{run.task.metric}{name}"] = result.metric
+        writer.write({"step": step + 1, **scores})
+        checkpoints.save(
+          step + 1,
+          state,
+          record,
+          metric=scores[f"selection_{run.task.metric}"],
+        )
+        # Evaluation is no part of the training time.
+        began = time.monotonic() - record["seconds"]
+  return state, record
+
+
+def _worth(run: runs.Run, result: evaluate.Evaluation) -> dict[str, float]:
+  return {"accuracy": result.accuracy, run.task.metric: result.metric}
+
+
+def _finish(run, examples, state, record, folder) -> dict[str, Any]:
+  """Tests p and s, and writes the table, the picture and the summary."""
+  config = run.config
+  worth = {"zero_shot": record["zero_shot"]}
+  for name, adapter in (("test", state.upper), ("test_s", state.lower)):
+    result = run.evaluate(state.base, adapter, examples.test, name)
+    worth[name] = _worth(run, result)
+  forward, backward = passes(config)
+  num_steps = config.train.num_steps
+  summary: dict[str, Any] = {
+    "task": run.task.name,
+    "model": config.model.name,
+    **{f"zero_shot_{k}": v for k, v in worth["zero_shot"].items()},
+    **{f"test_{k}": v for k, v in worth["test"].items()},
+    **{f"test_{k}_s": v for k, v in worth["test_s"].items()},
+    "num_test_rows": len(examples.test),
+    "best_step": int(state.step),
+    "num_outer_steps": num_steps,
+    "num_inner_steps": num_steps * config.lower.num_steps,
+    "forward_passes": forward * num_steps,
+    "backward_passes": backward * num_steps,
+    "train_seconds": record["seconds"],
+    "peak_rss_bytes": report.peak_rss_bytes(),
+  }
+  report.write_json(folder / "summary.json", summary)
+  report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+  report.results_table(
+    [
+      {"model": "zero-shot", **worth["zero_shot"]},
+      {"model": "adapter p, kept", **worth["test"]},
+      {"model": "adapter s, auxiliary", **worth["test_s"]},
+    ],
+    title=f"{run.task.name}: {len(examples.test)} test rows, never used before",
+  )
+  print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
+  return summary
+
+
+def _check_same_config(
+  config: ml_collections.ConfigDict, folder: epath.Path
+) -> None:
+  """Stops before a run goes on under another config than it began with."""
+  path = folder / "config.json"
+  if not path.exists():
+    return
+  before = config_lib.flat(runs.read_config(folder))
+  now = config_lib.flat(config)
+  changed = [
+    f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+    for name in sorted(before.keys() | now.keys())
+    if before.get(name) != now.get(name)
+  ]
+  if changed:
+    raise errors.UserError(
+      f"{path} is of a run with another config: {'; '.join(changed[:5])}"
+      f"{' and more' if len(changed) > 5 else ''}. Give another --workdir, or "
+      "remove this one."
+    )
