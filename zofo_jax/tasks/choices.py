@@ -87,12 +87,15 @@ def _keyed(fields: Fields) -> list[int]:
 
 def _clean(text: str) -> str:
   """Removes WikiHow's bracketed marks, as lm-evaluation-harness does."""
-  text = text.strip().replace(" [title]", ". ")
-  return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
+  text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
+  return " ".join(text.split())
 
 
 def _hellaswag(fields: Fields) -> str:
-  return _clean(f"{fields['activity_label']}: {fields['ctx']}")
+  start, end = fields["ctx_a"], fields["ctx_b"]
+  return _clean(
+    f"{fields['activity_label']}: {start} {end[:1].upper()}{end[1:]}"
+  )
 
 
 def _endings(fields: Fields) -> list[str]:
@@ -191,7 +194,7 @@ TASKS = (
     "openbookqa",
     ("allenai/openbookqa", "main"),
     "question_stem",
-    "{question_stem}",
+    "Question: {question_stem}\nAnswer:",
   ),
   _question(
     "arc_easy",
@@ -222,12 +225,13 @@ TASKS = (
     name="hellaswag",
     kind="multiple choice",
     hub=("Rowan/hellaswag", None),
-    text=("activity_label", "ctx"),
-    other=("endings",),
+    text=("activity_label", "ctx_a"),
+    other=("ctx_b", "endings"),
     templates=(Template(_hellaswag, _endings),),
     example={
       "activity_label": "Skating",
-      "ctx": "A girl ties her skates. she",
+      "ctx_a": "[header] A girl ties her skates.",
+      "ctx_b": "she",
       "endings": ["eats the ice.", "glides onto the rink."],
       "label": "1",
     },

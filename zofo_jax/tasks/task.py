@@ -8,6 +8,7 @@ what follows the prompt, its leading space or line break included.
 import dataclasses
 import json
 import string
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -223,6 +224,12 @@ def custom(
       f"Task {name}: labels has {len(labels)} entries and options "
       f"{len(options)}; one label per option expected."
     )
+  if metric not in typing.get_args(Metric):
+    raise errors.UserError(
+      f"Task {name}: metric is '{metric}'; expected one of "
+      f"{', '.join(typing.get_args(Metric))}."
+      f"{errors.nearest(metric, typing.get_args(Metric))}"
+    )
   varying = any("{" in option for option in options)
   return Task(
     name=name,
@@ -237,9 +244,16 @@ def custom(
 
 
 def _call(function: Callable[[Fields], Any], row: rows.Row) -> Any:
-  """Calls an entry's function; what it finds wrong gets the row's name."""
+  """Calls an entry's function; what it finds wrong gets the row's name.
+
+  Spaces around a column's text go, as in MeZO (GLUE's sentences end in one).
+  """
+  fields = {
+    name: value.strip() if isinstance(value, str) else value
+    for name, value in row.fields.items()
+  }
   try:
-    return function(row.fields)
+    return function(fields)
   except ValueError as error:  # A sentence of the entry's own.
     raise errors.UserError(f"{row.where}: {error}") from error
   except KeyError as error:
