@@ -147,7 +147,9 @@ CUSTOM = [
   ),
   tasks.custom("lines", prompt="{text}\n", options=["Yes", "No, it was not"]),
   tasks.custom(
-    "ragged", prompt="{text}", options=[" a", " story so great", "s were okay"]
+    "ragged",
+    prompt="{text}",
+    options=[" great", " story so great", "s were okay"],
   ),
 ]
 
@@ -204,8 +206,9 @@ def test_single_tokens_share_a_row():
   assert example.rows[0].tokens[0] == 1  # OPT puts </s> first
   example = encode.encode(CUSTOM[2], row, tokenizer, max_length=99)
   counts = {o: len(targets) for o, (_, targets) in _by_option(example).items()}
-  assert counts[0] == 1 and counts[1] > 1
-  assert len(example.rows) == 1 + sum(n > 1 for n in counts.values())
+  alone = [o for o, count in counts.items() if count > 1]
+  assert alone and len(alone) < 3
+  assert len(example.rows) == 1 + len(alone)
 
 
 def test_empty_prompt_starts_from_a_begin_token(tokenizer):

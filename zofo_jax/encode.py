@@ -7,6 +7,7 @@ condition on exactly the tokens before it, one option at a time or together.
 """
 
 import logging
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
@@ -59,6 +60,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
   Raises:
     UserError: nothing there, or only a slow tokenizer without offsets.
   """
+  # Spares users without torch a notice on models, which come from elsewhere.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers  # Slow to import, and needed here alone.
 
   try:

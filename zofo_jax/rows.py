@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 from zofo_jax import errors
 
+_CONVERTED = "refs/convert/parquet"
 # Our name of a split and the file names that may hold it.
 _SPLITS = {"validation": ("validation", "valid", "dev", "val")}
 
@@ -105,9 +106,10 @@ def has_split(
   if not hub:
     path = pathlib.Path(str(source))
     return path.is_dir() and _find_file(path, task, split) is not None
-  datasets = importlib.import_module("datasets")
   name = task.hub_splits.get(split, split)
-  return name in datasets.get_dataset_split_names(*hub)
+  return name in _ask_hub(
+    "get_dataset_split_names", hub, f"splits of '{hub[0]}'"
+  )
 
 
 def _read_jsonl(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
@@ -198,25 +200,40 @@ def _hub_id(
   return parts[1], parts[2]
 
 
-def _read_hub(
-  task: Source, hub: str, config: str | None, split: str
-) -> list[Row]:
-  """Reads a split of a hub set; leaves out rows without text, and says so."""
+def _ask_hub(
+  function: str, hub: tuple[str, str | None], what: str, **options: str
+) -> Any:
+  """Calls a function of the package datasets on a hub set."""
   try:
     datasets = importlib.import_module("datasets")
   except ImportError as error:
     raise errors.UserError(
-      f"Reading '{hub}' from the hub needs the package datasets; or point "
+      f"Reading {what} from the hub needs the package datasets; or point "
       "data.dir at a folder of JSONL files."
     ) from error
-  name = task.hub_splits.get(split, split)
+  ask = getattr(datasets, function)
   try:
-    table = datasets.load_dataset(hub, config, split=name)
+    try:
+      return ask(*hub, **options)
+    except RuntimeError as error:
+      if "scripts are no longer supported" not in str(error):
+        raise
+      # The hub keeps a converted copy, a folder for each configuration.
+      return ask(hub[0], data_dir=hub[1], revision=_CONVERTED, **options)
   except Exception as error:  # Its own errors have no common ancestor.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise errors.UserError(
-      f"Cannot read split '{name}' of '{hub}' from the hub: {reason}"
+      f"Cannot read {what} from the hub: {reason}"
     ) from error
+
+
+def _read_hub(
+  task: Source, hub: str, config: str | None, split: str
+) -> list[Row]:
+  """Reads a split of a hub set; leaves out rows without text, and says so."""
+  name = task.hub_splits.get(split, split)
+  what = f"split '{name}' of '{hub}'"
+  table = _ask_hub("load_dataset", (hub, config), what, split=name)
   where = "/".join(filter(None, (hub, config, name)))
   found = [Row(dict(f), f"{where} row {i}") for i, f in enumerate(table, 1)]
   full = [
