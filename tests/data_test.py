@@ -67,6 +67,13 @@ def test_folder_or_folder_of_tasks(tmp_path, place):
   assert len(data.load_rows(TASK, str(tmp_path), "train")) == 3
 
 
+def test_rows_to_predict_need_no_label(tmp_path):
+  path = _write(tmp_path / "asked.jsonl", [{"text": "good"}])
+  assert len(data.load_rows(TASK, path, "train", labelled=False)) == 1
+  with pytest.raises(errors.UserError, match="row 1: no column 'label'"):
+    data.load_rows(TASK, path, "train")
+
+
 def test_configuration_folder_and_dev_file(tmp_path):
   task = tasks.get("wsc")
   _write(tmp_path / "wsc.fixed" / "dev.jsonl", [task.example])

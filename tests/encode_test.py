@@ -169,15 +169,15 @@ def test_scores_equal_one_option_at_a_time(tokenizer, task):
   assert batch.label.tolist() == [r.fields["label"] for r in data]
 
 
-@pytest.mark.parametrize("name", tasks.ALL)
-def test_every_task_encodes(tokenizer, name):
-  task = tasks.ALL[name]
-  row = rows.Row(task.example, "example")
-  mode = "likelihood" if task.kind == "generation" else "classification"
-  example = encode.encode(task, row, tokenizer, mode, max_length=2000)
-  batch = batches.collate([example], batches.shape_of([example]), pad=0)
-  assert sum(batch.option_mask[0]) == len(set(batch.target_option.ravel()))
-  assert batch.option_mask[0, batch.label[0]]
+def test_every_task_encodes(tokenizer):
+  for name, task in tasks.ALL.items():
+    row = rows.Row(task.example, name)
+    mode = "likelihood" if task.kind == "generation" else "classification"
+    example = encode.encode(task, row, tokenizer, mode, max_length=2000)
+    batch = batches.collate([example], batches.shape_of([example]), pad=0)
+    encoded = set(batch.target_option[batch.target_weight > 0])
+    assert encoded == set(np.flatnonzero(batch.option_mask[0]))
+    assert batch.option_mask[0, batch.label[0]]
 
 
 def test_tokens_of_prompt_and_option_rejoin(tokenizer):
@@ -233,6 +233,17 @@ def test_options_without_tokens_or_alike_are_errors(tokenizer):
   empty = tasks.custom("own", prompt="{text} It", options=[" was", ""])
   with pytest.raises(errors.UserError, match="row 4: option '' gives no token"):
     encode.encode(empty, row, tokenizer, max_length=99)
+
+
+def test_rows_without_a_label(tokenizer):
+  row = _row(text="the film")
+  CUSTOM[0].check(row, labelled=False)
+  given = encode.encode(
+    CUSTOM[0], row, tokenizer, max_length=99, labelled=False
+  )
+  row = _row(text="the film", label=1)
+  known = encode.encode(CUSTOM[0], row, tokenizer, max_length=99)
+  assert given == known._replace(label=0, right=())
 
 
 def test_reference_words_may_repeat(tokenizer):

@@ -42,7 +42,7 @@ class Example(NamedTuple):
   Attributes:
     rows: one for all options of one token, one for each longer option.
     label: the right option (the first of them).
-    right: every right option.
+    right: every right option; none if the label was not read.
     options: True for each option that is encoded.
     where: file and row it came from.
   """
@@ -96,6 +96,7 @@ def encode(
   max_length: int,
   version: tasks.Version = 0,
   long_rows: LongRows = "error",
+  labelled: bool = True,
 ) -> Example:
   """Encodes a row's options, or its right option alone, as rows of tokens.
 
@@ -110,6 +111,7 @@ def encode(
     long_rows: "truncate" cuts prompts that are too long at the left, behind
       the tokens that the tokenizer puts before any text; otherwise they are
       an error.
+    labelled: False leaves the label unread; the example's is then 0.
 
   Returns:
     The example.
@@ -120,8 +122,8 @@ def encode(
   """
   prompt = task.prompt(row, version)
   options = task.options(row, version)
-  right = task.right(row)
-  label = right[0]
+  right = task.right(row) if labelled else ()
+  label = right[0] if right else 0
   if mode == "classification" and task.kind == "generation":
     raise errors.UserError(
       f"Task {task.name} is answered by generation; it has no options to "
@@ -174,6 +176,7 @@ def encode_rows(
   max_length: int,
   version: tasks.Version = 0,
   long_rows: LongRows = "error",
+  labelled: bool = True,
 ) -> list[Example]:
   """Encodes a set of rows; see `encode`. "drop" leaves long rows out.
 
@@ -195,6 +198,7 @@ def encode_rows(
           max_length=max_length,
           version=version,
           long_rows=long_rows,
+          labelled=labelled,
         )
       )
     except TooLongError:

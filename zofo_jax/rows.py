@@ -55,7 +55,7 @@ class Source(Protocol):
     """Further columns that are read, less the label's."""
     ...
 
-  def check(self, row: Row) -> None:
+  def check(self, row: Row, *, labelled: bool = True) -> None:
     """Raises a UserError if the row does not fit."""
     ...
 
@@ -65,7 +65,11 @@ class Source(Protocol):
 
 
 def load(
-  task: Source, source: str | pathlib.Path | None, split: str
+  task: Source,
+  source: str | pathlib.Path | None,
+  split: str,
+  *,
+  labelled: bool = True,
 ) -> list[Row]:
   """Reads and checks every row of a split.
 
@@ -76,6 +80,7 @@ def load(
       the split "train"; "hub:owner/name" or "hub:owner/name/config"; or None
       for the task's own hub set.
     split: "train", "validation" or "test".
+    labelled: False for rows to be predicted, which need no label.
 
   Returns:
     The rows, in the file's order.
@@ -94,7 +99,7 @@ def load(
   if not found:
     raise errors.UserError(f"{where}: split '{split}' has no rows.")
   for row in found:
-    task.check(row)
+    task.check(row, labelled=labelled)
   return found
 
 

@@ -136,13 +136,17 @@ class Task:
       )
     return (index,)
 
-  def check(self, row: rows.Row) -> None:
+  def check(self, row: rows.Row, *, labelled: bool = True) -> None:
     """Checks that a row has the columns, their types and a label in range.
+
+    Args:
+      row: the row.
+      labelled: False for a row to be predicted, which needs its text only.
 
     Raises:
       UserError: with the file and the row.
     """
-    for column in self.columns:
+    for column in self.columns if labelled else self.text:
       if column not in row.fields:
         raise errors.UserError(
           f"{row.where}: no column '{column}', which task {self.name} reads; "
@@ -159,7 +163,8 @@ class Task:
         )
       if not value.strip():
         raise errors.UserError(f"{row.where}: column '{column}' is empty.")
-    self.right(row)
+    if labelled:
+      self.right(row)
 
 
 def custom(
