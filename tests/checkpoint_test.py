@@ -147,6 +147,21 @@ def test_keeps_the_latest_and_restores_the_one_asked_for(tmp_path):
   ]
 
 
+def test_keeps_the_best_beside_the_latest(tmp_path):
+  metrics = {1: 0.5, 2: 0.75, 3: 0.75, 4: 0.25, 5: 0.5, 6: 0.0}
+  with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+    assert checkpoints.best_step() is None
+  for step, metric in metrics.items():
+    # Opened anew each time: the metrics come from the disk.
+    with checkpoint.Checkpoints(tmp_path, keep=2) as checkpoints:
+      checkpoints.save(step, make_state(step), {}, metric=metric)
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    assert checkpoints.steps() == [3, 5, 6]
+    assert checkpoints.latest_step() == 6
+    assert checkpoints.best_step() == 3
+    assert_identical(checkpoints.restore(make_state(), 3)[0], make_state(3))
+
+
 def test_an_interrupted_save_is_no_checkpoint(tmp_path):
   save(tmp_path, 1)
   left = tmp_path / "2.orbax-checkpoint-tmp"

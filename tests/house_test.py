@@ -20,8 +20,9 @@ FILES = {
 # folder counts as one module, and is free inside. A new file needs a place.
 FLOORS = (
   ("main",),
-  ("train",),
-  ("evaluate",),
+  ("saved", "train"),
+  ("runs",),
+  ("evaluate", "experiment"),
   ("batches",),
   ("encode",),
   ("tasks",),
@@ -85,7 +86,7 @@ def test_the_core_stands_alone(name):
 
 @pytest.mark.parametrize(
   ("library", "homes"),
-  [("orbax", {"checkpoint"}), ("absl", {"main"}), ("rich", {"report"})],
+  [("orbax", {"checkpoint"}), ("absl", {"main"})],
 )
 def test_some_libraries_have_one_home(library, homes):
   users = {

@@ -167,7 +167,10 @@ def test_a_bar_on_a_terminal():
     "with report.Progress(40) as p:\n"
     "  for i in range(1, 41):\n"
     "    p.update(i, lower=1 / i, upper=2 / i)\n"
-    "    if i == 20: p.say('half [way]')\n"
+    "    if i == 20:\n"
+    "      p.say('half [way]')\n"
+    "      with report.Progress(9, 'selection', unit='rows') as inner:\n"
+    "        inner.update(9, accuracy=0.75)\n"
   )
   ours, theirs = pty.openpty()
   with subprocess.Popen(
@@ -190,6 +193,7 @@ def test_a_bar_on_a_terminal():
   assert "lower 0.025" in text and "upper 0.05" in text
   assert "steps/s" in text and "0:00 left" in text and "GB" in text
   assert "half [way]" in text
+  assert "selection" in text and "9/9" in text and "accuracy 0.75" in text
   assert "━" in text
 
 

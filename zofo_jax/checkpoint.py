@@ -6,6 +6,7 @@ position, versions). Each appears under its number only when it is complete. No
 other module imports orbax.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -32,9 +33,8 @@ class Checkpoints:
     Args:
       folder: a path, local or "gs://...".
       keep: how many of the latest checkpoints to keep, beside the best one.
-        With a number the folder
-        is made if need be, and the first save removes what an interrupted one
-        left; with None the folder is only read.
+        With a number the folder is made if need be, and the first save removes
+        what an interrupted one left; with None the folder is only read.
 
     Raises:
       UserError: if the folder is only to be read and is not there.
@@ -55,6 +55,7 @@ class Checkpoints:
         create=keep is not None,
         cleanup_tmp_directories=keep is not None,
         preservation_policy=(None if keep is None else _latest_and_best(keep)),
+        best_fn=_worth,  # without it orbax does not write the metric
       ),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
@@ -176,7 +177,8 @@ class Checkpoints:
     self._manager.close()
 
   def _metric(self, step: int) -> float:
-    return float((self._manager.metrics(step) or {}).get("metric", 0.0))
+    metrics = self._manager.metrics(step)
+    return -math.inf if metrics is None else _worth(metrics)
 
   def _existing(self, step: int | None) -> int:
     steps = self.steps()
@@ -217,12 +219,16 @@ class Checkpoints:
       )
 
 
+def _worth(metrics: Mapping[str, float]) -> float:
+  return metrics["metric"]
+
+
 def _latest_and_best(keep: int) -> Any:
   policies = ocp.checkpoint_managers
   return policies.AnyPreservationPolicy(
     [
       policies.LatestN(keep),
-      policies.BestN(get_metric_fn=lambda metrics: metrics["metric"], n=1),
+      policies.BestN(get_metric_fn=_worth, n=1),
     ]
   )
 

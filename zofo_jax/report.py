@@ -5,6 +5,7 @@
 and `selection_accuracy_s`; `plot_curves` reads these names.
 """
 
+import functools
 import json
 import math
 import sys
@@ -171,7 +172,7 @@ class Progress:
       print(text, file=self._stream, flush=True)
 
   def _show_bar(self, step: int, text: str) -> None:
-    from rich import console, progress  # not needed by a run in a pod
+    from rich import progress  # not needed by a run in a pod
 
     if self._bar is None:
       column = progress.TextColumn
@@ -180,7 +181,7 @@ class Progress:
         progress.BarColumn(bar_width=16),
         column("{task.completed:.0f}/{task.total:.0f}"),
         column("{task.fields[text]}", markup=False),
-        console=console.Console(file=self._stream),
+        console=_terminal(self._stream),
         refresh_per_second=4,
       )
       self._task = self._bar.add_task(self._label, total=self._total, text="")
@@ -293,6 +294,14 @@ def device_bytes() -> int | None:
   stats = [device.memory_stats() for device in jax.local_devices()]
   used = [s["bytes_in_use"] for s in stats if s and "bytes_in_use" in s]
   return max(used) if used else None
+
+
+@functools.cache
+def _terminal(stream: IO[str]) -> Any:
+  """Gives the one console of a stream, on which a bar may stand in a bar."""
+  from rich import console
+
+  return console.Console(file=stream)
 
 
 def _proc_status(field: str) -> int | None:
