@@ -96,7 +96,8 @@ def load(
   for path, tensors in plan:
     flat[path] = np.empty(expected[path], dtype)
     for index, transpose, tensor in tensors:
-      value = tensor.read()
+      # Casting before the transposed write is twice as fast as within it.
+      value = tensor.read().astype(dtype, copy=False)
       flat[path][index] = value.T if transpose else value
   return flax.traverse_util.unflatten_dict(flat, sep="/")
 
