@@ -5,6 +5,8 @@ A config is data: `train` turns it into explicit arguments, and nothing below
 `lower.num_steps`), `upper` trains p, `zo` moves theta, `penalty` is lambda.
 """
 
+from typing import Any
+
 import ml_collections
 from ml_collections import config_dict
 
@@ -219,11 +221,9 @@ def unknown_field(argv: list[str]) -> str:
   return "--config: a field that is set does not exist."
 
 
-def flat(
-  config: ml_collections.ConfigDict, prefix: str = ""
-) -> dict[str, object]:
+def flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
   """Returns {"zo.eps": 1e-3, ...}."""
-  fields: dict[str, object] = {}
+  fields: dict[str, Any] = {}
   for name, value in config.items():
     if isinstance(value, ml_collections.ConfigDict):
       fields.update(flat(value, f"{prefix}{name}."))

@@ -200,7 +200,7 @@ def make_log_probs_fn(module: nn.Module) -> losses.LogProbsFn:
     def flat(leaf):
       return leaf.reshape(lead[0] * lead[1], *leaf.shape[2:])
 
-    out = module.apply(
+    out: Any = module.apply(
       {"params": base, "adapter": adapter},
       flat(batch.tokens),
       flat(batch.mask),

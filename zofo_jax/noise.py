@@ -43,8 +43,11 @@ def threefry2x32(
   return x0, x1
 
 
-def fold_in(key: jax.Array, high: jax.Array, low: jax.Array) -> jax.Array:
+def fold_in(
+  key: jax.Array, high: jax.typing.ArrayLike, low: jax.typing.ArrayLike
+) -> jax.Array:
   """Derives child keys, shape [..., 2], from a key [2] and counters [...]."""
+  high, low = jnp.asarray(high, jnp.uint32), jnp.asarray(low, jnp.uint32)
   return jnp.stack(threefry2x32(key, high, low), axis=-1)
 
 

@@ -30,7 +30,7 @@ class OuterTransform(NamedTuple):
 class SgdState(NamedTuple):
   """State of `sgd`: updates done, int32 []; learning rate, float32 []."""
 
-  count: jax.Array
+  num_updates: jax.Array
   learning_rate: jax.Array
 
 
@@ -55,11 +55,11 @@ def sgd(learning_rate: optax.ScalarOrSchedule) -> OuterTransform:
   def update(base, state, estimate, sampler):
     rate = state.learning_rate
     if schedule:
-      rate = jnp.asarray(schedule(state.count), jnp.float32)
+      rate = jnp.asarray(schedule(state.num_updates), jnp.float32)
     num_directions = estimate.coefficients.shape[0]
     weights = -rate * estimate.coefficients / num_directions
     base = sampler.add(base, estimate.keys, weights)
-    return base, SgdState(state.count + 1, rate)
+    return base, SgdState(state.num_updates + 1, rate)
 
   return OuterTransform(init, update)
 

@@ -56,10 +56,10 @@ def make_algorithm(
   config: ml_collections.ConfigDict, loss_fn: inner.LossFn
 ) -> bilevel.BilevelAlgorithm:
   """Makes the (init, step) pair that a config asks for."""
-  direction = {
+  kinds: dict[str, directions.Direction] = {
     "gaussian": directions.Gaussian(),
     "rademacher": directions.Rademacher(),
-  }[config.zo.direction]
+  }
   estimator = {
     "central": zo.central,
     "forward": zo.forward,
@@ -77,7 +77,7 @@ def make_algorithm(
       config.upper.optimizer, config.upper.learning_rate, config.upper.clip_norm
     ),
     base_tx=base_tx,
-    sampler=directions.Sampler(direction, lazy=True),
+    sampler=directions.Sampler(kinds[config.zo.direction], lazy=True),
     estimator=estimator,
     num_directions=config.zo.num_directions,
   )

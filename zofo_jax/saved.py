@@ -54,14 +54,14 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   right = metrics.credit(
     result.predictions.tolist(), [example.right for example in examples]
   )
-  worth = {"accuracy": result.accuracy, run.task.metric: result.metric}
+  worth: dict[str, float] = {"accuracy": result.accuracy, run.task.metric: result.metric}
   intervals = {
     f"{name}_interval": metrics.bootstrap_interval(
       metrics.METRICS[name], result.predictions.tolist(), right
     )
     for name in worth
   }
-  evaluation = {
+  evaluation: dict[str, Any] = {
     "task": run.task.name,
     "step": int(state.step),
     "num_test_rows": len(examples),

@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -114,7 +115,7 @@ def _loop(run, examples, state, record, writer, checkpoints):
   config = run.config
   step_fn = jax.jit(run.algorithm.step, donate_argnums=0)
   hparams = bilevel.BilevelHParams(
-    zo_eps=np.float32(config.zo.eps), penalty=np.float32(config.penalty)
+    zo_eps=jnp.float32(config.zo.eps), penalty=jnp.float32(config.penalty)
   )
   shape = experiment.train_shape(examples)
   start, total = int(state.step), config.train.num_steps
