@@ -235,4 +235,4 @@ def test_same_model_as_transformers_reads_from_gguf(smollm2):
     for part, heads in (("q_proj", 9), ("k_proj", 3)):
       if part in name:
         state[name].copy_(permute_as_llama_cpp(state[name], heads))
-  assert loss(theirs) > exact + 2
+  assert loss(theirs) > exact + 1
