@@ -162,13 +162,18 @@ def load_examples(
 
 
 def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:
-  """Reads the backbone's weights in the config's dtype."""
-  return weights.load(
-    model.folder,
-    model.family,
-    model.module.config,
-    jnp.dtype(config.model.dtype),
+  """Reads the backbone's weights to the device, in the config's dtype."""
+  leaves, structure = jax.tree.flatten(
+    weights.load(
+      model.folder,
+      model.family,
+      model.module.config,
+      jnp.dtype(config.model.dtype),
+    )
   )
+  for i, leaf in enumerate(leaves):  # each host copy goes as its leaf is done
+    leaves[i] = jnp.array(leaf)
+  return structure.unflatten(leaves)
 
 
 def abstract_base(config: ml_collections.ConfigDict, model: Model) -> Any:

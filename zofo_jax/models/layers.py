@@ -17,6 +17,9 @@ import jax.numpy as jnp
 
 from zofo_jax import adapters, directions, errors
 
+# Rows of a perturbed head that exist at a time.
+_VOCABULARY_BLOCK = 4096
+
 INIT = nn.initializers.normal(0.02)
 
 # By the names that config.json uses.
@@ -218,12 +221,42 @@ def target_log_probs(
   Returns:
     float32 [B, K].
   """
-  logits = head_logits(hidden_BxPxD, embedding)
-  normalizer = jax.nn.logsumexp(logits, axis=-1)
-  row = jnp.arange(logits.shape[0])[:, None]
-  row = jnp.broadcast_to(row, target_slot_BxK.shape)
-  picked = logits[row, target_slot_BxK, target_token_BxK]
-  return picked - normalizer[row, target_slot_BxK]
+  if isinstance(embedding, directions.Perturbed):
+    normalizer_BxP = _log_normalizer_by_blocks(hidden_BxPxD, embedding)
+  else:
+    logits = head_logits(hidden_BxPxD, embedding)
+    normalizer_BxP = jax.nn.logsumexp(logits, axis=-1)
+  hidden_BxKxD = gather_positions(hidden_BxPxD, target_slot_BxK)
+  rows_BxKxD = directions.take(embedding, target_token_BxK)
+  picked_BxK = jnp.sum(
+    hidden_BxKxD.astype(jnp.float32) * rows_BxKxD.astype(jnp.float32), axis=-1
+  )
+  normalizer_BxK = jnp.take_along_axis(normalizer_BxP, target_slot_BxK, axis=1)
+  return picked_BxK - normalizer_BxK
+
+
+def _log_normalizer_by_blocks(
+  hidden_BxPxD: jax.Array, embedding: directions.Perturbed
+) -> jax.Array:
+  """log sum_v exp(h e_v), a block of the vocabulary at a time; [B, P].
+
+  A perturbed table would otherwise exist whole, once for every sign.
+  """
+  size = embedding.shape[0]
+  block = min(size, _VOCABULARY_BLOCK)
+
+  def add_block(index, total_BxP):
+    # The last block starts early enough to be full; what the block before it
+    # has counted is masked.
+    start = jnp.minimum(index * block, size - block)
+    rows = start + jnp.arange(block)
+    logits = head_logits(hidden_BxPxD, directions.take(embedding, rows))
+    fresh = (rows >= index * block)[None, None]
+    logits = jnp.where(fresh, logits, -jnp.inf)
+    return jnp.logaddexp(total_BxP, jax.nn.logsumexp(logits, axis=-1))
+
+  empty = jnp.full(hidden_BxPxD.shape[:2], -jnp.inf)
+  return jax.lax.fori_loop(0, -(-size // block), add_block, empty)
 
 
 def hf_field(config: Mapping[str, Any], name: str) -> Any:
