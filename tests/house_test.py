@@ -27,7 +27,7 @@ FLOORS = (
   ("encode",),
   ("tasks",),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
-  ("adapters", "recipes", "rows"),
+  ("adapters", "progress", "recipes", "rows"),
   # The core.
   ("bilevel",),
   ("inner", "losses", "outer"),

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zofo_jax import batches, encode, losses, metrics, report
+from zofo_jax import batches, encode, losses, metrics
+from zofo_jax import progress as progress_lib
 
 # (base, adapter, batch) -> scores, float32 [B, O].
 ScoreFn = Callable[[Any, Any, losses.Batch], Any]
@@ -66,7 +67,7 @@ def score_options(
     float32 [N, O], in the order of `examples`.
   """
   outputs, places, done = [], [], 0
-  with report.Progress(len(examples), label, unit="rows") as progress:
+  with progress_lib.Progress(len(examples), label, unit="rows") as progress:
     for batch, place in batches.eval_batches(examples, batch_size, pad=pad):
       outputs.append(np.asarray(score_fn(base, adapter, batch)))
       places.append(place)

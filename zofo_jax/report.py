@@ -1,17 +1,13 @@
-"""What a run tells people: progress, metrics as JSON lines, tables, a picture.
+"""What a run leaves for people: metrics as JSON lines, tables, a picture.
 
 `metrics.jsonl` has one dictionary a line. Those of training have `step`,
 `lower_loss` and `upper_loss`, and some of them `selection_accuracy` (adapter p)
 and `selection_accuracy_s`; `plot_curves` reads these names.
 """
 
-import functools
 import json
 import math
-import sys
-import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import IO, Any, Self
 
 import numpy as np
@@ -95,100 +91,6 @@ def write_json(path: epath.PathLike, obj: Any) -> None:
   _replace(epath.Path(path), _dumps(obj, indent=2) + "\n")
 
 
-class Progress:
-  """Shows how long work goes on: a bar on a terminal, else a line at times."""
-
-  def __init__(
-    self,
-    total: int,
-    label: str = "train",
-    *,
-    unit: str = "steps",
-    start: int = 0,
-    stream: IO[str] | None = None,
-    seconds_between_lines: float = 10.0,
-    clock: Callable[[], float] = time.monotonic,
-  ):
-    """Prepares the display; it appears with the first update.
-
-    Args:
-      total: the number of steps at the end.
-      label: what is done.
-      unit: what a step is, in the plural.
-      start: steps done before, by the run that is resumed.
-      stream: where to write; None for standard error.
-      seconds_between_lines: how often to write when it is no terminal.
-      clock: the time in seconds.
-    """
-    self._total = total
-    self._label = label
-    self._unit = unit
-    self._stream = sys.stderr if stream is None else stream
-    self._every = seconds_between_lines
-    self._clock = clock
-    self._last_line = -math.inf
-    # The rate is that of the last updates. The first step of all is left out
-    # of it as soon as there is another: it holds the compilation.
-    self._times = deque([(start, clock())], maxlen=30)
-    self._first = True
-    self._bar: Any = None
-    self._task: Any = None
-
-  def __enter__(self) -> Self:
-    """Returns itself."""
-    return self
-
-  def __exit__(self, *unused: object) -> None:
-    """Leaves the last state of the bar on the screen."""
-    if self._bar is not None:
-      self._bar.stop()
-
-  def update(self, step: int, **values: float) -> None:
-    """Shows that `step` steps are done, with numbers such as lower=0.31."""
-    now = self._clock()
-    if self._first and len(self._times) == 2:
-      self._times.popleft()
-      self._first = False
-    self._times.append((step, now))
-    old_step, old_time = self._times[0]
-    rate = (step - old_step) / (now - old_time) if now > old_time else 0.0
-    left = (self._total - step) / rate if rate > 0 else math.inf
-    memory = [_gigabytes(rss_bytes())]
-    if (device := device_bytes()) is not None:
-      memory.append(f"device {_gigabytes(device)}")
-    texts = [f"{name} {value:.4g}" for name, value in values.items()]
-    texts += [f"{rate:.3g} {self._unit}/s", f"{_duration(left)} left", *memory]
-    if self._stream.isatty():
-      self._show_bar(step, "  ".join(texts))
-    elif now - self._last_line >= self._every or step >= self._total:
-      self._last_line = now
-      self.say("  ".join([f"{self._label} {step}/{self._total}", *texts]))
-
-  def say(self, text: str) -> None:
-    """Writes a line, above the bar where there is one."""
-    if self._bar is not None:
-      self._bar.console.print(text, markup=False, highlight=False)
-    else:
-      print(text, file=self._stream, flush=True)
-
-  def _show_bar(self, step: int, text: str) -> None:
-    from rich import progress  # not needed by a run in a pod
-
-    if self._bar is None:
-      column = progress.TextColumn
-      self._bar = progress.Progress(
-        column("{task.description}", markup=False),
-        progress.BarColumn(bar_width=16),
-        column("{task.completed:.0f}/{task.total:.0f}"),
-        column("{task.fields[text]}", markup=False),
-        console=_terminal(self._stream),
-        refresh_per_second=4,
-      )
-      self._task = self._bar.add_task(self._label, total=self._total, text="")
-      self._bar.start()
-    self._bar.update(self._task, completed=step, text=text)
-
-
 def results_table(
   rows: Sequence[Mapping[str, Any]],
   *,
@@ -270,51 +172,6 @@ def plot_curves(
     fig.savefig(file, format="png", dpi=150)
 
 
-def peak_rss_bytes() -> int:
-  """Returns the largest resident memory that this process has had, in bytes."""
-  # getrusage also counts what the parent had when it started this process.
-  if (high := _proc_status("VmHWM")) is not None:
-    return high
-  import resource  # not on every system
-
-  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-  return peak if sys.platform == "darwin" else peak * 1024
-
-
-def rss_bytes() -> int:
-  """Returns the resident memory now, or its peak where only that is known."""
-  now = _proc_status("VmRSS")
-  return peak_rss_bytes() if now is None else now
-
-
-def device_bytes() -> int | None:
-  """Returns the memory used on the fullest local device, if any tells."""
-  import jax  # a reader of metrics has no use for devices
-
-  stats = [device.memory_stats() for device in jax.local_devices()]
-  used = [s["bytes_in_use"] for s in stats if s and "bytes_in_use" in s]
-  return max(used) if used else None
-
-
-@functools.cache
-def _terminal(stream: IO[str]) -> Any:
-  """Gives the one console of a stream, on which a bar may stand in a bar."""
-  from rich import console
-
-  return console.Console(file=stream)
-
-
-def _proc_status(field: str) -> int | None:
-  try:
-    with open("/proc/self/status") as file:
-      for line in file:
-        if line.startswith(field + ":"):
-          return int(line.split()[1]) * 1024
-  except OSError:
-    pass
-  return None
-
-
 def _plain(value: Any) -> Any:
   """Turns arrays and paths into JSON; what is not finite becomes null."""
   if isinstance(value, Mapping):
@@ -371,15 +228,3 @@ def _cell(value: Any) -> str:
   if isinstance(value, float | np.floating):
     return f"{value:.3f}"
   return str(value)
-
-
-def _duration(seconds: float) -> str:
-  if not math.isfinite(seconds):
-    return "?"
-  minutes, rest = divmod(round(seconds), 60)
-  hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _gigabytes(number: int) -> str:
-  return f"{number / 1e9:.2f} GB"

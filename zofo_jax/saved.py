@@ -54,7 +54,10 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   right = metrics.credit(
     result.predictions.tolist(), [example.right for example in examples]
   )
-  worth: dict[str, float] = {"accuracy": result.accuracy, run.task.metric: result.metric}
+  worth: dict[str, float] = {
+    "accuracy": result.accuracy,
+    run.task.metric: result.metric,
+  }
   intervals = {
     f"{name}_interval": metrics.bootstrap_interval(
       metrics.METRICS[name], result.predictions.tolist(), right

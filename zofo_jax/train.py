@@ -23,6 +23,7 @@ from zofo_jax import (
   runs,
 )
 from zofo_jax import config as config_lib
+from zofo_jax import progress as progress_lib
 
 
 def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -122,7 +123,7 @@ def _loop(run, examples, state, record, writer, checkpoints):
   forward, backward = passes(config)
   began = time.monotonic() - record["seconds"]
   pending: tuple[int, bilevel.BilevelInfo] | None = None
-  with report.Progress(total, start=start) as progress:
+  with progress_lib.Progress(total, start=start) as progress:
 
     def flush():
       # Metrics are fetched one step late, so the device never waits for us.
@@ -140,7 +141,7 @@ def _loop(run, examples, state, record, writer, checkpoints):
           "seconds": time.monotonic() - began,
           "forward_passes": forward * step,
           "backward_passes": backward * step,
-          "rss_bytes": report.rss_bytes(),
+          "rss_bytes": progress_lib.rss_bytes(),
         }
       )
       progress.update(step, lower=lower_loss, upper=float(info.upper_loss))
@@ -198,7 +199,7 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
     "forward_passes": forward * num_steps,
     "backward_passes": backward * num_steps,
     "train_seconds": record["seconds"],
-    "peak_rss_bytes": report.peak_rss_bytes(),
+    "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }
   report.write_json(folder / "summary.json", summary)
   report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")

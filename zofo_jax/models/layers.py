@@ -238,7 +238,7 @@ def target_log_probs(
 def _log_normalizer_by_blocks(
   hidden_BxPxD: jax.Array, embedding: directions.Perturbed
 ) -> jax.Array:
-  """log sum_v exp(h e_v), a block of the vocabulary at a time; [B, P].
+  """Log sum_v exp(h e_v), a block of the vocabulary at a time; [B, P].
 
   A perturbed table would otherwise exist whole, once for every sign.
   """
