@@ -157,7 +157,7 @@ def _unit(key, tree, sampler):
     (zo.central, 1, "sgd", directions.Rademacher()),
     (zo.central, 3, "adam", directions.Gaussian()),
     (zo.forward, 1, "adam", directions.Rademacher()),
-    (zo.forward, 3, "sgd", directions.Gaussian()),
+    (zo.forward, 3, "sgd", directions.Rademacher()),
   ],
 )
 def test_iteration_equals_the_transcription(

@@ -26,7 +26,10 @@ def _flat(tree):
 
 
 def _ravel(tree):
-  return jnp.concatenate([leaf.reshape(-1) for leaf in jax.tree.leaves(tree)])
+  leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
+  # The barrier keeps XLA from writing z out again wherever x is used, which
+  # makes these programs slow to compile.
+  return jax.lax.optimization_barrier(jnp.concatenate(leaves))
 
 
 @functools.partial(jax.jit, static_argnames="direction")
