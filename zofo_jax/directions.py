@@ -24,30 +24,37 @@ from zofo_jax import noise
 STACKED = r"(^|/)layers/"
 
 
+# Rows of a leaf's axis 0: their numbers, or consecutive ones.
+Rows = jax.Array | noise.Block
+
+
 class Direction(Protocol):
   """A kind of random direction; hashable, so that jit can key on it."""
 
   def draw(
-    self, key: jax.Array, shape: tuple[int, ...], rows: jax.Array | None = None
+    self, key: jax.Array, shape: tuple[int, ...], rows: Rows | None = None
   ) -> jax.Array:
     """Returns z, float32; only the given rows of axis 0 if `rows` is set."""
     ...
 
 
 def _draw_rows(
-  element_fn: Callable[[jax.Array, jax.Array, int], jax.Array],
+  element_fn: Callable[[jax.Array, Rows, int], jax.Array],
   key: jax.Array,
   shape: tuple[int, ...],
-  rows: jax.Array | None,
+  rows: Rows | None,
 ) -> jax.Array:
   """Draws a leaf as a matrix of rows; scalars are one row of one element."""
   if rows is None:
-    rows = jnp.arange(shape[0] if shape else 1, dtype=jnp.uint32)
+    rows = noise.Block(0, shape[0] if shape else 1)
     leading = shape[:1]
+  elif isinstance(rows, noise.Block):
+    leading = (rows.size,)
   else:
     leading = rows.shape
+    rows = rows.astype(jnp.uint32)
   columns = int(np.prod(shape[1:], dtype=np.int64))
-  z = element_fn(key, rows.astype(jnp.uint32), columns)
+  z = element_fn(key, rows, columns)
   return z.reshape(*leading, *shape[1:])
 
 
@@ -56,7 +63,7 @@ class Gaussian:
   """z ~ N(0, I), drawn in float32."""
 
   def draw(
-    self, key: jax.Array, shape: tuple[int, ...], rows: jax.Array | None = None
+    self, key: jax.Array, shape: tuple[int, ...], rows: Rows | None = None
   ) -> jax.Array:
     """Returns z, float32; only the given rows of axis 0 if `rows` is set."""
     return _draw_rows(noise.gaussian, key, shape, rows)
@@ -67,7 +74,7 @@ class Rademacher:
   """z uniform on {-1, +1}^d; exact in every dtype, 64 elements a draw."""
 
   def draw(
-    self, key: jax.Array, shape: tuple[int, ...], rows: jax.Array | None = None
+    self, key: jax.Array, shape: tuple[int, ...], rows: Rows | None = None
   ) -> jax.Array:
     """Returns z, float32; only the given rows of axis 0 if `rows` is set."""
     return _draw_rows(noise.rademacher, key, shape, rows)
@@ -222,6 +229,16 @@ def take(weight: Any, rows: jax.Array) -> jax.Array:
   z = weight.direction.draw(weight.key, weight.shape, rows)
   taken = jnp.take(weight.value, rows, axis=0).astype(jnp.float32)
   return (taken + weight.scale * z).astype(weight.dtype)
+
+
+def block(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
+  """Reads `size` consecutive rows of axis 0 from `start`, a multiple of 64."""
+  stored = weight.value if _is_perturbed(weight) else weight
+  rows = jax.lax.dynamic_slice_in_dim(stored, start, size)
+  if not _is_perturbed(weight):
+    return rows
+  z = weight.direction.draw(weight.key, weight.shape, noise.Block(start, size))
+  return (rows.astype(jnp.float32) + weight.scale * z).astype(weight.dtype)
 
 
 def dot(x: jax.Array, weight: Any) -> jax.Array:

@@ -173,7 +173,7 @@ def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:
   )
   for i, leaf in enumerate(leaves):  # each host copy goes as its leaf is done
     leaves[i] = jnp.array(leaf)
-  return structure.unflatten(leaves)
+  return jax.tree.unflatten(structure, leaves)
 
 
 def abstract_base(config: ml_collections.ConfigDict, model: Model) -> Any:

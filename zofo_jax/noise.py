@@ -7,6 +7,7 @@ sharding and any order of evaluation give the same numbers.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,30 @@ _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 
 
+class Block(NamedTuple):
+  """Consecutive rows, cheaper to draw than rows in any order.
+
+  Attributes:
+    start: number of the first row, a multiple of 64; may be traced.
+    size: how many rows.
+  """
+
+  start: jax.typing.ArrayLike
+  size: int
+
+
+def _rounds(
+  x0: jax.Array, x1: jax.Array, rotations: tuple[int, ...]
+) -> tuple[jax.Array, jax.Array]:
+  for rotation in rotations:
+    x0 = x0 + x1
+    x1 = (x1 << rotation) | (x1 >> (32 - rotation))
+    x1 = x0 ^ x1
+  return x0, x1
+
+
 def threefry2x32(
-  key: jax.Array, high: jax.Array, low: jax.Array
+  key: jax.Array, high: jax.Array, low: jax.Array, *, fused: bool = True
 ) -> tuple[jax.Array, jax.Array]:
   """Encrypts the counter (high, low) under a key: 64 random bits an element.
 
@@ -25,22 +48,49 @@ def threefry2x32(
     key: uint32, shape [2] or [..., 2] broadcasting against the counters.
     high: uint32 counter words, any shape.
     low: uint32 counter words, a shape that broadcasts with `high`.
+    fused: whether XLA may merge the cipher into what uses the bits. False runs
+      it in a loop: for bits that many elements share, which would otherwise be
+      computed anew for each of them, and for quicker compilation.
 
   Returns:
-    Two uint32 arrays of the broadcast shape.
+    Two uint32 arrays of the broadcast shape; the same bits either way.
   """
   k0, k1 = key[..., 0], key[..., 1]
   schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
-  x0 = high + schedule[0]
-  x1 = low + schedule[1]
-  for block in range(5):
-    for rotation in _ROTATIONS[block % 2]:
-      x0 = x0 + x1
-      x1 = (x1 << rotation) | (x1 >> (32 - rotation))
-      x1 = x0 ^ x1
-    x0 = x0 + schedule[(block + 1) % 3]
-    x1 = x1 + schedule[(block + 2) % 3] + np.uint32(block + 1)
-  return x0, x1
+  x0, x1 = jnp.broadcast_arrays(high + k0, low + k1)
+
+  def four_rounds(block, x0, x1, injected0, injected1):
+    x0, x1 = _rounds(x0, x1, _ROTATIONS[block % 2])
+    return x0 + injected0, x1 + injected1
+
+  if fused:
+    for block in range(5):
+      x0, x1 = four_rounds(
+        block,
+        x0,
+        x1,
+        schedule[(block + 1) % 3],
+        schedule[(block + 2) % 3] + np.uint32(block + 1),
+      )
+    return x0, x1
+
+  stacked = jnp.stack(schedule)
+
+  def eight_rounds(i, pair):
+    x0, x1 = pair
+    for block in range(2):
+      number = 2 * i + block + 1
+      x0, x1 = four_rounds(
+        block,
+        x0,
+        x1,
+        stacked[number % 3],
+        stacked[(number + 1) % 3] + jnp.uint32(number),
+      )
+    return x0, x1
+
+  x0, x1 = jax.lax.fori_loop(0, 2, eight_rounds, (x0, x1))
+  return four_rounds(0, x0, x1, k0 ^ k1 ^ _PARITY, k0 + np.uint32(5))
 
 
 def fold_in(
@@ -48,7 +98,7 @@ def fold_in(
 ) -> jax.Array:
   """Derives child keys, shape [..., 2], from a key [2] and counters [...]."""
   high, low = jnp.asarray(high, jnp.uint32), jnp.asarray(low, jnp.uint32)
-  return jnp.stack(threefry2x32(key, high, low), axis=-1)
+  return jnp.stack(threefry2x32(key, high, low, fused=False), axis=-1)
 
 
 def _last_axis(size: int, ndim: int) -> jax.Array:
@@ -56,17 +106,22 @@ def _last_axis(size: int, ndim: int) -> jax.Array:
   return jnp.arange(size, dtype=jnp.uint32).reshape((1,) * (ndim - 1) + (size,))
 
 
-def gaussian(key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:
+def gaussian(
+  key: jax.Array, rows: jax.Array | Block, columns: int
+) -> jax.Array:
   """Draws N(0, 1) elements, float32, shape [*rows.shape, columns].
 
   Args:
     key: uint32, shape [2].
-    rows: uint32 row numbers, any shape; the same row gives the same numbers.
+    rows: uint32 row numbers, any shape, or consecutive ones; the same row gives
+      the same numbers.
     columns: elements in a row.
 
   Returns:
     float32 array; |z| <= 5.42, since the uniform beneath has 23 bits.
   """
+  if isinstance(rows, Block):
+    rows = _consecutive(rows.start, rows.size)
   column = _last_axis(columns, rows.ndim + 1)
   x0, x1 = threefry2x32(key, rows[..., None], column)
   # 23 random bits give a float in [1, 2); the half ulp keeps 0 and 1 out.
@@ -76,20 +131,51 @@ def gaussian(key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:
   return np.float32(math.sqrt(2.0)) * jax.lax.erf_inv(uniform)
 
 
-def rademacher(key: jax.Array, rows: jax.Array, columns: int) -> jax.Array:
-  """Draws +1 or -1 with equal chance, 64 elements to one block of bits.
+def rademacher(
+  key: jax.Array, rows: jax.Array | Block, columns: int
+) -> jax.Array:
+  """Draws +1 or -1 with equal chance, one bit an element.
+
+  A column's 64 random bits serve 64 consecutive rows, so that neighbours in
+  memory differ in the word and share the shift.
 
   Args:
     key: uint32, shape [2].
-    rows: uint32 row numbers, any shape; the same row gives the same signs.
+    rows: uint32 row numbers, any shape, or consecutive ones; the same row gives
+      the same signs.
     columns: elements in a row.
 
   Returns:
     float32 array of +1 and -1, shape [*rows.shape, columns].
   """
-  block = _last_axis(-(-columns // 64), rows.ndim + 1)
-  words = jnp.stack(threefry2x32(key, rows[..., None], block), axis=-1)
-  shifts = _last_axis(32, words.ndim + 1)
-  bits = (words[..., None] >> shifts) & np.uint32(1)
-  bits = bits.reshape(*rows.shape, -1)[..., :columns]
-  return 1.0 - 2.0 * bits.astype(jnp.float32)
+  if not isinstance(rows, Block):
+    column = _last_axis(columns, rows.ndim + 1)
+    x0, x1 = threefry2x32(key, rows[..., None] >> 6, column, fused=False)
+    row = jnp.broadcast_to(rows[..., None], x0.shape)
+    return _sign(jnp.where(row & 32, x1, x0) << (row & 31))
+  blocks = -(-rows.size // 64)
+  first = jnp.asarray(rows.start, jnp.uint32) >> 6
+  words = jnp.stack(
+    threefry2x32(
+      key,
+      _consecutive(first, blocks)[:, None],
+      _last_axis(columns, 2),
+      fused=False,
+    ),
+    axis=1,
+  )
+  shifts = jnp.arange(32, dtype=jnp.uint32)[None, None, :, None]
+  bits = words[:, :, None, :] << shifts
+  return _sign(bits.reshape(blocks * 64, columns)[: rows.size])
+
+
+def _consecutive(start: jax.typing.ArrayLike, size: int) -> jax.Array:
+  return jnp.asarray(start, jnp.uint32) + jnp.arange(size, dtype=jnp.uint32)
+
+
+def _sign(bits: jax.Array) -> jax.Array:
+  """Turns the highest bit of each word into +1 or -1."""
+  one = np.uint32(0x3F800000)
+  return jax.lax.bitcast_convert_type(
+    (bits & np.uint32(0x80000000)) | one, jnp.float32
+  )

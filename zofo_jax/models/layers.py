@@ -243,20 +243,22 @@ def _log_normalizer_by_blocks(
   A perturbed table would otherwise exist whole, once for every sign.
   """
   size = embedding.shape[0]
-  block = min(size, _VOCABULARY_BLOCK)
 
-  def add_block(index, total_BxP):
-    # The last block starts early enough to be full; what the block before it
-    # has counted is masked.
-    start = jnp.minimum(index * block, size - block)
-    rows = start + jnp.arange(block)
-    logits = head_logits(hidden_BxPxD, directions.take(embedding, rows))
-    fresh = (rows >= index * block)[None, None]
-    logits = jnp.where(fresh, logits, -jnp.inf)
+  def add_block(total_BxP, start, rows):
+    logits = head_logits(hidden_BxPxD, directions.block(embedding, start, rows))
     return jnp.logaddexp(total_BxP, jax.nn.logsumexp(logits, axis=-1))
 
-  empty = jnp.full(hidden_BxPxD.shape[:2], -jnp.inf)
-  return jax.lax.fori_loop(0, -(-size // block), add_block, empty)
+  whole = size // _VOCABULARY_BLOCK
+  total_BxP = jax.lax.fori_loop(
+    0,
+    whole,
+    lambda i, total: add_block(total, i * _VOCABULARY_BLOCK, _VOCABULARY_BLOCK),
+    jnp.full(hidden_BxPxD.shape[:2], -jnp.inf),
+  )
+  rest = size - whole * _VOCABULARY_BLOCK
+  if rest:
+    total_BxP = add_block(total_BxP, whole * _VOCABULARY_BLOCK, rest)
+  return total_BxP
 
 
 def hf_field(config: Mapping[str, Any], name: str) -> Any:
