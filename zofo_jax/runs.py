@@ -150,13 +150,15 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
   model = experiment.load_model(config)
   loss_fn = experiment.make_loss_fn(config.loss, model.module)
   log_probs_fn = experiment.make_log_probs_fn(model.module)
-  return Run(
+  run = Run(
     config=config,
     model=model,
     task=task,
     algorithm=make_algorithm(config, loss_fn),
     score_fn=jax.jit(evaluate.make_score_fn(log_probs_fn)),
   )
+  run.abstract_state()  # adapters that fit nowhere are noticed here
+  return run
 
 
 def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
