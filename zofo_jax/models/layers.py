@@ -243,21 +243,22 @@ def _log_normalizer_by_blocks(
   A perturbed table would otherwise exist whole, once for every sign.
   """
   size = embedding.shape[0]
+  block = min(size, _VOCABULARY_BLOCK)
 
   def add_block(total_BxP, start, rows):
     logits = head_logits(hidden_BxPxD, directions.block(embedding, start, rows))
     return jnp.logaddexp(total_BxP, jax.nn.logsumexp(logits, axis=-1))
 
-  whole = size // _VOCABULARY_BLOCK
+  whole = size // block
   total_BxP = jax.lax.fori_loop(
     0,
     whole,
-    lambda i, total: add_block(total, i * _VOCABULARY_BLOCK, _VOCABULARY_BLOCK),
+    lambda i, total: add_block(total, i * block, block),
     jnp.full(hidden_BxPxD.shape[:2], -jnp.inf),
   )
-  rest = size - whole * _VOCABULARY_BLOCK
+  rest = size - whole * block
   if rest:
-    total_BxP = add_block(total_BxP, whole * _VOCABULARY_BLOCK, rest)
+    total_BxP = add_block(total_BxP, whole * block, rest)
   return total_BxP
 
 
