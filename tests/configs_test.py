@@ -1,0 +1,256 @@
+"""Every config file loads, and says what the paper and its code say."""
+
+import importlib.util
+import json
+import pathlib
+import re
+
+import pytest
+from etils import epath
+
+from zofo_jax import assets, errors, recipes, runs, tasks
+from zofo_jax import config as config_lib
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+FAMILIES = ("llama", "opt")
+DEFAULTS = config_lib.flat(config_lib.base_config())
+
+
+def load(name):
+  path = ROOT / "configs" / f"{name}.py"
+  spec = importlib.util.spec_from_file_location(f"configs_{name}", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def changed(config):
+  """Returns what differs from the defaults."""
+  fields = config_lib.flat(config)
+  assert fields.keys() == DEFAULTS.keys()
+  return {k: v for k, v in fields.items() if v != DEFAULTS[k]}
+
+
+def names_with_sizes():
+  return [(name, size) for name in FAMILIES for size in load(name).SIZES]
+
+
+@pytest.mark.parametrize("name, size", names_with_sizes())
+@pytest.mark.parametrize("preset", ["paper", "reference"])
+def test_every_size_and_preset(name, size, preset):
+  module = load(name)
+  config = module.get_config(f"size={size},task=copa,preset={preset}")
+  config_lib.check(config)
+  assert config.model.name == module.SIZES[size]
+  assert re.fullmatch(r"[\w-]+/[\w.-]+", config.model.name)
+  assert config.data.task == "copa"
+  if preset == "paper":
+    assert changed(config).keys() == {"model.name", "data.task"}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_defaults(name):
+  config = load(name).get_config()
+  config_lib.check(config)
+  assert config.data.task == "sst2"
+  assert changed(config).keys() == {"model.name"}
+
+
+def test_paper_numbers():
+  """MeZO's protocol: 1000 rows, two thirds for the lower level, 1000 tests."""
+  expected = {
+    "data.num_lower": 666,
+    "data.num_upper": 334,
+    "data.num_test": 1000,
+    "lora.rank": 8,
+    "lora.alpha": 16.0,
+    "zo.eps": 1e-3,
+    "lower.num_steps": 10,
+    "lower.clip_norm": 1.0,
+    "loss": "likelihood",
+  }
+  assert expected.items() <= DEFAULTS.items()
+
+
+def test_reference_preset():
+  config = load("opt").get_config("size=1.3b,task=cb,preset=reference")
+  assert changed(config) == {
+    "model.name": "facebook/opt-1.3b",
+    "data.task": "cb",
+    "data.num_selection": 0,
+    "penalty": 1e5,
+    "lower.learning_rate": 1e-3,
+    "lower.num_steps": 30,
+    "upper.learning_rate": 1e-5,
+    "zo.direction": "gaussian",
+    "zo.estimator": "forward",
+    "zo.optimizer": "adam",
+    "zo.learning_rate": 1e-5,
+    "train.num_steps": 166,
+  }
+
+
+def test_demo(monkeypatch, tmp_path):
+  monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
+  monkeypatch.setattr(assets, "fresh_rotten", lambda: tmp_path / "rows")
+  config = load("demo").get_config()
+  config_lib.check(config)
+  assert config.model.name == str(tmp_path / "model")
+  assert config.data.dir == str(tmp_path / "rows")
+  assert tasks.get(config.data.task).name == "rotten_tomatoes"
+  assert config.data.num_selection > 0  # four disjoint sets
+  steps, every = config.train.num_steps, config.train.eval_every_steps
+  assert steps % every == 0
+
+
+def test_files():
+  assert [path.stem for path in FILES] == ["demo", "llama", "opt"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_docstrings_name_what_exists(path):
+  text = path.read_text().replace("\\\n", " ")
+  docstring = text.split('"""')[1]
+  commands = re.findall(r"^  (?:python|make) .*", docstring, re.MULTILINE)
+  assert commands
+  for command in commands:
+    if command.strip().startswith("make "):
+      target = command.split()[1]
+      assert f"\n{target}:" in (ROOT / "Makefile").read_text()
+      continue
+    file, _, arg = re.search(r"--config=(\S+)", command)[1].partition(":")
+    assert ROOT / file == path
+    load(path.stem).get_config(arg)
+  for field in re.findall(r"--config\.([\w.]+)=", docstring):
+    assert field in DEFAULTS
+
+
+# The published hyper-parameters, typed from the sweeps: inner learning rate,
+# outer learning rate, lambda, T.
+LORA = """
+boolq       1e-4  1e-4  1e6  30
+cb          1e-3  1e-5  1e5  30
+copa        1e-4  1e-7  1e6  30
+drop        1e-6  1e-4  1    10
+multirc     1e-4  1e-7  1e3  30
+rte         1e-4  1e-7  1e4  30
+record      1e-5  1e-6  1e1  30
+squad       1e-4  1e-7  1e3  30
+sst2        1e-4  1e-4  1e4  10
+wic         1e-4  1e-7  1e6  30
+wsc         1e-5  1e-7  1e4  30
+winogrande  1e-4  1e-8  1e3  30
+"""
+
+
+@pytest.mark.parametrize("line", LORA.split("\n")[1:-1])
+def test_recipes(line):
+  task, *numbers = line.split()
+  assert recipes.lora(task) == tuple(map(float, numbers))
+  assert task in tasks.ALL
+
+
+def test_recipes_are_no_more_than_those():
+  assert set(recipes._LORA) == {
+    line.split()[0] for line in LORA.split("\n")[1:-1]
+  }
+
+
+@pytest.mark.parametrize(
+  "arg, expected",
+  [
+    ("", {"size": "s", "task": "t"}),
+    ("task=rte", {"size": "s", "task": "rte"}),
+    ("size=1.3b,task=cb", {"size": "1.3b", "task": "cb"}),
+    ("task=cb,,size=a=b,", {"size": "a=b", "task": "cb"}),
+  ],
+)
+def test_parse_arg(arg, expected):
+  assert config_lib.parse_arg(arg, size="s", task="t") == expected
+
+
+@pytest.mark.parametrize(
+  "arg, expected",
+  [
+    ("tsk=rte", "there is no 'tsk' to choose; choose from size, task. Did"),
+    ("rte", "expected name=value, found 'rte'"),
+    ("task=rte,1.3b", "expected name=value, found '1.3b'"),
+  ],
+)
+def test_parse_arg_mistakes(arg, expected):
+  with pytest.raises(errors.UserError) as caught:
+    config_lib.parse_arg(arg, size="s", task="t")
+  assert f"--config=...:{arg}: {expected}" in str(caught.value)
+
+
+def test_choose():
+  assert config_lib.choose("size", "a", {"a": "x"}) == "x"
+  with pytest.raises(errors.UserError, match=r"no size 'smal'.*mean 'small'"):
+    config_lib.choose("size", "smal", {"small": "x", "large": "y"})
+
+
+def test_every_checked_field_exists():
+  fields = (
+    *config_lib._CHOICES,
+    *config_lib._POSITIVE,
+    *config_lib._NOT_NEGATIVE,
+  )
+  assert set(fields) <= DEFAULTS.keys()
+  # Every number is checked, but for a seed, an offset and LoRA's alpha.
+  numbers = {
+    name
+    for name, value in DEFAULTS.items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+  }
+  assert numbers - set(fields) == {
+    "seed",
+    "data.seed",
+    "data.template",
+    "lora.alpha",
+  }
+
+
+@pytest.mark.parametrize(
+  "name", config_lib._POSITIVE + config_lib._NOT_NEGATIVE
+)
+def test_check_names_the_field(name):
+  config = load("opt").get_config()
+  group, _, field = name.rpartition(".")
+  part = config[group] if group else config
+  part[field] = type(part[field])(-1)
+  with pytest.raises(errors.UserError, match=rf"config\.{name}: .*-1"):
+    config_lib.check(config)
+
+
+def test_flat_and_unknown_field():
+  assert DEFAULTS["zo.eps"] == 1e-3 and DEFAULTS["seed"] == 0
+  assert DEFAULTS["model.name"] is None
+  find = config_lib.unknown_field
+  assert find(["x", "--config.zo.eps=1", "--workdir=y"]) == ""
+  assert find(["--config.lora.rnk=4"]) == (
+    "--config.lora.rnk: there is no such field. Did you mean "
+    "'config.lora.rank'?"
+  )
+  assert find(["--config.qqqq=4"]).startswith("--config.qqqq: there is no ")
+
+
+@pytest.mark.parametrize(
+  "argv, file",
+  [
+    (["--config=a/b.py"], "a/b.py"),
+    (["-config=a.py:size=1"], "a.py"),
+    (["train", "--config", "a.py:size=1", "--x"], "a.py"),
+    (["--config"], ""),
+    (["--config.zo.eps=1"], ""),
+  ],
+)
+def test_file_of(argv, file):
+  assert config_lib.file_of(argv) == file
+
+
+def test_saved_config_survives_a_round_trip(tmp_path):
+  config = load("opt").get_config("task=cb,preset=reference")
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  again = runs.read_config(epath.Path(tmp_path))
+  assert config_lib.flat(again) == config_lib.flat(config)
