@@ -9,7 +9,7 @@ An iteration takes T first-order steps on s, one first-order step on p, and one
 zeroth-order step on theta; p and theta move together, from the same point.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -98,14 +98,9 @@ class BilevelAlgorithm(NamedTuple):
   step: Callable[..., tuple[BilevelState, BilevelInfo]]
 
 
-def _same_shapes(trees) -> bool:
-  first, *rest = (
-    (
-      jax.tree.structure(tree),
-      [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)],
-    )
-    for tree in trees
-  )
+def _alike(trees: Iterable[Any]) -> bool:
+  """Tells whether trees have one structure, and leaves one shape and type."""
+  first, *rest = (jax.tree.map(jax.typeof, tree) for tree in trees)
   return all(other == first for other in rest)
 
 
@@ -116,7 +111,7 @@ def _evaluate(terms, base, keys) -> jax.Array:
   the backbone's products, and its perturbation, are shared between them.
   """
   loss_fns, adapters, batches = zip(*terms, strict=True)
-  if len(set(loss_fns)) == 1 and _same_shapes(zip(adapters, batches)):
+  if len(set(loss_fns)) == 1 and _alike(zip(adapters, batches)):
     stack = lambda *leaves: jnp.stack(leaves)
     losses = jax.vmap(
       loss_fns[0], in_axes=(None, 0, 0, None if keys is None else 0)

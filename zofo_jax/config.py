@@ -49,7 +49,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.upper.optimizer = "adam"
   config.upper.learning_rate = 1e-4
   config.upper.clip_norm = 0.0
-  config.upper.batch_size = 8
+  config.upper.batch_size = 8  # of D_f and of D_p, for p and for theta
 
   config.zo = ml_collections.ConfigDict()  # theta, zeroth order
   config.zo.direction = "rademacher"

@@ -229,4 +229,4 @@ def make_loss_fn(name: str, module: nn.Module) -> inner.LossFn:
 
 def train_shape(examples: Examples) -> batches.Shape:
   """Returns the one shape of all training batches."""
-  return batches.shape_of([*examples.lower, *examples.upper])
+  return batches.shape_of([*examples.lower, *examples.upper], multiple=8)

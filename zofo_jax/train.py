@@ -52,21 +52,19 @@ def iteration_batch(
     chosen = batches.batch_indices(seed, len(pool), size, index)
     return batches.collate([pool[i] for i in chosen], shape, pad=pad)
 
-  num_inner = config.lower.num_steps
-  seed = 2 * config.seed
+  # Three streams: the inner rows and the penalty's both come from D_p.
+  num_inner, seed = config.lower.num_steps, 3 * config.seed
   lower = [
     batch(
-      examples.lower,
-      seed,
-      config.lower.batch_size,
-      step * (num_inner + 1) + index,
+      examples.lower, seed, config.lower.batch_size, step * num_inner + index
     )
-    for index in range(num_inner + 1)
+    for index in range(num_inner)
   ]
+  size = config.upper.batch_size
   return bilevel.BilevelBatch(
-    lower=jax.tree.map(lambda *leaves: np.stack(leaves), *lower[:-1]),
-    penalty=lower[-1],
-    upper=batch(examples.upper, seed + 1, config.upper.batch_size, step),
+    lower=jax.tree.map(lambda *leaves: np.stack(leaves), *lower),
+    penalty=batch(examples.lower, seed + 1, size, step),
+    upper=batch(examples.upper, seed + 2, size, step),
   )
 
 
