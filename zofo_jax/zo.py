@@ -37,7 +37,9 @@ class Estimate(NamedTuple):
   aux: Any
 
 
-def central(line: Line, keys: jax.Array, eps: jax.Array):
+def central(
+  line: Line, keys: jax.Array, eps: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
   """Central difference: c = (f(x + eps z) - f(x - eps z)) / (2 eps).
 
   Both signs are a batch axis of one evaluation, so they share one draw of z.
@@ -58,7 +60,9 @@ def central(line: Line, keys: jax.Array, eps: jax.Array):
   return jax.lax.map(probe, keys)
 
 
-def forward(line: Line, keys: jax.Array, eps: jax.Array):
+def forward(
+  line: Line, keys: jax.Array, eps: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
   """Forward difference: c = (f(x + eps z) - f(x)) / eps, f(x) taken once.
 
   Biased by eps/2 z^T H z; one evaluation cheaper than `central` for each
@@ -75,7 +79,9 @@ def forward(line: Line, keys: jax.Array, eps: jax.Array):
   return jax.lax.map(probe, keys)
 
 
-def exact(line: Line, keys: jax.Array, eps: jax.Array):
+def exact(
+  line: Line, keys: jax.Array, eps: jax.Array
+) -> tuple[jax.Array, jax.Array, Any]:
   """Exact directional derivative by forward-mode differentiation, no eps.
 
   The tangent is z itself, formed layer by layer like the perturbation.
