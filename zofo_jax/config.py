@@ -14,6 +14,7 @@ from ml_collections import config_dict
 from zofo_jax import errors, recipes
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
 DIRECTIONS = ("gaussian", "rademacher")
 ESTIMATORS = ("central", "forward", "exact")
 LOSSES = ("likelihood", "classification")
@@ -42,12 +43,14 @@ def base_config() -> ml_collections.ConfigDict:
   config.lower.num_steps = 10  # T
   config.lower.optimizer = "adam"
   config.lower.learning_rate = 1e-4
+  config.lower.schedule = "constant"  # or "linear", "cosine": to 0 at the end
   config.lower.clip_norm = 1.0  # 0 for none
   config.lower.batch_size = 8
 
   config.upper = ml_collections.ConfigDict()  # p, first order, on D_f and D_p
   config.upper.optimizer = "adam"
   config.upper.learning_rate = 1e-4
+  config.upper.schedule = "constant"
   config.upper.clip_norm = 0.0
   config.upper.batch_size = 8  # of D_f and of D_p, for p and for theta
 
@@ -170,6 +173,8 @@ _CHOICES = {
   "lower.optimizer": OPTIMIZERS,
   "upper.optimizer": OPTIMIZERS,
   "zo.optimizer": OPTIMIZERS,
+  "lower.schedule": SCHEDULES,
+  "upper.schedule": SCHEDULES,
   "zo.direction": DIRECTIONS,
   "zo.estimator": ESTIMATORS,
   "data.long_rows": ("error", "truncate", "drop"),

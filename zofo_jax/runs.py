@@ -27,14 +27,26 @@ from zofo_jax import (
 from zofo_jax import config as config_lib
 
 
+def make_schedule(
+  name: str, learning_rate: float, num_updates: int
+) -> optax.ScalarOrSchedule:
+  """Makes a learning rate: constant, or falling to 0 over the run's updates."""
+  if name == "linear":
+    return optax.linear_schedule(learning_rate, 0.0, num_updates)
+  if name == "cosine":
+    return optax.cosine_decay_schedule(learning_rate, num_updates)
+  return learning_rate
+
+
 def make_optimizer(
-  name: str, learning_rate: float, clip_norm: float = 0.0
+  name: str, learning_rate: optax.ScalarOrSchedule, clip_norm: float = 0.0
 ) -> optax.GradientTransformation:
   """Makes an optax transformation whose learning rate lives in its state.
 
   Args:
     name: one of `config.OPTIMIZERS`.
-    learning_rate: constant rate; a traced number, so it can change freely.
+    learning_rate: a number, traced, so that it can change freely, or a
+      schedule.
     clip_norm: largest global norm of the gradient; 0 for no limit.
 
   Returns:
@@ -68,14 +80,19 @@ def make_algorithm(
   base_tx: Any = outer.sgd(config.zo.learning_rate)
   if config.zo.optimizer != "sgd":
     base_tx = make_optimizer(config.zo.optimizer, config.zo.learning_rate)
+
+  def adapter_tx(level, updates_per_step):
+    rate = make_schedule(
+      level.schedule,
+      level.learning_rate,
+      config.train.num_steps * updates_per_step,
+    )
+    return make_optimizer(level.optimizer, rate, level.clip_norm)
+
   return bilevel.make_bilevel_step(
     loss_fn,
-    lower_tx=make_optimizer(
-      config.lower.optimizer, config.lower.learning_rate, config.lower.clip_norm
-    ),
-    upper_tx=make_optimizer(
-      config.upper.optimizer, config.upper.learning_rate, config.upper.clip_norm
-    ),
+    lower_tx=adapter_tx(config.lower, config.lower.num_steps),
+    upper_tx=adapter_tx(config.upper, 1),
     base_tx=base_tx,
     sampler=directions.Sampler(kinds[config.zo.direction], lazy=True),
     estimator=estimator,
