@@ -154,7 +154,6 @@ def test_picture_of_the_curves(tmp_path, accuracy):
       }
       if accuracy and step % 10 == 0:
         row["selection_accuracy"] = 0.6 + step / 100
-        row["selection_accuracy_s"] = 0.55 + step / 100
       writer.write(row)
   out = tmp_path / "pictures" / "curves.png"
   report.plot_curves(path, out)

@@ -1,8 +1,8 @@
 """What a run leaves for people: metrics as JSON lines, tables, a picture.
 
 `metrics.jsonl` has one dictionary a line. Those of training have `step`,
-`lower_loss` and `upper_loss`, and some of them `selection_accuracy` (adapter p)
-and `selection_accuracy_s`; `plot_curves` reads these names.
+`lower_loss` and `upper_loss`, and some of them `selection_accuracy` (of adapter
+p); `plot_curves` reads these names.
 """
 
 import json
@@ -146,14 +146,11 @@ def plot_curves(
     losses.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
     losses.plot(steps, _smooth(values), color=colour, label=text)
   losses.set_ylabel("loss on the batch")
-  accuracies = (
-    ("selection_accuracy", "adapter p", "tab:orange"),
-    ("selection_accuracy_s", "adapter s", "tab:blue"),
-  )
-  if any(name in row for row in rows for name, *_ in accuracies):
-    for name, text, colour in accuracies:
-      steps, values = _series(rows, name)
-      other.plot(steps, values, "o-", color=colour, label=text, markersize=4)
+  if any("selection_accuracy" in row for row in rows):
+    steps, values = _series(rows, "selection_accuracy")
+    other.plot(
+      steps, values, "o-", color="tab:orange", label="adapter p", markersize=4
+    )
     other.set_ylabel("accuracy on the selection rows")
     other.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   else:

@@ -153,13 +153,13 @@ def _loop(run, examples, state, record, writer, checkpoints):
       if (step + 1) % config.train.eval_every_steps == 0 or step + 1 == total:
         flush()
         record["seconds"] = time.monotonic() - began
-        scores = {}
-        for name, adapter in (("", state.upper), ("_s", state.lower)):
-          result = run.evaluate(
-            state.base, adapter, examples.selection, "selection" + name
-          )
-          scores[f"selection_accuracy{name}"] = result.accuracy
-          scores[f"selection_{run.task.metric}{name}"] = result.metric
+        result = run.evaluate(
+          state.base, state.upper, examples.selection, "selection"
+        )
+        scores = {
+          f"selection_{name}": value
+          for name, value in _worth(run, result).items()
+        }
         writer.write({"step": step + 1, **scores})
         checkpoints.save(
           step + 1,
