@@ -9,14 +9,17 @@ An iteration takes T first-order steps on s, one first-order step on p, and one
 zeroth-order step on theta; p and theta move together, from the same point.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from zofo_jax import directions, inner, outer, zo
+from zofo_jax import inner, outer, zo
+from zofo_jax import sampler as sampler_lib
 
 
 class BilevelState(NamedTuple):
@@ -98,14 +101,9 @@ class BilevelAlgorithm(NamedTuple):
   step: Callable[..., tuple[BilevelState, BilevelInfo]]
 
 
-def _same_shapes(trees) -> bool:
-  first, *rest = (
-    (
-      jax.tree.structure(tree),
-      [jnp.shape(leaf) for leaf in jax.tree.leaves(tree)],
-    )
-    for tree in trees
-  )
+def _alike(trees: Iterable[Any]) -> bool:
+  """Tells whether trees have one structure, and leaves one shape and type."""
+  first, *rest = (jax.tree.map(jax.typeof, tree) for tree in trees)
   return all(other == first for other in rest)
 
 
@@ -116,7 +114,7 @@ def _evaluate(terms, base, keys) -> jax.Array:
   the backbone's products, and its perturbation, are shared between them.
   """
   loss_fns, adapters, batches = zip(*terms, strict=True)
-  if len(set(loss_fns)) == 1 and _same_shapes(zip(adapters, batches)):
+  if len(set(loss_fns)) == 1 and _alike(zip(adapters, batches)):
     stack = lambda *leaves: jnp.stack(leaves)
     losses = jax.vmap(
       loss_fns[0], in_axes=(None, 0, 0, None if keys is None else 0)
@@ -131,6 +129,11 @@ def _evaluate(terms, base, keys) -> jax.Array:
   return losses.astype(jnp.float32)
 
 
+def _one_row(example: Any) -> Any:
+  """Makes a batch of one example."""
+  return jax.tree.map(lambda leaf: leaf[None], example)
+
+
 def bilevel_step(
   state: BilevelState,
   batch: BilevelBatch,
@@ -141,9 +144,11 @@ def bilevel_step(
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
-  sampler: directions.Sampler = directions.Sampler(),
+  sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
   estimator: zo.Estimator = zo.central,
   num_directions: int = 1,
+  per_example: bool = False,
+  frame_steps: int = 1,
 ) -> tuple[BilevelState, BilevelInfo]:
   """Takes one outer iteration; a pure function, to be jitted by the caller.
 
@@ -162,12 +167,20 @@ def bilevel_step(
     sampler: which weights of theta are probed and along what directions.
     estimator: `zo.central`, `zo.forward` or `zo.exact`.
     num_directions: Q, averaged.
+    per_example: give every example a direction of its own instead, for
+      `directions.PerExample`; the outer batches must be of one size.
+    frame_steps: outer iterations for which directions share their frame, such
+      as the subspace of `directions.LowRank`.
 
   Returns:
     The new state and what to log.
   """
   step_key = jax.random.fold_in(state.key, state.step)
-  lower_key, upper_key, direction_key = jax.random.split(step_key, 3)
+  lower_key, upper_key, direction_key, rounding_key = jax.random.split(
+    step_key, 4
+  )
+  # Apart from every step's key, which folds a step's number.
+  frame_root = jax.random.fold_in(state.key, np.uint32(2**32 - 1))
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
   lower, lower_opt, lower_loss = inner.minimize(
@@ -194,26 +207,33 @@ def bilevel_step(
   updates, upper_opt = upper_tx.update(grads, state.upper_opt, state.upper)
   upper = optax.apply_updates(state.upper, updates)
 
-  def penalized(base):
+  def penalized(base, rows=batch.upper, penalty_rows=batch.penalty):
     terms = (
-      (upper_loss_fn, state.upper, batch.upper),
-      (lower_loss_fn, state.upper, batch.penalty),
-      (lower_loss_fn, lower, batch.penalty),
+      (upper_loss_fn, state.upper, rows),
+      (lower_loss_fn, state.upper, penalty_rows),
+      (lower_loss_fn, lower, penalty_rows),
     )
     upper_loss, penalty_loss, lower_loss = _evaluate(terms, base, None)
     return upper_loss + penalty * (penalty_loss - lower_loss)
 
-  estimate = zo.estimate(
-    penalized,
-    state.base,
-    direction_key,
-    hparams.zo_eps,
+  estimate_fn = functools.partial(
+    zo.estimate_per_example if per_example else zo.estimate,
+    key=direction_key,
+    eps=hparams.zo_eps,
     sampler=sampler,
     estimator=estimator,
-    num_directions=num_directions,
+    frame_key=jax.random.fold_in(frame_root, state.step // frame_steps),
   )
+  if per_example:
+    estimate = estimate_fn(
+      lambda base, example: penalized(base, *_one_row(example)),
+      state.base,
+      (batch.upper, batch.penalty),
+    )
+  else:
+    estimate = estimate_fn(penalized, state.base, num_directions=num_directions)
   base, base_opt = outer.as_outer(base_tx).update(
-    state.base, state.base_opt, estimate, sampler
+    state.base, state.base_opt, estimate, sampler, penalized, rounding_key
   )
 
   new_state = BilevelState(
@@ -230,7 +250,7 @@ def bilevel_step(
     lower_loss=lower_loss,
     upper_loss=losses[0],
     penalty_loss=losses[1],
-    objective=estimate.value,
+    objective=jnp.mean(estimate.values),
     coefficients=estimate.coefficients,
     num_nonfinite=estimate.num_nonfinite,
     upper_grad_norm=optax.tree.norm(grads),
@@ -245,9 +265,11 @@ def make_bilevel_step(
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
-  sampler: directions.Sampler = directions.Sampler(),
+  sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
   estimator: zo.Estimator = zo.central,
   num_directions: int = 1,
+  per_example: bool = False,
+  frame_steps: int = 1,
 ) -> BilevelAlgorithm:
   """Binds losses and optimizers into an (init, step) pair.
 
@@ -302,6 +324,8 @@ def make_bilevel_step(
       sampler=sampler,
       estimator=estimator,
       num_directions=num_directions,
+      per_example=per_example,
+      frame_steps=frame_steps,
     )
 
   return BilevelAlgorithm(init, step)

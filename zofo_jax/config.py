@@ -5,6 +5,7 @@ A config is data: `train` turns it into explicit arguments, and nothing below
 `lower.num_steps`), `upper` trains p, `zo` moves theta, `penalty` is lambda.
 """
 
+import re
 from typing import Any
 
 import ml_collections
@@ -48,7 +49,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.upper.optimizer = "adam"
   config.upper.learning_rate = 1e-4
   config.upper.clip_norm = 0.0
-  config.upper.batch_size = 8
+  config.upper.batch_size = 8  # of D_f and of D_p, for p and for theta
 
   config.zo = ml_collections.ConfigDict()  # theta, zeroth order
   config.zo.direction = "rademacher"
@@ -211,14 +212,14 @@ def file_of(argv: list[str]) -> str:
 
 
 def unknown_field(argv: list[str]) -> str:
-  """Says which --config.* argument names no field, and the nearest one."""
+  """Says which --config.* argument names no field, if any, and the nearest."""
   known = flat(base_config())
   for argument in argv:
     name = argument.lstrip("-").partition("=")[0]
     if name.startswith("config.") and name[7:] not in known:
       near = errors.nearest(name, [f"config.{other}" for other in known])
       return f"--{name}: there is no such field.{near}"
-  return "--config: a field that is set does not exist."
+  return ""
 
 
 def flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
@@ -256,6 +257,13 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f"config.{name}: expected 0 or more; found {fields[name]}."
       )
+  try:
+    re.compile(config.lora.targets)
+  except re.error as error:
+    raise errors.UserError(
+      "config.lora.targets: expected a regular expression; found "
+      f"'{config.lora.targets}' ({error})."
+    ) from error
   if not config.model.name:
     raise errors.UserError(
       "config.model.name: expected a hub id or a local folder; found nothing."

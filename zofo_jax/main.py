@@ -5,9 +5,10 @@
   python -m zofo_jax.main predict --workdir=DIR --input=ROWS.jsonl \
       --output=ANSWERS.jsonl
 
-Any field of the config can be set: --config.zo.eps=1e-2. Small on purpose:
-everything worth testing lives in importable modules. Exit code 2 means a
+Any field of the config can be set: --config.zo.eps=1e-2. Exit code 2 means a
 mistake in the command, its config or its files, told in one sentence.
+
+Small on purpose: everything worth testing lives in importable modules.
 """
 
 import sys
@@ -30,7 +31,7 @@ _INPUT = flags.DEFINE_string(
   "input", None, "predict: JSONL file of rows to answer, labels not needed."
 )
 _OUTPUT = flags.DEFINE_string(
-  "output", None, "predict: JSONL file to write; default WORKDIR/answers."
+  "output", None, "predict: JSONL file to write; else WORKDIR/answers.jsonl."
 )
 
 
@@ -38,10 +39,13 @@ def _parse(argv: list[str]) -> str:
   """Parses flags and returns the command, or raises UserError."""
   try:
     rest = flags.FLAGS(argv)[1:]
+    # A file that is not there may be noticed only when its fields are read.
+    hasattr(_CONFIG.value, "items")
   except flags.Error as error:
     raise errors.UserError(f"{error}.") from error
   except AttributeError as error:
-    raise errors.UserError(config_lib.unknown_field(argv)) from error
+    unknown = config_lib.unknown_field(argv)
+    raise errors.UserError(unknown or f"--config: {error}.") from error
   except OSError as error:
     raise errors.UserError(
       f"--config: no such file as '{config_lib.file_of(argv)}'; there are "
@@ -56,7 +60,20 @@ def _parse(argv: list[str]) -> str:
   return rest[0] if rest else "train"
 
 
+def _help() -> str:
+  """Returns the commands and their flags."""
+  usage = (__doc__ or "").partition("Small on purpose")[0]
+  described = [
+    f"  --{flag.name}: {flags.FLAGS[flag.name].help}"
+    for flag in (_CONFIG, _WORKDIR, _INPUT, _OUTPUT)
+  ]
+  return usage.strip() + "\n\n" + "\n".join(described)
+
+
 def _run(argv: list[str]) -> None:
+  if {"--help", "-help", "-h"} & set(argv[1:]):
+    print(_help())
+    return
   command = _parse(argv)
   if not _WORKDIR.value:
     raise errors.UserError("--workdir: expected a folder; found nothing.")

@@ -106,10 +106,8 @@ def _last_axis(size: int, ndim: int) -> jax.Array:
   return jnp.arange(size, dtype=jnp.uint32).reshape((1,) * (ndim - 1) + (size,))
 
 
-def gaussian(
-  key: jax.Array, rows: jax.Array | Block, columns: int
-) -> jax.Array:
-  """Draws N(0, 1) elements, float32, shape [*rows.shape, columns].
+def uniform(key: jax.Array, rows: jax.Array | Block, columns: int) -> jax.Array:
+  """Draws from (0, 1), float32, shape [*rows.shape, columns].
 
   Args:
     key: uint32, shape [2].
@@ -118,17 +116,28 @@ def gaussian(
     columns: elements in a row.
 
   Returns:
-    float32 array; |z| <= 5.42, since the uniform beneath has 23 bits.
+    Odd multiples of 2^-24: 23 random bits, and neither 0 nor 1.
   """
   if isinstance(rows, Block):
     rows = _consecutive(rows.start, rows.size)
   column = _last_axis(columns, rows.ndim + 1)
   x0, x1 = threefry2x32(key, rows[..., None], column)
-  # 23 random bits give a float in [1, 2); the half ulp keeps 0 and 1 out.
+  # 23 random bits give a float in [1, 2); the half step keeps 0 and 1 out.
   mantissa = ((x0 ^ x1) >> 9) | np.uint32(0x3F800000)
-  unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0
-  uniform = 2.0 * unit + np.float32(2.0**-23 - 1.0)
-  return np.float32(math.sqrt(2.0)) * jax.lax.erf_inv(uniform)
+  unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32)
+  return unit + np.float32(2.0**-24 - 1.0)
+
+
+def gaussian(
+  key: jax.Array, rows: jax.Array | Block, columns: int
+) -> jax.Array:
+  """Draws N(0, 1) elements, float32, shape [*rows.shape, columns].
+
+  Arguments as for `uniform`, whose numbers go through the inverse of the normal
+  distribution function; |z| <= 5.42.
+  """
+  symmetric = 2.0 * uniform(key, rows, columns) - 1.0
+  return np.float32(math.sqrt(2.0)) * jax.lax.erf_inv(symmetric)
 
 
 def rademacher(

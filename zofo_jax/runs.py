@@ -21,6 +21,7 @@ from zofo_jax import (
   experiment,
   inner,
   outer,
+  sampler,
   tasks,
   zo,
 )
@@ -77,7 +78,7 @@ def make_algorithm(
       config.upper.optimizer, config.upper.learning_rate, config.upper.clip_norm
     ),
     base_tx=base_tx,
-    sampler=directions.Sampler(kinds[config.zo.direction], lazy=True),
+    sampler=sampler.Sampler(kinds[config.zo.direction], lazy=True),
     estimator=estimator,
     num_directions=config.zo.num_directions,
   )
@@ -150,13 +151,15 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
   model = experiment.load_model(config)
   loss_fn = experiment.make_loss_fn(config.loss, model.module)
   log_probs_fn = experiment.make_log_probs_fn(model.module)
-  return Run(
+  run = Run(
     config=config,
     model=model,
     task=task,
     algorithm=make_algorithm(config, loss_fn),
     score_fn=jax.jit(evaluate.make_score_fn(log_probs_fn)),
   )
+  run.abstract_state()  # adapters that fit nowhere are noticed here
+  return run
 
 
 def read_config(folder: epath.Path) -> ml_collections.ConfigDict:

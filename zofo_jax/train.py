@@ -52,21 +52,19 @@ def iteration_batch(
     chosen = batches.batch_indices(seed, len(pool), size, index)
     return batches.collate([pool[i] for i in chosen], shape, pad=pad)
 
-  num_inner = config.lower.num_steps
-  seed = 2 * config.seed
+  # Three streams: the inner rows and the penalty's both come from D_p.
+  num_inner, seed = config.lower.num_steps, 3 * config.seed
   lower = [
     batch(
-      examples.lower,
-      seed,
-      config.lower.batch_size,
-      step * (num_inner + 1) + index,
+      examples.lower, seed, config.lower.batch_size, step * num_inner + index
     )
-    for index in range(num_inner + 1)
+    for index in range(num_inner)
   ]
+  size = config.upper.batch_size
   return bilevel.BilevelBatch(
-    lower=jax.tree.map(lambda *leaves: np.stack(leaves), *lower[:-1]),
-    penalty=lower[-1],
-    upper=batch(examples.upper, seed + 1, config.upper.batch_size, step),
+    lower=jax.tree.map(lambda *leaves: np.stack(leaves), *lower),
+    penalty=batch(examples.lower, seed + 1, size, step),
+    upper=batch(examples.upper, seed + 2, size, step),
   )
 
 
@@ -87,10 +85,10 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   folder = epath.Path(workdir)
   _check_same_config(config, folder)
   examples = experiment.load_examples(config, run.model, run.task)
+  _make_folder(folder / "checkpoints")
   with checkpoint.Checkpoints(
     folder / "checkpoints", keep=config.ckpt.keep
   ) as checkpoints:
-    report.write_json(folder / "config.json", config.to_dict())
     writer = report.JsonlWriter(folder / "metrics.jsonl")
     if checkpoints.latest_step() is None:
       writer.truncate_after(-1)
@@ -100,6 +98,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     else:
       state, record = checkpoints.restore(run.abstract_state())
       writer.truncate_after(int(state.step))
+    report.write_json(folder / "config.json", config.to_dict())
     with writer:
       state, record = _loop(run, examples, state, record, writer, checkpoints)
     checkpoints.wait()
@@ -213,6 +212,17 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
   )
   print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
   return summary
+
+
+def _make_folder(folder: epath.Path) -> None:
+  """Makes a folder in a run's, unless it is there."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise errors.UserError(
+      f"--workdir: {folder} cannot be made ({error.strerror}); expected a "
+      "folder to write into."
+    ) from error
 
 
 def _check_same_config(
