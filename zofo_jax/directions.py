@@ -183,7 +183,9 @@ class PerExample(Direction):
   def _shared(
     self, frame: jax.Array, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
-    return self.shared.draw(LeafKey(frame, frame), shape, rows)
+    # Two keys, so that a Z of two factors does not draw the same one twice.
+    other = noise.fold_in(frame, np.uint32(0), np.uint32(4))
+    return self.shared.draw(LeafKey(frame, other), shape, rows)
 
   def _signs(
     self, own: jax.Array, shape: Shape, rows: Rows | None = None
@@ -222,6 +224,7 @@ class PerExample(Direction):
   ) -> jax.Array:
     """Returns Z o (R^T diag(weights) S), for keys of one frame."""
     left, right = jax.vmap(lambda own: self._signs(own, shape))(keys.own)
+    left = left.reshape(weights.shape[0], -1)  # a scalar has no rows
     signs = jnp.einsum("qi,qo->io", left * weights[:, None], right)
     return self._shared(keys.frame[0], shape) * signs.reshape(shape)
 
