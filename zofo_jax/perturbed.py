@@ -146,12 +146,14 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
     return jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
 
   whole, rest = divmod(size, _BLOCK)
-  total = jax.lax.fori_loop(
-    0,
-    whole,
-    lambda i, total: add_block(total, i * _BLOCK, _BLOCK),
-    jnp.full(x.shape[:-1], -jnp.inf),
-  )
+  total = jnp.full(x.shape[:-1], -jnp.inf)
+  if whole:  # A loop of no turns is still traced.
+    total = jax.lax.fori_loop(
+      0,
+      whole,
+      lambda i, total: add_block(total, i * _BLOCK, _BLOCK),
+      total,
+    )
   return add_block(total, whole * _BLOCK, rest) if rest else total
 
 
@@ -188,20 +190,25 @@ def leaf_keys(key: Key, tree: Any, stacked: str = STACKED) -> Any:
         f"of shape {words.shape}"
       )
 
-  def leaf_key(path, leaf):
-    name = path_name(path)
-    crc = np.uint32(zlib.crc32(name.encode()))
-    # The two parts count apart, so that equal keys give unequal numbers.
-    own, frame = (
-      noise.fold_in(words, crc, np.uint32(part))
-      for part, words in zip((0, 2), data, strict=True)
-    )
-    if not re.search(stacked, name):
-      return directions.LeafKey(own, frame)
-    layers = jnp.arange(leaf.shape[0], dtype=jnp.uint32)
-    return directions.LeafKey(
-      noise.fold_in(own, layers, np.uint32(1)),
-      noise.fold_in(frame, layers, np.uint32(1)),
-    )
+  paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+  names = [path_name(path) for path, _ in paths]
+  crcs = np.array([zlib.crc32(n.encode()) for n in names], np.uint32)
+  depths = [
+    leaf.shape[0] if re.search(stacked, name) else 0
+    for name, (_, leaf) in zip(names, paths, strict=True)
+  ]
+  layers = np.arange(max(depths, default=0), dtype=np.uint32)[None]
 
-  return jax.tree_util.tree_map_with_path(leaf_key, tree)
+  def part_keys(words, part):
+    """Folds paths and layers in, for all leaves at once: quick to compile."""
+    whole = noise.fold_in(words, crcs, np.uint32(part))
+    sliced = noise.fold_in(whole[:, None], layers, np.uint32(1))
+    return [
+      sliced[i, :depth] if depth else whole[i] for i, depth in enumerate(depths)
+    ]
+
+  # The two parts count apart, so that equal keys give unequal numbers.
+  own, frame = (
+    part_keys(words, part) for part, words in zip((0, 2), data, strict=True)
+  )
+  return jax.tree.unflatten(structure, map(directions.LeafKey, own, frame))
