@@ -6,6 +6,7 @@ examples of a batch. Every dense kind has E[z z^T] = I.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -132,12 +133,18 @@ class LowRank(Direction):
 
   rank: int = 4
 
+  def _scale(self) -> np.float32:
+    return np.float32(self.rank**-0.5)
+
   def _factors(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> tuple[jax.Array, jax.Array]:
     u = draw_matrix(noise.gaussian, key.own, (shape[0], self.rank), rows)
     v = draw_matrix(noise.gaussian, key.frame, (shape[1], self.rank))
-    return u * np.float32(self.rank**-0.5), v
+    # Of 8 bits each, so that their products are exact in float32 and z has the
+    # same bits however a compiler joins products and sums.
+    u, v = (jax.lax.reduce_precision(x, 8, 7) for x in (u, v))
+    return u, v
 
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
@@ -146,7 +153,12 @@ class LowRank(Direction):
     if len(shape) != 2:
       return draw_matrix(noise.gaussian, key.own, shape, rows)
     u, v = self._factors(key, shape, rows)
-    return u @ v.T
+    terms = [
+      u[..., r, None] * jnp.expand_dims(v[:, r], tuple(range(u.ndim - 1)))
+      for r in range(self.rank)
+    ]
+    # One after another: a product of matrices may add in any order.
+    return functools.reduce(jnp.add, terms) * self._scale()
 
   def product(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
@@ -154,6 +166,7 @@ class LowRank(Direction):
     """Returns (x U) V^T, or (x V) U^T."""
     u, v = self._factors(key, shape)
     first, second = (v, u) if transposed else (u, v)
+    first = first * self._scale()
     return (x @ first.astype(x.dtype)) @ second.T.astype(x.dtype)
 
   def combine(
@@ -163,6 +176,7 @@ class LowRank(Direction):
     if len(shape) != 2:
       return None
     u, v = jax.vmap(lambda key: self._factors(key, shape))(keys)
+    weights = weights * self._scale()
     return jnp.einsum("qir,qor->io", u * weights[:, None, None], v)
 
 
