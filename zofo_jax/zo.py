@@ -133,6 +133,12 @@ def _keys(
   return perturbed.Key(own=jax.random.split(key, num_directions), frame=frame)
 
 
+def _everywhere(x: jax.Array) -> jax.Array:
+  """Returns x [B], whole on every device: B sums of one term each."""
+  own = jnp.eye(x.shape[0], dtype=bool)
+  return jnp.sum(jnp.where(own, x[None], 0.0), axis=1)
+
+
 def estimate(
   fn: Callable[[Any], Any],
   tree: Any,
@@ -230,7 +236,13 @@ def estimate_per_example(
     line = lambda t: value_of(sampler.perturb(tree, direction, t), example)
     return estimator.slope(line, eps, origin)
 
-  return _collect(keys, jax.vmap(slope)(keys.own, examples))
+  slopes = jax.vmap(slope)(keys.own, examples)
+  # Where the batch is sharded its directions are too, and their sum would be an
+  # exchange of whole matrices; every device is to have all B of them. Keys are
+  # split anew, out of the compiler's sight.
+  again = _keys(jax.lax.optimization_barrier(key), keys.frame, num_examples)
+  estimated = _collect(again, slopes)
+  return estimated._replace(coefficients=_everywhere(estimated.coefficients))
 
 
 def accumulate(
