@@ -99,7 +99,10 @@ def scale_by_running_rms(decay: float = 0.99, epsilon: float = 1e-8) -> Scaling:
     return RunningScale(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
 
   def update(estimate, state):
-    square = jnp.mean(jnp.square(estimate.coefficients))
+    # Of the finite ones: the others are zero, and would make it smaller.
+    finite = estimate.coefficients.shape[0] - estimate.num_nonfinite
+    square = jnp.sum(jnp.square(estimate.coefficients))
+    square = square / jnp.maximum(finite, 1)
     count = state.num_updates + 1
     mean = decay * state.mean_square + (1 - decay) * square
     rms = jnp.sqrt(mean / (1 - decay ** count.astype(jnp.float32)))
@@ -182,8 +185,7 @@ def conservative(learning_rate: float) -> OuterTransform:
   Three more evaluations; the candidates are perturbed, never copied.
 
   Args:
-    learning_rate: of the step -lr c z along each direction in turn; with
-      several directions, along their weighted sum's first alone.
+    learning_rate: of the step -lr c z.
 
   Returns:
     The transformation, for one direction.
@@ -201,6 +203,8 @@ def conservative(learning_rate: float) -> OuterTransform:
     )
     best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
     factor = jnp.array([1.0, 0.0, -1.0])[best]
+    # Where none of the three is finite nothing says that a step is better.
+    factor = jnp.where(jnp.isfinite(values[best]), factor, 0.0)
     chosen = estimate._replace(coefficients=factor * estimate.coefficients)
     return inner_sgd.update(base, state, chosen, sampler, objective, key)
 
@@ -214,6 +218,7 @@ def from_optax(
 
   Needs one float32 tree of the backbone's size beside whatever `tx` keeps. An
   estimate without any finite coefficient leaves weights and state as they are.
+  Writes are rounded as those of `sgd`.
 
   Args:
     tx: any transformation; `adam` and the like keep trees of their own.
@@ -223,11 +228,16 @@ def from_optax(
     The transformation.
   """
 
+  # What a transformation keeps has the types of what it is first shown, and it
+  # is shown float32 gradients.
+  def full(base):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
+
   def init(base):
-    return tx.init(base), tuple(scaling.init() for scaling in scalings)
+    return tx.init(full(base)), tuple(scaling.init() for scaling in scalings)
 
   def update(base, state, estimate, sampler, objective, key):
-    del objective, key
+    del objective
 
     def step(carry):
       base, (tx_state, old) = carry
@@ -236,8 +246,9 @@ def from_optax(
         scaled, scaling_state = scaling.update(scaled, scaling_state)
         new.append(scaling_state)
       gradient = zo.gradient(base, scaled, sampler)
-      updates, tx_state = tx.update(gradient, tx_state, base)
-      return optax.apply_updates(base, updates), (tx_state, tuple(new))
+      updates, tx_state = tx.update(gradient, tx_state, full(base))
+      base = sampler_lib.apply_updates(base, updates, key)
+      return base, (tx_state, tuple(new))
 
     alive = estimate.num_nonfinite < estimate.coefficients.shape[0]
     return jax.lax.cond(alive, step, lambda carry: carry, (base, state))

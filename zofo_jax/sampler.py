@@ -185,6 +185,30 @@ class Sampler:
     return self.direction.restrict(combined, stored)
 
 
+def apply_updates(tree: Any, updates: Any, rounding_key: jax.Array) -> Any:
+  """Returns tree + updates, as optax does, but rounded stochastically.
+
+  Args:
+    tree: pytree of weights, any dtype.
+    updates: a tree like it.
+    rounding_key: typed key, folded with every leaf's path; unused for float32.
+
+  Returns:
+    A tree like `tree`, of its dtypes.
+  """
+  keys = perturbed.leaf_keys(
+    perturbed.Key(rounding_key, rounding_key), tree, stacked="^$"
+  )
+
+  def add(leaf, update, leaf_key):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf
+    total = leaf.astype(jnp.float32) + update.astype(jnp.float32)
+    return _round(total, leaf.dtype, leaf_key.own)
+
+  return jax.tree.map(add, tree, updates, keys)
+
+
 def _at(stack, layer, axis=0):
   return jax.lax.dynamic_index_in_dim(stack, layer, axis, keepdims=False)
 
