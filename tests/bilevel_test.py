@@ -1,4 +1,4 @@
-"""The bilevel step against a float64 transcription and closed forms."""
+"""The bilevel step against a float64 transcription of Algorithm 2."""
 
 import functools
 
@@ -7,31 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 import zofo_jax as zofo
-from zofo_jax import directions, outer, zo
+from zofo_jax import directions, outer, perturbed, sampler, zo
 
 D, ROWS, T = 8, 8, 3
-SAMPLER = directions.Sampler(directions.Rademacher())
-
-
-@jax.custom_jvp
-def _guard(x):
-  return x
-
-
-@_guard.defjvp
-def _guard_jvp(primals, tangents):
-  raise AssertionError("theta was differentiated")
+SAMPLER = sampler.Sampler(directions.Rademacher())
 
 
 def _loss(base, adapter, batch, key):
   """Weighted squares of x (w_0 + w_1 a) + c b - y, coupling both levels."""
   del key
   x, y, weight = batch
-  w, c = _guard(base["layers"]["w"]), _guard(base["c"])
+  w, c = base["layers"]["w"], base["c"]
   residual = x @ (w[0] + w[1] * adapter["a"]) + c * adapter["b"] - y
   return jnp.sum(weight * residual**2) / jnp.sum(weight)
 
@@ -70,10 +58,11 @@ def _batch(seed=0, rows=ROWS):
 def _remember_keys(tx, num_directions):
   """Keeps the keys of the last estimate in the state, for the slow path."""
   tx = outer.as_outer(tx)
-  blank = jax.random.split(jax.random.key(0), num_directions)
+  blank = jax.random.key(0)
+  blank = perturbed.Key(jax.random.split(blank, num_directions), blank)
 
-  def update(base, state, estimate, sampler):
-    base, state = tx.update(base, state[0], estimate, sampler)
+  def update(base, state, estimate, *rest):
+    base, state = tx.update(base, state[0], estimate, *rest)
     return base, (state, estimate.keys)
 
   return outer.OuterTransform(lambda base: (tx.init(base), blank), update)
@@ -87,13 +76,6 @@ def _algorithm(loss=_loss, upper_loss=None, **options):
     "sampler": SAMPLER,
   }
   return zofo.make_bilevel_step(loss, upper_loss, **(defaults | options))
-
-
-@functools.cache
-def _plain():
-  """The algorithm most tests share, with one jitted step."""
-  algorithm = _algorithm()
-  return algorithm, jax.jit(algorithm.step)
 
 
 def _close(left, right, rtol=1e-5, atol=1e-5):
@@ -145,26 +127,26 @@ def _slow_sgd(rate):
   return lambda x: None, update
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _unit(key, tree, sampler):
-  zeros = jax.tree.map(jnp.zeros_like, tree)
-  return sampler.add(zeros, key[None], jnp.ones(1))
+@functools.partial(jax.jit, static_argnums=3)
+def _unit(own, frame, tree, sampler):
+  return sampler.write(tree, perturbed.Key(own[None], frame), jnp.ones(1))
 
 
 @pytest.mark.parametrize(
-  "estimator, num_directions, theta, direction",
+  "estimator, num_directions, theta, direction, per_example",
   [
-    (zo.central, 1, "sgd", directions.Rademacher()),
-    (zo.central, 3, "adam", directions.Gaussian()),
-    (zo.forward, 1, "adam", directions.Rademacher()),
-    (zo.forward, 3, "sgd", directions.Rademacher()),
+    (zo.central, 1, "sgd", directions.Rademacher(), False),
+    (zo.central, 3, "adam", directions.LowRank(2), False),
+    (zo.forward, 1, "adam", directions.Rademacher(), False),
+    (zo.forward, 3, "sgd", directions.Rademacher(), False),
+    (zo.central, ROWS, "sgd", directions.PerExample(), True),
   ],
 )
 def test_iteration_equals_the_transcription(
-  estimator, num_directions, theta, direction
+  estimator, num_directions, theta, direction, per_example
 ):
   eps, penalty = 0.05, 3.0
-  sampler = directions.Sampler(direction)
+  probed = sampler.Sampler(direction)
   fast, slow = {
     "sgd": (outer.sgd(1e-2), _slow_sgd(1e-2)),
     "adam": (optax.adam(1e-2), _slow_adam(1e-2)),
@@ -172,8 +154,9 @@ def test_iteration_equals_the_transcription(
   algorithm = _algorithm(
     base_tx=_remember_keys(fast, num_directions),
     estimator=estimator,
-    num_directions=num_directions,
-    sampler=sampler,
+    num_directions=1 if per_example else num_directions,
+    per_example=per_example,
+    sampler=probed,
     upper_tx=optax.sgd(2e-2),
   )
   state = algorithm.init(*_start())
@@ -202,19 +185,21 @@ def test_iteration_equals_the_transcription(
     gradient = jax.tree.map(lambda f, g: f + penalty * g, g_f, g_p)
 
     # 2b. theta, from the old p and the new s.
-    def objective(base, p=p, s=s, rows=rows):
-      return _numpy_loss(base, p, rows.upper)[0] + penalty * (
-        _numpy_loss(base, p, rows.penalty)[0]
-        - _numpy_loss(base, s, rows.penalty)[0]
+    def objective(base, q, p=p, s=s, rows=rows):
+      # A direction sees all rows, or the row of its own example.
+      own = slice(q, q + 1) if per_example else slice(None)
+      upper, shared = ([x[own] for x in b] for b in (rows.upper, rows.penalty))
+      return _numpy_loss(base, p, upper)[0] + penalty * (
+        _numpy_loss(base, p, shared)[0] - _numpy_loss(base, s, shared)[0]
       )
 
     keys = state.base_opt[1]
     coefficients, values = [], []
     estimate = jax.tree.map(np.zeros_like, base)
     for q in range(num_directions):
-      z = _float64(_unit(keys[q], _start()[1], sampler))
-      at = lambda t, z=z, base=base: objective(
-        jax.tree.map(lambda x, z: x + t * z, base, z)
+      z = _float64(_unit(keys.own[q], keys.frame, _start()[1], probed))
+      at = lambda t, z=z, base=base, q=q: objective(
+        jax.tree.map(lambda x, z: x + t * z, base, z), q
       )
       if estimator is zo.central:
         c = (at(eps) - at(-eps)) / (2 * eps)
@@ -232,6 +217,7 @@ def test_iteration_equals_the_transcription(
 
     # Rounding of G, in float32, over eps.
     scale = upper_loss + penalty * (penalty_loss + lower_losses[-1])
+    scale = scale * (10 if per_example else 1)  # of one row
     atol = 8 * 2.0**-23 * scale / eps
     np.testing.assert_allclose(
       info.coefficients, coefficients, rtol=1e-4, atol=5 * atol
@@ -250,279 +236,28 @@ def test_iteration_equals_the_transcription(
   assert int(state.step) == 3
 
 
-# --- A bilevel quadratic -----------------------------------------------------
-#
-# Lower: min_s |s - A theta|^2 / 2.
-# Upper: |p - b|^2 / 2 + rho |theta - d|^2 / 2.
-# The hyper-gradient is A^T (A theta - b) + rho (theta - d); that of the
-# penalised objective at its optimal p and s has lam / (1 + lam) in front of
-# the first term.
-
-_RNG = np.random.default_rng(5)
-A = _RNG.normal(size=(4, 3)).astype(np.float32) / 2
-TARGET = _RNG.normal(size=4).astype(np.float32)
-ANCHOR = _RNG.normal(size=3).astype(np.float32)
-RHO = 0.5
-
-
-def _quadratic_lower(theta, adapter, batch, key):
-  return 0.5 * jnp.sum((adapter - A @ theta) ** 2)
-
-
-def _quadratic_upper(theta, adapter, batch, key):
-  return 0.5 * jnp.sum((adapter - TARGET) ** 2) + 0.5 * RHO * jnp.sum(
-    (theta - ANCHOR) ** 2
-  )
-
-
-_NO_ROWS = zofo.BilevelBatch(
-  lower=jnp.zeros((1, 1)), penalty=jnp.zeros(1), upper=jnp.zeros(1)
-)
-
-
-def test_hyper_gradient_at_rate_one_over_penalty():
-  num_directions = 6
-  algorithm = _algorithm(
-    _quadratic_lower,
-    _quadratic_upper,
-    lower_tx=optax.sgd(1.0),  # one step to s = A theta
-    base_tx=_remember_keys(outer.sgd(0.0), num_directions),
-    num_directions=num_directions,
-    sampler=directions.Sampler(directions.Gaussian()),
-  )
-  step = jax.jit(algorithm.step)
-  theta = jnp.array([0.7, -0.4, 1.1])
-  slope = A.T @ (A @ theta - TARGET)
-  hyper_gradient = slope + RHO * (theta - ANCHOR)
-  errors = []
-  for penalty in (1.0, 10.0, 100.0):
-    upper = (TARGET + penalty * A @ theta) / (1 + penalty)
-    state = algorithm.init(jax.random.key(0), theta, upper, jnp.zeros(4))
-    state, info = step(state, _NO_ROWS, zofo.BilevelHParams(0.1, penalty))
-    # <g, z_q> along more directions than dimensions determines g.
-    z = [
-      _unit(key, theta, directions.Sampler(directions.Gaussian()))
-      for key in state.base_opt[1]
-    ]
-    gradient, *_ = np.linalg.lstsq(np.array(z), np.array(info.coefficients))
-    errors.append((1 + penalty) * np.linalg.norm(gradient - hyper_gradient))
-  np.testing.assert_allclose(errors, np.linalg.norm(slope), rtol=0.02)
-
-
-def test_converges_to_the_bilevel_solution():
-  def run(penalty):
-    algorithm = _algorithm(
-      _quadratic_lower,
-      _quadratic_upper,
-      lower_tx=optax.sgd(1.0),
-      upper_tx=optax.sgd(1 / (1 + penalty)),  # one step to p's optimum
-      base_tx=outer.sgd(0.02),
-      num_directions=4,
-    )
-    state = algorithm.init(
-      jax.random.key(0), jnp.zeros(3), jnp.zeros(4), jnp.zeros(4)
-    )
-    body = lambda state, _: (
-      algorithm.step(
-        state, _NO_ROWS, zofo.BilevelHParams(0.05, jnp.float32(penalty))
-      )[0],
-      None,
-    )
-    return jax.jit(lambda s: jax.lax.scan(body, s, length=2500)[0])(state)
-
-  def solution(weight):
-    matrix = weight * A.T @ A + RHO * np.eye(3)
-    return np.linalg.solve(matrix, weight * A.T @ TARGET + RHO * ANCHOR)
-
-  gaps = []
-  for penalty in (2.0, 20.0):
-    state = run(penalty)
-    penalised = solution(penalty / (1 + penalty))
-    np.testing.assert_allclose(state.base, penalised, atol=2e-3)
-    np.testing.assert_allclose(state.lower, A @ state.base, atol=2e-3)
-    gaps.append((1 + penalty) * np.linalg.norm(state.base - solution(1.0)))
-  # theta approaches the bilevel solution as 1 / lam.
-  assert 0.5 < gaps[1] / gaps[0] < 2.0
-
-
-# --- Contracts of the program ------------------------------------------------
-
-
-def test_theta_is_never_differentiated():
-  # The guard in _loss raises if it is; `exact` proves that it would.
-  algorithm, _ = _plain()
-  state = algorithm.init(*_start())
-  jax.eval_shape(algorithm.step, state, _batch(), zofo.BilevelHParams())
-  exact = _algorithm(estimator=zo.exact)
-  with pytest.raises(AssertionError, match="theta"):
-    jax.eval_shape(exact.step, state, _batch(), zofo.BilevelHParams())
-
-
-def test_shapes_and_dtypes_are_stable():
-  algorithm, _ = _plain()
-  state = algorithm.init(*_start())
-  after, info = jax.eval_shape(
-    algorithm.step, state, _batch(), zofo.BilevelHParams()
-  )
-  assert jax.tree.structure(after) == jax.tree.structure(state)
-  jax.tree.map(
-    lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(),
-    after,
-    state,
-  )
-  assert info.lower_loss.shape == (T,)
-  assert info.coefficients.shape == (1,)
-  for leaf in jax.tree.leaves(info):
-    assert leaf.dtype in (jnp.float32, jnp.int32)
-
-
-def test_nothing_is_compiled_twice_and_the_state_is_donated():
-  hyper = optax.inject_hyperparams(optax.adam)
-  algorithm = _algorithm(
-    lower_tx=hyper(learning_rate=3e-2), upper_tx=hyper(learning_rate=1e-2)
-  )
-  step = jax.jit(algorithm.step, donate_argnums=0)
-  first = algorithm.init(*_start())
-  state, _ = step(first, _batch(), zofo.BilevelHParams(1e-2, 1.0))
-  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
-  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-  state, _ = step(state, _batch(1), zofo.BilevelHParams(1e-3, 1e4))
-
-  def with_rate(opt_state, rate):
-    rate = {"learning_rate": jnp.float32(rate)}
-    return opt_state._replace(hyperparams=opt_state.hyperparams | rate)
-
-  before = jax.tree.map(np.array, (state.base, state.upper, state.lower))
-  state = state._replace(
-    lower_opt=with_rate(state.lower_opt, 0.0),
-    upper_opt=with_rate(state.upper_opt, 0.0),
-    base_opt=state.base_opt._replace(learning_rate=jnp.float32(0.0)),
-  )
-  state, _ = step(state, _batch(2), zofo.BilevelHParams(1e-1, 2.0))
-  assert step._cache_size() == 1
-  # The rates of zero were obeyed.
-  jax.tree.map(
-    np.testing.assert_array_equal,
-    before,
-    (state.base, state.upper, state.lower),
-  )
-
-
-def test_scan_equals_calls():
-  algorithm, step = _plain()
-  batches = [_batch(seed) for seed in range(4)]
-  hparams = zofo.BilevelHParams(0.05, 2.0)
-  state = algorithm.init(*_start())
-  infos = []
-  for batch in batches:
-    state, info = step(state, batch, hparams)
-    infos.append(info)
-  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
-  scanned, scanned_infos = jax.jit(
-    lambda state, batches: jax.lax.scan(
-      lambda s, b: algorithm.step(s, b, hparams), state, batches
-    )
-  )(algorithm.init(*_start()), stacked)
-  _close(scanned, state, rtol=1e-4, atol=1e-4)
-  infos = jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos)
-  _close(scanned_infos, infos, rtol=1e-3, atol=1e-3)
-
-
-def test_vmap_over_penalties():
-  algorithm, step = _plain()
-  state = algorithm.init(*_start())
-  penalties = [0.0, 1.0, 10.0]
-  states, _ = jax.jit(
-    jax.vmap(algorithm.step, in_axes=(None, None, zofo.BilevelHParams(None, 0)))
-  )(state, _batch(), zofo.BilevelHParams(0.05, jnp.array(penalties)))
-  for i, penalty in enumerate(penalties):
-    alone, _ = step(state, _batch(), zofo.BilevelHParams(0.05, penalty))
-    got = jax.tree.map(lambda leaf, i=i: leaf[i], states)
-    _close(got, alone, rtol=1e-4, atol=1e-4)
-
-
-def test_batches_of_unequal_shape():
-  # The upper batch of 5 rows, and the same padded to 8 by rows of weight 0.
-  algorithm, step = _plain()
-  short = _batch(rows=5)
-  pad = lambda leaf: jnp.concatenate(
-    [leaf, jnp.zeros((ROWS - 5, *leaf.shape[1:]))]
-  )
-  padded = short._replace(upper=jax.tree.map(pad, short.upper))
-  hparams = zofo.BilevelHParams(0.05, 2.0)
-  one = step(algorithm.init(*_start()), short, hparams)
-  other = step(algorithm.init(*_start()), padded, hparams)
-  _close(one, other, rtol=1e-4, atol=1e-4)
-
-
-def test_two_functions_of_one_loss():
-  # A second function of the same values: separate calls, the same step.
-  algorithm, step = _plain()
-  twin = _algorithm(_loss, lambda *arguments: _loss(*arguments))
-  hparams = zofo.BilevelHParams(0.05, 2.0)
-  one = step(algorithm.init(*_start()), _batch(), hparams)
-  other = jax.jit(twin.step)(twin.init(*_start()), _batch(), hparams)
-  _close(one, other, rtol=1e-4, atol=1e-4)
-
-
-def test_keys_reach_first_order_losses_only():
-  seen = []
-
+def test_directions_share_their_frame_for_some_steps():
   def loss(base, adapter, batch, key):
-    seen.append(key is None)
-    return _loss(base, adapter, batch, key)
+    return jnp.sum((base["w"] * adapter - batch) ** 2)
 
-  algorithm = _algorithm(loss)
-  state = algorithm.init(*_start())
-  jax.eval_shape(algorithm.step, state, _batch(), zofo.BilevelHParams())
-  # Traced in order: with keys for s and p, then without for theta.
-  assert True in seen and False in seen
-  assert seen == sorted(seen)
-
-
-def test_a_broken_objective_moves_no_weight():
-  algorithm, step = _plain()
-  state = algorithm.init(*_start())
-  x, y, weight = _batch().upper
-  batch = _batch()._replace(upper=(x, y.at[0].set(jnp.nan), weight))
-  after, info = step(state, batch, zofo.BilevelHParams())
-  assert int(info.num_nonfinite) == 1
-  _close(after.base, state.base, rtol=0, atol=0)
-
-
-def test_mesh_equals_one_device():
-  mesh = jax.make_mesh(
-    (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+  algorithm = _algorithm(
+    loss,
+    base_tx=_remember_keys(outer.sgd(1e-3), 1),
+    sampler=sampler.Sampler(directions.LowRank(2)),
+    frame_steps=3,
   )
-  place = lambda tree, *axes: jax.device_put(
-    tree, NamedSharding(mesh, P(*axes))
-  )
-  eps, penalty = 0.05, 2.0
-  tx = _remember_keys(outer.sgd(1e-2), 2)
-  algorithm = _algorithm(base_tx=tx, num_directions=2)
+  base = {"w": _draw(0)(6, 7)}
+  one = jnp.float32(1.0)
+  state = algorithm.init(jax.random.key(0), base, one, one)
+  batch = zofo.BilevelBatch(jnp.ones(1), jnp.float32(1.0), jnp.float32(2.0))
   step = jax.jit(algorithm.step)
-  hparams = zofo.BilevelHParams(eps, penalty)
-  one, one_info = step(algorithm.init(*_start()), _batch(), hparams)
-
-  key, base, upper, lower = _start()
-  base = {
-    "layers": {"w": place(base["layers"]["w"], None, "model")},
-    "c": place(base["c"]),
-  }
-  state = algorithm.init(place(key), base, place(upper), place(lower))
-  batch = _batch()
-  batch = zofo.BilevelBatch(
-    lower=place(batch.lower, None, "data"),
-    penalty=place(batch.penalty, "data"),
-    upper=place(batch.upper, "data"),
-  )
-  many, many_info = step(state, batch, hparams)
-  np.testing.assert_array_equal(
-    *(jax.random.key_data(state.base_opt[1]) for state in (one, many))
-  )
-  # Sums in another order: a few ulps of each loss, then over eps.
-  scale = float(one_info.upper_loss + 2 * penalty * one_info.penalty_loss)
-  atol = 8 * 2.0**-23 * scale / eps
-  _close(many_info.coefficients, one_info.coefficients, rtol=0, atol=atol)
-  _close(many.base, one.base, rtol=1e-6, atol=1e-2 * atol)
-  _close((many.upper, many.lower), (one.upper, one.lower))
+  zs = []
+  for _ in range(6):
+    state, _ = step(state, batch)
+    own, frame = state.base_opt[1]
+    z = _unit(own[0], frame, base, sampler.Sampler(directions.LowRank(2)))
+    zs.append(np.array(z["w"]))
+  rank = lambda steps: np.linalg.matrix_rank(np.vstack([zs[i] for i in steps]))
+  assert rank((0, 1, 2)) == rank((3, 4, 5)) == 2  # one V
+  assert rank((2, 3)) == 4  # and another
+  assert np.linalg.matrix_rank(np.hstack(zs[:3])) == 6  # U is always new

@@ -32,12 +32,18 @@ FLOORS = (
   ("bilevel",),
   ("inner", "losses", "outer"),
   ("zo",),
+  ("sampler",),
+  ("perturbed",),
   ("directions",),
   ("noise",),
   # May be imported from everywhere but the core.
   ("errors",),
 )
-CORE = {"bilevel", "directions", "inner", "losses", "noise", "outer", "zo"}
+CORE = set(
+  """
+bilevel directions inner losses noise outer perturbed sampler zo
+""".split()
+)
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}
 
 

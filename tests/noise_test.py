@@ -46,6 +46,17 @@ def test_same_bits_as_jax():
   np.testing.assert_array_equal(np.concatenate(ours), theirs)
 
 
+def test_looped_cipher_gives_the_same_bits():
+  high, low = _rows(40)[:, None], _rows(7)[None, :]
+  fused = jax.jit(lambda: noise.threefry2x32(KEY, high, low))()
+  looped = noise.threefry2x32(KEY, high, low, fused=False)
+  jax.tree.map(np.testing.assert_array_equal, fused, looped)
+  keys = jnp.stack([KEY, KEY + np.uint32(1)])  # a key of its own for each
+  each = jax.jit(lambda: noise.threefry2x32(keys, high[0], low[0, :2]))()
+  alone = noise.threefry2x32(keys[1], high[0], low[0, 1:2], fused=False)
+  np.testing.assert_array_equal([e[1] for e in each], np.ravel(alone))
+
+
 def test_fold_in_gives_distinct_keys():
   count = jnp.arange(200, dtype=jnp.uint32)
   keys = noise.fold_in(KEY, count[:, None], count[None, :])
@@ -74,7 +85,7 @@ def test_gaussian_moments():
 @pytest.mark.parametrize("draw", DRAWS)
 def test_neighbours_are_uncorrelated(draw):
   z = np.array(jax.jit(lambda: draw(KEY, _rows(500), 1000))())
-  for shift in ((0, 1), (1, 0), (0, 32), (0, 64), (0, 500), (250, 0)):
+  for shift in ((0, 1), (1, 0), (0, 500), (32, 0), (64, 0), (63, 1), (250, 0)):
     product = z * np.roll(z, shift, axis=(0, 1))
     assert abs(product.mean()) < 4.5 / math.sqrt(z.size), shift
 
@@ -97,6 +108,24 @@ def test_rows_by_number(draw, columns):
   wanted = np.array([[3, 49, 0], [7, 3, 3]], np.uint32)
   some = draw(KEY, jnp.array(wanted))
   np.testing.assert_array_equal(some, full[wanted])
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("start, size", [(0, 1), (0, 130), (64, 64), (128, 9)])
+def test_a_block_equals_its_rows(draw, start, size):
+  rows = _rows(size) + np.uint32(start)
+  by_number = draw(KEY, rows, 33)
+  block = jax.jit(lambda start: draw(KEY, noise.Block(start, size), 33))
+  np.testing.assert_array_equal(block(start), by_number)
+  assert draw(KEY, noise.Block(start, size), 33).shape == (size, 33)
+
+
+def test_uniform():
+  u = np.array(jax.jit(lambda: noise.uniform(KEY, _rows(500), 400))())
+  assert u.dtype == np.float32 and 0 < u.min() and u.max() < 1
+  assert stats.kstest(u.reshape(-1), "uniform").pvalue > 1e-3
+  odd = u.astype(np.float64) * 2**24
+  assert np.all(odd == np.round(odd)) and np.all(odd % 2 == 1)
 
 
 @pytest.mark.parametrize("draw", DRAWS)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofo_jax import directions, errors, models
+from zofo_jax import directions, errors, models, noise, perturbed, sampler
 from zofo_jax.models import opt
 
 HERE = pathlib.Path(__file__).parent
@@ -64,7 +64,7 @@ def test_parameters_are_all_named(name):
     jax.random.key(0),
   )["params"]
   paths = jax.tree_util.tree_leaves_with_path(shapes)
-  names = {directions.path_name(path) for path, _ in paths}
+  names = {perturbed.path_name(path) for path, _ in paths}
   assert names == set(family.hf_parameters(model.config))
   base = build(*hf.load(name)[:2])[1]
   assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, shapes)
@@ -99,13 +99,16 @@ def test_later_tokens_do_not_change_earlier_logits():
 
 
 @dataclasses.dataclass(frozen=True)
-class Waves:
+class Waves(directions.Direction):
   """A direction that compiles in no time: sines of row, column and key."""
 
   def draw(self, key, shape, rows=None):
-    rows = jnp.arange(shape[0]) if rows is None else rows
+    if rows is None:
+      rows = jnp.arange(shape[0])
+    elif isinstance(rows, noise.Block):
+      rows = rows.start + jnp.arange(rows.size)
     columns = jnp.arange(np.prod(shape[1:], dtype=int)) * 0.7
-    phase = (key[0] % 997).astype(jnp.float32)
+    phase = (key.own[0] % 997).astype(jnp.float32)
     z = jnp.sin(
       phase
       + rows[..., None] * 1.3
@@ -136,17 +139,18 @@ def test_target_log_probs_are_those_of_the_logits():
 
 def test_perturbed_weights_act_as_their_values():
   model, base, tokens, mask, _ = recorded("opt_350m")
-  nodes = directions.perturb(base, jax.random.key(3), 1.0, Waves())
+  key = perturbed.Key(jax.random.key(3), jax.random.key(4))
+  nodes = sampler.Sampler(Waves(), lazy=True).perturb(base, key, 1.0)
 
   def scaled(scale):
     step = lambda w: dataclasses.replace(w, scale=w.scale * scale)
-    is_leaf = lambda w: isinstance(w, directions.Perturbed)
+    is_leaf = lambda w: isinstance(w, perturbed.Perturbed)
     return jax.tree.map(step, nodes, is_leaf=is_leaf)
 
   score = lambda scale: run(model, scaled(scale), tokens, mask)
   both = jax.jit(jax.vmap(score))(jnp.array([1e-2, -1e-2]))
   for scale, ours in zip((1e-2, -1e-2), both):
-    whole = run(model, directions.materialize(scaled(scale)), tokens, mask)
+    whole = run(model, perturbed.materialize(scaled(scale)), tokens, mask)
     np.testing.assert_allclose(ours, whole, atol=1e-4)
   assert np.abs(both[0] - both[1])[mask].max() > 1e-2
 

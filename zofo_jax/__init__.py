@@ -1,6 +1,6 @@
 """Bilevel-ZOFO in JAX: zeroth-order backbones, first-order adapters."""
 
-from zofo_jax import directions, losses, outer, zo
+from zofo_jax import directions, losses, outer, perturbed, zo
 from zofo_jax.bilevel import (
   BilevelAlgorithm,
   BilevelBatch,
@@ -10,6 +10,7 @@ from zofo_jax.bilevel import (
   bilevel_step,
   make_bilevel_step,
 )
+from zofo_jax.sampler import Sampler
 
 __version__ = "0.1.0"
 
@@ -19,10 +20,12 @@ __all__ = [
   "BilevelHParams",
   "BilevelInfo",
   "BilevelState",
+  "Sampler",
   "bilevel_step",
   "directions",
   "losses",
   "make_bilevel_step",
   "outer",
+  "perturbed",
   "zo",
 ]

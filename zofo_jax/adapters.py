@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax import directions, errors
+from zofo_jax import errors, perturbed
 
 QUERY_VALUE = r"attention/(query|value)$"
 
@@ -69,7 +69,7 @@ def init_lora(
   adapter: dict[str, Any] = {}
   modules = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(base):
-    module, _, leaf_name = directions.path_name(path).rpartition("/")
+    module, _, leaf_name = perturbed.path_name(path).rpartition("/")
     if leaf_name != "kernel":
       continue
     modules.append(module)

@@ -9,14 +9,17 @@ An iteration takes T first-order steps on s, one first-order step on p, and one
 zeroth-order step on theta; p and theta move together, from the same point.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from zofo_jax import directions, inner, outer, zo
+from zofo_jax import inner, outer, zo
+from zofo_jax import sampler as sampler_lib
 
 
 class BilevelState(NamedTuple):
@@ -126,6 +129,11 @@ def _evaluate(terms, base, keys) -> jax.Array:
   return losses.astype(jnp.float32)
 
 
+def _one_row(example: Any) -> Any:
+  """Makes a batch of one example."""
+  return jax.tree.map(lambda leaf: leaf[None], example)
+
+
 def bilevel_step(
   state: BilevelState,
   batch: BilevelBatch,
@@ -136,9 +144,11 @@ def bilevel_step(
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
-  sampler: directions.Sampler = directions.Sampler(),
+  sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
   estimator: zo.Estimator = zo.central,
   num_directions: int = 1,
+  per_example: bool = False,
+  frame_steps: int = 1,
 ) -> tuple[BilevelState, BilevelInfo]:
   """Takes one outer iteration; a pure function, to be jitted by the caller.
 
@@ -157,12 +167,20 @@ def bilevel_step(
     sampler: which weights of theta are probed and along what directions.
     estimator: `zo.central`, `zo.forward` or `zo.exact`.
     num_directions: Q, averaged.
+    per_example: give every example a direction of its own instead, for
+      `directions.PerExample`; the outer batches must be of one size.
+    frame_steps: outer iterations for which directions share their frame, such
+      as the subspace of `directions.LowRank`.
 
   Returns:
     The new state and what to log.
   """
   step_key = jax.random.fold_in(state.key, state.step)
-  lower_key, upper_key, direction_key = jax.random.split(step_key, 3)
+  lower_key, upper_key, direction_key, rounding_key = jax.random.split(
+    step_key, 4
+  )
+  # Apart from every step's key, which folds a step's number.
+  frame_root = jax.random.fold_in(state.key, np.uint32(2**32 - 1))
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
   lower, lower_opt, lower_loss = inner.minimize(
@@ -189,26 +207,33 @@ def bilevel_step(
   updates, upper_opt = upper_tx.update(grads, state.upper_opt, state.upper)
   upper = optax.apply_updates(state.upper, updates)
 
-  def penalized(base):
+  def penalized(base, rows=batch.upper, penalty_rows=batch.penalty):
     terms = (
-      (upper_loss_fn, state.upper, batch.upper),
-      (lower_loss_fn, state.upper, batch.penalty),
-      (lower_loss_fn, lower, batch.penalty),
+      (upper_loss_fn, state.upper, rows),
+      (lower_loss_fn, state.upper, penalty_rows),
+      (lower_loss_fn, lower, penalty_rows),
     )
     upper_loss, penalty_loss, lower_loss = _evaluate(terms, base, None)
     return upper_loss + penalty * (penalty_loss - lower_loss)
 
-  estimate = zo.estimate(
-    penalized,
-    state.base,
-    direction_key,
-    hparams.zo_eps,
+  estimate_fn = functools.partial(
+    zo.estimate_per_example if per_example else zo.estimate,
+    key=direction_key,
+    eps=hparams.zo_eps,
     sampler=sampler,
     estimator=estimator,
-    num_directions=num_directions,
+    frame_key=jax.random.fold_in(frame_root, state.step // frame_steps),
   )
+  if per_example:
+    estimate = estimate_fn(
+      lambda base, example: penalized(base, *_one_row(example)),
+      state.base,
+      (batch.upper, batch.penalty),
+    )
+  else:
+    estimate = estimate_fn(penalized, state.base, num_directions=num_directions)
   base, base_opt = outer.as_outer(base_tx).update(
-    state.base, state.base_opt, estimate, sampler
+    state.base, state.base_opt, estimate, sampler, penalized, rounding_key
   )
 
   new_state = BilevelState(
@@ -225,7 +250,7 @@ def bilevel_step(
     lower_loss=lower_loss,
     upper_loss=losses[0],
     penalty_loss=losses[1],
-    objective=estimate.value,
+    objective=jnp.mean(estimate.values),
     coefficients=estimate.coefficients,
     num_nonfinite=estimate.num_nonfinite,
     upper_grad_norm=optax.tree.norm(grads),
@@ -240,9 +265,11 @@ def make_bilevel_step(
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
-  sampler: directions.Sampler = directions.Sampler(),
+  sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
   estimator: zo.Estimator = zo.central,
   num_directions: int = 1,
+  per_example: bool = False,
+  frame_steps: int = 1,
 ) -> BilevelAlgorithm:
   """Binds losses and optimizers into an (init, step) pair.
 
@@ -297,6 +324,8 @@ def make_bilevel_step(
       sampler=sampler,
       estimator=estimator,
       num_directions=num_directions,
+      per_example=per_example,
+      frame_steps=frame_steps,
     )
 
   return BilevelAlgorithm(init, step)

@@ -15,7 +15,9 @@ from zofo_jax import errors, recipes
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
-DIRECTIONS = ("gaussian", "rademacher")
+DIRECTIONS = ("gaussian", "rademacher", "low_rank", "per_example", "sparse")
+SCALINGS = ("none", "sign", "std", "running_rms")
+ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
 ESTIMATORS = ("central", "forward", "exact")
 LOSSES = ("likelihood", "classification")
 DTYPES = ("float32", "bfloat16")
@@ -57,10 +59,16 @@ def base_config() -> ml_collections.ConfigDict:
   config.zo = ml_collections.ConfigDict()  # theta, zeroth order
   config.zo.direction = "rademacher"
   config.zo.estimator = "central"
-  config.zo.num_directions = 1
+  config.zo.rank = 4  # of low_rank directions
+  config.zo.frame_steps = 1  # outer steps that share their subspace
+  config.zo.threshold = 0.67  # sparse: weights up to this times their row's rms
+  config.zo.num_directions = 1  # per_example: always one an example
   config.zo.eps = 1e-3
   config.zo.optimizer = "sgd"  # in place; the others keep trees like theta
   config.zo.learning_rate = 1e-8
+  config.zo.scaling = "none"  # of the coefficients: sign, std or running_rms
+  config.zo.clip = 0.0  # largest coefficient; 0 for no limit
+  config.zo.weight_decay = 0.0  # sgd only; matrices, times the learning rate
 
   config.data = ml_collections.ConfigDict()
   config.data.task = "sst2"
@@ -172,7 +180,8 @@ _CHOICES = {
   "model.dtype": DTYPES,
   "lower.optimizer": OPTIMIZERS,
   "upper.optimizer": OPTIMIZERS,
-  "zo.optimizer": OPTIMIZERS,
+  "zo.optimizer": ZO_OPTIMIZERS,
+  "zo.scaling": SCALINGS,
   "lower.schedule": SCHEDULES,
   "upper.schedule": SCHEDULES,
   "zo.direction": DIRECTIONS,
@@ -185,6 +194,9 @@ _POSITIVE = (
   "lower.batch_size",
   "upper.batch_size",
   "zo.num_directions",
+  "zo.rank",
+  "zo.frame_steps",
+  "zo.threshold",
   "zo.eps",
   "data.num_lower",
   "data.num_upper",
@@ -200,6 +212,8 @@ _NOT_NEGATIVE = (
   "lower.learning_rate",
   "upper.learning_rate",
   "zo.learning_rate",
+  "zo.clip",
+  "zo.weight_decay",
   "lower.clip_norm",
   "upper.clip_norm",
   "data.num_selection",

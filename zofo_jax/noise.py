@@ -30,9 +30,10 @@ class Block(NamedTuple):
 
 
 def _rounds(
-  x0: jax.Array, x1: jax.Array, rotations: tuple[int, ...]
+  x0: jax.Array, x1: jax.Array, rotations: jax.Array | tuple[int, ...]
 ) -> tuple[jax.Array, jax.Array]:
-  for rotation in rotations:
+  for i in range(4):
+    rotation = rotations[i]
     x0 = x0 + x1
     x1 = (x1 << rotation) | (x1 >> (32 - rotation))
     x1 = x0 ^ x1
@@ -59,38 +60,26 @@ def threefry2x32(
   schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
   x0, x1 = jnp.broadcast_arrays(high + k0, low + k1)
 
-  def four_rounds(block, x0, x1, injected0, injected1):
-    x0, x1 = _rounds(x0, x1, _ROTATIONS[block % 2])
-    return x0 + injected0, x1 + injected1
-
   if fused:
     for block in range(5):
-      x0, x1 = four_rounds(
-        block,
-        x0,
-        x1,
-        schedule[(block + 1) % 3],
-        schedule[(block + 2) % 3] + np.uint32(block + 1),
-      )
+      x0, x1 = _rounds(x0, x1, _ROTATIONS[block % 2])
+      x0 = x0 + schedule[(block + 1) % 3]
+      x1 = x1 + (schedule[(block + 2) % 3] + np.uint32(block + 1))
     return x0, x1
 
+  # All rounds are inside the loop: what follows it would be fused with the use
+  # of the bits, and computed for every element that shares them.
   stacked = jnp.stack(schedule)
+  rotations = jnp.array(_ROTATIONS, jnp.uint32)
 
-  def eight_rounds(i, pair):
-    x0, x1 = pair
-    for block in range(2):
-      number = 2 * i + block + 1
-      x0, x1 = four_rounds(
-        block,
-        x0,
-        x1,
-        stacked[number % 3],
-        stacked[(number + 1) % 3] + jnp.uint32(number),
-      )
+  def next_block(block, pair):
+    x0, x1 = _rounds(*pair, rotations[block % 2])
+    number = block + 1
+    x0 = x0 + stacked[number % 3]
+    x1 = x1 + (stacked[(number + 1) % 3] + jnp.uint32(number))
     return x0, x1
 
-  x0, x1 = jax.lax.fori_loop(0, 2, eight_rounds, (x0, x1))
-  return four_rounds(0, x0, x1, k0 ^ k1 ^ _PARITY, k0 + np.uint32(5))
+  return jax.lax.fori_loop(0, 5, next_block, (x0, x1))
 
 
 def fold_in(
@@ -106,10 +95,8 @@ def _last_axis(size: int, ndim: int) -> jax.Array:
   return jnp.arange(size, dtype=jnp.uint32).reshape((1,) * (ndim - 1) + (size,))
 
 
-def gaussian(
-  key: jax.Array, rows: jax.Array | Block, columns: int
-) -> jax.Array:
-  """Draws N(0, 1) elements, float32, shape [*rows.shape, columns].
+def uniform(key: jax.Array, rows: jax.Array | Block, columns: int) -> jax.Array:
+  """Draws from (0, 1), float32, shape [*rows.shape, columns].
 
   Args:
     key: uint32, shape [2].
@@ -118,17 +105,28 @@ def gaussian(
     columns: elements in a row.
 
   Returns:
-    float32 array; |z| <= 5.42, since the uniform beneath has 23 bits.
+    Odd multiples of 2^-24: 23 random bits, and neither 0 nor 1.
   """
   if isinstance(rows, Block):
     rows = _consecutive(rows.start, rows.size)
   column = _last_axis(columns, rows.ndim + 1)
   x0, x1 = threefry2x32(key, rows[..., None], column)
-  # 23 random bits give a float in [1, 2); the half ulp keeps 0 and 1 out.
+  # 23 random bits give a float in [1, 2); the half step keeps 0 and 1 out.
   mantissa = ((x0 ^ x1) >> 9) | np.uint32(0x3F800000)
-  unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - 1.0
-  uniform = 2.0 * unit + np.float32(2.0**-23 - 1.0)
-  return np.float32(math.sqrt(2.0)) * jax.lax.erf_inv(uniform)
+  unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32)
+  return unit + np.float32(2.0**-24 - 1.0)
+
+
+def gaussian(
+  key: jax.Array, rows: jax.Array | Block, columns: int
+) -> jax.Array:
+  """Draws N(0, 1) elements, float32, shape [*rows.shape, columns].
+
+  Arguments as for `uniform`, whose numbers go through the inverse of the normal
+  distribution function; |z| <= 5.42.
+  """
+  symmetric = 2.0 * uniform(key, rows, columns) - 1.0
+  return np.float32(math.sqrt(2.0)) * jax.lax.erf_inv(symmetric)
 
 
 def rademacher(
@@ -155,17 +153,16 @@ def rademacher(
     return _sign(jnp.where(row & 32, x1, x0) << (row & 31))
   blocks = -(-rows.size // 64)
   first = jnp.asarray(rows.start, jnp.uint32) >> 6
-  words = jnp.stack(
-    threefry2x32(
-      key,
-      _consecutive(first, blocks)[:, None],
-      _last_axis(columns, 2),
-      fused=False,
-    ),
-    axis=1,
+  x0, x1 = threefry2x32(
+    key,
+    _consecutive(first, blocks)[:, None],
+    _last_axis(columns, 2),
+    fused=False,
   )
-  shifts = jnp.arange(32, dtype=jnp.uint32)[None, None, :, None]
-  bits = words[:, :, None, :] << shifts
+  # Chosen, not joined: XLA's loops over joined arrays are no vector loops.
+  second = jnp.arange(2, dtype=jnp.uint32).reshape(1, 2, 1, 1) == 1
+  words = jnp.where(second, x1[:, None, None], x0[:, None, None])
+  bits = words << jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32, 1)
   return _sign(bits.reshape(blocks * 64, columns)[: rows.size])
 
 

@@ -21,6 +21,7 @@ from zofo_jax import (
   experiment,
   inner,
   outer,
+  sampler,
   tasks,
   zo,
 )
@@ -64,22 +65,47 @@ def make_optimizer(
   return tx
 
 
+ESTIMATORS = {
+  "central": zo.central,
+  "forward": zo.forward,
+  "exact": zo.exact,
+}
+
+
+def make_sampler(zo_config: ml_collections.ConfigDict) -> sampler.Sampler:
+  """Makes the directions that `config.zo` asks for."""
+  kinds: dict[str, directions.Direction] = {
+    "gaussian": directions.Gaussian(),
+    "rademacher": directions.Rademacher(),
+    "low_rank": directions.LowRank(zo_config.rank),
+    "per_example": directions.PerExample(),
+    "sparse": directions.Sparse(threshold=zo_config.threshold),
+  }
+  return sampler.Sampler(kinds[zo_config.direction], lazy=True)
+
+
+def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
+  """Makes the update of theta that `config.zo` asks for."""
+  scalings = [outer.clip(zo_config.clip)] if zo_config.clip else []
+  if zo_config.scaling != "none":
+    scale = {
+      "sign": outer.sign,
+      "std": outer.scale_by_std,
+      "running_rms": outer.scale_by_running_rms,
+    }[zo_config.scaling]
+    scalings.append(scale())
+  rate = zo_config.learning_rate
+  if zo_config.optimizer == "conservative":
+    return outer.conservative(rate)
+  if zo_config.optimizer == "sgd":
+    return outer.sgd(rate, *scalings, weight_decay=zo_config.weight_decay)
+  return outer.from_optax(make_optimizer(zo_config.optimizer, rate), *scalings)
+
+
 def make_algorithm(
   config: ml_collections.ConfigDict, loss_fn: inner.LossFn
 ) -> bilevel.BilevelAlgorithm:
   """Makes the (init, step) pair that a config asks for."""
-  kinds: dict[str, directions.Direction] = {
-    "gaussian": directions.Gaussian(),
-    "rademacher": directions.Rademacher(),
-  }
-  estimator = {
-    "central": zo.central,
-    "forward": zo.forward,
-    "exact": zo.exact,
-  }[config.zo.estimator]
-  base_tx: Any = outer.sgd(config.zo.learning_rate)
-  if config.zo.optimizer != "sgd":
-    base_tx = make_optimizer(config.zo.optimizer, config.zo.learning_rate)
 
   def adapter_tx(level, updates_per_step):
     rate = make_schedule(
@@ -93,10 +119,12 @@ def make_algorithm(
     loss_fn,
     lower_tx=adapter_tx(config.lower, config.lower.num_steps),
     upper_tx=adapter_tx(config.upper, 1),
-    base_tx=base_tx,
-    sampler=directions.Sampler(kinds[config.zo.direction], lazy=True),
-    estimator=estimator,
+    base_tx=make_base_tx(config.zo),
+    sampler=make_sampler(config.zo),
+    estimator=ESTIMATORS[config.zo.estimator],
     num_directions=config.zo.num_directions,
+    per_example=config.zo.direction == "per_example",
+    frame_steps=config.zo.frame_steps,
   )
 
 

@@ -29,14 +29,16 @@ from zofo_jax import progress as progress_lib
 def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
   """Counts an iteration's (forward, backward) passes over one batch.
 
-  The penalised objective is three losses; an exact derivative counts as two
-  evaluations of each, its value and its tangent.
+  The penalised objective is three losses. Directions of a batch's examples
+  count as one; a conservative update evaluates the objective three times more.
   """
-  q = config.zo.num_directions
-  points = {"central": 2 * q, "forward": q + 1, "exact": 2 * q}
+  estimator = runs.ESTIMATORS[config.zo.estimator]
+  per_example = config.zo.direction == "per_example"
+  num_directions = 1 if per_example else config.zo.num_directions
+  points = estimator.shared + num_directions * estimator.evaluations
+  points += 3 * (config.zo.optimizer == "conservative")
   inner_steps = config.lower.num_steps
-  forward = inner_steps + 2 + 3 * points[config.zo.estimator]
-  return forward, inner_steps + 2
+  return inner_steps + 2 + 3 * points, inner_steps + 2
 
 
 def iteration_batch(

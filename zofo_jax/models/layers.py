@@ -1,6 +1,6 @@
 """Blocks that every decoder here is made of, and its head.
 
-Weights are read only through `directions.value`, `take` and `dot`, so any of
+Weights are read only through `perturbed.value`, `take` and `dot`, so any of
 them may be a perturbed weight. Products run in the dtype of the weights;
 norms, softmax and log-probabilities in float32.
 
@@ -15,10 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zofo_jax import adapters, directions, errors
-
-# Rows of a perturbed head that exist at a time.
-_VOCABULARY_BLOCK = 4096
+from zofo_jax import adapters, errors, perturbed
 
 INIT = nn.initializers.normal(0.02)
 
@@ -45,9 +42,9 @@ class Linear(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [..., in] to [..., features]."""
     kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
-    y = directions.dot(x, kernel)
+    y = perturbed.dot(x, kernel)
     if self.use_bias:
-      bias = directions.value(
+      bias = perturbed.value(
         self.param("bias", nn.initializers.zeros, (self.features,))
       )
       y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
@@ -69,7 +66,7 @@ class Embed(nn.Module):
 
   def __call__(self, ids: jax.Array) -> jax.Array:
     """Looks ids [...] up; [..., D]."""
-    return directions.take(self.embedding, ids)
+    return perturbed.take(self.embedding, ids)
 
   def table(self) -> Any:
     """Returns the table as it is stored, perturbed or not."""
@@ -78,7 +75,7 @@ class Embed(nn.Module):
 
 def _affine(x: jax.Array, weight: Any) -> jax.Array:
   """Broadcasts a weight [D] to x in float32."""
-  weight = directions.value(weight).astype(jnp.float32)
+  weight = perturbed.value(weight).astype(jnp.float32)
   return jnp.broadcast_to(weight, x.shape)
 
 
@@ -197,16 +194,6 @@ def gather_positions(x_BxLxD: jax.Array, positions_BxP: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x_BxLxD, positions_BxP[..., None], axis=1)
 
 
-def head_logits(hidden_BxPxD: jax.Array, embedding: Any) -> jax.Array:
-  """Scores every token, h E^T; float32 [B, P, V]."""
-  return jnp.einsum(
-    "bpd,vd->bpv",
-    hidden_BxPxD,
-    directions.value(embedding),
-    preferred_element_type=jnp.float32,
-  )
-
-
 def target_log_probs(
   hidden_BxPxD: jax.Array,
   embedding: Any,
@@ -224,45 +211,14 @@ def target_log_probs(
   Returns:
     float32 [B, K].
   """
-  if isinstance(embedding, directions.Perturbed):
-    normalizer_BxP = _log_normalizer_by_blocks(hidden_BxPxD, embedding)
-  else:
-    logits = head_logits(hidden_BxPxD, embedding)
-    normalizer_BxP = jax.nn.logsumexp(logits, axis=-1)
+  normalizer_BxP = perturbed.log_normalizer(hidden_BxPxD, embedding)
   hidden_BxKxD = gather_positions(hidden_BxPxD, target_slot_BxK)
-  rows_BxKxD = directions.take(embedding, target_token_BxK)
+  rows_BxKxD = perturbed.take(embedding, target_token_BxK)
   picked_BxK = jnp.sum(
     hidden_BxKxD.astype(jnp.float32) * rows_BxKxD.astype(jnp.float32), axis=-1
   )
   normalizer_BxK = jnp.take_along_axis(normalizer_BxP, target_slot_BxK, axis=1)
   return picked_BxK - normalizer_BxK
-
-
-def _log_normalizer_by_blocks(
-  hidden_BxPxD: jax.Array, embedding: directions.Perturbed
-) -> jax.Array:
-  """Log sum_v exp(h e_v), a block of the vocabulary at a time; [B, P].
-
-  A perturbed table would otherwise exist whole, once for every sign.
-  """
-  size = embedding.shape[0]
-  block = min(size, _VOCABULARY_BLOCK)
-
-  def add_block(total_BxP, start, rows):
-    logits = head_logits(hidden_BxPxD, directions.block(embedding, start, rows))
-    return jnp.logaddexp(total_BxP, jax.nn.logsumexp(logits, axis=-1))
-
-  whole = size // block
-  total_BxP = jax.lax.fori_loop(
-    0,
-    whole,
-    lambda i, total: add_block(total, i * block, block),
-    jnp.full(hidden_BxPxD.shape[:2], -jnp.inf),
-  )
-  rest = size - whole * block
-  if rest:
-    total_BxP = add_block(total_BxP, whole * block, rest)
-  return total_BxP
 
 
 def hf_field(config: Mapping[str, Any], name: str) -> Any:

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zofo_jax import errors
+from zofo_jax import errors, perturbed
 from zofo_jax.models import layers
 from zofo_jax.models import rope as rope_lib
 
@@ -203,7 +203,9 @@ class Llama(nn.Module):
 
   def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the scores of every next token, [B, L, V] float32."""
-    return layers.head_logits(self.hidden(tokens, mask), self._head_table())
+    return perturbed.dot_transposed(
+      self.hidden(tokens, mask), self._head_table()
+    )
 
 
 Model = Llama

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zofo_jax import errors
+from zofo_jax import errors, perturbed
 from zofo_jax.models import layers
 
 # OPT's table of positions keeps its first two rows; padding reads row 1.
@@ -196,7 +196,9 @@ class Opt(nn.Module):
 
   def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the scores of every next token, [B, L, V] float32."""
-    return layers.head_logits(self.hidden(tokens, mask), self._head_table())
+    return perturbed.dot_transposed(
+      self.hidden(tokens, mask), self._head_table()
+    )
 
 
 Model = Opt

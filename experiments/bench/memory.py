@@ -1,0 +1,66 @@
+"""A whole bilevel run in a process of its own, for its peak memory.
+
+`python memory.py {ours,theirs} {full,tiny,toy}` prints JSON: the most that was
+ever resident, and the bytes of the backbone.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+NUM_ITERATIONS = 3
+
+
+def peak_bytes() -> int:
+  """Returns the most memory that this process ever held (Linux)."""
+  # Not getrusage, whose peak counts the process that started this one.
+  for line in pathlib.Path("/proc/self/status").read_text().splitlines():
+    if line.startswith("VmHWM:"):
+      return 1024 * int(line.split()[1])
+  raise RuntimeError("No VmHWM in /proc/self/status; expected Linux.")
+
+
+def measure(side: str, work: str) -> dict[str, int]:
+  """Runs this file and returns what it prints.
+
+  Args:
+    side: "ours" or "theirs".
+    work: a name in `workload.WORKS`.
+
+  Returns:
+    {"peak_bytes": ..., "base_bytes": ...}.
+  """
+  done = subprocess.run(
+    [sys.executable, __file__, side, work],
+    check=True,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def main(side: str, name: str) -> None:
+  """Runs a few iterations of one side."""
+  sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+  from bench import workload
+
+  work = workload.WORKS[name]
+  if side == "ours":
+    from bench import ours
+
+    run = ours.make_bilevel(work)
+    for _ in range(NUM_ITERATIONS):
+      run.iteration()
+  else:
+    from bench import theirs
+
+    run = theirs.make_bilevel(work)
+    for _ in range(NUM_ITERATIONS):
+      run.inner()
+      run.outer()
+  print(json.dumps({"peak_bytes": peak_bytes(), "base_bytes": run.base_bytes}))
+
+
+if __name__ == "__main__":
+  main(*sys.argv[1:])

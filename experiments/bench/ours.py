@@ -1,0 +1,282 @@
+"""Our side of the benchmark: jitted programs of `zofo_jax` on made-up weights.
+
+Each `make_*` compiles what it returns; calls wait for their result. Weights
+that a program updates are donated to it and stay behind the call.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from bench import workload
+
+import zofo_jax as zofo
+from zofo_jax import adapters, encode, evaluate, experiment, losses
+from zofo_jax.models import llama, opt
+
+DIRECTIONS = {
+  "rademacher": zofo.directions.Rademacher(),
+  "low_rank": zofo.directions.LowRank(rank=4),
+  "gaussian": zofo.directions.Gaussian(),
+}
+
+
+def _llama(sizes: workload.Decoder) -> llama.Llama:
+  config = llama.LlamaConfig(
+    vocab_size=sizes.vocab_size,
+    hidden_size=sizes.hidden_size,
+    mlp_size=sizes.mlp_size,
+    num_layers=sizes.num_layers,
+    num_heads=sizes.num_heads,
+    num_kv_heads=sizes.num_kv_heads,
+    head_dim=sizes.hidden_size // sizes.num_heads,
+    max_length=sizes.max_length,
+    tied_head=True,
+  )
+  return llama.Llama(config)
+
+
+def _opt(sizes: workload.Decoder) -> opt.Opt:
+  config = opt.OptConfig(
+    vocab_size=sizes.vocab_size,
+    hidden_size=sizes.hidden_size,
+    mlp_size=sizes.mlp_size,
+    num_layers=sizes.num_layers,
+    num_heads=sizes.num_heads,
+    embed_size=sizes.hidden_size,
+    max_length=sizes.max_length,
+  )
+  return opt.Opt(config)
+
+
+def _random_base(module: Any) -> Any:
+  """Makes float32 weights, one host copy of a leaf at a time."""
+  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *[ids] * 5)["params"]
+  rng = np.random.default_rng(0)
+
+  def leaf(path, shape):
+    if zofo.perturbed.path_name(path).endswith("scale"):
+      return jnp.ones(shape.shape, jnp.float32)
+    values = rng.standard_normal(shape.shape, np.float32)
+    values *= 0.02
+    return jnp.array(values)
+
+  return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def num_bytes(tree: Any) -> int:
+  """Counts the bytes of a tree of arrays."""
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _batch(rows: workload.Rows) -> losses.Batch:
+  """Makes a batch whose loss is -log p of each row's target."""
+  count = len(rows.tokens)
+  zeros = np.zeros((count, 1, 1), np.int32)
+  batch = losses.Batch(
+    tokens=rows.tokens[:, None],
+    mask=rows.mask()[:, None],
+    positions=(rows.lengths - 1)[:, None, None],
+    target_slot=zeros,
+    target_token=rows.targets[:, None, None],
+    target_option=zeros,
+    target_weight=np.ones((count, 1, 1), np.float32),
+    label=np.zeros(count, np.int32),
+    option_mask=np.ones((count, 1), bool),
+    example_weight=np.ones(count, np.float32),
+  )
+  return jax.tree.map(jnp.asarray, batch)
+
+
+class Zo(NamedTuple):
+  """A zeroth-order step and the forward pass it is measured against.
+
+  Attributes:
+    forward: evaluates the loss once.
+    steps: for each kind of direction, takes one whole step.
+    temp_bytes: XLA's temporaries of each step and of "forward".
+    base_bytes: bytes of the weights.
+  """
+
+  forward: Callable[[], Any]
+  steps: dict[str, Callable[[], Any]]
+  temp_bytes: dict[str, int]
+  base_bytes: int
+
+
+def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
+  """Compiles a central estimate along one direction with SGD in place.
+
+  Args:
+    work: the sizes.
+    kinds: names in `DIRECTIONS`.
+
+  Returns:
+    The step of each kind; all share one set of weights.
+  """
+  module = _llama(work.llama)
+  rows = workload.full_rows(work.llama_rows, work.llama.vocab_size)
+  batch = _batch(rows)
+  loss_fn = experiment.make_loss_fn("likelihood", module)
+  sgd = zofo.outer.sgd(1e-7)
+  base = _random_base(module)
+  held = {"base": base, "state": sgd.init(base), "step": 0}
+
+  def loss(base, batch):
+    return loss_fn(base, {}, batch, None)
+
+  def make_step(direction):
+    sampler = zofo.Sampler(direction, lazy=True)
+
+    def step(base, state, batch, key):
+      objective = lambda base: loss(base, batch)
+      found = zofo.zo.estimate(objective, base, key, 1e-3, sampler=sampler)
+      return sgd.update(base, state, found, sampler, objective, key)
+
+    return step
+
+  key = jax.random.key(0)
+  forward = jax.jit(loss).lower(base, batch).compile()
+  compiled = {
+    kind: jax.jit(make_step(DIRECTIONS[kind]), donate_argnums=0)
+    .lower(base, held["state"], batch, key)
+    .compile()
+    for kind in kinds
+  }
+  temp_bytes = {
+    name: program.memory_analysis().temp_size_in_bytes
+    for name, program in [("forward", forward), *compiled.items()]
+  }
+
+  def run(program):
+    held["step"] += 1
+    held["base"], held["state"] = jax.block_until_ready(
+      program(
+        held["base"],
+        held["state"],
+        batch,
+        jax.random.fold_in(key, held["step"]),
+      )
+    )
+
+  return Zo(
+    forward=lambda: forward(held["base"], batch).block_until_ready(),
+    steps={k: lambda p=p: run(p) for k, p in compiled.items()},
+    temp_bytes=temp_bytes,
+    base_bytes=num_bytes(base),
+  )
+
+
+class Bilevel(NamedTuple):
+  """The bilevel iteration.
+
+  Attributes:
+    outer: takes an iteration of no inner steps (T = 0).
+    iteration: takes an iteration of T inner steps.
+    base_bytes: bytes of the backbone.
+  """
+
+  outer: Callable[[], Any]
+  iteration: Callable[[], Any]
+  base_bytes: int
+
+
+def make_bilevel(work: workload.Work) -> Bilevel:
+  """Prepares iterations; each program is compiled at its first call.
+
+  Adam and clipping on s, Adam on p, a central estimate along one Rademacher
+  direction and SGD in place on the backbone.
+
+  Args:
+    work: the sizes.
+
+  Returns:
+    The iteration with and without its inner loop, on one state.
+  """
+  module = _opt(work.opt)
+  base = _random_base(module)
+  keys = jax.random.split(jax.random.key(0), 3)
+  make_adapter = lambda key: adapters.init_lora(
+    key, base, rank=work.lora_rank, alpha=16.0
+  )
+  algorithm = zofo.make_bilevel_step(
+    experiment.make_loss_fn("likelihood", module),
+    lower_tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)),
+    upper_tx=optax.adam(1e-4),
+    base_tx=zofo.outer.sgd(1e-7),
+    sampler=zofo.Sampler(zofo.directions.Rademacher(), lazy=True),
+  )
+  base_bytes = num_bytes(base)
+  held = {
+    "state": algorithm.init(
+      keys[0], base, make_adapter(keys[1]), make_adapter(keys[2])
+    )
+  }
+
+  def batch(seed):
+    rows = workload.padded_rows(work.opt_rows, work.opt.vocab_size, seed)
+    return _batch(rows)
+
+  def stack(num_steps):
+    if not num_steps:
+      return jax.tree.map(lambda leaf: leaf[None][:0], batch(0))
+    inner = [batch(seed) for seed in range(num_steps)]
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *inner)
+
+  step = jax.jit(algorithm.step, donate_argnums=0)
+
+  def run(rows):
+    hparams = zofo.BilevelHParams(penalty=10.0)
+    held["state"], info = step(held["state"], rows, hparams)
+    jax.block_until_ready((held["state"].base, info))
+
+  without, rows = (
+    zofo.BilevelBatch(lower=stack(n), penalty=batch(100), upper=batch(101))
+    for n in (0, work.num_inner_steps)
+  )
+  return Bilevel(
+    outer=lambda: run(without),
+    iteration=lambda: run(rows),
+    base_bytes=base_bytes,
+  )
+
+
+def make_evaluation(work: workload.Work) -> Callable[[], Any]:
+  """Prepares the scoring of rows with two options of one token each.
+
+  Args:
+    work: the sizes.
+
+  Returns:
+    A function that scores all rows; the first call compiles.
+  """
+  module = _llama(work.llama)
+  base = _random_base(module)
+  examples = [
+    encode.Example(
+      rows=(
+        encode.EncodedRow(
+          tokens=tuple(tokens),
+          positions=(len(tokens) - 1,),
+          targets=tuple(
+            (0, token, option) for option, token in enumerate(workload.OPTIONS)
+          ),
+        ),
+      ),
+      label=0,
+      right=(0,),
+      options=(True, True),
+      where="",
+    )
+    for tokens in workload.scored_rows(work)
+  ]
+  score_fn = jax.jit(
+    evaluate.make_score_fn(experiment.make_log_probs_fn(module))
+  )
+  return lambda: evaluate.score_options(
+    score_fn, base, {}, examples, batch_size=work.scored_batch, pad=0
+  )

@@ -1,0 +1,86 @@
+"""Timing in turn, ratios of pairs, and what machine they come from."""
+
+import importlib.metadata
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+def timed_in_turn(
+  programs: dict[str, Callable[[], Any]], repeats: int
+) -> dict[str, list[float]]:
+  """Times programs in turn, after one call of each to warm up.
+
+  Args:
+    programs: name -> function that waits for its result.
+    repeats: rounds.
+
+  Returns:
+    name -> seconds of each round.
+  """
+  for program in programs.values():
+    program()
+  seconds: dict[str, list[float]] = {name: [] for name in programs}
+  for _ in range(repeats):
+    for name, program in programs.items():
+      start = time.perf_counter()
+      program()
+      seconds[name].append(time.perf_counter() - start)
+  return seconds
+
+
+def ratio(a_seconds: list[float], b_seconds: list[float]) -> dict[str, Any]:
+  """Summarises a / b over pairs that were timed one after the other."""
+  ratios = [a / b for a, b in zip(a_seconds, b_seconds, strict=True)]
+  return {
+    "ratio": statistics.median(ratios),
+    "min": min(ratios),
+    "max": max(ratios),
+    "pairs": len(ratios),
+    "a_seconds": statistics.median(a_seconds),
+    "b_seconds": statistics.median(b_seconds),
+  }
+
+
+def bytes_ratio(a_bytes: int, b_bytes: int) -> dict[str, Any]:
+  """Gives a / b of sizes, which are measured once."""
+  return {
+    "ratio": a_bytes / b_bytes,
+    "min": a_bytes / b_bytes,
+    "max": a_bytes / b_bytes,
+    "pairs": 1,
+    "a_bytes": a_bytes,
+    "b_bytes": b_bytes,
+  }
+
+
+def machine() -> dict[str, Any]:
+  """Describes the machine."""
+  name = platform.processor() or platform.machine()
+  cpuinfo = pathlib.Path("/proc/cpuinfo")
+  if cpuinfo.exists():
+    for line in cpuinfo.read_text().splitlines():
+      if line.startswith("model name"):
+        name = line.partition(":")[2].strip()
+        break
+  return {
+    "processor": name,
+    "architecture": platform.machine(),
+    "system": platform.system(),
+    "cores": os.cpu_count(),
+  }
+
+
+def versions() -> dict[str, str | None]:
+  """Lists the versions of what is measured."""
+  found: dict[str, str | None] = {"python": platform.python_version()}
+  for name in ("jax", "jaxlib", "flax", "optax", "torch", "transformers"):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      found[name] = None
+  return found
