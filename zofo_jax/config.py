@@ -276,6 +276,20 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f"config.{name}: expected 0 or more; found {fields[name]}."
       )
+  one_value = config.zo.estimator != "central" and config.zo.num_directions == 1
+  if config.zo.scaling == "std" and one_value:
+    raise errors.UserError(
+      "config.zo.scaling: 'std' needs several values; expected zo.estimator "
+      f"'central' or more zo.num_directions; found '{config.zo.estimator}' and "
+      "1."
+    )
+  if config.zo.optimizer == "conservative" and (
+    config.zo.num_directions > 1 or config.zo.direction == "per_example"
+  ):
+    raise errors.UserError(
+      "config.zo.optimizer: 'conservative' takes one direction a step; found "
+      f"{config.zo.num_directions} of kind '{config.zo.direction}'."
+    )
   try:
     re.compile(config.lora.targets)
   except re.error as error:

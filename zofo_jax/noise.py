@@ -73,7 +73,7 @@ def threefry2x32(
   rotations = jnp.array(_ROTATIONS, jnp.uint32)
 
   def next_block(block, pair):
-    x0, x1 = _rounds(*pair, rotations[block % 2])
+    x0, x1 = _rounds(pair[0], pair[1], rotations[block % 2])
     number = block + 1
     x0 = x0 + stacked[number % 3]
     x1 = x1 + (stacked[(number + 1) % 3] + jnp.uint32(number))

@@ -129,7 +129,7 @@ def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
 
 
 def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
-  """Returns log sum_v exp(x w_v) over the rows of a table [V, D]; float32 [...].
+  """Returns log sum_v exp(x w_v) over the rows of a table; float32 [...].
 
   A perturbed table, which would exist whole once for every sign, is walked in
   blocks of rows, unless its direction has a product without z.
