@@ -184,7 +184,8 @@ def test_sharded_rows_exchange_nothing(kind):
   # Each device draws its own rows of z and moves its own weights.
   mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, P(None, "fsdp"))
-  kernel = np.random.default_rng(0).normal(size=(2, 16, 136))
+  # A multiple of 64 rows on each: below that, words of bits are exchanged.
+  kernel = np.random.default_rng(0).normal(size=(2, 512, 136))
   whole = {"layers": {"kernel": jnp.asarray(kernel, jnp.bfloat16)}}
   tree = jax.device_put(whole, sharding)
   sampler = sampler_lib.Sampler(kind)

@@ -174,6 +174,7 @@ def sgd(
       decay=jnp.where(alive, rate * weight_decay, 0.0),
       rounding_key=key,
     )
+    rate = jnp.where(alive, rate, state.learning_rate)
     return base, SgdState(state.num_updates + alive, rate, tuple(states))
 
   return OuterTransform(init, update)
