@@ -254,3 +254,24 @@ def test_saved_config_survives_a_round_trip(tmp_path):
   (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
   again = runs.read_config(epath.Path(tmp_path))
   assert config_lib.flat(again) == config_lib.flat(config)
+
+
+@pytest.mark.parametrize(
+  "field, changes",
+  [
+    ("zo.scaling", {"scaling": "std", "estimator": "exact"}),
+    ("zo.num_directions", {"direction": "per_example", "num_directions": 2}),
+    ("zo.optimizer", {"optimizer": "conservative", "num_directions": 2}),
+    ("zo.optimizer", {"optimizer": "conservative", "direction": "per_example"}),
+    ("zo.optimizer", {"optimizer": "conservative", "scaling": "sign"}),
+    ("zo.optimizer", {"optimizer": "conservative", "clip": 1.0}),
+    ("zo.weight_decay", {"weight_decay": 0.1, "optimizer": "adam"}),
+  ],
+)
+def test_no_choice_is_ignored(field, changes):
+  config = config_lib.base_config()
+  config.model.name = "somewhere"
+  config_lib.check(config)
+  config.zo.update(changes)
+  with pytest.raises(errors.UserError, match=rf"^config\.{field}: "):
+    config_lib.check(config)

@@ -241,3 +241,15 @@ def test_any_shape(kind, shape, seed):
     last = np.array([shape[0] - 1])
     rows = _draw(kind, _at(keys, 2), shape, jnp.asarray(last))
     np.testing.assert_array_equal(rows, z[2][last])
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16, 64])
+def test_low_rank_sums_are_exact_in_any_order(rank):
+  kind = directions.LowRank(rank)
+  key = directions.LeafKey(*jnp.arange(4, dtype=jnp.uint32).reshape(2, 2))
+  u, v = (np.array(x, np.float64) for x in kind._factors(key, (40, 24)))
+  z = np.array(kind.draw(key, (40, 24)))
+  # NumPy's float64 sum is exact; so must be float32's, before the scale.
+  exact = (u @ v.T).astype(np.float32)
+  np.testing.assert_array_equal(exact.astype(np.float64), u @ v.T)
+  np.testing.assert_array_equal(z, exact * np.float32(rank**-0.5))

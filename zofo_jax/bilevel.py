@@ -137,7 +137,7 @@ def _one_row(example: Any) -> Any:
 def bilevel_step(
   state: BilevelState,
   batch: BilevelBatch,
-  hparams: BilevelHParams,
+  hparams: BilevelHParams = BilevelHParams(),
   *,
   lower_loss_fn: inner.LossFn,
   upper_loss_fn: inner.LossFn,
@@ -311,21 +311,17 @@ def make_bilevel_step(
       key=key,
     )
 
-  def step(state, batch, hparams=BilevelHParams()):
-    return bilevel_step(
-      state,
-      batch,
-      hparams,
-      lower_loss_fn=lower_loss_fn,
-      upper_loss_fn=upper_loss_fn,
-      lower_tx=lower_tx,
-      upper_tx=upper_tx,
-      base_tx=base_transform,
-      sampler=sampler,
-      estimator=estimator,
-      num_directions=num_directions,
-      per_example=per_example,
-      frame_steps=frame_steps,
-    )
-
+  step = functools.partial(
+    bilevel_step,
+    lower_loss_fn=lower_loss_fn,
+    upper_loss_fn=upper_loss_fn,
+    lower_tx=lower_tx,
+    upper_tx=upper_tx,
+    base_tx=base_transform,
+    sampler=sampler,
+    estimator=estimator,
+    num_directions=num_directions,
+    per_example=per_example,
+    frame_steps=frame_steps,
+  )
   return BilevelAlgorithm(init, step)

@@ -276,6 +276,22 @@ def check(config: ml_collections.ConfigDict) -> None:
       raise errors.UserError(
         f"config.{name}: expected 0 or more; found {fields[name]}."
       )
+  _check_zo(config)
+  try:
+    re.compile(config.lora.targets)
+  except re.error as error:
+    raise errors.UserError(
+      "config.lora.targets: expected a regular expression; found "
+      f"'{config.lora.targets}' ({error})."
+    ) from error
+  if not config.model.name:
+    raise errors.UserError(
+      "config.model.name: expected a hub id or a local folder; found nothing."
+    )
+
+
+def _check_zo(config: ml_collections.ConfigDict) -> None:
+  """Stops on choices that exclude each other; none is ever ignored."""
   one_value = config.zo.estimator != "central" and config.zo.num_directions == 1
   if config.zo.scaling == "std" and one_value:
     raise errors.UserError(
@@ -290,14 +306,21 @@ def check(config: ml_collections.ConfigDict) -> None:
       "config.zo.optimizer: 'conservative' takes one direction a step; found "
       f"{config.zo.num_directions} of kind '{config.zo.direction}'."
     )
-  try:
-    re.compile(config.lora.targets)
-  except re.error as error:
+  if config.zo.direction == "per_example" and config.zo.num_directions > 1:
     raise errors.UserError(
-      "config.lora.targets: expected a regular expression; found "
-      f"'{config.lora.targets}' ({error})."
-    ) from error
-  if not config.model.name:
+      "config.zo.num_directions: 'per_example' takes one an example; expected "
+      f"1; found {config.zo.num_directions}."
+    )
+  if config.zo.optimizer == "conservative" and (
+    config.zo.clip or config.zo.scaling != "none"
+  ):
     raise errors.UserError(
-      "config.model.name: expected a hub id or a local folder; found nothing."
+      "config.zo.optimizer: 'conservative' scales no coefficients; expected "
+      f"zo.scaling 'none' and zo.clip 0; found '{config.zo.scaling}' and "
+      f"{config.zo.clip}."
+    )
+  if config.zo.weight_decay and config.zo.optimizer != "sgd":
+    raise errors.UserError(
+      "config.zo.weight_decay: only zo.optimizer 'sgd' takes it; found "
+      f"{config.zo.weight_decay} with '{config.zo.optimizer}'."
     )

@@ -6,7 +6,6 @@ examples of a batch. Every dense kind has E[z z^T] = I.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -141,10 +140,11 @@ class LowRank(Direction):
   ) -> tuple[jax.Array, jax.Array]:
     u = draw_matrix(noise.gaussian, key.own, (shape[0], self.rank), rows)
     v = draw_matrix(noise.gaussian, key.frame, (shape[1], self.rank))
-    # Of 8 bits each, so that their products are exact in float32 and z has the
-    # same bits however a compiler joins products and sums.
-    u, v = (jax.lax.reduce_precision(x, 8, 7) for x in (u, v))
-    return u, v
+    # In fixed point, and coarse enough that a sum of `rank` products is exact
+    # in float32: z has the same bits in whatever order a program adds.
+    largest = self.rank * noise.GAUSSIAN_MAX**2
+    step = np.float32(2.0 ** -((24 - int(np.ceil(np.log2(largest)))) // 2))
+    return jnp.round(u / step) * step, jnp.round(v / step) * step
 
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
@@ -153,12 +153,8 @@ class LowRank(Direction):
     if len(shape) != 2:
       return draw_matrix(noise.gaussian, key.own, shape, rows)
     u, v = self._factors(key, shape, rows)
-    terms = [
-      u[..., r, None] * jnp.expand_dims(v[:, r], tuple(range(u.ndim - 1)))
-      for r in range(self.rank)
-    ]
-    # One after another: a product of matrices may add in any order.
-    return functools.reduce(jnp.add, terms) * self._scale()
+    z = jnp.einsum("...r,or->...o", u, v, precision="highest")
+    return z * self._scale()
 
   def product(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
@@ -176,8 +172,10 @@ class LowRank(Direction):
     if len(shape) != 2:
       return None
     u, v = jax.vmap(lambda key: self._factors(key, shape))(keys)
-    weights = weights * self._scale()
-    return jnp.einsum("qir,qor->io", u * weights[:, None, None], v)
+    weighted = u * weights[:, None, None]
+    # Scaled last, as in `draw`: one direction of weight 1 gives its own z.
+    z = jnp.einsum("qir,qor->io", weighted, v, precision="highest")
+    return z * self._scale()
 
 
 @dataclasses.dataclass(frozen=True)

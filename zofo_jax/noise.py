@@ -14,6 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+# Largest |z| of `gaussian`, whose uniform numbers have 23 bits.
+GAUSSIAN_MAX = 5.42
+
 _PARITY = np.uint32(0x1BD11BDA)
 
 
@@ -135,7 +138,8 @@ def rademacher(
   """Draws +1 or -1 with equal chance, one bit an element.
 
   A column's 64 random bits serve 64 consecutive rows, so that neighbours in
-  memory differ in the word and share the shift.
+  memory differ in the word and share the shift. Devices that hold fewer than 64
+  rows of a leaf may exchange words, 1/32 of the leaf; the bits are the same.
 
   Args:
     key: uint32, shape [2].

@@ -210,7 +210,7 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
       {"model": "adapter p, kept", **worth["test"]},
       {"model": "adapter s, auxiliary", **worth["test_s"]},
     ],
-    title=f"{run.task.name}: {len(examples.test)} test rows, never used before",
+    title=f"{run.task.name}: {len(examples.test)} test rows, never trained on",
   )
   print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
   return summary

@@ -221,6 +221,61 @@ def target_log_probs(
   return picked_BxK - normalizer_BxK
 
 
+class Decoder(nn.Module):
+  """What a decoder answers, from its layers and its head.
+
+  A family's module declares `config` (with `tied_head`), `embed` and, if it is
+  not tied, `head`, and defines `_body` and `_finish`.
+  """
+
+  def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
+    """Runs the layers; [B, L, D]."""
+    raise NotImplementedError
+
+  def _finish(self, x: jax.Array) -> jax.Array:
+    """Turns the layers' output into what the head reads."""
+    raise NotImplementedError
+
+  def _head_table(self) -> Any:
+    """Returns the table [V, D] of the head."""
+    return self.embed.table() if self.config.tied_head else self.head.table()
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    target_slot: jax.Array,
+    target_token: jax.Array,
+  ) -> jax.Array:
+    """Scores the targets of each row.
+
+    Args:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, real tokens; padding may be on either side.
+      positions: [B, P] int32, where hidden states predict the next token.
+      target_slot: [B, K] int32, which of the P positions predicts.
+      target_token: [B, K] int32, token to be predicted.
+
+    Returns:
+      Log-probabilities of the targets, [B, K] float32.
+    """
+    x = gather_positions(self._body(tokens, mask), positions)
+    return target_log_probs(
+      self._finish(x), self._head_table(), target_slot, target_token
+    )
+
+  def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns what the head reads at every token, [B, L, D]."""
+    return self._finish(self._body(tokens, mask))
+
+  def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the scores of every next token, [B, L, V] float32."""
+    return perturbed.dot_transposed(
+      self.hidden(tokens, mask), self._head_table()
+    )
+
+
 def hf_field(config: Mapping[str, Any], name: str) -> Any:
   """Reads a field that config.json must have."""
   if config.get(name) is None:

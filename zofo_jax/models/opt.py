@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zofo_jax import errors, perturbed
+from zofo_jax import errors
 from zofo_jax.models import layers
 
 # OPT's table of positions keeps its first two rows; padding reads row 1.
@@ -114,7 +114,7 @@ class Block(nn.Module):
     return mlp_norm(x + mlp(x)), None
 
 
-class Opt(nn.Module):
+class Opt(layers.Decoder):
   """An OPT decoder with its head.
 
   Attributes:
@@ -160,45 +160,6 @@ class Opt(nn.Module):
     if self.config.embed_size != self.config.hidden_size:
       x = self.project_out(x)
     return x
-
-  def _head_table(self) -> Any:
-    """Returns the table [V, D] of the head."""
-    return self.embed.table() if self.config.tied_head else self.head.table()
-
-  def __call__(
-    self,
-    tokens: jax.Array,
-    mask: jax.Array,
-    positions: jax.Array,
-    target_slot: jax.Array,
-    target_token: jax.Array,
-  ) -> jax.Array:
-    """Scores the targets of each row.
-
-    Args:
-      tokens: [B, L] int32.
-      mask: [B, L] bool, real tokens; padding may be on either side.
-      positions: [B, P] int32, where hidden states predict the next token.
-      target_slot: [B, K] int32, which of the P positions predicts.
-      target_token: [B, K] int32, token to be predicted.
-
-    Returns:
-      Log-probabilities of the targets, [B, K] float32.
-    """
-    x = layers.gather_positions(self._body(tokens, mask), positions)
-    return layers.target_log_probs(
-      self._finish(x), self._head_table(), target_slot, target_token
-    )
-
-  def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns what the head reads at every token, [B, L, D]."""
-    return self._finish(self._body(tokens, mask))
-
-  def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the scores of every next token, [B, L, V] float32."""
-    return perturbed.dot_transposed(
-      self.hidden(tokens, mask), self._head_table()
-    )
 
 
 Model = Opt
