@@ -135,7 +135,7 @@ def test_keys_give_other_directions(kind):
 def test_product_needs_no_z(kind, transposed):
   keys = _keys(3, frames=1)
   shape = (6, 9)
-  x = np.random.default_rng(0).normal(size=(3, 4, shape[transposed]))
+  x = np.random.default_rng(0).normal(size=(3, 2, shape[transposed]))
   x = x.astype(np.float32)
 
   @jax.jit
@@ -151,6 +151,16 @@ def test_product_needs_no_z(kind, transposed):
   half = products(jnp.asarray(x[0], jnp.bfloat16), keys.own[0])
   assert half.dtype == jnp.bfloat16
   np.testing.assert_allclose(half, x[0] @ z[0], atol=0.15)
+
+
+@pytest.mark.parametrize("rank", [4, 40])
+def test_low_rank_product_where_it_is_smaller_than_z(rank):
+  kind = directions.LowRank(rank)
+  key = _at(_keys(1), 0)
+  x = np.random.default_rng(0).normal(size=(20, 60)).astype(np.float32)
+  z = np.array(kind.draw(key, (60, 50)))
+  np.testing.assert_allclose(kind.product(x, key, (60, 50)), x @ z, atol=1e-4)
+  assert kind.product(np.tile(x, (2, 1)), key, (60, 50)) is None
 
 
 @pytest.mark.parametrize("kind", [GAUSSIAN, RADEMACHER, SPARSE])

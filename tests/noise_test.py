@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.extend import random as jax_random
-from scipy import stats
+from scipy import special, stats
 
 from zofo_jax import noise
 
@@ -49,11 +49,11 @@ def test_same_bits_as_jax():
 def test_looped_cipher_gives_the_same_bits():
   high, low = _rows(40)[:, None], _rows(7)[None, :]
   fused = jax.jit(lambda: noise.threefry2x32(KEY, high, low))()
-  looped = noise.threefry2x32(KEY, high, low, fused=False)
+  looped = noise.shared(KEY, high, low)
   jax.tree.map(np.testing.assert_array_equal, fused, looped)
   keys = jnp.stack([KEY, KEY + np.uint32(1)])  # a key of its own for each
   each = jax.jit(lambda: noise.threefry2x32(keys, high[0], low[0, :2]))()
-  alone = noise.threefry2x32(keys[1], high[0], low[0, 1:2], fused=False)
+  alone = noise.shared(keys[1], high[0], low[0, 1:2])
   np.testing.assert_array_equal([e[1] for e in each], np.ravel(alone))
 
 
@@ -65,6 +65,15 @@ def test_fold_in_gives_distinct_keys():
   np.testing.assert_array_equal(
     keys[3, 5], noise.fold_in(KEY, np.uint32(3), np.uint32(5))
   )
+
+
+def test_normal_quantile_everywhere():
+  # Every value that a uniform number can take, in float64 by scipy.
+  x = (np.arange(2**23, dtype=np.float64) * 2 + 1) * 2.0**-24 * 2 - 1
+  z = np.asarray(jax.jit(noise.normal_quantile)(x.astype(np.float32)))
+  np.testing.assert_allclose(z, special.ndtri((1 + x) / 2), rtol=5e-6)
+  assert np.abs(z).max() <= noise.GAUSSIAN_MAX
+  np.testing.assert_array_equal(z, -z[::-1])
 
 
 def test_gaussian_moments():

@@ -76,7 +76,8 @@ class BilevelInfo(NamedTuple):
     penalty_loss: L(theta, p; D_p), shape [].
     objective: mean of G over the probed points, shape [].
     coefficients: directional derivatives of G, shape [Q].
-    num_nonfinite: directions dropped because G was not finite, int32 [].
+    num_nonfinite: directions dropped because G, or p's gradient, was not
+      finite, int32 [].
     upper_grad_norm: norm of p's gradient, shape [].
   """
 
@@ -232,6 +233,11 @@ def bilevel_step(
     )
   else:
     estimate = estimate_fn(penalized, state.base, num_directions=num_directions)
+  # p and theta move together: a broken gradient of p drops every direction. It
+  # also tells the compiler that p's passes end before theta is written; not
+  # knowing, it copies all layers' weights.
+  upper_grad_norm = optax.tree.norm(grads)
+  estimate = estimate.drop_unless(jnp.isfinite(upper_grad_norm))
   base, base_opt = outer.as_outer(base_tx).update(
     state.base, state.base_opt, estimate, sampler, penalized, rounding_key
   )
@@ -253,7 +259,7 @@ def bilevel_step(
     objective=jnp.mean(estimate.values),
     coefficients=estimate.coefficients,
     num_nonfinite=estimate.num_nonfinite,
-    upper_grad_norm=optax.tree.norm(grads),
+    upper_grad_norm=upper_grad_norm,
   )
   return new_state, info
 

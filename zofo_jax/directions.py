@@ -6,6 +6,7 @@ examples of a batch. Every dense kind has E[z z^T] = I.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -34,6 +35,11 @@ class LeafKey(NamedTuple):
 
 class Direction(Protocol):
   """A kind of random direction; hashable, so that jit can key on it."""
+
+  @property
+  def dear(self) -> bool:
+    """Whether z is dearer to draw than to keep until its next use; here not."""
+    return False
 
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
@@ -100,6 +106,11 @@ def draw_matrix(
 class Gaussian(Direction):
   """z ~ N(0, I), drawn in float32."""
 
+  @property
+  def dear(self) -> bool:
+    """Whether z is dearer to draw than to keep: a cipher and a quantile."""
+    return True
+
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
@@ -116,6 +127,20 @@ class Rademacher(Direction):
   ) -> jax.Array:
     """Draws z; see `Direction`."""
     return draw_matrix(noise.rademacher, key.own, shape, rows)
+
+
+# Up to this rank a sum of outer products is fused with what uses it; a product
+# of matrices would be written to memory and read back.
+_FUSED_RANK = 16
+
+
+def _outer_sum(left: jax.Array, right: jax.Array) -> jax.Array:
+  """Returns left [..., r] times right [o, r], transposed; [..., o]."""
+  if right.shape[1] > _FUSED_RANK:
+    return jnp.einsum("...r,or->...o", left, right, precision="highest")
+  columns = right.T.reshape(right.shape[1], *(1,) * (left.ndim - 1), -1)
+  terms = [left[..., r, None] * columns[r] for r in range(right.shape[1])]
+  return functools.reduce(jnp.add, terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,8 +163,8 @@ class LowRank(Direction):
   def _factors(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    u = draw_matrix(noise.gaussian, key.own, (shape[0], self.rank), rows)
-    v = draw_matrix(noise.gaussian, key.frame, (shape[1], self.rank))
+    u = draw_matrix(noise.shared_gaussian, key.own, (shape[0], self.rank), rows)
+    v = draw_matrix(noise.shared_gaussian, key.frame, (shape[1], self.rank))
     # In fixed point, and coarse enough that a sum of `rank` products is exact
     # in float32: z has the same bits in whatever order a program adds.
     largest = self.rank * noise.GAUSSIAN_MAX**2
@@ -153,17 +178,20 @@ class LowRank(Direction):
     if len(shape) != 2:
       return draw_matrix(noise.gaussian, key.own, shape, rows)
     u, v = self._factors(key, shape, rows)
-    z = jnp.einsum("...r,or->...o", u, v, precision="highest")
-    return z * self._scale()
+    return _outer_sum(u, v) * self._scale()
 
   def product(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
-  ) -> jax.Array:
-    """Returns (x U) V^T, or (x V) U^T."""
+  ) -> jax.Array | None:
+    """Returns (x U) V^T, or (x V) U^T, where z is the larger thing to form."""
+    rows = x.size // x.shape[-1]
+    # The product passes over x's rows twice, U V^T over the whole of z.
+    if rows * sum(shape) >= np.prod(shape, dtype=np.int64):
+      return None
     u, v = self._factors(key, shape)
     first, second = (v, u) if transposed else (u, v)
-    first = first * self._scale()
-    return (x @ first.astype(x.dtype)) @ second.T.astype(x.dtype)
+    low = x @ (first * self._scale()).astype(x.dtype)
+    return _outer_sum(low, second.astype(x.dtype))
 
   def combine(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
@@ -256,6 +284,11 @@ class Sparse(Direction):
 
   dense: Direction = Rademacher()
   threshold: float = 0.67
+
+  @property
+  def dear(self) -> bool:
+    """Whether the dense kind is."""
+    return self.dense.dear
 
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None

@@ -6,18 +6,37 @@ An element's bits depend on the key and its (row, column) alone: any slice, any
 sharding and any order of evaluation give the same numbers.
 """
 
-import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
+_PARITY = np.uint32(0x1BD11BDA)
 # Largest |z| of `gaussian`, whose uniform numbers have 23 bits.
 GAUSSIAN_MAX = 5.42
 
-_PARITY = np.uint32(0x1BD11BDA)
+# Of `normal_quantile`, lowest power first: log2(1 + m) / m on [0, 1), and
+# numerator and denominator of (quantile / x)^2 by w on [0, 23].
+_LOG2 = (
+  1.4425532,
+  -0.71828187,
+  0.45827037,
+  -0.27953702,
+  0.12345032,
+  -0.02645702,
+)
+_ABOVE = (
+  1.57080354,
+  0.66739338,
+  0.131138156,
+  0.0148991261,
+  0.00116414679,
+  -1.16751620e-6,
+)
+_BELOW = (1.0, 0.0620229906, 0.0153206532, 0.000773512427)
 
 
 class Block(NamedTuple):
@@ -44,7 +63,7 @@ def _rounds(
 
 
 def threefry2x32(
-  key: jax.Array, high: jax.Array, low: jax.Array, *, fused: bool = True
+  key: jax.Array, high: jax.Array, low: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Encrypts the counter (high, low) under a key: 64 random bits an element.
 
@@ -52,37 +71,58 @@ def threefry2x32(
     key: uint32, shape [2] or [..., 2] broadcasting against the counters.
     high: uint32 counter words, any shape.
     low: uint32 counter words, a shape that broadcasts with `high`.
-    fused: whether XLA may merge the cipher into what uses the bits. False runs
-      it in a loop: for bits that many elements share, which would otherwise be
-      computed anew for each of them, and for quicker compilation.
 
   Returns:
-    Two uint32 arrays of the broadcast shape; the same bits either way.
+    Two uint32 arrays of the broadcast shape.
   """
   k0, k1 = key[..., 0], key[..., 1]
   schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
   x0, x1 = jnp.broadcast_arrays(high + k0, low + k1)
+  for block in range(5):
+    x0, x1 = _rounds(x0, x1, _ROTATIONS[block % 2])
+    x0 = x0 + schedule[(block + 1) % 3]
+    x1 = x1 + (schedule[(block + 2) % 3] + np.uint32(block + 1))
+  return x0, x1
 
-  if fused:
-    for block in range(5):
-      x0, x1 = _rounds(x0, x1, _ROTATIONS[block % 2])
-      x0 = x0 + schedule[(block + 1) % 3]
-      x1 = x1 + (schedule[(block + 2) % 3] + np.uint32(block + 1))
-    return x0, x1
 
-  # All rounds are inside the loop: what follows it would be fused with the use
-  # of the bits, and computed for every element that shares them.
-  stacked = jnp.stack(schedule)
+def shared(
+  key: jax.Array,
+  high: jax.Array,
+  low: jax.Array,
+  finish: Callable[[jax.Array, jax.Array], Any] | None = None,
+) -> Any:
+  """Returns threefry2x32(key, high, low), or `finish` of it, from memory.
+
+  For numbers that many elements share: XLA merges what it can with its use, and
+  would compute them anew for each of these elements, but never reaches into a
+  loop. Also quicker to compile.
+
+  Args:
+    key: as for `threefry2x32`; so are `high` and `low`.
+    high: uint32.
+    low: uint32.
+    finish: makes numbers of the two words.
+
+  Returns:
+    The two words, or what `finish` makes of them.
+  """
+  k0, k1 = key[..., 0], key[..., 1]
+  schedule = jnp.stack((k0, k1, k0 ^ k1 ^ _PARITY))
   rotations = jnp.array(_ROTATIONS, jnp.uint32)
+  x0, x1 = jnp.broadcast_arrays(high + k0, low + k1)
 
-  def next_block(block, pair):
-    x0, x1 = _rounds(pair[0], pair[1], rotations[block % 2])
+  # `finish` is in the loop, too, and the last turn's result is the one.
+  def next_block(block, carry):
+    x0, x1, _ = carry
+    x0, x1 = _rounds(x0, x1, rotations[block % 2])
     number = block + 1
-    x0 = x0 + stacked[number % 3]
-    x1 = x1 + (stacked[(number + 1) % 3] + jnp.uint32(number))
-    return x0, x1
+    x0 = x0 + schedule[number % 3]
+    x1 = x1 + (schedule[(number + 1) % 3] + jnp.uint32(number))
+    return x0, x1, finish(x0, x1) if finish else ()
 
-  return jax.lax.fori_loop(0, 5, next_block, (x0, x1))
+  made = finish(x0, x1) if finish else ()
+  x0, x1, made = jax.lax.fori_loop(0, 5, next_block, (x0, x1, made))
+  return made if finish else (x0, x1)
 
 
 def fold_in(
@@ -90,12 +130,29 @@ def fold_in(
 ) -> jax.Array:
   """Derives child keys, shape [..., 2], from a key [2] and counters [...]."""
   high, low = jnp.asarray(high, jnp.uint32), jnp.asarray(low, jnp.uint32)
-  return jnp.stack(threefry2x32(key, high, low, fused=False), axis=-1)
+  return jnp.stack(shared(key, high, low), axis=-1)
 
 
 def _last_axis(size: int, ndim: int) -> jax.Array:
   """Counts along the last of `ndim` axes, uint32, shape [1, ..., 1, size]."""
   return jnp.arange(size, dtype=jnp.uint32).reshape((1,) * (ndim - 1) + (size,))
+
+
+def _unit(x0: jax.Array, x1: jax.Array) -> jax.Array:
+  """Makes a float in (0, 1) of two words."""
+  # 23 random bits give a float in [1, 2); the half step keeps 0 and 1 out.
+  mantissa = ((x0 ^ x1) >> 9) | np.uint32(0x3F800000)
+  unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32)
+  return unit + np.float32(2.0**-24 - 1.0)
+
+
+def _counters(
+  rows: jax.Array | Block, columns: int
+) -> tuple[jax.Array, jax.Array]:
+  """Returns every element's row and column, as arrays that broadcast."""
+  if isinstance(rows, Block):
+    rows = _consecutive(rows.start, rows.size)
+  return rows[..., None], _last_axis(columns, rows.ndim + 1)
 
 
 def uniform(key: jax.Array, rows: jax.Array | Block, columns: int) -> jax.Array:
@@ -110,14 +167,52 @@ def uniform(key: jax.Array, rows: jax.Array | Block, columns: int) -> jax.Array:
   Returns:
     Odd multiples of 2^-24: 23 random bits, and neither 0 nor 1.
   """
-  if isinstance(rows, Block):
-    rows = _consecutive(rows.start, rows.size)
-  column = _last_axis(columns, rows.ndim + 1)
-  x0, x1 = threefry2x32(key, rows[..., None], column)
-  # 23 random bits give a float in [1, 2); the half step keeps 0 and 1 out.
-  mantissa = ((x0 ^ x1) >> 9) | np.uint32(0x3F800000)
-  unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32)
-  return unit + np.float32(2.0**-24 - 1.0)
+  return _unit(*threefry2x32(key, *_counters(rows, columns)))
+
+
+def _horner(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
+  """Evaluates a polynomial, lowest power first."""
+  y = jnp.float32(coefficients[-1])
+  for c in coefficients[-2::-1]:
+    y = y * x + np.float32(c)
+  return y
+
+
+# One program even where the caller compiles none: its products and sums would
+# round differently by themselves.
+@jax.jit
+def normal_quantile(x: jax.Array) -> jax.Array:
+  """Returns sqrt(2) erf_inv(x), within 5e-6 of it, at twice the speed.
+
+  With w = -log2(1 - x^2), (quantile / x)^2 is nearly linear in w at both ends;
+  a rational function, fitted to its largest relative error, meets it to 5e-6.
+
+  Args:
+    x: float32, multiples of 2^-23 in (-1, 1): what 2 u - 1 gives for `uniform`.
+
+  Returns:
+    Normal quantiles of (1 + x) / 2, float32.
+  """
+  # Both factors are exact. The logarithm is read off the float: its exponent,
+  # and m q(m) for log2(1 + m), all of it multiplications that fuse.
+  word = jax.lax.bitcast_convert_type((1.0 - x) * (1.0 + x), jnp.uint32)
+  exponent = (word >> 23).astype(jnp.float32) - 127.0
+  m = jax.lax.bitcast_convert_type(
+    (word & np.uint32(0x007FFFFF)) | np.uint32(0x3F800000), jnp.float32
+  )
+  m = m - 1.0
+  w = -(exponent + m * _horner(_LOG2, m))
+  squared = x * x * (_horner(_ABOVE, w) / _horner(_BELOW, w))
+  # The sign comes last, as a bit, so that no product is left that a compiler
+  # could merge with what follows.
+  sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x80000000)
+  size = jax.lax.bitcast_convert_type(jnp.sqrt(squared), jnp.uint32)
+  return jax.lax.bitcast_convert_type(size | sign, jnp.float32)
+
+
+def _normal(x0: jax.Array, x1: jax.Array) -> jax.Array:
+  """Makes a normal number of two words."""
+  return normal_quantile(2.0 * _unit(x0, x1) - 1.0)
 
 
 def gaussian(
@@ -125,11 +220,17 @@ def gaussian(
 ) -> jax.Array:
   """Draws N(0, 1) elements, float32, shape [*rows.shape, columns].
 
-  Arguments as for `uniform`, whose numbers go through the inverse of the normal
-  distribution function; |z| <= 5.42.
+  Arguments as for `uniform`, whose numbers go through `normal_quantile`;
+  |z| <= GAUSSIAN_MAX.
   """
-  symmetric = 2.0 * uniform(key, rows, columns) - 1.0
-  return np.float32(math.sqrt(2.0)) * jax.lax.erf_inv(symmetric)
+  return _normal(*threefry2x32(key, *_counters(rows, columns)))
+
+
+def shared_gaussian(
+  key: jax.Array, rows: jax.Array | Block, columns: int
+) -> jax.Array:
+  """Draws the numbers of `gaussian`, each to be shared by many elements."""
+  return shared(key, *_counters(rows, columns), finish=_normal)
 
 
 def rademacher(
@@ -152,16 +253,13 @@ def rademacher(
   """
   if not isinstance(rows, Block):
     column = _last_axis(columns, rows.ndim + 1)
-    x0, x1 = threefry2x32(key, rows[..., None] >> 6, column, fused=False)
+    x0, x1 = shared(key, rows[..., None] >> 6, column)
     row = jnp.broadcast_to(rows[..., None], x0.shape)
     return _sign(jnp.where(row & 32, x1, x0) << (row & 31))
   blocks = -(-rows.size // 64)
   first = jnp.asarray(rows.start, jnp.uint32) >> 6
-  x0, x1 = threefry2x32(
-    key,
-    _consecutive(first, blocks)[:, None],
-    _last_axis(columns, 2),
-    fused=False,
+  x0, x1 = shared(
+    key, _consecutive(first, blocks)[:, None], _last_axis(columns, 2)
   )
   # Chosen, not joined: XLA's loops over joined arrays are no vector loops.
   second = jnp.arange(2, dtype=jnp.uint32).reshape(1, 2, 1, 1) == 1

@@ -66,6 +66,24 @@ class Perturbed:
     return shifted.astype(stored.dtype)
 
 
+def _draw(weight: Perturbed, rows: directions.Rows | None = None) -> jax.Array:
+  """Draws z, once for all signs that read it if that is dear."""
+
+  def draw(key):
+    return weight.direction.draw(key, weight.shape, rows)
+
+  def draw_apart(key):
+    # Always so, which XLA does not see: what a branch returns is in memory, and
+    # not computed anew in every use that it would be merged with.
+    return jax.lax.cond(
+      (key.own[0] | 1) > 0, draw, lambda key: jnp.zeros_like(draw(key)), key
+    )
+
+  if not weight.direction.dear:
+    return draw(weight.key)
+  return jax.lax.platform_dependent(weight.key, cpu=draw_apart, default=draw)
+
+
 def is_perturbed(weight: Any) -> bool:
   """Tells a `Perturbed` node from an array."""
   return isinstance(weight, Perturbed)
@@ -77,15 +95,14 @@ def value(weight: Any) -> jax.Array:
     return weight
   if weight.scale.ndim:  # stacked, and not sliced by a scan
     return jax.vmap(value)(weight)
-  z = weight.direction.draw(weight.key, weight.shape)
-  return weight.add(z, weight.value)
+  return weight.add(_draw(weight), weight.value)
 
 
 def take(weight: Any, rows: jax.Array) -> jax.Array:
   """Reads rows of axis 0 (an embedding look-up), z for those rows alone."""
   if not is_perturbed(weight):
     return jnp.take(weight, rows, axis=0)
-  z = weight.direction.draw(weight.key, weight.shape, rows)
+  z = _draw(weight, rows)
   return weight.add(z, jnp.take(weight.value, rows, axis=0))
 
 
@@ -94,10 +111,7 @@ def block(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
   if not is_perturbed(weight):
     return jax.lax.dynamic_slice_in_dim(weight, start, size)
   stored = jax.lax.dynamic_slice_in_dim(weight.value, start, size)
-  rows = noise.Block(start, size)
-  return weight.add(
-    weight.direction.draw(weight.key, weight.shape, rows), stored
-  )
+  return weight.add(_draw(weight, noise.Block(start, size)), stored)
 
 
 def dot(x: jax.Array, weight: Any) -> jax.Array:

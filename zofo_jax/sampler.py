@@ -110,15 +110,7 @@ class Sampler:
     def add_leaf(leaf, leaf_keys, round_key):
       if leaf_keys is None:
         return leaf
-      if leaf_keys.own.ndim == 2:
-        return new(leaf, leaf_keys, round_key)
-
-      def add_layer(i, stack):
-        layer = self._numbers(leaf)[i]
-        block = new(_at(stack, layer), *_layer(layer, leaf_keys, round_key))
-        return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
-
-      return jax.lax.fori_loop(0, len(self._numbers(leaf)), add_layer, leaf)
+      return self._write(new, leaf, leaf, leaf_keys, round_key)
 
     return self._map_selected(add_leaf, tree, keys, rounding_key)
 
@@ -128,20 +120,14 @@ class Sampler:
     Zero where `add` would leave the weights untouched; arguments as there.
     """
 
+    def new(stored, leaf_keys, _):
+      return self._sum(stored, leaf_keys, weights)
+
     def write_leaf(leaf, leaf_keys, _):
       zeros = jnp.zeros(leaf.shape, jnp.float32)
       if leaf_keys is None:
         return zeros
-      if leaf_keys.own.ndim == 2:
-        return self._sum(leaf, leaf_keys, weights)
-
-      def write_layer(i, stack):
-        layer = self._numbers(leaf)[i]
-        own, _ = _layer(layer, leaf_keys, None)
-        block = self._sum(_at(leaf, layer), own, weights)
-        return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
-
-      return jax.lax.fori_loop(0, len(self._numbers(leaf)), write_layer, zeros)
+      return self._write(new, leaf, zeros, leaf_keys, None)
 
     return self._map_selected(write_leaf, tree, keys, None)
 
@@ -166,13 +152,35 @@ class Sampler:
       apply, tree, keys_tree, *([] if rounding is None else [rounding])
     )
 
-  def _numbers(self, leaf):
-    """Numbers of the layers of a stacked leaf that move."""
-    layers = range(leaf.shape[0]) if self.layers is None else self.layers
-    return jnp.asarray(tuple(layers))
+  def _write(self, new, leaf, into, leaf_keys, round_key):
+    """Returns `into` with new(weights, keys, rounding key) in moving layers."""
+    if leaf_keys.own.ndim == 2:  # no layers
+      return new(leaf, leaf_keys, round_key)
+    if self.layers is None and leaf_keys.own.shape[0] == 1:
+      # One pass over the memory, which XLA takes in place and in parallel.
+      axes = (0, 1, None if round_key is None else 0)
+      return jax.vmap(new, axes)(leaf, leaf_keys, round_key)
+    # Layer by layer: a sum over directions exists for one of them at a time.
+    moving = range(leaf.shape[0]) if self.layers is None else self.layers
+    numbers = jnp.asarray(tuple(moving), jnp.int32)
+
+    def write_layer(i, stack):
+      layer = numbers[i]
+      own = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
+      rounding = None if round_key is None else _at(round_key, layer)
+      # Read from where it will be written, else both would have to exist.
+      stored = _at(stack if into is leaf else leaf, layer)
+      block = new(stored, own, rounding)
+      return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
+
+    return jax.lax.fori_loop(0, len(moving), write_layer, into)
 
   def _sum(self, stored, keys, weights):
     """sum_q weights[q] z(keys[q]) for one layer's weights, float32."""
+    if weights.shape[0] == 1:
+      only = jax.tree.map(lambda k: k[0], keys)
+      z = self.direction.draw(only, stored.shape)
+      return self.direction.restrict(weights[0] * z, stored)
     combined = self.direction.combine(keys, weights, stored.shape)
     if combined is None:
 
@@ -211,12 +219,6 @@ def apply_updates(tree: Any, updates: Any, rounding_key: jax.Array) -> Any:
 
 def _at(stack, layer, axis=0):
   return jax.lax.dynamic_index_in_dim(stack, layer, axis, keepdims=False)
-
-
-def _layer(layer, leaf_keys, round_key):
-  """Picks one layer's keys, [Q, 2], and its rounding key, [2]."""
-  own = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
-  return own, None if round_key is None else _at(round_key, layer)
 
 
 def _round(block: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:

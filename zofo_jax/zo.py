@@ -106,6 +106,14 @@ class Estimate(NamedTuple):
     num_finite = self.coefficients.shape[0] - self.num_nonfinite
     return self.coefficients / jnp.maximum(num_finite, 1)
 
+  def drop_unless(self, sound: jax.Array) -> "Estimate":
+    """Returns the estimate, with no direction left unless `sound`, bool []."""
+    count = self.coefficients.shape[0]
+    return self._replace(
+      coefficients=jnp.where(sound, self.coefficients, 0.0),
+      num_nonfinite=jnp.where(sound, self.num_nonfinite, count),
+    )
+
 
 def _with_aux(fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
   def call(*args):
