@@ -1,6 +1,7 @@
 """The bilevel step as a program: shapes, keys, scans, meshes, donation."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -237,6 +238,43 @@ def test_a_broken_objective_moves_no_weight():
   after, info = step(state, batch, zofo.BilevelHParams())
   assert int(info.num_nonfinite) == 1
   _close(after.base, state.base, rtol=0, atol=0)
+
+
+def test_a_broken_gradient_of_p_moves_no_weight():
+  def loss(base, adapter, batch, key):
+    # At p alone: sqrt has no slope at zero, and p starts there.
+    return _loss(base, adapter, batch, key) + jnp.sqrt(adapter["b"] * 0.0)
+
+  algorithm = _algorithm(_loss, loss)
+  state = algorithm.init(*_start())
+  after, info = algorithm.step(state, _batch(), zofo.BilevelHParams())
+  assert np.isfinite(info.objective) and not np.isfinite(info.upper_grad_norm)
+  assert int(info.num_nonfinite) == 1
+  _close(after.base, state.base, rtol=0, atol=0)
+
+
+def test_no_stacked_weight_is_copied():
+  key, base, upper, lower = _start()
+  # Deep enough that a copy of all layers stands out.
+  base["layers"]["w"] = jnp.ones((300, D))
+
+  def loss(base, adapter, batch, key):
+    del key
+    x, y, weight = batch
+    add = lambda x, w: (x * perturbed.value(w), None)
+    x, _ = jax.lax.scan(add, x * adapter["a"], base["layers"]["w"])
+    residual = jnp.sum(x, axis=-1) + adapter["b"] - y
+    return jnp.sum(weight * residual**2) / jnp.sum(weight)
+
+  algorithm = _algorithm(
+    loss, sampler=sampler.Sampler(directions.Rademacher(), lazy=True)
+  )
+  state = algorithm.init(key, base, upper, lower)
+  step = jax.jit(algorithm.step, donate_argnums=0)
+  compiled = step.lower(state, _batch(), zofo.BilevelHParams()).compile()
+  assert f"f32[300,{D}]" in compiled.as_text()
+  copies = re.findall(rf"= f32\[300,{D}\]\S* copy\(", compiled.as_text())
+  assert not copies
 
 
 def test_mesh_equals_one_device():

@@ -121,7 +121,9 @@ def dot(x: jax.Array, weight: Any) -> jax.Array:
   product = weight.direction.product(x, weight.key, weight.shape)
   if product is None:
     return x @ value(weight)
-  return x @ weight.value + weight.scale.astype(x.dtype) * product
+  # In float32: a scale rounded to bfloat16 is another step than is divided by.
+  shift = weight.scale * product.astype(jnp.float32)
+  return ((x @ weight.value).astype(jnp.float32) + shift).astype(x.dtype)
 
 
 def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
