@@ -261,8 +261,8 @@ def test_no_stacked_weight_is_copied():
   def loss(base, adapter, batch, key):
     del key
     x, y, weight = batch
-    add = lambda x, w: (x * perturbed.value(w), None)
-    x, _ = jax.lax.scan(add, x * adapter["a"], base["layers"]["w"])
+    scale = lambda x, w: (x * perturbed.value(w)[None], None)
+    x, _ = jax.lax.scan(scale, x * adapter["a"][None], base["layers"]["w"])
     residual = jnp.sum(x, axis=-1) + adapter["b"] - y
     return jnp.sum(weight * residual**2) / jnp.sum(weight)
 
