@@ -227,3 +227,32 @@ def test_any_tree_is_perturbed_as_it_is_updated(kind, plain, stacked, dtype):
   # float32 sums may be fused differently, by an ulp of either term.
   eps = 4 * float(jnp.finfo(dtype).eps)
   _close(moved, shifted, rtol=eps, atol=eps)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(
+  "kind",
+  [*KINDS, directions.Gaussian(), directions.LowRank(40)],
+  ids=lambda k: type(k).__name__,
+)
+def test_a_donated_tree_is_written_in_place(kind, count):
+  sampler, keys = sampler_lib.Sampler(kind), _keys(count)
+  tree = {"layers": {"kernel": jnp.zeros((24, 256, 512))}}
+  add = jax.jit(lambda tree, c: sampler.add(tree, keys, c), donate_argnums=0)
+  compiled = add.lower(tree, jnp.ones(count)).compile()
+  memory = compiled.memory_analysis()
+  leaf = tree["layers"]["kernel"]
+  assert memory.alias_size_in_bytes >= leaf.nbytes
+  # A few layers of 24, and a low-rank kind's factors of all of them.
+  assert memory.temp_size_in_bytes < 0.5 * leaf.nbytes
+
+
+def test_no_layer_may_move():
+  tree, keys = _tree(), _keys(1)
+  sampler = sampler_lib.Sampler(RADEMACHER, layers=())
+  new = _add(sampler, tree, keys, jnp.ones(1))
+  one = perturbed.Key(keys.own[0], keys.frame)
+  read = jax.jit(lambda tree: sampler.perturb(tree, one, 0.5))(tree)
+  for moved in (new, read):
+    jax.tree.map(np.testing.assert_array_equal, moved["layers"], tree["layers"])
+    assert np.all(np.asarray(moved["embed"]) != np.asarray(tree["embed"]))

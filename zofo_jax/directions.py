@@ -41,6 +41,14 @@ class Direction(Protocol):
     """Whether z is dearer to draw than to keep until its next use; here not."""
     return False
 
+  @property
+  def elementwise(self) -> bool:
+    """Whether few numbers, and none of its row, tell one of z; here so.
+
+    Then a stack of layers is written in one pass, with hardly any temporaries.
+    """
+    return True
+
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
@@ -129,20 +137,6 @@ class Rademacher(Direction):
     return draw_matrix(noise.rademacher, key.own, shape, rows)
 
 
-# Up to this rank a sum of outer products is fused with what uses it; a product
-# of matrices would be written to memory and read back.
-_FUSED_RANK = 16
-
-
-def _outer_sum(left: jax.Array, right: jax.Array) -> jax.Array:
-  """Returns left [..., r] times right [o, r], transposed; [..., o]."""
-  if right.shape[1] > _FUSED_RANK:
-    return jnp.einsum("...r,or->...o", left, right, precision="highest")
-  columns = right.T.reshape(right.shape[1], *(1,) * (left.ndim - 1), -1)
-  terms = [left[..., r, None] * columns[r] for r in range(right.shape[1])]
-  return functools.reduce(jnp.add, terms)
-
-
 @dataclasses.dataclass(frozen=True)
 class LowRank(Direction):
   """z = U V^T / sqrt(rank) with Gaussian U and V: a LoRA drawn from a key.
@@ -156,6 +150,11 @@ class LowRank(Direction):
   """
 
   rank: int = 4
+
+  @property
+  def elementwise(self) -> bool:
+    """Whether the factors of all layers together are small."""
+    return self.rank <= 8
 
   def _scale(self) -> np.float32:
     return np.float32(self.rank**-0.5)
@@ -178,7 +177,11 @@ class LowRank(Direction):
     if len(shape) != 2:
       return draw_matrix(noise.gaussian, key.own, shape, rows)
     u, v = self._factors(key, shape, rows)
-    return _outer_sum(u, v) * self._scale()
+    # Outer products, which merge with what uses z; a product of matrices would
+    # be written to memory whole.
+    columns = v.T.reshape(self.rank, *(1,) * (u.ndim - 1), -1)
+    terms = [u[..., r, None] * columns[r] for r in range(self.rank)]
+    return functools.reduce(jnp.add, terms) * self._scale()
 
   def product(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
@@ -190,8 +193,8 @@ class LowRank(Direction):
       return None
     u, v = self._factors(key, shape)
     first, second = (v, u) if transposed else (u, v)
-    low = x @ (first * self._scale()).astype(x.dtype)
-    return _outer_sum(low, second.astype(x.dtype))
+    first = first * self._scale()
+    return (x @ first.astype(x.dtype)) @ second.T.astype(x.dtype)
 
   def combine(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
@@ -219,6 +222,11 @@ class PerExample(Direction):
   """
 
   shared: Direction = Rademacher()
+
+  @property
+  def elementwise(self) -> bool:
+    """Whether the shared kind is."""
+    return self.shared.elementwise
 
   def _shared(
     self, frame: jax.Array, shape: Shape, rows: Rows | None = None
@@ -289,6 +297,11 @@ class Sparse(Direction):
   def dear(self) -> bool:
     """Whether the dense kind is."""
     return self.dense.dear
+
+  @property
+  def elementwise(self) -> bool:
+    """Not so: the mask takes a whole row of weights."""
+    return False
 
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None

@@ -62,6 +62,12 @@ def _rounds(
   return x0, x1
 
 
+def _schedule(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Returns the words that rounds mix in, in turn."""
+  k0, k1 = key[..., 0], key[..., 1]
+  return k0, k1, k0 ^ k1 ^ _PARITY
+
+
 def threefry2x32(
   key: jax.Array, high: jax.Array, low: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -75,9 +81,8 @@ def threefry2x32(
   Returns:
     Two uint32 arrays of the broadcast shape.
   """
-  k0, k1 = key[..., 0], key[..., 1]
-  schedule = (k0, k1, k0 ^ k1 ^ _PARITY)
-  x0, x1 = jnp.broadcast_arrays(high + k0, low + k1)
+  schedule = _schedule(key)
+  x0, x1 = jnp.broadcast_arrays(high + schedule[0], low + schedule[1])
   for block in range(5):
     x0, x1 = _rounds(x0, x1, _ROTATIONS[block % 2])
     x0 = x0 + schedule[(block + 1) % 3]
@@ -106,10 +111,9 @@ def shared(
   Returns:
     The two words, or what `finish` makes of them.
   """
-  k0, k1 = key[..., 0], key[..., 1]
-  schedule = jnp.stack((k0, k1, k0 ^ k1 ^ _PARITY))
+  schedule = jnp.stack(_schedule(key))
   rotations = jnp.array(_ROTATIONS, jnp.uint32)
-  x0, x1 = jnp.broadcast_arrays(high + k0, low + k1)
+  x0, x1 = jnp.broadcast_arrays(high + schedule[0], low + schedule[1])
 
   # `finish` is in the loop, too, and the last turn's result is the one.
   def next_block(block, carry):
@@ -182,7 +186,7 @@ def _horner(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
 # round differently by themselves.
 @jax.jit
 def normal_quantile(x: jax.Array) -> jax.Array:
-  """Returns sqrt(2) erf_inv(x), within 5e-6 of it, at twice the speed.
+  """Returns sqrt(2) erf_inv(x), within 5e-6 of its size, and faster.
 
   With w = -log2(1 - x^2), (quantile / x)^2 is nearly linear in w at both ends;
   a rational function, fitted to its largest relative error, meets it to 5e-6.

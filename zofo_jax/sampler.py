@@ -83,8 +83,8 @@ class Sampler:
   ) -> Any:
     """Returns (1 - decay) tree + sum_q weights[q] * z(keys[q]).
 
-    Written so that a donated `tree` is updated in place: the temporaries are
-    one layer in float32, whatever the number of directions.
+    Written so that a donated `tree` is updated in place: the temporaries are at
+    most one layer in float32, whatever the number of directions.
 
     Args:
       tree: pytree of weights, any float dtype.
@@ -156,12 +156,15 @@ class Sampler:
     """Returns `into` with new(weights, keys, rounding key) in moving layers."""
     if leaf_keys.own.ndim == 2:  # no layers
       return new(leaf, leaf_keys, round_key)
-    if self.layers is None and leaf_keys.own.shape[0] == 1:
+    one_direction = leaf_keys.own.shape[0] == 1
+    if self.layers is None and one_direction and self.direction.elementwise:
       # One pass over the memory, which XLA takes in place and in parallel.
       axes = (0, 1, None if round_key is None else 0)
       return jax.vmap(new, axes)(leaf, leaf_keys, round_key)
-    # Layer by layer: a sum over directions exists for one of them at a time.
+    # Layer by layer: what is summed or masked exists for one of them at a time.
     moving = range(leaf.shape[0]) if self.layers is None else self.layers
+    if not moving:  # A loop of no turns is still traced.
+      return into
     numbers = jnp.asarray(tuple(moving), jnp.int32)
 
     def write_layer(i, stack):
