@@ -101,9 +101,14 @@ def test_state_may_be_donated_while_it_is_written(tmp_path):
   width = 512
   state = make_state(1, width)
   expected = jax.tree.map(bits, state)
-  step = jax.jit(
-    lambda base: jax.tree.map(lambda x: -x, base), donate_argnums=0
+  # While a buffer is being read XLA may copy it instead; the program donates.
+  step = (
+    jax.jit(lambda base: jax.tree.map(lambda x: -x, base), donate_argnums=0)
+    .lower(state.base)
+    .compile()
   )
+  nbytes = sum(x.nbytes for x in jax.tree.leaves(state.base))
+  assert step.memory_analysis().alias_size_in_bytes >= nbytes
   with checkpoint.Checkpoints(tmp_path, keep=1) as checkpoints:
     checkpoints.save(1, state, {})
     base = state.base
@@ -114,7 +119,6 @@ def test_state_may_be_donated_while_it_is_written(tmp_path):
     restored, _ = checkpoints.restore(
       jax.eval_shape(lambda: make_state(1, width))
     )
-  assert all(x.is_deleted() for x in jax.tree.leaves(state.base))
   assert jax.tree.map(bits, restored) == expected
 
 
