@@ -24,7 +24,7 @@ FLOORS = (
   ("saved", "train"),
   ("runs",),
   ("objectives",),
-  ("evaluate", "experiment"),
+  ("evaluate", "experiment", "probe"),
   ("batches", "calibrate", "incontext"),
   ("encode",),
   ("tasks",),

@@ -68,7 +68,7 @@ def parts(text, *expected):
 @pytest.mark.parametrize(
   "arguments, expected",
   [
-    (["trian"], ["trian", "train, evaluate, predict", "mean 'train'"]),
+    (["trian"], ["trian", "train, evaluate, predict, icl", "mean 'train'"]),
     (["train", "now"], ["expected one command", "train now"]),
     (["--wrokdir=x"], ["wrokdir", "mean", "workdir"]),
     ([], ["--workdir", "expected a folder"]),
@@ -111,8 +111,8 @@ def test_exit_code_and_traceback_of_a_real_process():
   )
   assert done.returncode == 2 and not done.stdout
   assert done.stderr == (
-    "zofo_jax: expected one command of train, evaluate, predict; found "
-    "'evaluat'. Did you mean 'evaluate'?\n"
+    "zofo_jax: expected one command of train, evaluate, predict, icl, "
+    "probe, head; found 'evaluat'. Did you mean 'evaluate'?\n"
   )
 
 

@@ -98,6 +98,22 @@ def base_config() -> ml_collections.ConfigDict:
   config.train.num_steps = 500  # outer iterations
   config.train.eval_every_steps = 50
 
+  config.icl = ml_collections.ConfigDict()  # command icl: in-context learning
+  config.icl.num_shots = 32  # demonstrations before a row; 0: zero-shot
+  config.icl.balanced = True  # as many of each label; else at random
+  config.icl.separator = "\n\n"  # after each demonstration
+  config.icl.num_sets = 1  # sets of demonstrations; figures are their means
+  config.icl.calibration = "none"  # or "contextual", or "domain"
+
+  config.probe = ml_collections.ConfigDict()  # command probe: linear probe
+  config.probe.c = 1.0  # the regularisation is 1 / c
+
+  config.head = ml_collections.ConfigDict()  # command head: train the head
+  config.head.rows = "labels"  # the options' rows of it; or "all"
+  config.head.num_steps = 300
+  config.head.learning_rate = 1e-3  # Adam
+  config.head.batch_size = 8
+
   config.eval = ml_collections.ConfigDict()
   config.eval.batch_size = 32
 
@@ -199,6 +215,8 @@ _CHOICES = {
   "zo.direction": DIRECTIONS,
   "zo.estimator": ESTIMATORS,
   "data.test_split": ("", "validation", "test"),
+  "icl.calibration": ("none", "contextual", "domain"),
+  "head.rows": ("labels", "all"),
   "data.long_rows": ("error", "truncate", "drop"),
 }
 _POSITIVE = (
@@ -217,6 +235,10 @@ _POSITIVE = (
   "data.max_length",
   "train.num_steps",
   "train.eval_every_steps",
+  "icl.num_sets",
+  "probe.c",
+  "head.num_steps",
+  "head.batch_size",
   "eval.batch_size",
   "ckpt.keep",
 )
@@ -231,6 +253,8 @@ _NOT_NEGATIVE = (
   "upper.clip_norm",
   "data.num_selection",
   "data.shots",
+  "icl.num_shots",
+  "head.learning_rate",
 )
 
 

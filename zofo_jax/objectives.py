@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax import errors, experiment, inner, losses
+from zofo_jax import errors, experiment, inner, losses, perturbed, probe
+from zofo_jax.models import layers
 
 # (what the model would write, the right answer) -> score, the higher the
 # better.
@@ -41,19 +42,17 @@ def best_tokens(
   def flat(leaf):
     return leaf.reshape(lead[0] * lead[1], *leaf.shape[2:])
 
-  # The whole vocabulary at every token: more than a loss needs, and at once
-  # only for the rows of a batch.
-  logits: Any = module.apply(
+  hidden: Any = module.apply(
     {"params": base, "adapter": adapter},
     flat(batch.tokens),
     flat(batch.mask),
-    method="logits",
+    method="hidden",
   )
-  slots = jnp.take_along_axis(
-    flat(batch.positions), flat(batch.target_slot), axis=1
-  )
-  best = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-  return jnp.take_along_axis(best, slots, axis=1).reshape(*lead, -1)
+  hidden = layers.gather_positions(hidden, flat(batch.positions))
+  table = probe.head_table(module, base)
+  best = jnp.argmax(perturbed.dot_transposed(hidden, table), axis=-1)
+  best = jnp.take_along_axis(best, flat(batch.target_slot), axis=1)
+  return best.astype(jnp.int32).reshape(*lead, -1)
 
 
 def _right_targets(batch: losses.Batch) -> jax.Array:

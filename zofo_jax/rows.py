@@ -78,8 +78,9 @@ def load(
     source: a folder with `<split>.jsonl`, `.csv` or `.parquet` (or with a
       sub-folder of the task's name that has them); the common beginning of
       such files, `DIR/mrpc_16_100` for `mrpc_16_100_<split>.jsonl` as MetaICL
-      names them; one such file, which is the split "train"; "hub:owner/name" or "hub:owner/name/config"; or None
-      for the task's own hub set.
+      names them; one such file, which is the split "train";
+      "hub:owner/name" or "hub:owner/name/config"; or None for the task's own
+      hub set.
     split: "train", "validation" or "test".
     labelled: False for rows to be predicted, which need no label.
 
