@@ -182,7 +182,7 @@ def load_examples(
 
   # Accuracy compares the options, whatever the loss.
   compared = config.zo.objective == "accuracy"
-  train_mode = "classification" if compared else config.loss
+  train_mode: encode.Mode = "classification" if compared else config.loss
 
   def train(rows):
     return encode.encode_rows(
