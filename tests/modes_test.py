@@ -82,5 +82,5 @@ def test_probe_and_head_learn(config, tmp_path):
 
 def test_probe_needs_fixed_options(config, tmp_path):
   config.data.task = "copa"
-  with pytest.raises(errors.UserError, match="linear probe.*multiple choice"):
+  with pytest.raises(errors.UserError, match=r"linear probe.*multiple choice"):
     modes.linear_probe(config, str(tmp_path))

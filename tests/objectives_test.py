@@ -114,7 +114,10 @@ def test_python_score_sees_what_the_model_would_write(tiny, monkeypatch):
   "name, sentence",
   [
     ("no_such_module:score", "cannot import.*no_such_module"),
-    ("zofo_jax.metrics:token_f2", "no function 'token_f2'.*mean 'token_f1'"),
+    (
+      "zofo_jax.metrics:token_f2",
+      "module.*no function 'token_f2'.*mean 'token_f1'",
+    ),
   ],
 )
 def test_scores_that_are_not_there(name, sentence):
