@@ -1,6 +1,7 @@
 """Scores without a derivative, as what the step on theta measures."""
 
 import collections
+import functools
 import sys
 import types
 
@@ -11,7 +12,16 @@ import optax
 import pytest
 
 import zofo_jax as zofo
-from zofo_jax import batches, errors, experiment, losses, objectives
+from zofo_jax import (
+  batches,
+  errors,
+  experiment,
+  losses,
+  objectives,
+  perturbed,
+  runs,
+  train,
+)
 from zofo_jax import config as config_lib
 
 
@@ -160,3 +170,42 @@ def test_step_measures_the_probe_s_loss_alone():
   assert np.any(usual.base["w"] != other.base["w"])
   # Penalty terms cancel: G is the probe's loss, whole numbers from -4 to 4.
   assert float(info.objective) * 2 == round(float(info.objective) * 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["accuracy", "token_f1"])
+def test_run_on_a_part_of_the_weights(tiny_model, tiny_rows, objective):
+  """The config's objective moves the chosen layers' chosen weights alone."""
+  config = config_lib.base_config()
+  config.model.name = str(tiny_model)
+  config.data.dir = str(tiny_rows)
+  config.data.task = "rotten_tomatoes"
+  config.zo.objective = objective
+  config.zo.select = "mlp/.*kernel|^head"
+  config.zo.layers = (1,)
+  config.zo.eps = 1.0  # far enough for some answer to change
+  config.zo.learning_rate = 1e-2
+  config.zo.num_directions = 4
+  run = runs.make_run(config)
+  examples = experiment.load_examples(config, run.model, run.task)
+  before = experiment.load_base(config, run.model)
+  state, info = jax.jit(run.algorithm.step)(
+    run.init(before),
+    train.iteration_batch(
+      config, examples, experiment.train_shape(examples), run.model.pad, 0
+    ),
+    zofo.BilevelHParams(zo_eps=config.zo.eps, penalty=1.0),
+  )
+  assert np.any(info.coefficients) and np.all(np.isfinite(info.coefficients))
+  for path, old in jax.tree_util.tree_leaves_with_path(before):
+    name = perturbed.path_name(path)
+    new = functools.reduce(
+      lambda tree, part: tree[part], name.split("/"), state.base
+    )
+    moved = np.asarray(old != new).reshape(len(old), -1).any(-1)
+    if name.startswith("head"):
+      assert moved.any(), name
+    elif name.startswith("layers/mlp"):
+      assert moved.tolist() == [False, True], name
+    else:
+      assert not moved.any(), name
