@@ -101,3 +101,11 @@ def test_lengths(tiny_model):
     len(tokenizer(option)["input_ids"]) for option in task.options(row)
   ]
   assert calibrate.lengths(examples).tolist() == [expected]
+
+
+def test_columns_of_the_options_stay():
+  task = tasks.custom(
+    "own", prompt="{a}: {b} or {c}?", options=(" {b}", " {c}")
+  )
+  row = rows.Row({"a": "Now", "b": "ice", "c": "fire", "label": 0}, "row 1")
+  assert calibrate.null_prompt(task, row, "N/A") == "N/A: ice or fire?"

@@ -84,3 +84,31 @@ def test_probe_needs_fixed_options(config, tmp_path):
   config.data.task = "copa"
   with pytest.raises(errors.UserError, match=r"linear probe.*multiple choice"):
     modes.linear_probe(config, str(tmp_path))
+
+
+def test_every_row_is_calibrated_by_its_own_options(config, tmp_path):
+  folder = tmp_path / "rows"
+  folder.mkdir()
+  told = [("dull", "warm"), ("film", "sea"), ("cast", "dog")]
+  for split, count in (("train", 12), ("validation", 3)):
+    lines_of = [
+      json.dumps({"q": f"a {split} {i}", "x": x, "y": y, "label": i % 2})
+      for i in range(count)
+      for x, y in [told[i % 3]]
+    ]
+    (folder / f"{split}.jsonl").write_text("\n".join(lines_of))
+  config.data.dir = str(folder)
+  config.data.task = "mine"
+  config.data.prompt = "{q} It"
+  config.data.options = (" {x}", " {y}")
+  config.data.num_selection = 2
+  config.icl.num_shots = 0
+  found = []
+  for calibration in ("none", "contextual"):
+    config.icl.calibration = calibration
+    modes.icl(config, str(tmp_path))
+    found.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
+  off = np.array(found[0]) - np.array(found[1])
+  # A share of the two options each, of other options in every row.
+  np.testing.assert_allclose(np.exp(off).mean(), 0.5, atol=0.05)
+  assert len(np.unique(np.round(off, 4), axis=0)) == 3
