@@ -265,6 +265,9 @@ def test_saved_config_survives_a_round_trip(tmp_path):
     ("zo.optimizer", {"optimizer": "conservative", "direction": "per_example"}),
     ("zo.optimizer", {"optimizer": "conservative", "scaling": "sign"}),
     ("zo.optimizer", {"optimizer": "conservative", "clip": 1.0}),
+    ("zo.objective", {"objective": "accuracy", "estimator": "exact"}),
+    ("zo.optimizer", {"optimizer": "adamw", "select": "norm"}),
+    ("zo.optimizer", {"optimizer": "adamw", "layers": (0,)}),
     ("zo.weight_decay", {"weight_decay": 0.1, "optimizer": "adam"}),
   ],
 )

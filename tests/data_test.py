@@ -270,3 +270,32 @@ def test_k_shot_is_balanced_and_seeded():
   assert drawn != data.k_shot(TASK, train, 5, seed=4)
   with pytest.raises(errors.UserError, match="label 0 has 50 rows; 51"):
     data.k_shot(TASK, train, 51, seed=0)
+
+
+def test_shots_make_balanced_sets_that_share_nothing():
+  lopsided = _rows(200)
+  for row in lopsided[:160]:
+    row.fields["label"] = 0
+  counts = data.Counts(selection=30, test=50)
+  for seed in (0, 1):
+    sets = data.split(TASK, lopsided, counts=counts, shots=8, seed=seed)
+    for part in (sets.lower, sets.upper):
+      assert sorted(TASK.right(row)[0] for row in part) == [0] * 8 + [1] * 8
+    assert (len(sets.selection), len(sets.test)) == (30, 50)
+    texts = [text for part in sets for text in _texts(part)]
+    assert len(texts) == len(set(texts))
+  apart = data.split(TASK, lopsided, _rows(9, 900), counts=counts, shots=8)
+  assert len(apart.lower) == 16 and len(apart.test) == 9
+  with pytest.raises(errors.UserError, match=r"20 different .*data\.shots"):
+    data.split(TASK, _rows(20), counts=counts, shots=5)
+
+
+def test_files_of_one_beginning_as_metaicl_names_them(tmp_path):
+  for split, count in (("train", 40), ("dev", 4), ("test", 6)):
+    _write(tmp_path / f"mrpc_16_100_{split}.jsonl", _records(count, count * 99))
+  source = tmp_path / "mrpc_16_100"
+  assert len(data.load_rows(TASK, source, "train")) == 40
+  assert len(data.load_splits(TASK, source).test) == 4
+  assert len(data.load_splits(TASK, source, test_split="test").test) == 6
+  with pytest.raises(errors.UserError, match="No data folder"):
+    data.load_rows(TASK, tmp_path / "mrpc_16_200", "train")

@@ -20,10 +20,12 @@ FILES = {
 # folder counts as one module, and is free inside. A new file needs a place.
 FLOORS = (
   ("main",),
+  ("modes",),
   ("saved", "train"),
   ("runs",),
-  ("evaluate", "experiment"),
-  ("batches",),
+  ("objectives",),
+  ("evaluate", "experiment", "probe"),
+  ("batches", "calibrate", "incontext"),
   ("encode",),
   ("tasks",),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),

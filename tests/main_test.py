@@ -68,7 +68,7 @@ def parts(text, *expected):
 @pytest.mark.parametrize(
   "arguments, expected",
   [
-    (["trian"], ["trian", "train, evaluate, predict", "mean 'train'"]),
+    (["trian"], ["trian", "train, evaluate, predict, icl", "mean 'train'"]),
     (["train", "now"], ["expected one command", "train now"]),
     (["--wrokdir=x"], ["wrokdir", "mean", "workdir"]),
     ([], ["--workdir", "expected a folder"]),
@@ -111,8 +111,8 @@ def test_exit_code_and_traceback_of_a_real_process():
   )
   assert done.returncode == 2 and not done.stdout
   assert done.stderr == (
-    "zofo_jax: expected one command of train, evaluate, predict; found "
-    "'evaluat'. Did you mean 'evaluate'?\n"
+    "zofo_jax: expected one command of train, evaluate, predict, icl, "
+    "probe, head; found 'evaluat'. Did you mean 'evaluate'?\n"
   )
 
 
@@ -145,6 +145,16 @@ def test_exit_code_and_traceback_of_a_real_process():
       ["targets", "'atention/q'", "attention/query"],
     ),
     ("--config.lora.targets=(query", ["lora.targets", "(query"]),
+    ("--config.zo.objective=acuracy", ["objective", "mean 'accuracy'"]),
+    ("--config.zo.objective=nowhere:f", ["objective", "import", "nowhere"]),
+    ("--config.zo.select=(head", ["zo.select", "(head"]),
+    ("--config.zo.select=hed", ["zo.select", "'hed'", "head/embedding"]),
+    ("--config.zo.layers=(1, 2)", ["zo.layers", "0 to 1", "(1, 2)"]),
+    ("--config.data.metric=acc", ["data.metric", "accuracy, macro_f1"]),
+    ("--config.data.options=(' a', ' b')", ["data.options", "data.prompt"]),
+    ("--config.data.prompt={text} It", ["data.prompt", "rotten_tomatoes"]),
+    ("--config.data.shots=200", ["label", "400 rows per label"]),
+    ("--config.icl.calibration=sfc", ["calibration", "contextual, domain"]),
     ("--config.data.task=ssst2", ["'ssst2'", "mean 'sst2'"]),
     ("--config.data.task=squad", ["config.data.task", "squad", "options"]),
     ("--config.data.template=7", ["rotten_tomatoes", "7", "0, 1"]),

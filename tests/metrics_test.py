@@ -26,6 +26,16 @@ def test_matthews_is_the_correlation_of_two_classes():
   assert metrics.matthews(np.zeros(7, int), label) == 0.0
 
 
+def test_pearson_is_the_correlation():
+  label, predicted = np.array([0, 1, 2, 4, 3]), np.array([0, 2, 1, 4, 4])
+  centred = [x - x.mean() for x in (label, predicted)]
+  expected = (
+    centred[0] @ centred[1] / np.prod([np.linalg.norm(x) for x in centred])
+  )
+  assert metrics.pearson(predicted, label) == pytest.approx(expected)
+  assert metrics.pearson(np.ones(5), label) == 0.0
+
+
 def test_any_right_option_counts():
   label = metrics.credit([2, 0, 1], [(1, 2), (1, 2), (1,)])
   assert label == [2, 1, 1]

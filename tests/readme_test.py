@@ -5,6 +5,7 @@ import importlib.util
 import io
 import pathlib
 import re
+import shlex
 import warnings
 
 import jax
@@ -63,7 +64,8 @@ def test_commands():
     if spec.submodule_search_locations:
       assert importlib.util.find_spec(f"{module}.__main__"), command
     if module == "zofo_jax.main":
-      arguments = [a for a in command.split()[3:] if not a.startswith("--")]
+      words = shlex.split(command)[3:]
+      arguments = [a for a in words if not a.startswith("--")]
       assert set(arguments) <= set(main.COMMANDS)
 
 

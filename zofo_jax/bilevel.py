@@ -142,6 +142,7 @@ def bilevel_step(
   *,
   lower_loss_fn: inner.LossFn,
   upper_loss_fn: inner.LossFn,
+  probe_loss_fn: inner.LossFn | None = None,
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
@@ -162,6 +163,8 @@ def bilevel_step(
     lower_loss_fn: L on D_p, (base, adapter, batch, key) -> scalar. The key is
       None in the zeroth-order evaluations, which must be deterministic.
     upper_loss_fn: L on D_f; pass the same function to share evaluations.
+    probe_loss_fn: what the step on theta measures in both losses' stead; need
+      not be differentiable, unless the estimator is `zo.exact`.
     lower_tx: optax transformation of s.
     upper_tx: optax transformation of p.
     base_tx: transformation of theta: `outer.sgd` (in place), or any optax one.
@@ -209,10 +212,12 @@ def bilevel_step(
   upper = optax.apply_updates(state.upper, updates)
 
   def penalized(base, rows=batch.upper, penalty_rows=batch.penalty):
+    upper_fn = probe_loss_fn or upper_loss_fn
+    lower_fn = probe_loss_fn or lower_loss_fn
     terms = (
-      (upper_loss_fn, state.upper, rows),
-      (lower_loss_fn, state.upper, penalty_rows),
-      (lower_loss_fn, lower, penalty_rows),
+      (upper_fn, state.upper, rows),
+      (lower_fn, state.upper, penalty_rows),
+      (lower_fn, lower, penalty_rows),
     )
     upper_loss, penalty_loss, lower_loss = _evaluate(terms, base, None)
     return upper_loss + penalty * (penalty_loss - lower_loss)
@@ -268,6 +273,7 @@ def make_bilevel_step(
   lower_loss_fn: inner.LossFn,
   upper_loss_fn: inner.LossFn | None = None,
   *,
+  probe_loss_fn: inner.LossFn | None = None,
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
@@ -321,6 +327,7 @@ def make_bilevel_step(
     bilevel_step,
     lower_loss_fn=lower_loss_fn,
     upper_loss_fn=upper_loss_fn,
+    probe_loss_fn=probe_loss_fn,
     lower_tx=lower_tx,
     upper_tx=upper_tx,
     base_tx=base_transform,

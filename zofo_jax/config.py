@@ -19,6 +19,7 @@ DIRECTIONS = ("gaussian", "rademacher", "low_rank", "per_example", "sparse")
 SCALINGS = ("none", "sign", "std", "running_rms")
 ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
 ESTIMATORS = ("central", "forward", "exact")
+OBJECTIVES = ("loss", "accuracy", "token_f1")
 LOSSES = ("likelihood", "classification")
 DTYPES = ("float32", "bfloat16")
 
@@ -62,6 +63,9 @@ def base_config() -> ml_collections.ConfigDict:
   config.zo.rank = 4  # of low_rank directions
   config.zo.frame_steps = 1  # outer steps that share their subspace
   config.zo.threshold = 0.67  # sparse: weights up to this times their row's rms
+  config.zo.objective = "loss"  # of theta; or accuracy, token_f1, MODULE:SCORE
+  config.zo.select = ""  # paths of the weights that move; "" for all
+  config.zo.layers = ()  # numbers of the layers that move; () for all
   config.zo.num_directions = 1  # per_example: always one an example
   config.zo.eps = 1e-3
   config.zo.optimizer = "sgd"  # in place; the others keep trees like theta
@@ -81,10 +85,34 @@ def base_config() -> ml_collections.ConfigDict:
   config.data.num_test = 1000
   config.data.max_length = 2048  # tokens a row, prompt and option
   config.data.long_rows = "error"  # or "truncate" at the left, or "drop"
+  config.data.test_split = ""  # "validation" or "test"; else the first of these
+  config.data.shots = 0  # rows of each label in D_p, and in D_f; 0: the counts
+  config.data.metric = ""  # else the task's own
+  # A task of one's own, under a new name in data.task.
+  config.data.prompt = ""  # such as "{review} It was"; braces name columns
+  config.data.options = ()  # such as (" bad", " good")
+  config.data.label = "label"  # the label's column
+  config.data.labels = ()  # its values in that order, if not 0, 1, ...
 
   config.train = ml_collections.ConfigDict()
   config.train.num_steps = 500  # outer iterations
   config.train.eval_every_steps = 50
+
+  config.icl = ml_collections.ConfigDict()  # command icl: in-context learning
+  config.icl.num_shots = 32  # demonstrations before a row; 0: zero-shot
+  config.icl.balanced = True  # as many of each label; else at random
+  config.icl.separator = "\n\n"  # after each demonstration
+  config.icl.num_sets = 1  # sets of demonstrations; figures are their means
+  config.icl.calibration = "none"  # or "contextual", or "domain"
+
+  config.probe = ml_collections.ConfigDict()  # command probe: linear probe
+  config.probe.c = 1.0  # the regularisation is 1 / c
+
+  config.head = ml_collections.ConfigDict()  # command head: train the head
+  config.head.rows = "labels"  # the options' rows of it; or "all"
+  config.head.num_steps = 300
+  config.head.learning_rate = 1e-3  # Adam
+  config.head.batch_size = 8
 
   config.eval = ml_collections.ConfigDict()
   config.eval.batch_size = 32
@@ -186,6 +214,9 @@ _CHOICES = {
   "upper.schedule": SCHEDULES,
   "zo.direction": DIRECTIONS,
   "zo.estimator": ESTIMATORS,
+  "data.test_split": ("", "validation", "test"),
+  "icl.calibration": ("none", "contextual", "domain"),
+  "head.rows": ("labels", "all"),
   "data.long_rows": ("error", "truncate", "drop"),
 }
 _POSITIVE = (
@@ -204,6 +235,10 @@ _POSITIVE = (
   "data.max_length",
   "train.num_steps",
   "train.eval_every_steps",
+  "icl.num_sets",
+  "probe.c",
+  "head.num_steps",
+  "head.batch_size",
   "eval.batch_size",
   "ckpt.keep",
 )
@@ -217,6 +252,9 @@ _NOT_NEGATIVE = (
   "lower.clip_norm",
   "upper.clip_norm",
   "data.num_selection",
+  "data.shots",
+  "icl.num_shots",
+  "head.learning_rate",
 )
 
 
@@ -277,6 +315,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{name}: expected 0 or more; found {fields[name]}."
       )
   _check_zo(config)
+  _check_own_task(config)
   try:
     re.compile(config.lora.targets)
   except re.error as error:
@@ -290,8 +329,52 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
 
 
+def _check_own_task(config: ml_collections.ConfigDict) -> None:
+  """Stops on parts of a task of one's own that have no prompt to belong to."""
+  given = {
+    name: config.data[name]
+    for name in ("options", "labels", "label")
+    if config.data[name] and config.data[name] != "label"
+  }
+  if given and not config.data.prompt:
+    name, value = next(iter(given.items()))
+    raise errors.UserError(
+      f"config.data.{name}: belongs to a task of one's own, which "
+      f"config.data.prompt begins; found {value!r} without it."
+    )
+
+
+def _check_zo_parts(config: ml_collections.ConfigDict) -> None:
+  """Stops on an objective or a choice of weights that cannot be meant."""
+  objective = config.zo.objective
+  if ":" not in objective and objective not in OBJECTIVES:
+    raise errors.UserError(
+      f"config.zo.objective: expected one of {', '.join(OBJECTIVES)} or "
+      f"MODULE:SCORE; found '{objective}'."
+      f"{errors.nearest(objective, OBJECTIVES)}"
+    )
+  if objective != "loss" and config.zo.estimator == "exact":
+    raise errors.UserError(
+      f"config.zo.objective: '{objective}' has no derivative for zo.estimator "
+      "'exact'; expected 'loss', or the estimator 'central' or 'forward'."
+    )
+  try:
+    re.compile(config.zo.select)
+  except re.error as error:
+    raise errors.UserError(
+      "config.zo.select: expected a regular expression; found "
+      f"'{config.zo.select}' ({error})."
+    ) from error
+  if config.zo.optimizer == "adamw" and (config.zo.select or config.zo.layers):
+    raise errors.UserError(
+      "config.zo.optimizer: 'adamw' decays every weight, those that "
+      "zo.select or zo.layers keep as well; expected another."
+    )
+
+
 def _check_zo(config: ml_collections.ConfigDict) -> None:
   """Stops on choices that exclude each other; none is ever ignored."""
+  _check_zo_parts(config)
   one_value = config.zo.estimator != "central" and config.zo.num_directions == 1
   if config.zo.scaling == "std" and one_value:
     raise errors.UserError(

@@ -52,6 +52,7 @@ def load_splits(
   source: str | pathlib.Path | None,
   *,
   counts: Counts = _PAPER,
+  shots: int = 0,
   seed: int = 0,
   test_split: str | None = None,
 ) -> Splits:
@@ -61,6 +62,7 @@ def load_splits(
     task: the task.
     source: as in `load_rows`.
     counts: rows of each set.
+    shots: as in `split`.
     seed: chooses the rows.
     test_split: where test rows come from; None means the validation split as
       in the paper, else the test split, else rows held out of train.
@@ -78,7 +80,7 @@ def load_splits(
     ]
     test_split = present[0] if present else None
   test = load_rows(task, source, test_split) if test_split else None
-  return split(task, train, test, counts=counts, seed=seed)
+  return split(task, train, test, counts=counts, shots=shots, seed=seed)
 
 
 def split(
@@ -87,6 +89,7 @@ def split(
   test: Sequence[rows.Row] | None = None,
   *,
   counts: Counts = _PAPER,
+  shots: int = 0,
   seed: int = 0,
 ) -> Splits:
   """Divides rows into lower, upper, selection and test sets.
@@ -103,6 +106,8 @@ def split(
     train: rows of the train split.
     test: rows of the split to test on.
     counts: rows of each set.
+    shots: if not 0, lower and upper have that many rows of every label each,
+      whatever their counts; they are drawn first.
     seed: chooses the rows.
 
   Returns:
@@ -122,6 +127,8 @@ def split(
     chosen = [test[i] for i in order[: counts.test]]
   order = np.random.RandomState(seed).permutation(len(train))
   pool = _distinct(task, [train[i] for i in order], chosen)
+  if shots:
+    pool, counts = _balanced_first(task, pool, counts, shots, seed, test)
   sizes = _sizes(task, len(pool), counts, hold_out=test is None)
   ends = np.cumsum(sizes)
   lower, upper, selection, held_out = (
@@ -164,6 +171,40 @@ def k_shot(
       )
   drawn = [row for _, rs in sorted(by_label.items()) for row in rs[:k]]
   return [drawn[i] for i in random.permutation(len(drawn))]
+
+
+def _balanced_first(
+  task: rows.Source,
+  pool: list[rows.Row],
+  counts: Counts,
+  shots: int,
+  seed: int,
+  test: Sequence[rows.Row] | None,
+) -> tuple[list[rows.Row], Counts]:
+  """Moves balanced lower and upper sets to the pool's front.
+
+  Returns:
+    The pool, and counts of which the other sets take what is left.
+  """
+  both = k_shot(task, pool, 2 * shots, seed)
+  sets: tuple[list[rows.Row], list[rows.Row]] = ([], [])
+  seen: dict[int, int] = {}
+  for row in both:
+    label = task.right(row)[0]
+    sets[seen.get(label, 0) >= shots].append(row)
+    seen[label] = seen.get(label, 0) + 1
+  drawn = set(map(id, both))
+  rest = [row for row in pool if id(row) not in drawn]
+  held_out = min(counts.test, len(rest) // 2) if test is None else 0
+  selection = min(counts.selection, len(rest) - held_out)
+  if (counts.selection and not selection) or (test is None and not held_out):
+    raise errors.UserError(
+      f"Task {task.name}: {len(pool)} different rows in train are too few for "
+      f"{2 * shots} of each label and further sets (data.shots)."
+    )
+  return [*sets[0], *sets[1], *rest], Counts(
+    len(sets[0]), len(sets[1]), selection, held_out or counts.test
+  )
 
 
 def _distinct(

@@ -97,6 +97,7 @@ def encode(
   version: tasks.Version = 0,
   long_rows: LongRows = "error",
   labelled: bool = True,
+  prompt: str | None = None,
 ) -> Example:
   """Encodes a row's options, or its right option alone, as rows of tokens.
 
@@ -112,6 +113,7 @@ def encode(
       the tokens that the tokenizer puts before any text; otherwise they are
       an error.
     labelled: False leaves the label unread; the example's is then 0.
+    prompt: what is before the option, if not the task's own prompt.
 
   Returns:
     The example.
@@ -120,7 +122,7 @@ def encode(
     TooLongError: the prompt is too long.
     UserError: options are empty or alike.
   """
-  prompt = task.prompt(row, version)
+  prompt = task.prompt(row, version) if prompt is None else prompt
   options = task.options(row, version)
   right = task.right(row) if labelled else ()
   label = right[0] if right else 0

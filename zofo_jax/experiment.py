@@ -4,8 +4,10 @@ What is cheap and can fail comes first: names, files, rows and lengths are
 checked before any weight is read or anything is compiled.
 """
 
+import dataclasses
 import json
 import pathlib
+import typing
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -78,12 +80,13 @@ def load_model(config: ml_collections.ConfigDict) -> Model:
 
 
 def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
-  """Looks the config's task up.
+  """Looks the config's task up, or makes the one that its fields declare.
 
   Raises:
-    UserError: no such task, or one that options cannot answer.
+    UserError: no such task, one that options cannot answer, or a declaration
+      that is broken.
   """
-  task = tasks.get(config.data.task)
+  task = _own_task(config) if config.data.prompt else _known_task(config)
   if task.kind == "generation":
     raise errors.UserError(
       f"config.data.task: '{task.name}' is answered by generating text; "
@@ -93,9 +96,64 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
   return task
 
 
+def _known_task(config: ml_collections.ConfigDict) -> tasks.Task:
+  """Looks a task up; its metric may be another than the usual."""
+  task = tasks.get(config.data.task)
+  metric = config.data.metric
+  known = typing.get_args(tasks.Metric)
+  if metric and metric not in known:
+    raise errors.UserError(
+      f"config.data.metric: expected one of {', '.join(known)}; found "
+      f"'{metric}'.{errors.nearest(metric, known)}"
+    )
+  return dataclasses.replace(task, metric=metric) if metric else task
+
+
+def _own_task(config: ml_collections.ConfigDict) -> tasks.Task:
+  """Makes the task that the config declares."""
+  name = config.data.task
+  if name in tasks.ALL:
+    raise errors.UserError(
+      f"config.data.prompt: declares a task of one's own; expected a new name "
+      f"in config.data.task, found '{name}', which there is."
+    )
+  return tasks.custom(
+    name,
+    prompt=config.data.prompt,
+    options=config.data.options,
+    label=config.data.label,
+    labels=config.data.labels or None,
+    metric=config.data.metric or "accuracy",
+  )
+
+
 def row_length(config: ml_collections.ConfigDict, model: Model) -> int:
   """Returns the longest row in tokens: the config's, within the model's."""
   return min(config.data.max_length, model.module.config.max_length)
+
+
+def load_rows(
+  config: ml_collections.ConfigDict, task: tasks.Task
+) -> data.Splits:
+  """Reads and divides the rows of a run.
+
+  Raises:
+    UserError: names the file and row that is wrong.
+  """
+  counts = data.Counts(
+    lower=config.data.num_lower,
+    upper=config.data.num_upper,
+    selection=config.data.num_selection,
+    test=config.data.num_test,
+  )
+  return data.load_splits(
+    task,
+    config.data.dir,
+    counts=counts,
+    shots=config.data.shots,
+    seed=config.data.seed,
+    test_split=config.data.test_split or None,
+  )
 
 
 def load_examples(
@@ -117,25 +175,21 @@ def load_examples(
   Raises:
     UserError: names the file and row that is wrong.
   """
-  counts = data.Counts(
-    lower=config.data.num_lower,
-    upper=config.data.num_upper,
-    selection=config.data.num_selection,
-    test=config.data.num_test,
-  )
-  splits = data.load_splits(
-    task, config.data.dir, counts=counts, seed=config.data.seed
-  )
+  splits = load_rows(config, task)
   version = config.data.template
   long_rows = config.data.long_rows
   context = model.module.config.max_length
+
+  # Accuracy compares the options, whatever the loss.
+  compared = config.zo.objective == "accuracy"
+  train_mode: encode.Mode = "classification" if compared else config.loss
 
   def train(rows):
     return encode.encode_rows(
       task,
       rows,
       model.tokenizer,
-      config.loss,
+      train_mode,
       max_length=row_length(config, model),
       version=version,
       long_rows=long_rows,

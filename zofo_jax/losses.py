@@ -104,6 +104,25 @@ def classification(log_probs: jax.Array, batch: Batch) -> jax.Array:
   )
 
 
+def option_errors(log_probs: jax.Array, batch: Batch) -> jax.Array:
+  """Share of examples whose best option is not the right one.
+
+  Piecewise constant: for zeroth-order steps, not for gradients.
+
+  Args:
+    log_probs: log p of every target, float32 [B, R, K].
+    batch: the rows they belong to, every option among them.
+
+  Returns:
+    float32, shape [].
+  """
+  best = jnp.argmax(option_scores(log_probs, batch), axis=-1)
+  wrong = (best != batch.label).astype(jnp.float32)
+  return jnp.sum(wrong * batch.example_weight) / jnp.maximum(
+    jnp.sum(batch.example_weight), 1.0
+  )
+
+
 def make_loss_fn(
   log_probs_fn: LogProbsFn,
   reduce_fn: Callable[[jax.Array, Batch], jax.Array],

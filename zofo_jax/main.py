@@ -1,9 +1,16 @@
-"""The command line: train, evaluate, predict.
+"""The command line: train, evaluate, predict; icl, probe, head.
 
   python -m zofo_jax.main [train] --config=configs/opt.py --workdir=DIR
   python -m zofo_jax.main evaluate --workdir=DIR
   python -m zofo_jax.main predict --workdir=DIR --input=ROWS.jsonl \
       --output=ANSWERS.jsonl
+
+On the same config, to compare with: in-context learning (zero-shot with
+--config.icl.num_shots=0), a linear probe, and the head trained alone.
+
+  python -m zofo_jax.main icl --config=configs/opt.py --workdir=DIR
+  python -m zofo_jax.main probe --config=configs/opt.py --workdir=DIR
+  python -m zofo_jax.main head --config=configs/opt.py --workdir=DIR
 
 Any field of the config can be set: --config.zo.eps=1e-2. Exit code 2 means a
 mistake in the command, its config or its files, told in one sentence.
@@ -19,7 +26,8 @@ from ml_collections import config_flags
 from zofo_jax import config as config_lib
 from zofo_jax import errors
 
-COMMANDS = ("train", "evaluate", "predict")
+OF_A_CONFIG = ("train", "icl", "probe", "head")
+COMMANDS = ("train", "evaluate", "predict", "icl", "probe", "head")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, as FILE.py or FILE.py:name=value,..."
@@ -80,14 +88,20 @@ def _run(argv: list[str]) -> None:
   if not _WORKDIR.value:
     raise errors.UserError("--workdir: expected a folder; found nothing.")
   # Heavy: imported only once the command line is right.
-  from zofo_jax import saved, train
+  from zofo_jax import modes, saved, train
 
-  if command == "train":
+  if command in OF_A_CONFIG:
     if _CONFIG.value is None:
       raise errors.UserError(
         "--config: expected a file such as configs/demo.py; found nothing."
       )
-    train.train(_CONFIG.value, _WORKDIR.value)
+    start = {
+      "train": train.train,
+      "icl": modes.icl,
+      "probe": modes.linear_probe,
+      "head": modes.head,
+    }
+    start[command](_CONFIG.value, _WORKDIR.value)
   elif command == "evaluate":
     saved.evaluate_run(_WORKDIR.value)
   else:

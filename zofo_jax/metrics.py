@@ -36,10 +36,18 @@ def matthews(predicted: Sequence[int], label: Sequence[int]) -> float:
   return float(metrics.matthews_corrcoef(label, predicted))
 
 
+def pearson(predicted: Sequence[int], label: Sequence[int]) -> float:
+  """Returns Pearson's correlation, for labels in order; 0 where constant."""
+  if np.ptp(predicted) == 0 or np.ptp(label) == 0:
+    return 0.0
+  return float(np.corrcoef(predicted, label)[0, 1])
+
+
 METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
   "accuracy": accuracy,
   "macro_f1": macro_f1,
   "matthews": matthews,
+  "pearson": pearson,
 }
 
 

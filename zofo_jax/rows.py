@@ -76,9 +76,11 @@ def load(
   Args:
     task: says which columns a row must have and checks each row.
     source: a folder with `<split>.jsonl`, `.csv` or `.parquet` (or with a
-      sub-folder of the task's name that has them); one such file, which is
-      the split "train"; "hub:owner/name" or "hub:owner/name/config"; or None
-      for the task's own hub set.
+      sub-folder of the task's name that has them); the common beginning of
+      such files, `DIR/mrpc_16_100` for `mrpc_16_100_<split>.jsonl` as MetaICL
+      names them; one such file, which is the split "train";
+      "hub:owner/name" or "hub:owner/name/config"; or None for the task's own
+      hub set.
     split: "train", "validation" or "test".
     labelled: False for rows to be predicted, which need no label.
 
@@ -110,7 +112,7 @@ def has_split(
   hub = _hub_id(task, source)
   if not hub:
     path = pathlib.Path(str(source))
-    return path.is_dir() and _find_file(path, task, split) is not None
+    return not path.is_file() and _find_file(path, task, split) is not None
   name = task.hub_splits.get(split, split)
   return name in _ask_hub(
     "get_dataset_split_names", hub, f"splits of '{hub[0]}'"
@@ -257,13 +259,15 @@ def _find_file(
   source: pathlib.Path, task: Source, split: str
 ) -> pathlib.Path | None:
   """Returns the file of a split in a folder, or None if there is none."""
-  folders = [source, source / task.name]
+  starts = [f"{source}/", f"{source / task.name}/"]
   if task.hub and task.hub[1]:
-    folders.append(source / task.hub[1])
-  for folder in folders:
+    starts.append(f"{source / task.hub[1]}/")
+  if not source.is_dir():
+    starts = [f"{source}_"]
+  for start in starts:
     for name in _SPLITS.get(split, (split,)):
       for ending in _READERS:
-        path = folder / f"{name}{ending}"
+        path = pathlib.Path(f"{start}{name}{ending}")
         if path.is_file():
           return path
   return None
@@ -281,6 +285,9 @@ def _local_file(task: Source, source: pathlib.Path, split: str) -> pathlib.Path:
         f"{source} is one file, hence the split 'train'; it has no '{split}'."
       )
     return source
+  path = _find_file(source, task, split)
+  if path is not None:
+    return path
   if not source.is_dir():
     near = (
       errors.nearest(source.name, [p.name for p in source.parent.iterdir()])
@@ -288,11 +295,8 @@ def _local_file(task: Source, source: pathlib.Path, split: str) -> pathlib.Path:
       else ""
     )
     raise errors.UserError(f"No data folder {source}.{near}")
-  path = _find_file(source, task, split)
-  if path is None:
-    found = ", ".join(sorted(p.name for p in source.iterdir())[:12])
-    raise errors.UserError(
-      f"{source} has no {split}.jsonl (or .csv, .parquet) for task "
-      f"{task.name}; it holds {found or 'nothing'}."
-    )
-  return path
+  found = ", ".join(sorted(p.name for p in source.iterdir())[:12])
+  raise errors.UserError(
+    f"{source} has no {split}.jsonl (or .csv, .parquet) for task "
+    f"{task.name}; it holds {found or 'nothing'}."
+  )

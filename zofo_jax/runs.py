@@ -4,6 +4,7 @@ Everything that the config says becomes an explicit argument here.
 """
 
 import json
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +21,9 @@ from zofo_jax import (
   evaluate,
   experiment,
   inner,
+  objectives,
   outer,
+  perturbed,
   sampler,
   tasks,
   zo,
@@ -81,7 +84,44 @@ def make_sampler(zo_config: ml_collections.ConfigDict) -> sampler.Sampler:
     "per_example": directions.PerExample(),
     "sparse": directions.Sparse(threshold=zo_config.threshold),
   }
-  return sampler.Sampler(kinds[zo_config.direction], lazy=True)
+  return sampler.Sampler(
+    kinds[zo_config.direction],
+    select=lambda path: bool(re.search(zo_config.select, path)),
+    layers=tuple(zo_config.layers) or None,
+    lazy=True,
+  )
+
+
+def check_sampler(zo_config: ml_collections.ConfigDict, base: Any) -> None:
+  """Stops where `zo.select` or `zo.layers` name nothing that is there.
+
+  Args:
+    zo_config: `config.zo`.
+    base: the backbone's weights, or their shapes.
+
+  Raises:
+    UserError: says what there is.
+  """
+  shapes = {
+    perturbed.path_name(path): leaf.shape
+    for path, leaf in jax.tree_util.tree_leaves_with_path(base)
+  }
+  if not any(re.search(zo_config.select, path) for path in shapes):
+    raise errors.UserError(
+      f"config.zo.select: '{zo_config.select}' matches no weight; the weights "
+      f"are {', '.join(shapes)}."
+    )
+  stacked = [
+    shape
+    for path, shape in shapes.items()
+    if re.search(perturbed.STACKED, path)
+  ]
+  wrong = [i for i in zo_config.layers if i not in range(stacked[0][0])]
+  if wrong or len(set(zo_config.layers)) < len(zo_config.layers):
+    raise errors.UserError(
+      "config.zo.layers: expected different numbers from 0 to "
+      f"{stacked[0][0] - 1}; found {tuple(zo_config.layers)}."
+    )
 
 
 def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
@@ -103,7 +143,9 @@ def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
 
 
 def make_algorithm(
-  config: ml_collections.ConfigDict, loss_fn: inner.LossFn
+  config: ml_collections.ConfigDict,
+  loss_fn: inner.LossFn,
+  probe_loss_fn: inner.LossFn | None = None,
 ) -> bilevel.BilevelAlgorithm:
   """Makes the (init, step) pair that a config asks for."""
 
@@ -117,6 +159,7 @@ def make_algorithm(
 
   return bilevel.make_bilevel_step(
     loss_fn,
+    probe_loss_fn=probe_loss_fn,
     lower_tx=adapter_tx(config.lower, config.lower.num_steps),
     upper_tx=adapter_tx(config.upper, 1),
     base_tx=make_base_tx(config.zo),
@@ -199,9 +242,16 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
     config=config,
     model=model,
     task=task,
-    algorithm=make_algorithm(config, loss_fn),
+    algorithm=make_algorithm(
+      config,
+      loss_fn,
+      objectives.make_probe_loss_fn(
+        config.zo.objective, model.module, model.tokenizer
+      ),
+    ),
     score_fn=jax.jit(evaluate.make_score_fn(log_probs_fn)),
   )
+  check_sampler(config.zo, experiment.abstract_base(config, model))
   run.abstract_state()  # adapters that fit nowhere are noticed here
   return run
 

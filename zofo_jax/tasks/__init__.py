@@ -2,6 +2,7 @@
 
 from zofo_jax import errors
 from zofo_jax.tasks import answers, choices, claims, pairs, sentiment, superglue
+from zofo_jax.tasks.task import Metric as Metric
 from zofo_jax.tasks.task import Task as Task
 from zofo_jax.tasks.task import Template as Template
 from zofo_jax.tasks.task import Version as Version

@@ -16,7 +16,7 @@ from zofo_jax import errors, rows
 
 Fields = Mapping[str, Any]
 Kind = Literal["classification", "multiple choice", "generation"]
-Metric = Literal["accuracy", "macro_f1", "matthews", "token_f1"]
+Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "token_f1"]
 Version = int | Literal["reference"]
 
 

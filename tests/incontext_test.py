@@ -1,0 +1,122 @@
+"""Demonstrations: which rows, their exact text, and what goes when too long."""
+
+import logging
+
+import pytest
+
+from zofo_jax import encode, errors, incontext, rows, tasks
+
+TASK = tasks.get("sst2")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_model):
+  return encode.load_tokenizer(tiny_model)
+
+
+def review(sentence, label=0):
+  return rows.Row({"sentence": sentence, "label": label}, "made up row 1")
+
+
+def pool(*labels):
+  return [review(f"film {i}", label) for i, label in enumerate(labels)]
+
+
+def labels(drawn):
+  return sorted(row.fields["label"] for row in drawn)
+
+
+def test_balanced_draws():
+  rare = pool(*[0] * 30, 1, 1)
+  assert labels(incontext.draw(TASK, rare, 4, 0)) == [0, 0, 1, 1]
+  assert labels(incontext.draw(TASK, rare, 8, 0)) == [0] * 6 + [1, 1]
+  even = pool(*[0, 1] * 16)
+  odd = [sum(labels(incontext.draw(TASK, even, 3, i))) for i in range(20)]
+  assert set(odd) == {1, 2}
+
+
+def test_random_draws_follow_the_pool():
+  rare = pool(*[0] * 30, 1, 1)
+  ones = [
+    sum(labels(incontext.draw(TASK, rare, 4, seed, balanced=False)))
+    for seed in range(20)
+  ]
+  assert 0 < sum(ones) < 20
+
+
+def test_draws_are_seeded_and_never_repeat_a_row():
+  many = pool(*[0, 1] * 20)
+  first = incontext.draw(TASK, many, 10, 3)
+  assert first == incontext.draw(TASK, many, 10, 3)
+  assert first != incontext.draw(TASK, many, 10, 4)
+  assert len({row.fields["sentence"] for row in first}) == 10
+  # Not one label first and the other after it.
+  orders = {
+    tuple(row.fields["label"] for row in incontext.draw(TASK, many, 4, seed))
+    for seed in range(20)
+  }
+  assert len(orders) > 2
+
+
+def test_too_few_rows():
+  with pytest.raises(errors.UserError, match=r"9 demonst.*num_shots.*2 rows"):
+    incontext.draw(TASK, pool(0, 1), 9, 0)
+
+
+def asked(tokenizer, **options):
+  """Returns the text before the option of one encoded row."""
+  shown = [
+    incontext.demonstration(TASK, review("a dull film .", 0)),
+    incontext.demonstration(TASK, review(" a warm tale", 1)),
+  ]
+  options.setdefault("max_length", 64)
+  (example,) = incontext.encode_rows(
+    TASK, [review("a bright cast", 1)], shown, tokenizer, **options
+  )
+  assert example.label == 1
+  text = "".join(tokenizer.convert_ids_to_tokens(example.rows[0].tokens))
+  return text.replace("Ġ", " ").replace("Ċ", "\n")  # byte-level spellings
+
+
+def test_text(tokenizer):
+  assert asked(tokenizer) == (
+    "a dull film . It was terrible\n\na warm tale It was great\n\n"
+    "a bright cast It was"
+  )
+  assert asked(tokenizer, separator=" ## ") == (
+    "a dull film . It was terrible ## a warm tale It was great ## "
+    "a bright cast It was"
+  )
+  assert asked(tokenizer, prompts=[" It was"]).endswith("great\n\n It was")
+
+
+def test_text_of_a_line_break_before_the_option(tokenizer):
+  task = tasks.get("rte")
+  row = rows.Row(
+    {"premise": "It froze.", "hypothesis": "It was cold", "label": 0}, "row 1"
+  )
+  assert incontext.demonstration(task, row) == (
+    'It froze.\nDoes this mean that "It was cold" is true? Yes or No?\nYes'
+  )
+
+
+def test_demonstrations_go_first(tokenizer, caplog):
+  size = len(tokenizer("a bright cast It was")["input_ids"])
+  caplog.set_level(logging.WARNING)
+  assert asked(tokenizer, max_length=size) == "a bright cast It was"
+  assert "0.0 of 2 demonstrations fit" in caplog.text
+  middle = len(
+    tokenizer("a warm tale It was great\n\na bright cast It was")["input_ids"]
+  )
+  for length in (middle, middle + 1):
+    assert asked(tokenizer, max_length=length) == (
+      "a warm tale It was great\n\na bright cast It was"
+    )
+  assert asked(tokenizer, max_length=middle - 1) == "a bright cast It was"
+
+
+def test_a_question_that_does_not_fit(tokenizer):
+  with pytest.raises(encode.TooLongError, match=r"made up row 1: .* at most 3"):
+    asked(tokenizer, max_length=3)
+  text = asked(tokenizer, max_length=3, truncate=True)
+  assert "a bright cast It was".endswith(text) and text
