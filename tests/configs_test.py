@@ -275,3 +275,34 @@ def test_no_choice_is_ignored(field, changes):
   config.zo.update(changes)
   with pytest.raises(errors.UserError, match=rf"^config\.{field}: "):
     config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"adapter.kind": "lra"}, r"adapter\.kind: .*'lra'.*mean 'lora'"),
+    ({"adapter.kind": "lora+prefx"}, r"'lora\+prefx'.*mean 'prefix'"),
+    ({"adapter.kind": "lora+lora"}, r"each once.*'lora\+lora'"),
+    ({"adapter.kind": ""}, r"adapter\.kind: .*found ''"),
+    ({"lora.dropout": 1.0}, r"lora\.dropout: .*less than 1; found 1"),
+    ({"prefix.init": "token"}, r"prefix\.init: .*mean 'tokens'"),
+    ({"prefix.projection": 8}, r"prefix\.projection: .*'random'"),
+    ({"prompt.init": "text"}, r"prompt\.text: expected words"),
+    ({"prompt.text": "Good?"}, r"prompt\.text: .*only then; found 'Good\?'"),
+  ],
+)
+def test_adapters_that_there_are_not(changes, words):
+  config = config_lib.base_config()
+  config.model.name = "somewhere"
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.UserError, match=words):
+    config_lib.check(config)
+
+
+def test_positions_that_adapters_take():
+  config = config_lib.base_config()
+  taken = {}
+  for config.adapter.kind in ("lora", "prefix", "prompt", "prompt+lora+prefix"):
+    taken[config.adapter.kind] = config_lib.num_virtual(config)
+  assert list(taken.values()) == [0, 5, 10, 15]
+  assert config_lib.adapter_kinds(config) == ("lora", "prefix", "prompt")

@@ -156,7 +156,9 @@ def init_prefix(
     (2, 3, 2, 4)
   """
   if length < 1:
-    raise errors.UserError(f"The prefix's length is {length}; expected above 0.")
+    raise errors.UserError(
+      f"The prefix's length is {length}; expected above 0."
+    )
   if init not in INITS or (projection and init != "random"):
     raise errors.UserError(
       f"The prefix's init is '{init}' with projection {projection}; expected "

@@ -59,7 +59,9 @@ def init_prompt(
     [10.0, 2.0, 10.0]
   """
   if length < 1:
-    raise errors.UserError(f"The prompt's length is {length}; expected above 0.")
+    raise errors.UserError(
+      f"The prompt's length is {length}; expected above 0."
+    )
   if init not in INITS:
     raise errors.UserError(
       f"The prompt's init is '{init}'; expected one of {', '.join(INITS)}."

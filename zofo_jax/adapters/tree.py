@@ -50,9 +50,7 @@ def expand(adapter: Any) -> Any:
   """
   return jax.tree.map(
     lambda node: (
-      prefix.project(node)
-      if isinstance(node, prefix.ProjectedPrefix)
-      else node
+      prefix.project(node) if isinstance(node, prefix.ProjectedPrefix) else node
     ),
     adapter,
     is_leaf=lambda node: isinstance(node, _NODES),

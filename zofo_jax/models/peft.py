@@ -25,16 +25,15 @@ KINDS = {"lora": "LORA", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
 _LORA_TENSOR = re.compile(
   r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
 )
-# What a LoRA of PEFT may ask for beside a plain product; False here means any
-# value that counts as none.
-_PLAIN = {
-  "alpha_pattern": False,
+# What a plain product says to the rest that a LoRA of PEFT may ask for.
+_PLAIN: dict[str, Any] = {
+  "alpha_pattern": {},
   "bias": "none",
   "fan_in_fan_out": False,
-  "layer_replication": False,
+  "layer_replication": None,
   "lora_bias": False,
-  "modules_to_save": False,
-  "rank_pattern": False,
+  "modules_to_save": None,
+  "rank_pattern": {},
   "use_dora": False,
 }
 
@@ -67,7 +66,11 @@ def save(
     by_kind.setdefault(kind, {})[module] = node
   if not by_kind:
     raise errors.UserError(f"{folder}: there is no adapter to write.")
-  write = {"lora": _write_lora, "prefix": _write_prefix, "prompt": _write_prompt}
+  write = {
+    "lora": _write_lora,
+    "prefix": _write_prefix,
+    "prompt": _write_prompt,
+  }
   folder = pathlib.Path(folder)
   for kind, nodes in by_kind.items():
     fields, tensors = write[kind](family, config, nodes)
@@ -183,23 +186,21 @@ def _write_lora(family, config, nodes):
     "lora_dropout": dropout,
     "use_rslora": False,  # alpha says it all
     "target_modules": sorted({names[m].rpartition(".")[2] for m in nodes}),
-    **{name: value or None for name, value in _PLAIN.items()},
-    "alpha_pattern": {},
-    "rank_pattern": {},
-    "fan_in_fan_out": False,
-    "lora_bias": False,
-    "use_dora": False,
+    **_PLAIN,
   }
   return fields, tensors
 
 
 def _read_lora(folder, family, config, fields, tensors):
   for name, plain in _PLAIN.items():
-    if fields.get(name, plain) != plain and (plain or fields[name]):
+    if fields.get(name) and fields[name] != plain:
       raise errors.UserError(
         f"{folder / CONFIG} has {name} = {fields[name]!r}; only {plain!r} is "
         "supported."
       )
+  for name in ("r", "lora_alpha"):
+    if not fields.get(name):
+      raise errors.UserError(f"{folder / CONFIG} has no '{name}'.")
   shapes = weights.shapes(family, config)
   places, depths = {}, {}
   for module, name in _modules(family, config).items():
@@ -218,12 +219,14 @@ def _read_lora(folder, family, config, fields, tensors):
     module, layer = places[match[1]]
     found.setdefault(module, {})[match[2], layer] = tensor
 
-  parts = []
+  parts, rank = [], fields["r"]
   for module, matrices in found.items():
     *_, features_in, features_out = shapes[f"{module}/kernel"]
-    rank = fields.get("r")
     stacks = []
-    for which, shape in (("A", (rank, features_in)), ("B", (features_out, rank))):
+    for which, shape in (
+      ("A", (rank, features_in)),
+      ("B", (features_out, rank)),
+    ):
       stack = []
       for layer in range(depths[module] or 1):
         matrix = matrices.get((which, layer))
