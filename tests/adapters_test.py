@@ -186,7 +186,7 @@ def test_bfloat16_weights_keep_a_float32_adapter(base):
 def test_mistakes_are_named(base):
   with pytest.raises(errors.UserError, match="rank is 0"):
     adapters.init_lora(jax.random.key(1), base, rank=0, alpha=1.0)
-  with pytest.raises(errors.UserError, match="dropout is 1.0"):
+  with pytest.raises(errors.UserError, match=r"dropout is 1\.0"):
     adapters.init_lora(jax.random.key(1), base, rank=1, alpha=1.0, dropout=1.0)
   with pytest.raises(errors.UserError, match=r"'q_proj'.*attention/query"):
     adapters.init_lora(

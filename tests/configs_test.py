@@ -144,17 +144,50 @@ winogrande  1e-4  1e-8  1e3  30
 """
 
 
-@pytest.mark.parametrize("line", LORA.split("\n")[1:-1])
-def test_recipes(line):
-  task, *numbers = line.split()
-  assert recipes.lora(task) == tuple(map(float, numbers))
-  assert task in tasks.ALL
+PREFIX = """
+boolq       1e-2  1e-4  1e1  30
+cb          1e-2  1e-8  1e6  30
+copa        1e-3  1e-8  1e5  30
+drop        1e-2  1e-6  1e3  30
+multirc     1e-2  1e-6  1e2  30
+rte         1e-2  1e-4  1e1  30
+record      1e-4  1e-7  1e5  30
+squad       1e-2  1e-7  1e5  30
+wic         1e-2  1e-7  1e3  30
+wsc         1e-3  1e-4  1e3  30
+winogrande  1e-3  1e-8  1e2  30
+"""
+PROMPT = """
+boolq       1e-2  1e-6  1e4  30
+cb          1e-2  1e-5  1e1  30
+copa        1e-2  1e-8  1e4  30
+drop        1e-2  1e-6  1e3  30
+multirc     1e-2  1e-7  1e6  30
+rte         1e-2  1e-6  1e5  30
+record      1e-5  1e-4  1e6  10
+squad       1e-2  1e-7  1e4  30
+wic         1e-2  1e-5  1e3  30
+wsc         1e-4  1e-7  1e5  30
+winogrande  1e-3  1e-4  1e6  20
+"""
+SWEEPS = {"lora": LORA, "prefix": PREFIX, "prompt": PROMPT}
 
 
-def test_recipes_are_no_more_than_those():
-  assert set(recipes._LORA) == {
-    line.split()[0] for line in LORA.split("\n")[1:-1]
-  }
+@pytest.mark.parametrize("adapter", SWEEPS)
+def test_recipes(adapter):
+  lines = [line.split() for line in SWEEPS[adapter].split("\n")[1:-1]]
+  for task, *numbers in lines:
+    assert recipes.find(adapter, task) == tuple(map(float, numbers))
+    assert task in tasks.ALL
+  assert set(recipes.ADAPTERS[adapter]) == {task for task, *_ in lines}
+
+
+def test_reference_preset_of_another_adapter():
+  arg = "size=1.3b,task=record,preset=reference,adapter="
+  config = load("opt").get_config(arg + "prompt")
+  assert config.adapter.kind == "prompt" and config.lower.num_steps == 10
+  with pytest.raises(errors.UserError, match=r"no adapter 'lora\+prompt'"):
+    load("opt").get_config(arg + "lora+prompt")
 
 
 @pytest.mark.parametrize(

@@ -169,9 +169,9 @@ def _apply_reference(config: ml_collections.ConfigDict) -> None:
     config: changed in place.
 
   Raises:
-    errors.UserError: the reference has no settings for this task.
+    errors.UserError: the reference has no settings for this task or adapter.
   """
-  recipe = recipes.lora(config.data.task)
+  recipe = recipes.find(config.adapter.kind, config.data.task)
   config.zo.direction = "gaussian"
   config.zo.estimator = "forward"
   config.zo.num_directions = 1
