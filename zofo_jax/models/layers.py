@@ -168,7 +168,9 @@ def with_prefix(
       init_fn=lambda: None,
       reduce_fn=lambda _, new: new,
     )
-  prefix = attention.get_variable("adapter", "prefix", None)
+  prefix: adapters.Prefix | None = attention.get_variable(
+    "adapter", "prefix", None
+  )
   if prefix is None:
     return key_BxSxKxF, value_BxSxKxF, allowed_Bx1xLxS
   return adapters.prepend(prefix, key_BxSxKxF, value_BxSxKxF, allowed_Bx1xLxS)

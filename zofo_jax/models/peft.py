@@ -220,9 +220,10 @@ def _read_lora(folder, family, config, fields, tensors):
     found.setdefault(module, {})[match[2], layer] = tensor
 
   parts, rank = [], fields["r"]
+  root = math.sqrt(rank) if fields.get("use_rslora") else rank
   for module, matrices in found.items():
     *_, features_in, features_out = shapes[f"{module}/kernel"]
-    stacks = []
+    stacks: list[Any] = []
     for which, shape in (
       ("A", (rank, features_in)),
       ("B", (features_out, rank)),
@@ -238,9 +239,10 @@ def _read_lora(folder, family, config, fields, tensors):
           )
         stack.append(matrix.T)
       stacks.append(np.stack(stack) if depths[module] else stack[0])
-    root = math.sqrt(rank) if fields.get("use_rslora") else rank
+    a, b = stacks
     node = adapters.Lora(
-      *stacks,
+      a,
+      b,
       scale=fields["lora_alpha"] / root,
       dropout=fields.get("lora_dropout") or 0.0,
     )
@@ -273,7 +275,8 @@ def _write_prompt(family, config, nodes):
   del family
   (node,) = nodes.values()
   embedding = np.asarray(node.embedding)
-  fields = _virtual(*embedding.shape, config.num_heads, config.num_layers)
+  length, width = embedding.shape
+  fields = _virtual(length, width, config.num_heads, config.num_layers)
   fields.update(prompt_tuning_init="RANDOM")
   return fields, {"prompt_embeddings": embedding}
 
@@ -295,7 +298,7 @@ def _virtual(length: int, width: int, heads: int, layers: int) -> dict:
   }
 
 
-def _embeddings(folder, fields, tensors, width: int) -> np.ndarray:
+def _embeddings(folder, fields, tensors, width: int) -> Any:
   """Returns the one tensor of a prefix or a prompt, [P, width]."""
   expected = (fields.get("num_virtual_tokens"), width)
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
