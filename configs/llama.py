@@ -1,4 +1,4 @@
-"""Models of the Llama family on one of the paper's tasks, with LoRA.
+"""Models of the Llama family on one of the paper's tasks, with any adapter.
 
   python -m zofo_jax.main --config=configs/llama.py:size=smollm2-135m,task=rte \
       --workdir=runs/llama
@@ -30,12 +30,13 @@ SIZES = {
 
 
 def get_config(arg: str = ""):
-  """Returns the config of `size=...,task=...,preset=paper|reference`."""
+  """Returns the config of `size=...,task=...,preset=...,adapter=...`."""
   args = config_lib.parse_arg(
-    arg, size="smollm2-135m", task="sst2", preset="paper"
+    arg, size="smollm2-135m", task="sst2", preset="paper", adapter="lora"
   )
   config = config_lib.base_config()
   config.model.name = config_lib.choose("size", args["size"], SIZES)
   config.data.task = args["task"]
+  config.adapter.kind = args["adapter"]
   config_lib.apply_preset(config, args["preset"])
   return config

@@ -1,11 +1,12 @@
-"""OPT on one of the paper's tasks, with LoRA.
+"""OPT on one of the paper's tasks, with any adapter.
 
   python -m zofo_jax.main --config=configs/opt.py:size=125m,task=sst2 \
       --workdir=runs/opt
 
 Weights and rows come from the Hugging Face hub; a local folder does as well:
 --config.model.name=DIR and --config.data.dir=DIR. `preset=reference` takes the
-choices of the paper's PyTorch code instead of this project's defaults.
+choices of the paper's PyTorch code instead of this project's defaults, and
+`adapter=prefix` another adapter than LoRA (see `config.adapter`).
 """
 
 from zofo_jax import config as config_lib
@@ -26,10 +27,13 @@ SIZES = {
 
 
 def get_config(arg: str = ""):
-  """Returns the config of `size=...,task=...,preset=paper|reference`."""
-  args = config_lib.parse_arg(arg, size="125m", task="sst2", preset="paper")
+  """Returns the config of `size=...,task=...,preset=...,adapter=...`."""
+  args = config_lib.parse_arg(
+    arg, size="125m", task="sst2", preset="paper", adapter="lora"
+  )
   config = config_lib.base_config()
   config.model.name = config_lib.choose("size", args["size"], SIZES)
   config.data.task = args["task"]
+  config.adapter.kind = args["adapter"]
   config_lib.apply_preset(config, args["preset"])
   return config

@@ -144,17 +144,50 @@ winogrande  1e-4  1e-8  1e3  30
 """
 
 
-@pytest.mark.parametrize("line", LORA.split("\n")[1:-1])
-def test_recipes(line):
-  task, *numbers = line.split()
-  assert recipes.lora(task) == tuple(map(float, numbers))
-  assert task in tasks.ALL
+PREFIX = """
+boolq       1e-2  1e-4  1e1  30
+cb          1e-2  1e-8  1e6  30
+copa        1e-3  1e-8  1e5  30
+drop        1e-2  1e-6  1e3  30
+multirc     1e-2  1e-6  1e2  30
+rte         1e-2  1e-4  1e1  30
+record      1e-4  1e-7  1e5  30
+squad       1e-2  1e-7  1e5  30
+wic         1e-2  1e-7  1e3  30
+wsc         1e-3  1e-4  1e3  30
+winogrande  1e-3  1e-8  1e2  30
+"""
+PROMPT = """
+boolq       1e-2  1e-6  1e4  30
+cb          1e-2  1e-5  1e1  30
+copa        1e-2  1e-8  1e4  30
+drop        1e-2  1e-6  1e3  30
+multirc     1e-2  1e-7  1e6  30
+rte         1e-2  1e-6  1e5  30
+record      1e-5  1e-4  1e6  10
+squad       1e-2  1e-7  1e4  30
+wic         1e-2  1e-5  1e3  30
+wsc         1e-4  1e-7  1e5  30
+winogrande  1e-3  1e-4  1e6  20
+"""
+SWEEPS = {"lora": LORA, "prefix": PREFIX, "prompt": PROMPT}
 
 
-def test_recipes_are_no_more_than_those():
-  assert set(recipes._LORA) == {
-    line.split()[0] for line in LORA.split("\n")[1:-1]
-  }
+@pytest.mark.parametrize("adapter", SWEEPS)
+def test_recipes(adapter):
+  lines = [line.split() for line in SWEEPS[adapter].split("\n")[1:-1]]
+  for task, *numbers in lines:
+    assert recipes.find(adapter, task) == tuple(map(float, numbers))
+    assert task in tasks.ALL
+  assert set(recipes.ADAPTERS[adapter]) == {task for task, *_ in lines}
+
+
+def test_reference_preset_of_another_adapter():
+  arg = "size=1.3b,task=record,preset=reference,adapter="
+  config = load("opt").get_config(arg + "prompt")
+  assert config.adapter.kind == "prompt" and config.lower.num_steps == 10
+  with pytest.raises(errors.UserError, match=r"no adapter 'lora\+prompt'"):
+    load("opt").get_config(arg + "lora+prompt")
 
 
 @pytest.mark.parametrize(
@@ -278,3 +311,34 @@ def test_no_choice_is_ignored(field, changes):
   config.zo.update(changes)
   with pytest.raises(errors.UserError, match=rf"^config\.{field}: "):
     config_lib.check(config)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"adapter.kind": "lra"}, r"adapter\.kind: .*'lra'.*mean 'lora'"),
+    ({"adapter.kind": "lora+prefx"}, r"'lora\+prefx'.*mean 'prefix'"),
+    ({"adapter.kind": "lora+lora"}, r"each once.*'lora\+lora'"),
+    ({"adapter.kind": ""}, r"adapter\.kind: .*found ''"),
+    ({"lora.dropout": 1.0}, r"lora\.dropout: .*less than 1; found 1"),
+    ({"prefix.init": "token"}, r"prefix\.init: .*mean 'tokens'"),
+    ({"prefix.projection": 8}, r"prefix\.projection: .*'random'"),
+    ({"prompt.init": "text"}, r"prompt\.text: expected words"),
+    ({"prompt.text": "Good?"}, r"prompt\.text: .*only then; found 'Good\?'"),
+  ],
+)
+def test_adapters_that_there_are_not(changes, words):
+  config = config_lib.base_config()
+  config.model.name = "somewhere"
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.UserError, match=words):
+    config_lib.check(config)
+
+
+def test_positions_that_adapters_take():
+  config = config_lib.base_config()
+  taken = {}
+  for config.adapter.kind in ("lora", "prefix", "prompt", "prompt+lora+prefix"):
+    taken[config.adapter.kind] = config_lib.num_virtual(config)
+  assert list(taken.values()) == [0, 5, 10, 15]
+  assert config_lib.adapter_kinds(config) == ("lora", "prefix", "prompt")

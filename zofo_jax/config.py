@@ -22,6 +22,7 @@ ESTIMATORS = ("central", "forward", "exact")
 OBJECTIVES = ("loss", "accuracy", "token_f1")
 LOSSES = ("likelihood", "classification")
 DTYPES = ("float32", "bfloat16")
+ADAPTERS = ("lora", "prefix", "prompt")
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -37,10 +38,25 @@ def base_config() -> ml_collections.ConfigDict:
   config.model.dtype = "float32"  # or "bfloat16"
   config.model.remat = False  # recompute activations in the adapters' backward
 
+  config.adapter = ml_collections.ConfigDict()  # of p and of s
+  config.adapter.kind = "lora"  # or "prefix", "prompt"; several: "lora+prefix"
+
   config.lora = ml_collections.ConfigDict()
   config.lora.rank = 8
   config.lora.alpha = 16.0
   config.lora.targets = r"attention/(query|value)$"  # module paths
+  config.lora.dropout = 0.0  # of its input, in first-order steps only
+  config.lora.rslora = False  # scale by alpha / sqrt(rank), not alpha / rank
+
+  config.prefix = ml_collections.ConfigDict()
+  config.prefix.length = 5  # positions, taken from the model's context
+  config.prefix.init = "tokens"  # as random tokens would act; or "random"
+  config.prefix.projection = 0  # width of a network that computes it; 0: none
+
+  config.prompt = ml_collections.ConfigDict()
+  config.prompt.length = 10  # virtual tokens, taken from the model's context
+  config.prompt.init = "tokens"  # embeddings of random ones; "text", "random"
+  config.prompt.text = ""  # for init "text"; repeated or cut to the length
 
   config.lower = ml_collections.ConfigDict()  # s, first order, on D_p
   config.lower.num_steps = 10  # T
@@ -181,9 +197,9 @@ def _apply_reference(config: ml_collections.ConfigDict) -> None:
     config: changed in place.
 
   Raises:
-    errors.UserError: the reference has no settings for this task.
+    errors.UserError: the reference has no settings for this task or adapter.
   """
-  recipe = recipes.lora(config.data.task)
+  recipe = recipes.find(config.adapter.kind, config.data.task)
   config.zo.direction = "gaussian"
   config.zo.estimator = "forward"
   config.zo.num_directions = 1
@@ -218,9 +234,13 @@ _CHOICES = {
   "icl.calibration": ("none", "contextual", "domain"),
   "head.rows": ("labels", "all"),
   "data.long_rows": ("error", "truncate", "drop"),
+  "prefix.init": ("tokens", "random"),
+  "prompt.init": ("tokens", "random", "text"),
 }
 _POSITIVE = (
   "lora.rank",
+  "prefix.length",
+  "prompt.length",
   "lower.num_steps",
   "lower.batch_size",
   "upper.batch_size",
@@ -244,6 +264,8 @@ _POSITIVE = (
 )
 _NOT_NEGATIVE = (
   "penalty",
+  "lora.dropout",
+  "prefix.projection",
   "lower.learning_rate",
   "upper.learning_rate",
   "zo.learning_rate",
@@ -290,6 +312,20 @@ def flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
   return fields
 
 
+def adapter_kinds(config: ml_collections.ConfigDict) -> tuple[str, ...]:
+  """Returns what `config.adapter.kind` joins, in the order of ADAPTERS."""
+  kinds = str(config.adapter.kind).split("+")
+  return tuple(kind for kind in ADAPTERS if kind in kinds)
+
+
+def num_virtual(config: ml_collections.ConfigDict) -> int:
+  """Counts the positions of the context that the adapters take."""
+  kinds = adapter_kinds(config)
+  return ("prefix" in kinds) * config.prefix.length + (
+    "prompt" in kinds
+  ) * config.prompt.length
+
+
 def check(config: ml_collections.ConfigDict) -> None:
   """Stops on a value that cannot be meant.
 
@@ -316,6 +352,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
   _check_zo(config)
   _check_own_task(config)
+  _check_adapter(config)
   try:
     re.compile(config.lora.targets)
   except re.error as error:
@@ -406,4 +443,30 @@ def _check_zo(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       "config.zo.weight_decay: only zo.optimizer 'sgd' takes it; found "
       f"{config.zo.weight_decay} with '{config.zo.optimizer}'."
+    )
+
+
+def _check_adapter(config: ml_collections.ConfigDict) -> None:
+  """Stops on adapters that there are not, and on fields they would ignore."""
+  kinds = str(config.adapter.kind).split("+")
+  for kind in kinds:
+    if kind not in ADAPTERS or kinds.count(kind) > 1:
+      raise errors.UserError(
+        f"config.adapter.kind: expected one or more of {', '.join(ADAPTERS)}, "
+        f"each once, joined by '+'; found '{config.adapter.kind}'."
+        + ("" if kind in ADAPTERS else errors.nearest(kind, ADAPTERS))
+      )
+  if config.lora.dropout >= 1:
+    raise errors.UserError(
+      f"config.lora.dropout: expected less than 1; found {config.lora.dropout}."
+    )
+  if config.prefix.projection and config.prefix.init != "random":
+    raise errors.UserError(
+      "config.prefix.projection: a computed prefix cannot start from tokens; "
+      f"expected prefix.init 'random'; found '{config.prefix.init}'."
+    )
+  if bool(config.prompt.text.strip()) != (config.prompt.init == "text"):
+    raise errors.UserError(
+      "config.prompt.text: expected words with prompt.init 'text', and only "
+      f"then; found '{config.prompt.text}' with '{config.prompt.init}'."
     )

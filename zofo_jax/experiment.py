@@ -16,7 +16,18 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from zofo_jax import batches, data, encode, errors, inner, losses, models, tasks
+from zofo_jax import (
+  adapters,
+  batches,
+  data,
+  encode,
+  errors,
+  inner,
+  losses,
+  models,
+  tasks,
+)
+from zofo_jax import config as config_lib
 from zofo_jax.models import hub, weights
 
 
@@ -127,9 +138,26 @@ def _own_task(config: ml_collections.ConfigDict) -> tasks.Task:
   )
 
 
+def context_length(config: ml_collections.ConfigDict, model: Model) -> int:
+  """Returns how many tokens fit beside what the adapters put in front.
+
+  Raises:
+    UserError: the adapters leave no place.
+  """
+  context = model.module.config.max_length
+  taken = config_lib.num_virtual(config)
+  if taken >= context:
+    raise errors.UserError(
+      f"config.adapter.kind: '{config.adapter.kind}' takes {taken} positions; "
+      f"expected fewer than the model's {context} (prefix.length, "
+      "prompt.length)."
+    )
+  return context - taken
+
+
 def row_length(config: ml_collections.ConfigDict, model: Model) -> int:
   """Returns the longest row in tokens: the config's, within the model's."""
-  return min(config.data.max_length, model.module.config.max_length)
+  return min(config.data.max_length, context_length(config, model))
 
 
 def load_rows(
@@ -178,7 +206,7 @@ def load_examples(
   splits = load_rows(config, task)
   version = config.data.template
   long_rows = config.data.long_rows
-  context = model.module.config.max_length
+  context = context_length(config, model)
 
   # Accuracy compares the options, whatever the loss.
   compared = config.zo.objective == "accuracy"
@@ -230,6 +258,58 @@ def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:
   return jax.tree.unflatten(structure, leaves)
 
 
+def init_adapter(
+  config: ml_collections.ConfigDict, model: Model, key: jax.Array, base: Any
+) -> Any:
+  """Starts the adapter that `config.adapter.kind` asks for.
+
+  Args:
+    config: the run's config.
+    model: gives the module and the tokenizer.
+    key: typed PRNG key. Folded, not consumed.
+    base: the backbone's weights.
+
+  Returns:
+    An adapter of one or several kinds.
+
+  Raises:
+    UserError: it fits nowhere in this model.
+  """
+  parts: list[Any] = []
+  for kind in config_lib.adapter_kinds(config):
+    if kind == "lora":
+      part = adapters.init_lora(
+        key,
+        base,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha,
+        targets=config.lora.targets,
+        dropout=config.lora.dropout,
+        rank_stabilized=config.lora.rslora,
+      )
+    elif kind == "prefix":
+      part = adapters.init_prefix(
+        key,
+        model.module,
+        base,
+        length=config.prefix.length,
+        init=config.prefix.init,
+        projection=config.prefix.projection,
+      )
+    else:
+      part = adapters.init_prompt(
+        key,
+        base,
+        length=config.prompt.length,
+        init=config.prompt.init,
+        tokens=model.tokenizer.encode(
+          config.prompt.text, add_special_tokens=False
+        ),
+      )
+    parts.append(part)
+  return adapters.join(*parts)
+
+
 def abstract_base(config: ml_collections.ConfigDict, model: Model) -> Any:
   """Returns the shapes and dtypes of the backbone, without its weights."""
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
@@ -253,7 +333,8 @@ def make_log_probs_fn(module: nn.Module) -> losses.LogProbsFn:
   """
 
   def log_probs_fn(base, adapter, batch, key):
-    del key  # no dropout in these models
+    # Without dropout nothing reads the key.
+    drops = key is not None and adapters.has_dropout(adapter)
     lead = batch.tokens.shape[:2]
 
     def flat(leaf):
@@ -266,6 +347,7 @@ def make_log_probs_fn(module: nn.Module) -> losses.LogProbsFn:
       flat(batch.positions),
       flat(batch.target_slot),
       flat(batch.target_token),
+      rngs={"dropout": key} if drops else None,
     )
     return out.reshape(*lead, -1)
 

@@ -13,7 +13,6 @@ import optax
 from etils import epath
 
 from zofo_jax import (
-  adapters,
   bilevel,
   directions,
   encode,
@@ -194,13 +193,7 @@ class Run(NamedTuple):
     upper_key, lower_key, step_key = jax.random.split(key, 3)
 
     def adapter(adapter_key: jax.Array) -> Any:
-      return adapters.init_lora(
-        adapter_key,
-        base,
-        rank=self.config.lora.rank,
-        alpha=self.config.lora.alpha,
-        targets=self.config.lora.targets,
-      )
+      return experiment.init_adapter(self.config, self.model, adapter_key, base)
 
     return self.algorithm.init(
       step_key, base, adapter(upper_key), adapter(lower_key)
@@ -236,6 +229,7 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
   config_lib.check(config)
   task = experiment.load_task(config)
   model = experiment.load_model(config)
+  experiment.context_length(config, model)
   loss_fn = experiment.make_loss_fn(config.loss, model.module)
   log_probs_fn = experiment.make_log_probs_fn(model.module)
   run = Run(

@@ -100,7 +100,7 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
     asked,
     run.model.tokenizer,
     "classification",
-    max_length=run.model.module.config.max_length,
+    max_length=experiment.context_length(config, run.model),
     version=config.data.template,
     long_rows="truncate" if config.data.long_rows == "truncate" else "error",
     labelled=False,

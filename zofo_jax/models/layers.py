@@ -50,7 +50,9 @@ class Linear(nn.Module):
       y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
     if self.has_variable("adapter", "lora"):
       lora: adapters.Lora = self.get_variable("adapter", "lora")
-      y = y + adapters.lora_product(x, lora).astype(y.dtype)
+      drops = lora.dropout and self.has_rng("dropout")
+      key = self.make_rng("dropout") if drops else None
+      y = y + adapters.lora_product(x, lora, key).astype(y.dtype)
     return y
 
 
@@ -71,6 +73,10 @@ class Embed(nn.Module):
   def table(self) -> Any:
     """Returns the table as it is stored, perturbed or not."""
     return self.embedding
+
+  def prompt(self) -> adapters.Prompt | None:
+    """Returns the adapter's virtual tokens, if it has any."""
+    return self.get_variable("adapter", "prompt", None)
 
 
 def _affine(x: jax.Array, weight: Any) -> jax.Array:
@@ -134,6 +140,42 @@ def attention_mask(mask_BxL: jax.Array) -> jax.Array:
   return (mask_BxL[:, None, None, :] & causal) | itself
 
 
+def with_prefix(
+  attention: nn.Module,
+  key_BxSxKxF: jax.Array,
+  value_BxSxKxF: jax.Array,
+  allowed_Bx1xLxS: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Puts an adapter's prefix in front of all keys and values that there are.
+
+  To be called last before `attend`. Keys and values are also left in the
+  collection "context", where it is mutable, to start a prefix from.
+
+  Args:
+    attention: the module whose collection "adapter" may hold a "prefix".
+    key_BxSxKxF: keys as `attend` takes them.
+    value_BxSxKxF: values.
+    allowed_Bx1xLxS: bool, [.., query, key]: which tokens see which.
+
+  Returns:
+    The three, of P + S keys where there is a prefix of P.
+  """
+  if not attention.is_initializing():
+    attention.sow(
+      "context",
+      "prefix",
+      adapters.Prefix(key_BxSxKxF, value_BxSxKxF),
+      init_fn=lambda: None,
+      reduce_fn=lambda _, new: new,
+    )
+  prefix: adapters.Prefix | None = attention.get_variable(
+    "adapter", "prefix", None
+  )
+  if prefix is None:
+    return key_BxSxKxF, value_BxSxKxF, allowed_Bx1xLxS
+  return adapters.prepend(prefix, key_BxSxKxF, value_BxSxKxF, allowed_Bx1xLxS)
+
+
 def attend(
   query_BxLxHxF: jax.Array,
   key_BxLxKxF: jax.Array,
@@ -180,13 +222,15 @@ def stack_layers(
   # takes all that is cheap again: half the memory, and no slower.
   keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
   block = nn.remat(block, prevent_cse=False, policy=None if remat else keep)
-  return nn.scan(
+  scanned = nn.scan(
     block,
-    variable_axes={"params": 0, "adapter": 0},
+    variable_axes={"params": 0, "adapter": 0, "context": 0},
     split_rngs={"params": True, "dropout": True},
     in_axes=in_axes,
     length=length,
   )
+  # A prefix that is computed is so once, not in every layer.
+  return nn.map_variables(scanned, "adapter", adapters.expand)
 
 
 def gather_positions(x_BxLxD: jax.Array, positions_BxP: jax.Array) -> jax.Array:
@@ -228,8 +272,31 @@ class Decoder(nn.Module):
   not tied, `head`, and defines `_body` and `_finish`.
   """
 
+  def _inputs(
+    self, tokens_BxL: jax.Array, mask_BxL: jax.Array
+  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Embeds tokens, behind the adapter's virtual ones if it has any.
+
+    Args:
+      tokens_BxL: int32.
+      mask_BxL: real tokens.
+
+    Returns:
+      Embeddings [B, P + L, E], mask bool [B, P + L] and positions int32
+      [B, P + L], which count a prefix and the virtual tokens too.
+    """
+    x, mask = self.embed(tokens_BxL), mask_BxL.astype(bool)
+    prompt = self.embed.prompt()
+    if prompt is not None:
+      virtual = prompt.embedding[None].astype(x.dtype)
+      size = (x.shape[0], *virtual.shape[1:])
+      x = jnp.concatenate([jnp.broadcast_to(virtual, size), x], axis=1)
+      mask = jnp.concatenate([jnp.ones(size[:2], bool), mask], axis=1)
+    before = adapters.prefix_length(self.variables.get("adapter", {}))
+    return x, mask, token_positions(mask) + before
+
   def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Runs the layers; [B, L, D]."""
+    """Runs the layers on all of `_inputs`; [B, P + L, D]."""
     raise NotImplementedError
 
   def _finish(self, x: jax.Array) -> jax.Array:
@@ -239,6 +306,11 @@ class Decoder(nn.Module):
   def _head_table(self) -> Any:
     """Returns the table [V, D] of the head."""
     return self.embed.table() if self.config.tied_head else self.head.table()
+
+  def _states(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
+    """Runs the layers, without what they say of virtual tokens; [B, L, D]."""
+    x = self._body(tokens_BxL, mask_BxL)
+    return x[:, x.shape[1] - tokens_BxL.shape[1] :]
 
   def __call__(
     self,
@@ -260,14 +332,14 @@ class Decoder(nn.Module):
     Returns:
       Log-probabilities of the targets, [B, K] float32.
     """
-    x = gather_positions(self._body(tokens, mask), positions)
+    x = gather_positions(self._states(tokens, mask), positions)
     return target_log_probs(
       self._finish(x), self._head_table(), target_slot, target_token
     )
 
   def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns what the head reads at every token, [B, L, D]."""
-    return self._finish(self._body(tokens, mask))
+    return self._finish(self._states(tokens, mask))
 
   def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the scores of every next token, [B, L, V] float32."""

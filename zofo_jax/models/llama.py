@@ -85,7 +85,8 @@ class Attention(nn.Module):
     query = rope_lib.rotate(heads("query", c.num_heads), *rotations)
     key = rope_lib.rotate(heads("key", c.num_kv_heads), *rotations)
     value = heads("value", c.num_kv_heads)
-    out = layers.attend(query, key, value, allowed_Bx1xLxL)
+    seen = layers.with_prefix(self, key, value, allowed_Bx1xLxL)
+    out = layers.attend(query, *seen)
     return layers.Linear(c.hidden_size, c.out_bias, name="out")(out)
 
 
@@ -157,15 +158,12 @@ class Llama(layers.Decoder):
       self.head = layers.Embed(c.vocab_size, c.hidden_size)
 
   def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Runs everything before the last norm; [B, L, D]."""
+    """Runs everything before the last norm; [B, P + L, D]."""
     c = self.config
-    mask_BxL = mask_BxL.astype(bool)
-    rotations = rope_lib.rotations(
-      c.rope, c.head_dim, mask_BxL, layers.token_positions(mask_BxL)
-    )
+    x, mask, positions = self._inputs(tokens_BxL, mask_BxL)
+    rotations = rope_lib.rotations(c.rope, c.head_dim, positions)
     windows = None if c.windows is None else jnp.array(c.windows, jnp.int32)
-    x = self.embed(tokens_BxL)
-    x, _ = self.layers(x, layers.attention_mask(mask_BxL), rotations, windows)
+    x, _ = self.layers(x, layers.attention_mask(mask), rotations, windows)
     return x
 
   def _finish(self, x: jax.Array) -> jax.Array:

@@ -70,9 +70,9 @@ class Attention(nn.Module):
       y = layers.Linear(c.hidden_size, c.use_bias, name=name)(x)
       return y.reshape(*x.shape[:2], c.num_heads, -1)
 
-    out = layers.attend(
-      heads("query"), heads("key"), heads("value"), allowed_Bx1xLxL
-    )
+    query, key, value = heads("query"), heads("key"), heads("value")
+    seen = layers.with_prefix(self, key, value, allowed_Bx1xLxL)
+    out = layers.attend(query, *seen)
     return layers.Linear(c.hidden_size, c.use_bias, name="out")(out)
 
 
@@ -142,15 +142,13 @@ class Opt(layers.Decoder):
       self.head = layers.Embed(c.vocab_size, c.embed_size)
 
   def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Runs the layers; [B, L, D]."""
-    mask_BxL = mask_BxL.astype(bool)
-    rows = layers.token_positions(mask_BxL) + _OFFSET
-    rows = jnp.where(mask_BxL, rows, _OFFSET - 1)
-    x = self.embed(tokens_BxL)
+    """Runs the layers; [B, P + L, D]."""
+    x, mask, positions = self._inputs(tokens_BxL, mask_BxL)
+    rows = jnp.where(mask, positions + _OFFSET, _OFFSET - 1)
     if self.config.embed_size != self.config.hidden_size:
       x = self.project_in(x)
     x = x + self.position_embed(rows)
-    x, _ = self.layers(x, layers.attention_mask(mask_BxL))
+    x, _ = self.layers(x, layers.attention_mask(mask))
     return x
 
   def _finish(self, x: jax.Array) -> jax.Array:

@@ -150,18 +150,17 @@ def _attention_factor(rope: Rope) -> float:
 
 
 def rotations(
-  rope: Rope, head_dim: int, mask_BxL: jax.Array, positions_BxL: jax.Array
+  rope: Rope, head_dim: int, positions_BxL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Gives the cosine and sine of every token's angles.
 
-  Dynamic NTK stretches each row by its own number of real tokens, so a row's
-  result depends neither on padding nor on its neighbours.
+  Dynamic NTK stretches each row by its own last position, so a row's result
+  depends neither on padding nor on its neighbours.
 
   Args:
     rope: the variant.
     head_dim: width of a head, even.
-    mask_BxL: bool, real tokens.
-    positions_BxL: int32 positions.
+    positions_BxL: int32 positions; padding has none above the real tokens'.
 
   Returns:
     Two float32 arrays [B, L, 1, head_dim / 2].
@@ -176,7 +175,7 @@ def rotations(
     frequency = _yarn(rope, frequency, head_dim)
   frequency_Bx1xF = jnp.asarray(frequency, jnp.float32)[None, None]
   if rope.kind == "dynamic":
-    real_B = jnp.sum(mask_BxL, axis=1).astype(jnp.float32)
+    real_B = (jnp.max(positions_BxL, axis=1) + 1).astype(jnp.float32)
     stretch_B = jnp.maximum(real_B / rope.original_length, 1.0)
     growth_B = (rope.factor * stretch_B - (rope.factor - 1)) ** (
       head_dim / (head_dim - 2)

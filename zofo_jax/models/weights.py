@@ -186,7 +186,7 @@ def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
     UserError: there are no weights, or a file is missing or broken.
   """
   formats = {
-    hub.SAFETENSORS: _open_safetensors,
+    hub.SAFETENSORS: open_safetensors,
     hub.MSGPACK: _open_msgpack,
     hub.TORCH: _open_torch,
   }
@@ -262,7 +262,7 @@ def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
   return [folder / file for file in files]
 
 
-def _open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
+def open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
   """Maps one safetensors file into memory."""
   try:
     file = safetensors.safe_open(path, framework="np")

@@ -1,12 +1,11 @@
 """LoRA adapters (Hu et al., 2021, "LoRA: low-rank adaptation of LLMs").
 
-W x becomes W x + (alpha / rank) B A x, in the parametrisation of PEFT. An
-adapter is a tree that mirrors module paths and holds a `Lora` under each
-adapted module; a model reads it as its collection "adapter". Adapters of many
-tasks are a leading axis under `vmap`.
+W x becomes W x + (alpha / rank) B A x, in the parametrisation of PEFT; with
+rank stabilisation (Kalajdzievski, 2023, "rsLoRA") alpha / sqrt(rank) instead.
 """
 
 import dataclasses
+import math
 import re
 import zlib
 from typing import Any
@@ -28,17 +27,35 @@ class Lora:
   Attributes:
     a: [in, R] or, stacked, [layers, in, R]; float32.
     b: [R, out] or [layers, R, out]; float32.
-    scale: alpha / rank; static.
+    scale: factor of the product; static.
+    dropout: probability that an input of the product is dropped while it
+      trains; static.
   """
 
   a: jax.Array
   b: jax.Array
   scale: float = dataclasses.field(metadata={"static": True})
+  dropout: float = dataclasses.field(default=0.0, metadata={"static": True})
 
 
-def lora_product(x: jax.Array, lora: Lora) -> jax.Array:
-  """Multiplies x [..., in] by scale * A B, in the adapter's dtype."""
-  return lora.scale * ((x.astype(lora.a.dtype) @ lora.a) @ lora.b)
+def lora_product(
+  x: jax.Array, lora: Lora, key: jax.Array | None = None
+) -> jax.Array:
+  """Multiplies inputs by scale * A B, in the adapter's dtype.
+
+  Args:
+    x: [..., in], any float dtype.
+    lora: one layer's factors.
+    key: typed PRNG key of the dropout; None for no dropout.
+
+  Returns:
+    [..., out] in the adapter's dtype.
+  """
+  x = x.astype(lora.a.dtype)
+  if key is not None and lora.dropout:
+    keep = jax.random.bernoulli(key, 1.0 - lora.dropout, x.shape)
+    x = jnp.where(keep, x / (1.0 - lora.dropout), 0.0)
+  return lora.scale * ((x @ lora.a) @ lora.b)
 
 
 def init_lora(
@@ -48,6 +65,8 @@ def init_lora(
   rank: int,
   alpha: float,
   targets: str = QUERY_VALUE,
+  dropout: float = 0.0,
+  rank_stabilized: bool = False,
 ) -> dict[str, Any]:
   """Starts an adapter: A uniform within 1/sqrt(in), B zero, as PEFT does.
 
@@ -55,17 +74,33 @@ def init_lora(
     key: typed PRNG key. Folded with each module's path, not consumed.
     base: nested dict of weights, or of their shapes.
     rank: R, at least 1.
-    alpha: numerator of the scale alpha / rank.
+    alpha: numerator of the scale.
     targets: pattern searched in the module path, `layers/attention/query`.
+    dropout: probability of the adapter's inputs to be dropped, below 1.
+    rank_stabilized: scale by alpha / sqrt(rank), not alpha / rank.
 
   Returns:
     Nested dict like `base` with {"lora": Lora} at each module that matches.
 
   Raises:
-    UserError: the rank is below 1 or no module matches `targets`.
+    UserError: the rank is below 1, the dropout is no probability below 1, or
+      no module matches `targets`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp
+    >>> from zofo_jax import adapters
+    >>> base = {"layers": {"query": {"kernel": jnp.zeros((2, 4, 4))}}}
+    >>> adapter = adapters.init_lora(
+    ...   jax.random.key(0), base, rank=1, alpha=2.0, targets="query")
+    >>> adapter["layers"]["query"]["lora"].a.shape
+    (2, 4, 1)
   """
   if rank < 1:
     raise errors.UserError(f"LoRA's rank is {rank}; expected at least 1.")
+  if not 0.0 <= dropout < 1.0:
+    raise errors.UserError(
+      f"LoRA's dropout is {dropout}; expected at least 0 and below 1."
+    )
   adapter: dict[str, Any] = {}
   modules = []
   for path, leaf in jax.tree_util.tree_leaves_with_path(base):
@@ -83,7 +118,8 @@ def init_lora(
         own, (*stack, features_in, rank), jnp.float32, -bound, bound
       ),
       b=jnp.zeros((*stack, rank, features_out), jnp.float32),
-      scale=alpha / rank,
+      scale=alpha / (math.sqrt(rank) if rank_stabilized else rank),
+      dropout=dropout,
     )
     node = adapter
     for name in module.split("/"):
@@ -107,20 +143,25 @@ def merge_lora(base: Any, adapter: Any) -> Any:
   Returns:
     A new tree like `base`; the product is taken in float32, the sum is
     rounded once to the kernel's dtype.
+
+  Raises:
+    UserError: a part of the adapter is no LoRA; no weights act as it does.
   """
   merged = dict(base)
   for name, child in adapter.items():
-    if name != "lora":
+    if isinstance(child, Lora):
+      kernel = base["kernel"]
+      delta = child.scale * jnp.einsum(
+        "...dr,...rf->...df", child.a, child.b, precision="highest"
+      )
+      merged["kernel"] = (kernel.astype(jnp.float32) + delta).astype(
+        kernel.dtype
+      )
+    elif isinstance(child, dict):
       merged[name] = merge_lora(base[name], child)
-      continue
-    kernel = base["kernel"]
-    delta = child.scale * jnp.einsum(
-      "...dr,...rf->...df", child.a, child.b, precision="highest"
-    )
-    merged["kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    else:
+      raise errors.UserError(
+        f"The adapter has a {name}, which cannot be merged into the weights; "
+        "expected LoRA alone."
+      )
   return merged
-
-
-def count_parameters(tree: Any) -> int:
-  """Counts the elements of a tree of arrays or shapes."""
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,215 @@
+"""Prefix tuning (Li and Liang, 2021): keys and values before every layer's own.
+
+Real tokens see P extra positions in each attention, and count from P. Keys are
+stored as attention uses them: where a model rotates keys, already rotated.
+"""
+
+import dataclasses
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zofo_jax import errors, perturbed
+
+INITS = ("tokens", "random")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Prefix:
+  """Keys and values of positions that no token has.
+
+  Attributes:
+    key: [P, K, F] or, stacked, [layers, P, K, F]; float32.
+    value: like `key`.
+  """
+
+  key: jax.Array
+  value: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ProjectedPrefix:
+  """A prefix computed by a small network, which trains more steadily.
+
+  out(tanh(hidden(embedding))), as PEFT's prefix_projection; float32.
+
+  Attributes:
+    embedding: [P, E].
+    hidden_kernel: [E, M].
+    hidden_bias: [M].
+    out_kernel: [M, layers, 2, K, F]; on axis 2 keys, then values.
+    out_bias: [layers, 2, K, F].
+  """
+
+  embedding: jax.Array
+  hidden_kernel: jax.Array
+  hidden_bias: jax.Array
+  out_kernel: jax.Array
+  out_bias: jax.Array
+
+
+def project(projected: ProjectedPrefix) -> Prefix:
+  """Computes the keys and values, [layers, P, K, F]."""
+  hidden = projected.embedding @ projected.hidden_kernel
+  hidden = jnp.tanh(hidden + projected.hidden_bias[None])
+  both = jnp.einsum("pm,mlckf->clpkf", hidden, projected.out_kernel)
+  both = both + jnp.moveaxis(projected.out_bias, 1, 0)[:, :, None]
+  return Prefix(both[0], both[1])
+
+
+def prepend(
+  prefix: Prefix,
+  key_BxSxKxF: jax.Array,
+  value_BxSxKxF: jax.Array,
+  allowed_Bx1xLxS: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Puts one layer's prefix in front of its keys and values.
+
+  Args:
+    prefix: [P, K, F].
+    key_BxSxKxF: keys of the tokens.
+    value_BxSxKxF: their values.
+    allowed_Bx1xLxS: bool, which queries see which of them.
+
+  Returns:
+    The three with S grown to P + S; every query sees the prefix.
+  """
+
+  def front(extra, rest):
+    extra = jnp.broadcast_to(
+      extra[None].astype(rest.dtype), (rest.shape[0], *extra.shape)
+    )
+    return jnp.concatenate([extra, rest], axis=1)
+
+  visible = jnp.ones((*allowed_Bx1xLxS.shape[:-1], prefix.key.shape[0]), bool)
+  return (
+    front(prefix.key, key_BxSxKxF),
+    front(prefix.value, value_BxSxKxF),
+    jnp.concatenate([visible, allowed_Bx1xLxS], axis=-1),
+  )
+
+
+def prefix_of_tokens(module: Any, base: Any, tokens: jax.Array) -> Any:
+  """Makes the prefix that acts as given tokens at the start of the context.
+
+  Args:
+    module: a decoder of `zofo_jax.models`.
+    base: its weights.
+    tokens: int32 [P].
+
+  Returns:
+    Adapter with a `Prefix` at each attention, float32.
+  """
+  rows = tokens[None]
+  _, sown = module.apply(
+    {"params": base},
+    rows,
+    jnp.ones(rows.shape, bool),
+    method="hidden",
+    mutable=["context"],
+  )
+  return jax.tree.map(lambda x: x[:, 0].astype(jnp.float32), sown["context"])
+
+
+def init_prefix(
+  key: jax.Array,
+  module: Any,
+  base: Any,
+  *,
+  length: int,
+  init: str = "tokens",
+  projection: int = 0,
+) -> dict[str, Any]:
+  """Starts a prefix.
+
+  Args:
+    key: typed PRNG key. Folded, not consumed.
+    module: a decoder of `zofo_jax.models`.
+    base: its weights, or their shapes for a random start.
+    length: P, at least 1.
+    init: "tokens", the keys and values of random tokens, as MeZO does, or
+      "random", normal as in PEFT.
+    projection: width M of the network that computes the prefix; 0 for none.
+      It cannot start from tokens.
+
+  Returns:
+    Nested dict with {"prefix": Prefix or ProjectedPrefix} at each attention.
+
+  Raises:
+    UserError: the length is below 1, or there is no such start.
+
+  Example:
+    >>> import jax
+    >>> from zofo_jax import adapters
+    >>> from zofo_jax.models import opt
+    >>> model = opt.Opt(opt.OptConfig(50, 8, 16, 2, 2, 8, max_length=16))
+    >>> ids = jax.numpy.ones((1, 4), int)
+    >>> base = model.init(jax.random.key(0), ids, ids > 0, method="hidden")
+    >>> adapter = adapters.init_prefix(
+    ...   jax.random.key(1), model, base["params"], length=3)
+    >>> adapter["layers"]["attention"]["prefix"].key.shape
+    (2, 3, 2, 4)
+  """
+  if length < 1:
+    raise errors.UserError(
+      f"The prefix's length is {length}; expected above 0."
+    )
+  if init not in INITS or (projection and init != "random"):
+    raise errors.UserError(
+      f"The prefix's init is '{init}' with projection {projection}; expected "
+      f"one of {', '.join(INITS)}, and 'random' with a projection."
+      f"{errors.nearest(init, INITS)}"
+    )
+  own = jax.random.fold_in(key, np.uint32(zlib.crc32(b"prefix")))
+  if init == "tokens":
+    tokens = jax.random.randint(own, (length,), 0, module.config.vocab_size)
+    return prefix_of_tokens(module, base, tokens)
+  shapes = prefix_shapes(module, length)
+  paths, structure = jax.tree_util.tree_flatten_with_path(
+    shapes, is_leaf=lambda node: isinstance(node, Prefix)
+  )
+  started = []
+  for path, node in paths:
+    name = perturbed.path_name(path)
+    here = jax.random.fold_in(own, np.uint32(zlib.crc32(name.encode())))
+    started.append(_random(here, node.key.shape, projection))
+  return jax.tree.unflatten(structure, started)
+
+
+def prefix_shapes(module: Any, length: int) -> Any:
+  """Returns the shapes of a decoder's prefix, without running anything."""
+  rows = jax.ShapeDtypeStruct((1, length), jnp.int32)
+
+  def make(tokens):
+    base = module.init(jax.random.key(0), tokens, tokens > 0, method="hidden")
+    return prefix_of_tokens(module, base["params"], tokens[0])
+
+  return jax.eval_shape(make, rows)
+
+
+def _random(
+  key: jax.Array, shape: tuple[int, ...], width: int
+) -> Prefix | ProjectedPrefix:
+  """Starts a prefix as PEFT does: embeddings normal, matrices Kaiming."""
+  keys = jax.random.split(key, 5)
+  if not width:
+    return Prefix(*(jax.random.normal(k, shape) for k in keys[:2]))
+  layers, length, heads, features = shape
+  inputs = heads * features
+
+  def uniform(key, shape, fan_in):
+    bound = 1.0 / np.sqrt(fan_in)
+    return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+  return ProjectedPrefix(
+    embedding=jax.random.normal(keys[0], (length, inputs)),
+    hidden_kernel=uniform(keys[1], (inputs, width), inputs),
+    hidden_bias=uniform(keys[2], (width,), inputs),
+    out_kernel=uniform(keys[3], (width, layers, 2, heads, features), width),
+    out_bias=uniform(keys[4], (layers, 2, heads, features), width),
+  )
