@@ -23,9 +23,11 @@ FLOORS = (
   ("saved", "train"),
   ("runs",),
   ("evaluate", "experiment"),
-  ("batches",),
+  ("generate",),
+  ("batches", "questions"),
   ("encode",),
   ("tasks",),
+  ("beams",),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
   ("adapters", "progress", "recipes", "rows"),
   # The core.

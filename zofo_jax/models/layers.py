@@ -4,8 +4,9 @@ Weights are read only through `perturbed.value`, `take` and `dot`, so any of
 them may be a perturbed weight. Products run in the dtype of the weights;
 norms, softmax and log-probabilities in float32.
 
-Shapes: B rows, L length, D width, F a head's width, H heads, K kv heads (or,
-in the head, targets), V vocabulary, P supervised positions.
+Shapes: B rows, L length, S slots (L, or those of a cache), D width, F a head's
+width, H heads, K kv heads (or, in the head, targets), V vocabulary, P
+supervised positions, N layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from zofo_jax import adapters, errors, perturbed
+from zofo_jax.models import caches
 
 INIT = nn.initializers.normal(0.02)
 
@@ -122,40 +124,45 @@ def token_positions(mask_BxL: jax.Array) -> jax.Array:
   return jnp.maximum(count - 1, 0)
 
 
-def attention_mask(mask_BxL: jax.Array) -> jax.Array:
-  """Tells which tokens see which: real ones not after them; [B, 1, L, L].
+def attention_mask(mask_BxS: jax.Array, slots_L: jax.Array) -> jax.Array:
+  """Tells which tokens see which: real ones not after them; [B, 1, L, S].
 
   Every token sees itself, padding included, so that no softmax runs over
   nothing.
+
+  Args:
+    mask_BxS: bool, slots that hold a real token.
+    slots_L: int32, the slots of the tokens that look.
   """
-  length = mask_BxL.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-  itself = jnp.eye(length, dtype=bool)[None, None]
-  return (mask_BxL[:, None, None, :] & causal) | itself
+  slots_S = jnp.arange(mask_BxS.shape[1])
+  causal_LxS = slots_S[None, :] <= slots_L[:, None]
+  itself_LxS = slots_S[None, :] == slots_L[:, None]
+  seen_Bx1xLxS = mask_BxS[:, None, None, :] & causal_LxS[None, None]
+  return seen_Bx1xLxS | itself_LxS[None, None]
 
 
 def attend(
   query_BxLxHxF: jax.Array,
-  key_BxLxKxF: jax.Array,
-  value_BxLxKxF: jax.Array,
-  allowed_Bx1xLxL: jax.Array,
+  key_BxSxKxF: jax.Array,
+  value_BxSxKxF: jax.Array,
+  allowed_Bx1xLxS: jax.Array,
 ) -> jax.Array:
   """Softmax attention, scaled by 1/sqrt(F), softmax in float32; [B, L, H*F].
 
   Args:
     query_BxLxHxF: queries.
-    key_BxLxKxF: keys; H is a multiple of K and each serves H/K queries.
-    value_BxLxKxF: values.
-    allowed_Bx1xLxL: bool, [.., query, key]: which tokens see which.
+    key_BxSxKxF: keys; H is a multiple of K and each serves H/K queries.
+    value_BxSxKxF: values.
+    allowed_Bx1xLxS: bool, [.., query, key]: which tokens see which.
 
   Returns:
     The heads' outputs side by side, in the dtype of the queries.
   """
   out = jax.nn.dot_product_attention(
     query_BxLxHxF,
-    key_BxLxKxF,
-    value_BxLxKxF,
-    mask=allowed_Bx1xLxL,
+    key_BxSxKxF,
+    value_BxSxKxF,
+    mask=allowed_Bx1xLxS,
     implementation="xla",
   )
   return out.reshape(*out.shape[:2], -1)
@@ -167,7 +174,7 @@ def stack_layers(
   """Scans a block over layers stacked on axis 0 of weights and adapters.
 
   Args:
-    block: a module whose call maps (x, *inputs) to (x, None).
+    block: a module whose call maps (carry, *inputs) to (carry, None).
     length: number of layers.
     remat: whether the backward pass recomputes all of a layer's inside, its
       products too.
@@ -225,11 +232,20 @@ class Decoder(nn.Module):
   """What a decoder answers, from its layers and its head.
 
   A family's module declares `config` (with `tied_head`), `embed` and, if it is
-  not tied, `head`, and defines `_body` and `_finish`.
+  not tied, `head`, and defines `_body`, `_finish` and `_cache_shape`.
   """
 
-  def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Runs the layers; [B, L, D]."""
+  def _body(
+    self,
+    tokens_BxL: jax.Array,
+    mask_BxL: jax.Array,
+    cache: caches.Cache | None = None,
+  ) -> tuple[jax.Array, caches.Cache | None]:
+    """Runs the layers over tokens that follow those of the cache; [B, L, D]."""
+    raise NotImplementedError
+
+  def _cache_shape(self) -> tuple[int, int, int]:
+    """Returns the number of layers and kv heads, and a head's width."""
     raise NotImplementedError
 
   def _finish(self, x: jax.Array) -> jax.Array:
@@ -260,20 +276,70 @@ class Decoder(nn.Module):
     Returns:
       Log-probabilities of the targets, [B, K] float32.
     """
-    x = gather_positions(self._body(tokens, mask), positions)
+    x = gather_positions(self._body(tokens, mask)[0], positions)
     return target_log_probs(
       self._finish(x), self._head_table(), target_slot, target_token
     )
 
   def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns what the head reads at every token, [B, L, D]."""
-    return self._finish(self._body(tokens, mask))
+    return self._finish(self._body(tokens, mask)[0])
 
   def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the scores of every next token, [B, L, V] float32."""
     return perturbed.dot_transposed(
       self.hidden(tokens, mask), self._head_table()
     )
+
+  def prefill(
+    self, tokens: jax.Array, mask: jax.Array, num_more: int
+  ) -> tuple[jax.Array, caches.Cache]:
+    """Reads prompts, so that `decode` can go on from them.
+
+    Args:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, real tokens; padding may be on either side.
+      num_more: how many tokens can follow.
+
+    Returns:
+      Scores of the token after each prompt, [B, V] float32, and the cache.
+    """
+    rows, length = tokens.shape
+    x, cache = self._body(
+      tokens,
+      mask,
+      caches.empty(
+        self._cache_shape(),
+        rows,
+        length + num_more,
+        self.embed(tokens[:, :1]).dtype,
+      ),
+    )
+    assert cache is not None  # one came in
+    last_B = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return self._next(gather_positions(x, last_B[:, None])), cache
+
+  def decode(
+    self, tokens: jax.Array, cache: caches.Cache
+  ) -> tuple[jax.Array, caches.Cache]:
+    """Reads one more token a row.
+
+    Args:
+      tokens: [B] int32.
+      cache: from `prefill` or the last `decode`; must have a slot left.
+
+    Returns:
+      Scores of the token after it, [B, V] float32, and the cache.
+    """
+    mask_Bx1 = jnp.ones((tokens.shape[0], 1), bool)
+    x, after = self._body(tokens[:, None], mask_Bx1, cache)
+    assert after is not None  # one came in
+    return self._next(x), after
+
+  def _next(self, x_Bx1xD: jax.Array) -> jax.Array:
+    """Scores the next token of each row, [B, V] float32."""
+    logits = perturbed.dot_transposed(self._finish(x_Bx1xD), self._head_table())
+    return logits[:, 0]
 
 
 def hf_field(config: Mapping[str, Any], name: str) -> Any:
