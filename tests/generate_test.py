@@ -206,12 +206,11 @@ def test_many_beams_find_the_best_text():
   module, base, _, _ = recorded("llama")
   ends, text = 7, prompts()[0]
   first = jax.nn.log_softmax(next_logits(module, base, [text])[0])
-  texts = [text + [token] for token in range(VOCABULARY)]
-  second = jax.nn.log_softmax(
-    np.stack([next_logits(module, base, [t])[0] for t in texts[:VOCABULARY]])
-  )
-  scores = np.asarray((first[:, None] + second) / 2)
-  scores[ends] = -np.inf
+  rows = np.array([text + [token] for token in range(VOCABULARY)])
+  logits = forward(module, base, rows, np.ones_like(rows, bool))
+  second = jax.nn.log_softmax(logits[:, -1])
+  scores = np.array((first[:, None] + second) / 2)
+  scores[ends] = -np.inf  # no text goes on from there
   best = np.unravel_index(scores.argmax(), scores.shape)
   expected = [ends, PAD] if first[ends] > scores.max() else best
   ours = new_tokens(
@@ -235,7 +234,7 @@ def test_many_beams_find_the_best_text():
     ({"top_p": 0.5}, [0]),
     ({"top_p": 0.51}, [0, 1]),
     ({"top_p": 0.9}, [0, 1, 2]),
-    ({"top_k": 3, "top_p": 0.84}, [0, 1]),  # 0.3 / 0.9 are left for two
+    ({"top_k": 3, "top_p": 0.83}, [0, 1]),  # of the three they have 0.833
     ({"top_k": 9}, [0, 1, 2, 3, 4]),
   ],
 )
@@ -276,7 +275,7 @@ def test_every_token_is_drawn_from_the_logits_of_a_full_forward():
 
 
 def test_beams_draw_nothing():
-  with pytest.raises(ValueError, match="expected temperature 0; got 0.5"):
+  with pytest.raises(ValueError, match="expected temperature 0; got"):
     new_tokens("opt", prompts(), num_beams=2, temperature=0.5)
 
 
@@ -351,13 +350,13 @@ def test_texts_do_not_depend_on_the_batch_size(tiny_model):
     generate.make_generate_fn(
       module,
       max_new_tokens=8,
-      stops=generate.stop_table(tokenizer, 400, ids=[1], texts=["a"]),
+      stops=generate.stop_table(tokenizer, 400, ids=[1], texts=["e"]),
       pad=1,
       temperature=1.0,
     )
   )
 
-  def write(batch_size, seed=0, stop=("a",)):
+  def write(batch_size, seed=0, stop=("e",)):
     return generate.generate_texts(
       generate_fn,
       *(base, {}, ids, tokenizer),
@@ -369,9 +368,9 @@ def test_texts_do_not_depend_on_the_batch_size(tiny_model):
 
   found = write(1)
   assert found == write(3) and found != write(3, seed=1)
-  assert not any("a" in text for text in found)
+  assert not any("e" in text for text in found)
   # The stop string ended them on the device; only the host cuts it off.
-  assert any("a" in text for text in write(3, stop=()))
+  assert any(text.count("e") == 1 for text in write(3, stop=()))
 
 
 # Runs.
@@ -472,8 +471,6 @@ def test_a_run_from_training_to_answers(
   code = command_line("predict", f"--workdir={folder}", f"--input={unlabelled}")
   assert code == 0
   answers = report.read_jsonl(folder / "answers.jsonl")
-  assert len(answers) == 8 and all("prediction" in row for row in answers)
-  by_question = {
-    (r["context"], r["question"]): r["prediction"] for r in answers
-  }
-  del by_question
+  asked = report.read_jsonl(unlabelled)
+  found = [row.pop("prediction") for row in answers]
+  assert answers == asked and all(isinstance(text, str) for text in found)

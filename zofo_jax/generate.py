@@ -33,7 +33,7 @@ class Generated(NamedTuple):
 
 
 # (base, adapter, tokens [B, L], mask [B, L], keys [B]) -> Generated.
-GenerateFn = Callable[[Any, Any, jax.Array, jax.Array, jax.Array], Generated]
+GenerateFn = Callable[[Any, Any, Any, Any, jax.Array], Generated]
 
 
 def candidates(
@@ -155,9 +155,10 @@ def make_generate_fn(
     def decode(token, cache):
       return module.apply(variables, token, cache, method="decode")
 
-    logits, cache = module.apply(
+    first: Any = module.apply(
       variables, tokens, mask, max_new_tokens - 1, method="prefill"
     )
+    logits, cache = first
     if num_beams > 1:
       out = beams.search(
         decode,
