@@ -15,6 +15,7 @@ import pytest
 from zofo_jax import (
   adapters,
   batches,
+  beams,
   directions,
   encode,
   errors,
@@ -26,6 +27,7 @@ from zofo_jax import (
   sampler,
 )
 from zofo_jax import config as config_lib
+from zofo_jax.models import caches, weights
 
 HERE = pathlib.Path(__file__).parent
 LLAMA = HERE.parent / "configs" / "llama.py"
@@ -81,7 +83,7 @@ def new_tokens(name, texts, *, keys=None, **options):
   return generate_fn(base, {}, *left(texts), keys)
 
 
-def stops_at(*tokens):
+def stops_at(tokens):
   return np.isin(np.arange(VOCABULARY), tokens)
 
 
@@ -187,16 +189,18 @@ def test_dynamic_rope_grows_as_in_transformers():
 
 
 @parity
-@pytest.mark.parametrize("length_penalty", [1.0, 0.0, -2.0])
+@pytest.mark.parametrize("length_penalty", [1.0, 3.0, -2.0])
 @pytest.mark.parametrize("name", ["llama", "opt"])
 def test_beams_are_those_of_transformers(name, length_penalty):
-  greedy = new_tokens(name, prompts())
-  end = int(greedy.tokens[2, 2])
-  ours, theirs = {}, {}
+  """Rows end early, late and not at all; some stop being improved."""
+  texts = prompts(lengths=(9, 5, 8, 1, 7, 3, 6, 4))
+  ends = list(range(10, 18))
+  same = {"max_new_tokens": 10, "length_penalty": length_penalty}
+  greedy = new_tokens(name, texts, max_new_tokens=10, stops=stops_at(ends))
   for num_beams in (2, 3):
-    same = {"num_beams": num_beams, "length_penalty": length_penalty}
-    ours = new_tokens(name, prompts(), stops=stops_at(end), **same)
-    theirs = hf_tokens(name, prompts(), eos_token_id=end, **same)
+    same["num_beams"] = num_beams
+    ours = new_tokens(name, texts, stops=stops_at(ends), **same)
+    theirs = hf_tokens(name, texts, eos_token_id=ends, **same)
     assert_same_tokens(ours, theirs)
   assert (ours.tokens != greedy.tokens).any()
 
@@ -221,6 +225,22 @@ def test_many_beams_find_the_best_text():
     stops=stops_at(ends),
   )
   np.testing.assert_array_equal(ours.tokens[0], expected)
+
+
+def test_a_row_is_over_when_no_beam_can_improve():
+  """A beam that looks worse is not followed, though its end is certain."""
+  p = np.array([[0.6, 0.4, 0.0], [1.0, 0.0, 0.0]]) + 1e-9
+  cache = caches.empty((1, 1, 1), 1, 2, jnp.dtype("float32"))
+  found = beams.search(
+    lambda token, cache: (jnp.log(p[None, 1]), cache),
+    jnp.log(p[None, 0]),
+    cache,
+    num_beams=1,
+    max_new_tokens=3,
+    stops=jnp.arange(3) == 0,
+    pad=2,
+  )
+  np.testing.assert_array_equal(found, [[0, 2, 2]])
 
 
 # Sampling.
@@ -341,8 +361,6 @@ def test_texts_do_not_depend_on_the_batch_size(tiny_model):
   module, family = models.from_hf(
     json.loads((tiny_model / "config.json").read_text())
   )
-  from zofo_jax.models import weights
-
   base = weights.load(tiny_model, family, module.config, jnp.dtype("float32"))
   texts = ["a dull film", "a", "a bright and warm tale by the sea", "It was"]
   ids = [tokenizer(text)["input_ids"] for text in texts]
