@@ -146,11 +146,12 @@ def make_generate_fn(
     raise ValueError(
       f"beam search draws nothing: expected temperature 0; got {temperature}"
     )
-  stops = jnp.asarray(stops)
+  table = stops
 
   def generate_fn(base, adapter, tokens, mask, keys):
     variables = {"params": base, "adapter": adapter}
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask, bool)
+    stops = jnp.asarray(table)  # here: making the function asks for no device
 
     def decode(token, cache):
       return module.apply(variables, token, cache, method="decode")
