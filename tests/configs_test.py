@@ -230,7 +230,7 @@ def test_every_checked_field_exists():
     *config_lib._NOT_NEGATIVE,
   )
   assert set(fields) <= DEFAULTS.keys()
-  # Every number is checked, but for a seed, an offset and LoRA's alpha.
+  # Every number is checked, but for those that may be anything.
   numbers = {
     name
     for name, value in DEFAULTS.items()
@@ -241,6 +241,7 @@ def test_every_checked_field_exists():
     "data.seed",
     "data.template",
     "lora.alpha",
+    "generate.length_penalty",
   }
 
 

@@ -60,10 +60,11 @@ def _save_tokenizer(folder):
   """Trains a byte-level tokenizer to which every option is one token."""
   import tokenizers
   import transformers
-  from tokenizers import models, pre_tokenizers, trainers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
 
   tokenizer = tokenizers.Tokenizer(models.BPE())
   tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = decoders.ByteLevel()
   texts = [row["text"] + " It was" for row in _reviews()]
   texts += [" terrible", " great"] * 50
   trainer = trainers.BpeTrainer(

@@ -25,9 +25,11 @@ FLOORS = (
   ("runs",),
   ("objectives",),
   ("evaluate", "experiment", "probe"),
-  ("batches", "calibrate", "incontext"),
+  ("generate",),
+  ("batches", "calibrate", "incontext", "questions"),
   ("encode",),
   ("tasks",),
+  ("beams",),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
   ("adapters", "progress", "recipes", "rows"),
   # The core.

@@ -156,7 +156,7 @@ def test_exit_code_and_traceback_of_a_real_process():
     ("--config.data.shots=200", ["label", "400 rows per label"]),
     ("--config.icl.calibration=sfc", ["calibration", "contextual, domain"]),
     ("--config.data.task=ssst2", ["'ssst2'", "mean 'sst2'"]),
-    ("--config.data.task=squad", ["config.data.task", "squad", "options"]),
+    ("--config.data.task=squad", ["task squad", "no column 'title'"]),
     ("--config.data.template=7", ["rotten_tomatoes", "7", "0, 1"]),
     ("--config.model.name=", ["config.model.name", "found nothing"]),
   ],

@@ -41,6 +41,20 @@ class EvalBatch(NamedTuple):
   places: np.ndarray
 
 
+class PromptBatch(NamedTuple):
+  """Prompts to go on from, and each one's place in the data set.
+
+  Attributes:
+    tokens: int32 [B, L], padded at the left.
+    mask: bool [B, L], True at real tokens.
+    places: int [B]; -1 for a prompt that only fills the batch.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  places: np.ndarray
+
+
 def batch_indices(
   seed: int, num_rows: int, batch_size: int, index: int
 ) -> np.ndarray:
@@ -168,18 +182,51 @@ def eval_batches(
     Batches with the places of their examples; `restore` undoes the order.
   """
   lengths = [max(len(r.tokens) for r in e.rows) for e in examples]
-  order = np.argsort(lengths, kind="stable")
   whole = shape_of(examples)
+  for places, length in _by_length(lengths, batch_size):
+    batch = collate(
+      [examples[i] for i in places if i >= 0],
+      whole._replace(length=length),
+      pad=pad,
+      batch_size=batch_size,
+    )
+    yield EvalBatch(batch, places)
+
+
+def prompt_batches(
+  prompts: Sequence[Sequence[int]], batch_size: int, *, pad: int
+) -> Iterator[PromptBatch]:
+  """Yields every prompt once, by length, in batches of few shapes.
+
+  Args:
+    prompts: token ids of each.
+    batch_size: prompts of every batch; the last one is filled up.
+    pad: token id at the left of rows.
+
+  Yields:
+    Batches with the places of their prompts.
+  """
+  for places, length in _by_length([len(p) for p in prompts], batch_size):
+    tokens = np.full((batch_size, length), pad, np.int32)
+    mask = np.zeros((batch_size, length), bool)
+    for row, place in enumerate(places):
+      prompt = prompts[place if place >= 0 else places[0]]
+      tokens[row, length - len(prompt) :] = prompt
+      mask[row, length - len(prompt) :] = True
+    yield PromptBatch(tokens, mask, places)
+
+
+def _by_length(
+  lengths: Sequence[int], batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+  """Yields places of rows, -1 after the last, and a length that holds them."""
+  order = np.argsort(lengths, kind="stable")
   for start in range(0, len(order), batch_size):
     chosen = order[start : start + batch_size]
     longest = max(lengths[i] for i in chosen)
-    shape = whole._replace(length=min(b for b in _BUCKETS if b >= longest))
     places = np.full(batch_size, -1)
     places[: len(chosen)] = chosen
-    batch = collate(
-      [examples[i] for i in chosen], shape, pad=pad, batch_size=batch_size
-    )
-    yield EvalBatch(batch, places)
+    yield places, min(b for b in _BUCKETS if b >= longest)
 
 
 def restore(

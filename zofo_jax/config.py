@@ -133,6 +133,15 @@ def base_config() -> ml_collections.ConfigDict:
   config.eval = ml_collections.ConfigDict()
   config.eval.batch_size = 32
 
+  config.generate = ml_collections.ConfigDict()  # answers of squad and drop
+  config.generate.max_new_tokens = 50
+  config.generate.temperature = 0.0  # 0: the most likely token
+  config.generate.top_k = 0  # draw from so many tokens; 0 for all
+  config.generate.top_p = 1.0  # draw from the likeliest of this probability
+  config.generate.num_beams = 1  # more for beam search
+  config.generate.length_penalty = 1.0  # of beam search
+  config.generate.stop = ("\n",)  # strings that end an answer
+
   config.ckpt = ml_collections.ConfigDict()
   config.ckpt.keep = 1  # latest ones, beside the best on the selection rows
   return config
@@ -260,6 +269,9 @@ _POSITIVE = (
   "head.num_steps",
   "head.batch_size",
   "eval.batch_size",
+  "generate.max_new_tokens",
+  "generate.num_beams",
+  "generate.top_p",
   "ckpt.keep",
 )
 _NOT_NEGATIVE = (
@@ -277,6 +289,8 @@ _NOT_NEGATIVE = (
   "data.shots",
   "icl.num_shots",
   "head.learning_rate",
+  "generate.temperature",
+  "generate.top_k",
 )
 
 
@@ -353,6 +367,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_zo(config)
   _check_own_task(config)
   _check_adapter(config)
+  _check_generate(config.generate)
   try:
     re.compile(config.lora.targets)
   except re.error as error:
@@ -470,3 +485,34 @@ def _check_adapter(config: ml_collections.ConfigDict) -> None:
       "config.prompt.text: expected words with prompt.init 'text', and only "
       f"then; found '{config.prompt.text}' with '{config.prompt.init}'."
     )
+
+
+def _check_generate(options: ml_collections.ConfigDict) -> None:
+  """Stops on ways to generate that exclude each other."""
+  if options.top_p > 1:
+    raise errors.UserError(
+      "config.generate.top_p: expected more than 0 and at most 1; found "
+      f"{options.top_p}."
+    )
+  if options.num_beams > 1 and options.temperature:
+    raise errors.UserError(
+      "config.generate.num_beams: beam search draws nothing; expected "
+      f"generate.temperature 0; found {options.temperature} with "
+      f"{options.num_beams} beams."
+    )
+  if not options.temperature and (options.top_k or options.top_p < 1):
+    raise errors.UserError(
+      "config.generate.temperature: top_k and top_p need more than 0; found "
+      f"0 with top_k {options.top_k} and top_p {options.top_p}."
+    )
+  if options.length_penalty != 1 and options.num_beams == 1:
+    raise errors.UserError(
+      "config.generate.length_penalty: only beam search takes it; expected 1, "
+      f"or more generate.num_beams; found {options.length_penalty}."
+    )
+  for text in options.stop:
+    if not isinstance(text, str) or not text:
+      raise errors.UserError(
+        "config.generate.stop: expected texts that are not empty; found "
+        f"{text!r}."
+      )

@@ -228,8 +228,40 @@ def _tokenize(
     How many tokens the tokenizer puts before any text, the tokens before the
     option (those included), and the option's.
   """
+  ids, ends, lead = _split(tokenizer, prompt + option)
+  start, count = lead, len(ids)
+  while start < count and ends[start] <= len(prompt):
+    start += 1
+  if start == count:
+    raise errors.UserError(
+      f"{where}: option {option!r} gives no token after the prompt; expected "
+      "a word."
+    )
+  lead, context = _not_empty(tokenizer, lead, ids[:start], where)
+  return lead, context, tuple(ids[start:])
+
+
+def prompt_tokens(
+  tokenizer: Any, prompt: str, where: str
+) -> tuple[int, tuple[int, ...]]:
+  """Returns a prompt's tokens, and before them how many precede any text.
+
+  Raises:
+    UserError: there is nothing to start from.
+  """
+  ids, _, lead = _split(tokenizer, prompt)
+  return _not_empty(tokenizer, lead, ids, where)
+
+
+def _split(tokenizer: Any, text: str) -> tuple[list[int], list[int], int]:
+  """Tokenizes a text.
+
+  Returns:
+    Its tokens, without those that the tokenizer puts after any text, where
+    each ends in the text, and how many the tokenizer puts before any.
+  """
   found = tokenizer(
-    prompt + option,
+    text,
     return_offsets_mapping=True,
     return_special_tokens_mask=True,
     verbose=False,
@@ -242,24 +274,22 @@ def _tokenize(
   lead = 0
   while lead < count and special[lead]:
     lead += 1
-  start = lead
-  while start < count and ends[start] <= len(prompt):
-    start += 1
-  if start == count:
+  return ids[:count], ends[:count], lead
+
+
+def _not_empty(
+  tokenizer: Any, lead: int, ids: Sequence[int], where: str
+) -> tuple[int, tuple[int, ...]]:
+  """Starts a context that has no token with the begin of text."""
+  if ids:
+    return lead, tuple(ids)
+  begin = tokenizer.bos_token_id
+  if begin is None:
     raise errors.UserError(
-      f"{where}: option {option!r} gives no token after the prompt; expected "
-      "a word."
+      f"{where}: the prompt is empty and the tokenizer has no "
+      "begin-of-text token to start from."
     )
-  context, lead_ids = tuple(ids[lead:start]), tuple(ids[:lead])
-  if not lead_ids and not context:
-    begin = tokenizer.bos_token_id
-    if begin is None:
-      raise errors.UserError(
-        f"{where}: the prompt is empty and the tokenizer has no "
-        "begin-of-text token to start from."
-      )
-    lead_ids = (begin,)
-  return len(lead_ids), lead_ids + context, tuple(ids[start:count])
+  return 1, (begin,)
 
 
 def _check_distinct(options, pieces, where) -> None:

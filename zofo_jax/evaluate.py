@@ -1,7 +1,8 @@
-"""Scoring options by likelihood, and what the scores are worth.
+"""Scoring options by likelihood, or generated answers, and their worth.
 
 A prediction is the option with the highest mean log-probability of its tokens
-given the prompt. Rows go by length in batches of few shapes.
+given the prompt, or a generated text. Rows go by length in batches of few
+shapes.
 """
 
 from collections.abc import Callable, Sequence
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from zofo_jax import batches, encode, losses, metrics
+from zofo_jax import batches, encode, losses, metrics, questions
 from zofo_jax import progress as progress_lib
 
 # (base, adapter, batch) -> scores, float32 [B, O].
@@ -30,6 +31,20 @@ class Evaluation(NamedTuple):
   predictions: np.ndarray
   accuracy: float
   metric: float
+
+
+class Answers(NamedTuple):
+  """Generated answers of a set of questions.
+
+  Attributes:
+    texts: the answers, without what follows a stop string.
+    token_f1: of each answer, float64 [N]; best over the accepted ones.
+    exact_match: of each answer, float64 [N].
+  """
+
+  texts: list[str]
+  token_f1: np.ndarray
+  exact_match: np.ndarray
 
 
 def make_score_fn(log_probs_fn: losses.LogProbsFn) -> ScoreFn:
@@ -120,4 +135,24 @@ def evaluate(
     predictions=predictions,
     accuracy=metrics.accuracy(predictions, right),
     metric=metrics.METRICS[metric](predictions, right),
+  )
+
+
+def score_answers(
+  texts: Sequence[str], asked: Sequence[questions.Question]
+) -> Answers:
+  """Compares generated answers with the accepted ones.
+
+  Args:
+    texts: an answer to each question.
+    asked: questions with their answers.
+
+  Returns:
+    Answers and what each is worth.
+  """
+  pairs = [(t, q.answers) for t, q in zip(texts, asked, strict=True)]
+  return Answers(
+    texts=list(texts),
+    token_f1=np.array([metrics.token_f1(*pair) for pair in pairs]),
+    exact_match=np.array([metrics.exact_match(*pair) for pair in pairs]),
   )

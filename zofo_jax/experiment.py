@@ -8,6 +8,7 @@ import dataclasses
 import json
 import pathlib
 import typing
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -22,9 +23,12 @@ from zofo_jax import (
   data,
   encode,
   errors,
+  generate,
   inner,
   losses,
   models,
+  questions,
+  rows,
   tasks,
 )
 from zofo_jax import config as config_lib
@@ -36,8 +40,8 @@ class Examples(NamedTuple):
 
   lower: list[encode.Example]
   upper: list[encode.Example]
-  selection: list[encode.Example]
-  test: list[encode.Example]
+  selection: list[encode.Example] | list[questions.Question]
+  test: list[encode.Example] | list[questions.Question]
 
 
 class Model(NamedTuple):
@@ -94,14 +98,14 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
   """Looks the config's task up, or makes the one that its fields declare.
 
   Raises:
-    UserError: no such task, one that options cannot answer, or a declaration
-      that is broken.
+    UserError: no such task, a declaration that is broken, or a loss that the
+      task cannot have.
   """
   task = _own_task(config) if config.data.prompt else _known_task(config)
-  if task.kind == "generation":
+  if task.kind == "generation" and config.loss != "likelihood":
     raise errors.UserError(
-      f"config.data.task: '{task.name}' is answered by generating text; "
-      "expected a task with options to choose from."
+      f"config.loss: task {task.name} is answered by generating text; "
+      f"expected 'likelihood'; found '{config.loss}'."
     )
   task.template(config.data.template)
   return task
@@ -212,10 +216,10 @@ def load_examples(
   compared = config.zo.objective == "accuracy"
   train_mode: encode.Mode = "classification" if compared else config.loss
 
-  def train(rows):
+  def train(found):
     return encode.encode_rows(
       task,
-      rows,
+      found,
       model.tokenizer,
       train_mode,
       max_length=row_length(config, model),
@@ -223,11 +227,13 @@ def load_examples(
       long_rows=long_rows,
     )
 
-  def score(rows):
+  def score(found):
+    if task.kind == "generation":
+      return load_questions(config, model, task, found)
     dropped = long_rows == "drop"
     return encode.encode_rows(
       task,
-      rows,
+      found,
       model.tokenizer,
       "classification",
       max_length=context if dropped else row_length(config, model),
@@ -241,6 +247,70 @@ def load_examples(
     selection=score(splits.selection),
     test=score(splits.test),
   )
+
+
+def load_questions(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  task: tasks.Task,
+  asked: Sequence[rows.Row],
+  *,
+  labelled: bool = True,
+) -> list[questions.Question]:
+  """Encodes rows that are answered by generating text.
+
+  None is dropped for its length; see `load_examples`.
+
+  Raises:
+    UserError: a prompt leaves no room for its answer.
+  """
+  cut = config.data.long_rows == "truncate"
+  context = context_length(config, model)
+  room = questions.check_room(config.generate.max_new_tokens, context)
+  return questions.encode_questions(
+    task,
+    asked,
+    model.tokenizer,
+    max_length=min(room, config.data.max_length) if cut else room,
+    version=config.data.template,
+    truncate=cut,
+    labelled=labelled,
+  )
+
+
+def make_generate_fn(
+  config: ml_collections.ConfigDict, model: Model
+) -> generate.GenerateFn:
+  """Makes the function that answers as `config.generate` says; not jitted."""
+  options = config.generate
+  return generate.make_generate_fn(
+    model.module,
+    max_new_tokens=options.max_new_tokens,
+    stops=generate.stop_table(
+      model.tokenizer,
+      model.module.config.vocab_size,
+      ids=_end_ids(model),
+      texts=options.stop,
+    ),
+    pad=model.pad,
+    temperature=options.temperature,
+    top_k=options.top_k,
+    top_p=options.top_p,
+    num_beams=options.num_beams,
+    length_penalty=options.length_penalty,
+  )
+
+
+def _end_ids(model: Model) -> list[int]:
+  """Returns the tokens that end a text: the tokenizer's and the model's own."""
+  found = [model.tokenizer.eos_token_id]
+  for name in ("config.json", "generation_config.json"):
+    path = model.folder / name
+    if path.exists():
+      ids = json.loads(path.read_text()).get("eos_token_id")
+      found += ids if isinstance(ids, list) else [ids]
+  size = model.module.config.vocab_size
+  return sorted({i for i in found if i is not None and 0 <= i < size})
 
 
 def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:

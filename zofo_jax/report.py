@@ -1,8 +1,8 @@
 """What a run leaves for people: metrics as JSON lines, tables, a picture.
 
 `metrics.jsonl` has one dictionary a line. Those of training have `step`,
-`lower_loss` and `upper_loss`, and some of them `selection_accuracy` (of adapter
-p); `plot_curves` reads these names.
+`lower_loss` and `upper_loss`, and some of them `selection_accuracy` or
+`selection_token_f1` (of adapter p); `plot_curves` reads these names.
 """
 
 import json
@@ -122,10 +122,10 @@ def plot_curves(
   metrics_path: epath.PathLike,
   out_png: epath.PathLike,
 ) -> None:
-  """Draws the losses and, beside them, the accuracy on the selection rows.
+  """Draws the losses and, beside them, the score on the selection rows.
 
-  Without an accuracy in the file the second panel shows the size of the
-  zeroth-order coefficients.
+  That is the accuracy, or token F1. Without either in the file the second panel
+  shows the size of the zeroth-order coefficients.
 
   Raises:
     UserError: if the file has no row with a step.
@@ -146,12 +146,14 @@ def plot_curves(
     losses.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
     losses.plot(steps, _smooth(values), color=colour, label=text)
   losses.set_ylabel("loss on the batch")
-  if any("selection_accuracy" in row for row in rows):
-    steps, values = _series(rows, "selection_accuracy")
+  scores = {"selection_accuracy": "accuracy", "selection_token_f1": "token F1"}
+  known = [name for name in scores if any(name in row for row in rows)]
+  if known:
+    steps, values = _series(rows, known[0])
     other.plot(
       steps, values, "o-", color="tab:orange", label="adapter p", markersize=4
     )
-    other.set_ylabel("accuracy on the selection rows")
+    other.set_ylabel(f"{scores[known[0]]} on the selection rows")
     other.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   else:
     steps, values = _series(rows, "coefficients")

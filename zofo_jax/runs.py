@@ -5,6 +5,7 @@ Everything that the config says becomes an explicit argument here.
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,14 +16,15 @@ from etils import epath
 from zofo_jax import (
   bilevel,
   directions,
-  encode,
   errors,
   evaluate,
   experiment,
+  generate,
   inner,
   objectives,
   outer,
   perturbed,
+  questions,
   sampler,
   tasks,
   zo,
@@ -179,6 +181,7 @@ class Run(NamedTuple):
     task: what the rows mean.
     algorithm: the (init, step) pair.
     score_fn: jitted scores of a batch's options.
+    generate_fn: jitted text after prompts; None where the task has options.
   """
 
   config: ml_collections.ConfigDict
@@ -186,6 +189,7 @@ class Run(NamedTuple):
   task: tasks.Task
   algorithm: bilevel.BilevelAlgorithm
   score_fn: evaluate.ScoreFn
+  generate_fn: generate.GenerateFn | None = None
 
   def init(self, base: Any) -> bilevel.BilevelState:
     """Starts a state at a backbone; p and s begin independently."""
@@ -204,14 +208,37 @@ class Run(NamedTuple):
     base = experiment.abstract_base(self.config, self.model)
     return jax.eval_shape(self.init, base)
 
-  def evaluate(
+  def generate(
     self,
     base: Any,
     adapter: Any,
-    examples: list[encode.Example],
+    asked: Sequence[questions.Question],
     label: str,
-  ) -> evaluate.Evaluation:
-    """Scores examples with an adapter on a backbone."""
+  ) -> list[str]:
+    """Answers questions with an adapter on a backbone; a text for each."""
+    if self.generate_fn is None:
+      raise ValueError(f"task {self.task.name} is not answered by generation")
+    texts = generate.generate_texts(
+      self.generate_fn,
+      base,
+      adapter,
+      [question.tokens for question in asked],
+      self.model.tokenizer,
+      batch_size=self.config.eval.batch_size,
+      pad=self.model.pad,
+      stop=self.config.generate.stop,
+      seed=self.config.seed,
+      label=label,
+    )
+    return [text.strip() for text in texts]
+
+  def evaluate(
+    self, base: Any, adapter: Any, examples: Sequence[Any], label: str
+  ) -> evaluate.Evaluation | evaluate.Answers:
+    """Scores examples, or answers questions, with an adapter on a backbone."""
+    if self.generate_fn is not None:
+      texts = self.generate(base, adapter, examples, label)
+      return evaluate.score_answers(texts, examples)
     return evaluate.evaluate(
       self.score_fn,
       base,
@@ -224,6 +251,18 @@ class Run(NamedTuple):
     )
 
 
+def worth(
+  task: tasks.Task, result: evaluate.Evaluation | evaluate.Answers
+) -> dict[str, float]:
+  """Names what an evaluation is worth; the task's metric is among it."""
+  if isinstance(result, evaluate.Answers):
+    return {
+      "token_f1": float(result.token_f1.mean()),
+      "exact_match": float(result.exact_match.mean()),
+    }
+  return {"accuracy": result.accuracy, task.metric: result.metric}
+
+
 def make_run(config: ml_collections.ConfigDict) -> Run:
   """Checks a config and makes what does not need rows or weights."""
   config_lib.check(config)
@@ -232,6 +271,9 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
   experiment.context_length(config, model)
   loss_fn = experiment.make_loss_fn(config.loss, model.module)
   log_probs_fn = experiment.make_log_probs_fn(model.module)
+  generate_fn = None
+  if task.kind == "generation":
+    generate_fn = jax.jit(experiment.make_generate_fn(config, model))
   run = Run(
     config=config,
     model=model,
@@ -244,6 +286,7 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
       ),
     ),
     score_fn=jax.jit(evaluate.make_score_fn(log_probs_fn)),
+    generate_fn=generate_fn,
   )
   check_sampler(config.zo, experiment.abstract_base(config, model))
   run.abstract_state()  # adapters that fit nowhere are noticed here

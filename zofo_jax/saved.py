@@ -4,8 +4,10 @@ Both use the best checkpoint on the selection rows, and adapter p.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 from zofo_jax import (
@@ -35,8 +37,9 @@ def _load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
 def evaluate_run(workdir: str) -> dict[str, Any]:
   """Scores a saved run on its test rows.
 
-  Writes `evaluation.json` (accuracy and the task's metric with 95 % bootstrap
-  intervals) and `predictions.jsonl` (a line for each row) into the run.
+  Writes `evaluation.json` (accuracy and the task's metric, or token F1 and
+  exact match, with 95 % bootstrap intervals) and `predictions.jsonl` (a line
+  for each row) into the run.
 
   Args:
     workdir: folder of the run.
@@ -51,18 +54,9 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   run, state = _load(folder)
   examples = experiment.load_examples(run.config, run.model, run.task).test
   result = run.evaluate(state.base, state.upper, examples, "test")
-  right = metrics.credit(
-    result.predictions.tolist(), [example.right for example in examples]
-  )
-  worth: dict[str, float] = {
-    "accuracy": result.accuracy,
-    run.task.metric: result.metric,
-  }
+  worth = runs.worth(run.task, result)
   intervals = {
-    f"{name}_interval": metrics.bootstrap_interval(
-      metrics.METRICS[name], result.predictions.tolist(), right
-    )
-    for name in worth
+    f"{name}_interval": _interval(name, examples, result) for name in worth
   }
   evaluation: dict[str, Any] = {
     "task": run.task.name,
@@ -84,7 +78,8 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
     workdir: folder of the run.
     source: JSONL, CSV or Parquet file with the task's columns.
     target: JSONL file to write; `WORKDIR/answers.jsonl` if None. Each line has
-      the row's columns, `prediction` (the option's text) and `scores`.
+      the row's columns, `prediction` (the option's text or the generated
+      one) and, where there are options, their `scores`.
 
   Raises:
     UserError: there is no run or no file, or a row is broken.
@@ -94,6 +89,22 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   folder = epath.Path(workdir)
   run, state = _load(folder)
   asked = rows.load(run.task, source, "train", labelled=False)
+  find = _choose if run.generate_fn is None else _generate
+  answers = find(run, state, asked)
+  path = epath.Path(target) if target else folder / "answers.jsonl"
+  lines = [
+    json.dumps({**row.fields, **answer})
+    for row, answer in zip(asked, answers, strict=True)
+  ]
+  path.parent.mkdir(parents=True, exist_ok=True)
+  path.write_text("\n".join(lines) + "\n")
+  print(f"{len(lines)} answers in {path}.")
+
+
+def _choose(
+  run: runs.Run, state: bilevel.BilevelState, asked: Sequence[rows.Row]
+) -> list[dict[str, Any]]:
+  """Answers rows with one of their options each."""
   config = run.config
   examples = encode.encode_rows(
     run.task,
@@ -114,36 +125,68 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
     pad=run.model.pad,
     label="predict",
   )
-  path = epath.Path(target) if target else folder / "answers.jsonl"
-  lines = []
+  answers = []
   for row, values in zip(asked, scores, strict=True):
     options = run.task.options(row, config.data.template)
     known = [float(value) for value in values[: len(options)]]
     answer = options[int(values.argmax())].strip()
-    lines.append(
-      json.dumps({**row.fields, "prediction": answer, "scores": known})
+    answers.append({"prediction": answer, "scores": known})
+  return answers
+
+
+def _generate(
+  run: runs.Run, state: bilevel.BilevelState, asked: Sequence[rows.Row]
+) -> list[dict[str, Any]]:
+  """Answers rows with a text each."""
+  found = experiment.load_questions(
+    run.config, run.model, run.task, asked, labelled=False
+  )
+  texts = run.generate(state.base, state.upper, found, "predict")
+  return [{"prediction": text} for text in texts]
+
+
+def _interval(
+  name: str,
+  examples: Sequence[Any],
+  result: evaluate.Evaluation | evaluate.Answers,
+) -> tuple[float, float]:
+  """Returns the bootstrap interval of one score over the rows."""
+  if isinstance(result, evaluate.Answers):
+    each = getattr(result, name).tolist()
+    return metrics.bootstrap_interval(
+      lambda values, _: float(np.mean(values)), each, each
     )
-  path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text("\n".join(lines) + "\n")
-  print(f"{len(lines)} answers in {path}.")
+  predictions = result.predictions.tolist()
+  right = metrics.credit(predictions, [example.right for example in examples])
+  return metrics.bootstrap_interval(metrics.METRICS[name], predictions, right)
 
 
 def _write_predictions(
   path: epath.Path,
-  examples: list[encode.Example],
-  result: evaluate.Evaluation,
+  examples: Sequence[Any],
+  result: evaluate.Evaluation | evaluate.Answers,
 ) -> None:
-  lines = [
-    json.dumps(
+  if isinstance(result, evaluate.Answers):
+    lines = [
+      {
+        "where": question.where,
+        "prediction": text,
+        "answers": list(question.answers),
+        "token_f1": float(f1),
+        "exact_match": float(same),
+      }
+      for question, text, f1, same in zip(examples, *result, strict=True)
+    ]
+  else:
+    lines = [
       {
         "where": example.where,
         "prediction": int(prediction),
         "right": list(example.right),
         "scores": [float(s) for s in scores[: len(example.options)]],
       }
-    )
-    for example, prediction, scores in zip(
-      examples, result.predictions, result.scores, strict=True
-    )
-  ]
-  path.write_text("\n".join(lines) + "\n")
+      for example, prediction, scores in zip(
+        examples, result.predictions, result.scores, strict=True
+      )
+    ]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -17,7 +17,6 @@ from zofo_jax import (
   bilevel,
   checkpoint,
   errors,
-  evaluate,
   experiment,
   report,
   runs,
@@ -96,7 +95,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       writer.truncate_after(-1)
       state = run.init(experiment.load_base(config, run.model))
       zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
-      record = {"seconds": 0.0, "zero_shot": _worth(run, zero_shot)}
+      record = {"seconds": 0.0, "zero_shot": runs.worth(run.task, zero_shot)}
     else:
       state, record = checkpoints.restore(run.abstract_state())
       writer.truncate_after(int(state.step))
@@ -160,7 +159,7 @@ def _loop(run, examples, state, record, writer, checkpoints):
         )
         scores = {
           f"selection_{name}": value
-          for name, value in _worth(run, result).items()
+          for name, value in runs.worth(run.task, result).items()
         }
         writer.write({"step": step + 1, **scores})
         checkpoints.save(
@@ -174,17 +173,13 @@ def _loop(run, examples, state, record, writer, checkpoints):
   return state, record
 
 
-def _worth(run: runs.Run, result: evaluate.Evaluation) -> dict[str, float]:
-  return {"accuracy": result.accuracy, run.task.metric: result.metric}
-
-
 def _finish(run, examples, state, record, folder) -> dict[str, Any]:
   """Tests p and s, and writes the table, the picture and the summary."""
   config = run.config
   worth = {"zero_shot": record["zero_shot"]}
   for name, adapter in (("test", state.upper), ("test_s", state.lower)):
     result = run.evaluate(state.base, adapter, examples.test, name)
-    worth[name] = _worth(run, result)
+    worth[name] = runs.worth(run.task, result)
   forward, backward = passes(config)
   num_steps = config.train.num_steps
   summary: dict[str, Any] = {

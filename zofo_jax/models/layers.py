@@ -4,8 +4,9 @@ Weights are read only through `perturbed.value`, `take` and `dot`, so any of
 them may be a perturbed weight. Products run in the dtype of the weights;
 norms, softmax and log-probabilities in float32.
 
-Shapes: B rows, L length, D width, F a head's width, H heads, K kv heads (or,
-in the head, targets), V vocabulary, P supervised positions.
+Shapes: B rows, L length, S slots (L, or those of a cache), D width, F a head's
+width, H heads, K kv heads (or, in the head, targets), V vocabulary, P
+supervised positions, N layers.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from zofo_jax import adapters, errors, perturbed
+from zofo_jax.models import caches
 
 INIT = nn.initializers.normal(0.02)
 
@@ -128,16 +130,21 @@ def token_positions(mask_BxL: jax.Array) -> jax.Array:
   return jnp.maximum(count - 1, 0)
 
 
-def attention_mask(mask_BxL: jax.Array) -> jax.Array:
-  """Tells which tokens see which: real ones not after them; [B, 1, L, L].
+def attention_mask(mask_BxS: jax.Array, slots_L: jax.Array) -> jax.Array:
+  """Tells which tokens see which: real ones not after them; [B, 1, L, S].
 
   Every token sees itself, padding included, so that no softmax runs over
   nothing.
+
+  Args:
+    mask_BxS: bool, slots that hold a real token.
+    slots_L: int32, the slots of the tokens that look.
   """
-  length = mask_BxL.shape[1]
-  causal = jnp.tril(jnp.ones((length, length), bool))[None, None]
-  itself = jnp.eye(length, dtype=bool)[None, None]
-  return (mask_BxL[:, None, None, :] & causal) | itself
+  slots_S = jnp.arange(mask_BxS.shape[1])
+  causal_LxS = slots_S[None, :] <= slots_L[:, None]
+  itself_LxS = slots_S[None, :] == slots_L[:, None]
+  seen_Bx1xLxS = mask_BxS[:, None, None, :] & causal_LxS[None, None]
+  return seen_Bx1xLxS | itself_LxS[None, None]
 
 
 def with_prefix(
@@ -178,26 +185,26 @@ def with_prefix(
 
 def attend(
   query_BxLxHxF: jax.Array,
-  key_BxLxKxF: jax.Array,
-  value_BxLxKxF: jax.Array,
-  allowed_Bx1xLxL: jax.Array,
+  key_BxSxKxF: jax.Array,
+  value_BxSxKxF: jax.Array,
+  allowed_Bx1xLxS: jax.Array,
 ) -> jax.Array:
   """Softmax attention, scaled by 1/sqrt(F), softmax in float32; [B, L, H*F].
 
   Args:
     query_BxLxHxF: queries.
-    key_BxLxKxF: keys; H is a multiple of K and each serves H/K queries.
-    value_BxLxKxF: values.
-    allowed_Bx1xLxL: bool, [.., query, key]: which tokens see which.
+    key_BxSxKxF: keys; H is a multiple of K and each serves H/K queries.
+    value_BxSxKxF: values.
+    allowed_Bx1xLxS: bool, [.., query, key]: which tokens see which.
 
   Returns:
     The heads' outputs side by side, in the dtype of the queries.
   """
   out = jax.nn.dot_product_attention(
     query_BxLxHxF,
-    key_BxLxKxF,
-    value_BxLxKxF,
-    mask=allowed_Bx1xLxL,
+    key_BxSxKxF,
+    value_BxSxKxF,
+    mask=allowed_Bx1xLxS,
     implementation="xla",
   )
   return out.reshape(*out.shape[:2], -1)
@@ -209,7 +216,7 @@ def stack_layers(
   """Scans a block over layers stacked on axis 0 of weights and adapters.
 
   Args:
-    block: a module whose call maps (x, *inputs) to (x, None).
+    block: a module whose call maps (carry, *inputs) to (carry, None).
     length: number of layers.
     remat: whether the backward pass recomputes all of a layer's inside, its
       products too.
@@ -269,12 +276,12 @@ class Decoder(nn.Module):
   """What a decoder answers, from its layers and its head.
 
   A family's module declares `config` (with `tied_head`), `embed` and, if it is
-  not tied, `head`, and defines `_body` and `_finish`.
+  not tied, `head`, and defines `_body`, `_finish` and `_cache_shape`.
   """
 
   def _inputs(
     self, tokens_BxL: jax.Array, mask_BxL: jax.Array
-  ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  ) -> tuple[jax.Array, jax.Array]:
     """Embeds tokens, behind the adapter's virtual ones if it has any.
 
     Args:
@@ -282,8 +289,7 @@ class Decoder(nn.Module):
       mask_BxL: real tokens.
 
     Returns:
-      Embeddings [B, P + L, E], mask bool [B, P + L] and positions int32
-      [B, P + L], which count a prefix and the virtual tokens too.
+      Embeddings [B, P + L, E] and mask, bool [B, P + L].
     """
     x, mask = self.embed(tokens_BxL), mask_BxL.astype(bool)
     prompt = self.embed.prompt()
@@ -292,11 +298,24 @@ class Decoder(nn.Module):
       size = (x.shape[0], *virtual.shape[1:])
       x = jnp.concatenate([jnp.broadcast_to(virtual, size), x], axis=1)
       mask = jnp.concatenate([jnp.ones(size[:2], bool), mask], axis=1)
-    before = adapters.prefix_length(self.variables.get("adapter", {}))
-    return x, mask, token_positions(mask) + before
+    return x, mask
 
-  def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Runs the layers on all of `_inputs`; [B, P + L, D]."""
+  def _positions(self, mask_BxS: jax.Array) -> jax.Array:
+    """Numbers the slots' tokens, int32 [B, S]; a prefix counts as well."""
+    before = adapters.prefix_length(self.variables.get("adapter", {}))
+    return token_positions(mask_BxS) + before
+
+  def _body(
+    self,
+    x_BxLxE: jax.Array,
+    mask_BxL: jax.Array,
+    cache: caches.Cache | None = None,
+  ) -> tuple[jax.Array, caches.Cache | None]:
+    """Runs the layers over tokens that follow those of the cache; [B, L, D]."""
+    raise NotImplementedError
+
+  def _cache_shape(self) -> tuple[int, int, int]:
+    """Returns the number of layers and kv heads, and a head's width."""
     raise NotImplementedError
 
   def _finish(self, x: jax.Array) -> jax.Array:
@@ -309,7 +328,7 @@ class Decoder(nn.Module):
 
   def _states(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
     """Runs the layers, without what they say of virtual tokens; [B, L, D]."""
-    x = self._body(tokens_BxL, mask_BxL)
+    x, _ = self._body(*self._inputs(tokens_BxL, mask_BxL))
     return x[:, x.shape[1] - tokens_BxL.shape[1] :]
 
   def __call__(
@@ -346,6 +365,51 @@ class Decoder(nn.Module):
     return perturbed.dot_transposed(
       self.hidden(tokens, mask), self._head_table()
     )
+
+  def prefill(
+    self, tokens: jax.Array, mask: jax.Array, num_more: int
+  ) -> tuple[jax.Array, caches.Cache]:
+    """Reads prompts, so that `decode` can go on from them.
+
+    Args:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, real tokens; padding may be on either side.
+      num_more: how many tokens can follow.
+
+    Returns:
+      Scores of the token after each prompt, [B, V] float32, and the cache.
+    """
+    inputs, mask = self._inputs(tokens, mask)
+    rows, length = mask.shape
+    empty = caches.empty(
+      self._cache_shape(), rows, length + num_more, inputs.dtype
+    )
+    x, cache = self._body(inputs, mask, empty)
+    assert cache is not None  # one came in
+    last_B = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return self._next(gather_positions(x, last_B[:, None])), cache
+
+  def decode(
+    self, tokens: jax.Array, cache: caches.Cache
+  ) -> tuple[jax.Array, caches.Cache]:
+    """Reads one more token a row.
+
+    Args:
+      tokens: [B] int32.
+      cache: from `prefill` or the last `decode`; must have a slot left.
+
+    Returns:
+      Scores of the token after it, [B, V] float32, and the cache.
+    """
+    x = self.embed(tokens[:, None])
+    x, after = self._body(x, jnp.ones(x.shape[:2], bool), cache)
+    assert after is not None  # one came in
+    return self._next(x), after
+
+  def _next(self, x_Bx1xD: jax.Array) -> jax.Array:
+    """Scores the next token of each row, [B, V] float32."""
+    logits = perturbed.dot_transposed(self._finish(x_Bx1xD), self._head_table())
+    return logits[:, 0]
 
 
 def hf_field(config: Mapping[str, Any], name: str) -> Any:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from zofo_jax import errors
-from zofo_jax.models import layers
+from zofo_jax.models import caches, layers
 from zofo_jax.models import rope as rope_lib
 
 _EVERYTHING = 2**30
@@ -72,10 +72,11 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    allowed_Bx1xLxL: jax.Array,
+    allowed_Bx1xLxS: jax.Array,
     rotations: tuple[jax.Array, jax.Array],
-  ) -> jax.Array:
-    """Mixes tokens [B, L, D] that may see each other."""
+    cache: caches.Cache | None,
+  ) -> tuple[jax.Array, caches.Cache | None]:
+    """Mixes tokens [B, L, D] with those that they may see."""
     c = self.config
 
     def heads(name: str, count: int) -> jax.Array:
@@ -85,9 +86,10 @@ class Attention(nn.Module):
     query = rope_lib.rotate(heads("query", c.num_heads), *rotations)
     key = rope_lib.rotate(heads("key", c.num_kv_heads), *rotations)
     value = heads("value", c.num_kv_heads)
-    seen = layers.with_prefix(self, key, value, allowed_Bx1xLxL)
+    key, value, cache = caches.remember(cache, key, value)
+    seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
     out = layers.attend(query, *seen)
-    return layers.Linear(c.hidden_size, c.out_bias, name="out")(out)
+    return layers.Linear(c.hidden_size, c.out_bias, name="out")(out), cache
 
 
 class Mlp(nn.Module):
@@ -113,22 +115,25 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: jax.Array,
-    allowed_Bx1xLxL: jax.Array,
+    carry: tuple[jax.Array, caches.Cache | None],
+    allowed_Bx1xLxS: jax.Array,
     rotations: tuple[jax.Array, jax.Array],
+    distance_BxLxS: jax.Array | None,
     window: jax.Array | None,
-  ) -> tuple[jax.Array, None]:
+  ) -> tuple[tuple[jax.Array, caches.Cache | None], None]:
     """Runs one layer; a window [] hides tokens further back."""
     c = self.config
-    if window is not None:
-      index = jnp.arange(x.shape[1])
-      near = index[:, None] - index[None, :] < window
-      allowed_Bx1xLxL = allowed_Bx1xLxL & near[None, None]
+    x, cache = carry
+    if window is not None and distance_BxLxS is not None:
+      allowed_Bx1xLxS = allowed_Bx1xLxS & (distance_BxLxS < window)[:, None]
     norm = layers.RmsNorm(c.norm_epsilon, name="attention_norm")
-    x = x + Attention(c, name="attention")(norm(x), allowed_Bx1xLxL, rotations)
+    mixed, cache = Attention(c, name="attention")(
+      norm(x), allowed_Bx1xLxS, rotations, cache
+    )
+    x = x + mixed
     norm = layers.RmsNorm(c.norm_epsilon, name="mlp_norm")
     x = x + Mlp(c, name="mlp")(norm(x))
-    return x, None
+    return (x, cache), None
 
 
 class Llama(layers.Decoder):
@@ -151,20 +156,39 @@ class Llama(layers.Decoder):
       Block,
       c.num_layers,
       self.remat,
-      (nn.broadcast, nn.broadcast, window_axis),
+      (nn.broadcast, nn.broadcast, nn.broadcast, window_axis),
     )(c)
     self.norm = layers.RmsNorm(c.norm_epsilon)
     if not c.tied_head:
       self.head = layers.Embed(c.vocab_size, c.hidden_size)
 
-  def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Runs everything before the last norm; [B, P + L, D]."""
+  def _body(
+    self,
+    x_BxLxE: jax.Array,
+    mask_BxL: jax.Array,
+    cache: caches.Cache | None = None,
+  ) -> tuple[jax.Array, caches.Cache | None]:
+    """Runs everything before the last norm; [B, L, D]."""
     c = self.config
-    x, mask, positions = self._inputs(tokens_BxL, mask_BxL)
-    rotations = rope_lib.rotations(c.rope, c.head_dim, positions)
-    windows = None if c.windows is None else jnp.array(c.windows, jnp.int32)
-    x, _ = self.layers(x, layers.attention_mask(mask), rotations, windows)
-    return x
+    mask_BxS, slots_L, cache = caches.take_slots(mask_BxL, cache)
+    allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
+    positions_BxS = self._positions(mask_BxS)
+    positions_BxL = jnp.take(positions_BxS, slots_L, axis=1)
+    rotations = rope_lib.rotations(c.rope, c.head_dim, positions_BxL)
+    distance_BxLxS, windows = None, None
+    if c.windows is not None:
+      distance_BxLxS = positions_BxL[:, :, None] - positions_BxS[:, None, :]
+      windows = jnp.array(c.windows, jnp.int32)
+    (x, cache), _ = self.layers(
+      (x_BxLxE, cache),
+      *(allowed_Bx1xLxS, rotations, distance_BxLxS, windows),
+    )
+    return x, caches.first_layer(cache)
+
+  def _cache_shape(self) -> tuple[int, int, int]:
+    """Returns the number of layers and kv heads, and a head's width."""
+    c = self.config
+    return c.num_layers, c.num_kv_heads, c.head_dim
 
   def _finish(self, x: jax.Array) -> jax.Array:
     """Turns the layers' output into what the head reads."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from zofo_jax import errors
-from zofo_jax.models import layers
+from zofo_jax.models import caches, layers
 
 # OPT's table of positions keeps its first two rows; padding reads row 1.
 _OFFSET = 2
@@ -62,8 +62,13 @@ class Attention(nn.Module):
   config: OptConfig
 
   @nn.compact
-  def __call__(self, x: jax.Array, allowed_Bx1xLxL: jax.Array) -> jax.Array:
-    """Mixes tokens [B, L, D] that may see each other."""
+  def __call__(
+    self,
+    x: jax.Array,
+    allowed_Bx1xLxS: jax.Array,
+    cache: caches.Cache | None,
+  ) -> tuple[jax.Array, caches.Cache | None]:
+    """Mixes tokens [B, L, D] with those that they may see."""
     c = self.config
 
     def heads(name: str) -> jax.Array:
@@ -71,9 +76,10 @@ class Attention(nn.Module):
       return y.reshape(*x.shape[:2], c.num_heads, -1)
 
     query, key, value = heads("query"), heads("key"), heads("value")
-    seen = layers.with_prefix(self, key, value, allowed_Bx1xLxL)
+    key, value, cache = caches.remember(cache, key, value)
+    seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
     out = layers.attend(query, *seen)
-    return layers.Linear(c.hidden_size, c.use_bias, name="out")(out)
+    return layers.Linear(c.hidden_size, c.use_bias, name="out")(out), cache
 
 
 class Mlp(nn.Module):
@@ -97,10 +103,13 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, allowed_Bx1xLxL: jax.Array
-  ) -> tuple[jax.Array, None]:
+    self,
+    carry: tuple[jax.Array, caches.Cache | None],
+    allowed_Bx1xLxS: jax.Array,
+  ) -> tuple[tuple[jax.Array, caches.Cache | None], None]:
     """Runs one layer."""
     c = self.config
+    x, cache = carry
     attention_norm = layers.LayerNorm(
       affine=c.norm_affine, name="attention_norm"
     )
@@ -108,10 +117,12 @@ class Block(nn.Module):
     attention = Attention(c, name="attention")
     mlp = Mlp(c, name="mlp")
     if c.norm_before:
-      x = x + attention(attention_norm(x), allowed_Bx1xLxL)
-      return x + mlp(mlp_norm(x)), None
-    x = attention_norm(x + attention(x, allowed_Bx1xLxL))
-    return mlp_norm(x + mlp(x)), None
+      mixed, cache = attention(attention_norm(x), allowed_Bx1xLxS, cache)
+      x = x + mixed
+      return (x + mlp(mlp_norm(x)), cache), None
+    mixed, cache = attention(x, allowed_Bx1xLxS, cache)
+    x = attention_norm(x + mixed)
+    return (mlp_norm(x + mlp(x)), cache), None
 
 
 class Opt(layers.Decoder):
@@ -141,15 +152,28 @@ class Opt(layers.Decoder):
     if not c.tied_head:
       self.head = layers.Embed(c.vocab_size, c.embed_size)
 
-  def _body(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Runs the layers; [B, P + L, D]."""
-    x, mask, positions = self._inputs(tokens_BxL, mask_BxL)
-    rows = jnp.where(mask, positions + _OFFSET, _OFFSET - 1)
+  def _body(
+    self,
+    x_BxLxE: jax.Array,
+    mask_BxL: jax.Array,
+    cache: caches.Cache | None = None,
+  ) -> tuple[jax.Array, caches.Cache | None]:
+    """Runs the layers; [B, L, D]."""
+    mask_BxS, slots_L, cache = caches.take_slots(mask_BxL, cache)
+    rows = jnp.take(self._positions(mask_BxS), slots_L, axis=1) + _OFFSET
+    rows = jnp.where(mask_BxL, rows, _OFFSET - 1)
+    x = x_BxLxE
     if self.config.embed_size != self.config.hidden_size:
       x = self.project_in(x)
     x = x + self.position_embed(rows)
-    x, _ = self.layers(x, layers.attention_mask(mask))
-    return x
+    allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
+    (x, cache), _ = self.layers((x, cache), allowed_Bx1xLxS)
+    return x, caches.first_layer(cache)
+
+  def _cache_shape(self) -> tuple[int, int, int]:
+    """Returns the number of layers and kv heads, and a head's width."""
+    c = self.config
+    return c.num_layers, c.num_heads, c.hidden_size // c.num_heads
 
   def _finish(self, x: jax.Array) -> jax.Array:
     """Turns the layers' output into what the head reads."""

@@ -1,0 +1,92 @@
+"""From a task's rows to prompts that are answered by generated text."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from zofo_jax import encode, errors, rows, tasks
+
+
+class Question(NamedTuple):
+  """A row of data as a prompt.
+
+  Attributes:
+    tokens: the prompt.
+    answers: the accepted answers; none if the label was not read.
+    where: file and row it came from.
+  """
+
+  tokens: tuple[int, ...]
+  answers: tuple[str, ...]
+  where: str
+
+
+def encode_questions(
+  task: tasks.Task,
+  data: Sequence[rows.Row],
+  tokenizer: Any,
+  *,
+  max_length: int,
+  version: tasks.Version = 0,
+  truncate: bool = False,
+  labelled: bool = True,
+) -> list[Question]:
+  """Encodes the prompts of a task whose kind is "generation".
+
+  Args:
+    task: gives prompts and answers.
+    data: the rows.
+    tokenizer: a fast tokenizer (`encode.load_tokenizer`).
+    max_length: longest prompt in tokens.
+    version: the template version.
+    truncate: cut prompts that are too long at the left, behind the tokens that
+      the tokenizer puts before any text.
+    labelled: False leaves the answers unread.
+
+  Returns:
+    A question for every row.
+
+  Raises:
+    TooLongError: a prompt is too long.
+    UserError: a prompt has no tokens.
+  """
+  questions, cut = [], 0
+  for row in data:
+    lead, tokens = encode.prompt_tokens(
+      tokenizer, task.prompt(row, version), row.where
+    )
+    over = len(tokens) - max_length
+    if over > 0:
+      if not truncate or max_length <= lead:
+        raise encode.TooLongError(
+          f"{row.where}: the prompt is {len(tokens)} tokens; at most "
+          f"{max_length} fit beside the answer (generate.max_new_tokens). Set "
+          "data.long_rows to 'truncate' (at the left)."
+        )
+      tokens = (*tokens[:lead], *tokens[lead + over :])
+      cut += 1
+    answers: tuple[str, ...] = ()
+    if labelled:
+      options = task.options(row, version)
+      answers = tuple(options[i].strip() for i in task.right(row))
+    questions.append(Question(tokens, answers, row.where))
+  if cut:
+    logging.warning(
+      "%s: %d of %d prompts are cut to %d tokens at the left",
+      *(task.name, cut, len(data), max_length),
+    )
+  return questions
+
+
+def check_room(max_new_tokens: int, context: int) -> int:
+  """Returns how long prompts may be in a context beside their answers.
+
+  Raises:
+    UserError: there is no room.
+  """
+  if max_new_tokens >= context:
+    raise errors.UserError(
+      f"config.generate.max_new_tokens: expected less than the model's "
+      f"context of {context} tokens; found {max_new_tokens}."
+    )
+  return context - max_new_tokens
