@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from zofo_jax import adapters, errors
-from zofo_jax.models import layers, llama
+from zofo_jax.models import decoder, layers, llama
 
 MODEL = llama.Llama(llama.LlamaConfig(96, 16, 24, 2, 4, 2, 4))
 TOKENS = jnp.arange(14, dtype=jnp.int32).reshape(2, 7) + 4
@@ -122,7 +122,7 @@ def test_every_layer_and_module_drops_other_inputs(base):
   """With all kernels zero, only one adapter's product is left to look at."""
   ones = lambda shape: jnp.ones(shape, jnp.float32)
   lora = adapters.Lora(ones((2, 16, 1)), ones((2, 1, 16)), 1.0, 0.5)
-  module = layers.stack_layers(Two, 2, False, ())()
+  module = decoder.stack_layers(Two, 2, False, ())()
   adapter = {"one": {"lora": lora}, "two": {"lora": lora}}
   zeros = {name: {"kernel": jnp.zeros((2, 16, 16))} for name in adapter}
   _, (one, two) = module.apply(

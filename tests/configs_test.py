@@ -8,7 +8,7 @@ import re
 import pytest
 from etils import epath
 
-from zofo_jax import assets, errors, recipes, runs, tasks
+from zofo_jax import assets, checks, errors, recipes, runs, tasks
 from zofo_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -41,7 +41,7 @@ def names_with_sizes():
 def test_every_size_and_preset(name, size, preset):
   module = load(name)
   config = module.get_config(f"size={size},task=copa,preset={preset}")
-  config_lib.check(config)
+  checks.check(config)
   assert config.model.name == module.SIZES[size]
   assert re.fullmatch(r"[\w-]+/[\w.-]+", config.model.name)
   assert config.data.task == "copa"
@@ -52,7 +52,7 @@ def test_every_size_and_preset(name, size, preset):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults(name):
   config = load(name).get_config()
-  config_lib.check(config)
+  checks.check(config)
   assert config.data.task == "sst2"
   assert changed(config).keys() == {"model.name"}
 
@@ -95,7 +95,7 @@ def test_demo(monkeypatch, tmp_path):
   monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
   monkeypatch.setattr(assets, "fresh_rotten", lambda: tmp_path / "rows")
   config = load("demo").get_config()
-  config_lib.check(config)
+  checks.check(config)
   assert config.model.name == str(tmp_path / "model")
   assert config.data.dir == str(tmp_path / "rows")
   assert tasks.get(config.data.task).name == "rotten_tomatoes"
@@ -225,7 +225,7 @@ def test_choose():
 
 def test_every_checked_field_exists():
   fields = (
-    *config_lib._CHOICES,
+    *checks._CHOICES,
     *config_lib._POSITIVE,
     *config_lib._NOT_NEGATIVE,
   )
@@ -254,7 +254,7 @@ def test_check_names_the_field(name):
   part = config[group] if group else config
   part[field] = type(part[field])(-1)
   with pytest.raises(errors.UserError, match=rf"config\.{name}: .*-1"):
-    config_lib.check(config)
+    checks.check(config)
 
 
 def test_flat_and_unknown_field():
@@ -308,10 +308,10 @@ def test_saved_config_survives_a_round_trip(tmp_path):
 def test_no_choice_is_ignored(field, changes):
   config = config_lib.base_config()
   config.model.name = "somewhere"
-  config_lib.check(config)
+  checks.check(config)
   config.zo.update(changes)
   with pytest.raises(errors.UserError, match=rf"^config\.{field}: "):
-    config_lib.check(config)
+    checks.check(config)
 
 
 @pytest.mark.parametrize(
@@ -333,7 +333,7 @@ def test_adapters_that_there_are_not(changes, words):
   config.model.name = "somewhere"
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.UserError, match=words):
-    config_lib.check(config)
+    checks.check(config)
 
 
 def test_positions_that_adapters_take():

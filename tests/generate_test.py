@@ -14,8 +14,10 @@ import pytest
 
 from zofo_jax import (
   adapters,
+  backbone,
   batches,
   beams,
+  checks,
   directions,
   encode,
   errors,
@@ -128,6 +130,53 @@ def test_perturbed_weights_and_adapters_generate():
   np.testing.assert_array_equal(found, generate_fn(whole, {}, *batch).tokens)
   for other in ((base, lora), (nodes, {})):
     assert (found != generate_fn(*other, *batch).tokens).any()
+
+
+def some_adapter(module, base, kinds):
+  key = jax.random.key(7)
+  made = {
+    "lora": lambda: jax.tree.map(
+      lambda leaf: leaf + 0.1,
+      adapters.init_lora(key, base, rank=2, alpha=8.0),
+    ),
+    "prefix": lambda: adapters.init_prefix(key, module, base, length=3),
+    "projected": lambda: adapters.init_prefix(
+      key, module, base, length=3, init="random", projection=4
+    ),
+    "prompt": lambda: adapters.init_prompt(key, base, length=2),
+  }
+  return adapters.join(*(made[kind]() for kind in kinds.split("+")))
+
+
+@pytest.mark.parametrize(
+  "kinds", ["prefix", "projected", "prompt", "lora+prefix+prompt"]
+)
+@pytest.mark.parametrize("name", ["llama", "opt", "mistral"])
+def test_adapters_generate_as_in_full_forwards(name, kinds):
+  """Padded rows with a cache, against rows alone that are read anew."""
+  module, base, _, _ = recorded(name)
+  adapter = some_adapter(module, base, kinds)
+  logits_of = jax.jit(
+    lambda tokens: module.apply(
+      {"params": base, "adapter": adapter},
+      tokens,
+      tokens >= 0,
+      method="logits",
+    )
+  )
+  texts = prompts(lengths=(9, 5, 1))
+  generate_fn = jax.jit(
+    generate.make_generate_fn(module, max_new_tokens=4, stops=NO_STOPS, pad=PAD)
+  )
+  keys = jax.random.split(jax.random.key(0), 3)
+  found = generate_fn(base, adapter, *left(texts), keys).tokens
+  for text, tokens in zip(texts, np.asarray(found)):
+    for token in tokens.tolist():
+      logits = logits_of(np.array([text]))[0, -1]
+      assert float(logits[token]) > float(logits.max()) - 1e-4
+      text = [*text, token]
+  bare = generate_fn(base, {}, *left(texts), keys).tokens
+  assert (found != bare).any()
 
 
 # Against transformers.
@@ -412,7 +461,7 @@ def test_texts_do_not_depend_on_the_batch_size(tiny_model):
 def test_mistakes_are_named(changes, words):
   config = run_config("model", "rows", **changes)
   with pytest.raises(errors.UserError, match=words):
-    config_lib.check(config)
+    checks.check(config)
     experiment.load_task(config)
 
 
@@ -421,7 +470,7 @@ def test_prompts_leave_room_for_answers(long_model, question_rows):
     config = run_config(long_model, question_rows, **changes)
     config.data.num_lower, config.data.num_upper = 8, 4
     config.data.num_selection, config.data.num_test = 4, 8
-    model, task = experiment.load_model(config), experiment.load_task(config)
+    model, task = backbone.load_model(config), experiment.load_task(config)
     return experiment.load_examples(config, model, task).test
 
   whole = questions()

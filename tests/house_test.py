@@ -25,11 +25,13 @@ FLOORS = (
   ("runs",),
   ("objectives",),
   ("evaluate", "experiment", "probe"),
+  ("backbone",),
   ("generate",),
   ("batches", "calibrate", "incontext", "questions"),
   ("encode",),
   ("tasks",),
   ("beams",),
+  ("checks",),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
   ("adapters", "progress", "recipes", "rows"),
   # The core.

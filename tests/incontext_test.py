@@ -63,15 +63,25 @@ def test_too_few_rows():
     incontext.draw(TASK, pool(0, 1), 9, 0)
 
 
-def asked(tokenizer, **options):
+def asked(tokenizer, max_length=64, question="a bright cast It was", **options):
   """Returns the text before the option of one encoded row."""
   shown = [
     incontext.demonstration(TASK, review("a dull film .", 0)),
     incontext.demonstration(TASK, review(" a warm tale", 1)),
   ]
-  options.setdefault("max_length", 64)
+
+  def encode_one(row, prompt, truncate):
+    return encode.encode(
+      TASK,
+      row,
+      tokenizer,
+      max_length=max_length,
+      long_rows="truncate" if truncate else "error",
+      prompt=prompt,
+    )
+
   (example,) = incontext.encode_rows(
-    TASK, [review("a bright cast", 1)], shown, tokenizer, **options
+    [review("a bright cast", 1)], [question], shown, encode_one, **options
   )
   assert example.label == 1
   text = "".join(tokenizer.convert_ids_to_tokens(example.rows[0].tokens))
@@ -87,7 +97,7 @@ def test_text(tokenizer):
     "a dull film . It was terrible ## a warm tale It was great ## "
     "a bright cast It was"
   )
-  assert asked(tokenizer, prompts=[" It was"]).endswith("great\n\n It was")
+  assert asked(tokenizer, question=" It was").endswith("great\n\n It was")
 
 
 def test_text_of_a_line_break_before_the_option(tokenizer):

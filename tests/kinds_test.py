@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 import zofo_jax as zofo
-from zofo_jax import adapters, directions, experiment, losses, runs
+from zofo_jax import adapters, backbone, directions, losses, runs
 from zofo_jax.models import llama
 
 LLAMA = pathlib.Path(__file__).parents[1] / "configs" / "llama.py"
@@ -65,7 +65,7 @@ def make_batch(seed, *lead):
 
 def take_step(base, upper, lower, rate=1e-2):
   algorithm = zofo.make_bilevel_step(
-    experiment.make_loss_fn("classification", MODEL),
+    backbone.make_loss_fn("classification", MODEL),
     lower_tx=optax.adam(rate),
     upper_tx=optax.adam(rate),
     base_tx=zofo.outer.sgd(1e-3),

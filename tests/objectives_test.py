@@ -13,6 +13,7 @@ import pytest
 
 import zofo_jax as zofo
 from zofo_jax import (
+  backbone,
   batches,
   errors,
   experiment,
@@ -38,13 +39,13 @@ def tiny(tiny_model, tiny_rows):
   config.data.dir = str(tiny_rows)
   config.data.task = "rotten_tomatoes"
   config.loss = "classification"
-  model = experiment.load_model(config)
+  model = backbone.load_model(config)
   task = experiment.load_task(config)
   examples = experiment.load_examples(config, model, task).lower[:6]
   batch = batches.collate(
     examples, batches.shape_of(examples), pad=model.pad, batch_size=8
   )
-  base = experiment.load_base(config, model)
+  base = backbone.load_base(config, model)
   return model.module, base, model.tokenizer, batch
 
 
@@ -87,7 +88,7 @@ def test_token_f1_is_that_of_bags():
 def test_accuracy_of_options(tiny):
   module, base, tokenizer, batch = tiny
   loss_fn = objectives.make_probe_loss_fn("accuracy", module, tokenizer)
-  log_probs = experiment.make_log_probs_fn(module)(base, {}, batch, None)
+  log_probs = backbone.make_log_probs_fn(module)(base, {}, batch, None)
   best = np.asarray(losses.option_scores(log_probs, batch)).argmax(-1)
   expected = np.mean(best[:6] != batch.label[:6])
   assert loss_fn(base, {}, batch, None) == pytest.approx(expected)
@@ -188,7 +189,7 @@ def test_run_on_a_part_of_the_weights(tiny_model, tiny_rows, objective):
   config.zo.num_directions = 4
   run = runs.make_run(config)
   examples = experiment.load_examples(config, run.model, run.task)
-  before = experiment.load_base(config, run.model)
+  before = backbone.load_base(config, run.model)
   state, info = jax.jit(run.algorithm.step)(
     run.init(before),
     train.iteration_batch(

@@ -11,8 +11,8 @@ import warnings
 import jax
 import pytest
 
+from zofo_jax import checks, main
 from zofo_jax import config as config_lib
-from zofo_jax import main
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -80,7 +80,7 @@ def test_configs(named):
   spec = importlib.util.spec_from_file_location("readme_config", path)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
-  config_lib.check(module.get_config(arg))
+  checks.check(module.get_config(arg))
 
 
 def test_fields_and_flags():

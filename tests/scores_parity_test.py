@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
+from zofo_jax import backbone, encode, evaluate, probe, rows, tasks
 from zofo_jax import config as config_lib
-from zofo_jax import encode, evaluate, experiment, probe, rows, tasks
 
 FOLDER = pathlib.Path("~/.cache/zofo_jax/smollm2-135m-instruct").expanduser()
 
@@ -45,8 +45,8 @@ ROWS = {
 def real():
   config = config_lib.base_config()
   config.model.name = str(FOLDER)
-  model = experiment.load_model(config)
-  return model, experiment.load_base(config, model)
+  model = backbone.load_model(config)
+  return model, backbone.load_base(config, model)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def test_scores_one_row_and_one_option_at_a_time(real, theirs, name):
   (model, base), (torch, hf) = real, theirs
   task = tasks.get(name)
   score_fn = jax.jit(
-    evaluate.make_score_fn(experiment.make_log_probs_fn(model.module))
+    evaluate.make_score_fn(backbone.make_log_probs_fn(model.module))
   )
   scores = evaluate.score_options(
     score_fn, base, {}, encoded(task, model), batch_size=2, pad=model.pad

@@ -520,6 +520,22 @@ def test_custom_classification():
   assert task.kind == "classification"
 
 
+def test_custom_generation():
+  task = tasks.custom("quiz", prompt="{q}\nA:", label="a")
+  assert (task.kind, task.metric) == ("generation", "token_f1")
+  one = _row({"q": "Where?", "a": "At home"})
+  many = _row({"q": "Where?", "a": ["At home", "home", "home"]})
+  task.check(one)
+  assert task.prompt(one) == "Where?\nA:"
+  assert task.options(one) == (" At home\n",)
+  assert task.options(many) == (" At home\n", " home\n")
+  assert task.right(many) == (0, 1)
+  with pytest.raises(errors.UserError, match=r"row 1: .*not of the kind"):
+    task.check(_row({"q": "Where?", "a": None}))
+  with pytest.raises(errors.UserError, match=r"row 1: .*no right option"):
+    task.check(_row({"q": "Where?", "a": []}))
+
+
 def test_custom_multiple_choice():
   task = tasks.custom("plot", prompt="{start}", options=[" {a}", " {b}"])
   row = _row({"start": "Once", "a": "upon", "b": "under", "label": 0})
@@ -535,7 +551,7 @@ def test_custom_multiple_choice():
     ({"prompt": "{a.b}", "options": ["x", "y"]}, "the column 'a.b'"),
     ({"prompt": "{}", "options": ["x", "y"]}, "the column ''"),
     ({"prompt": "a", "options": ["x", "y"]}, "names no column"),
-    ({"prompt": "{a}", "options": ["x"]}, "options has 1 entries"),
+    ({"prompt": "{a}", "options": ["x"]}, "options has 1 entry"),
     ({"prompt": "{a}", "options": ["x", "{y"]}, r"options\[1\] '{y'"),
     (
       {"prompt": "{a}", "options": ["x", "y"], "labels": ["p"]},
@@ -545,6 +561,7 @@ def test_custom_multiple_choice():
       {"prompt": "{a}", "options": ["x", "y"], "metric": "acuracy"},
       "metric.*Did you mean 'accuracy'",
     ),
+    ({"prompt": "{a}", "metric": "accuracy"}, "metric.*token_f1, exact_match"),
   ],
 )
 def test_custom_tells_mistakes(fields, sentence):

@@ -14,8 +14,10 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from zofo_jax import (
+  backbone,
   bilevel,
   checkpoint,
+  checks,
   errors,
   experiment,
   perturbed,
@@ -141,7 +143,7 @@ def test_it_learns(done):
 
 def test_theta_moves_without_first_order_state(done, tiny_model):
   run = runs.make_run(runs.read_config(epath.Path(done.folder)))
-  before = experiment.load_base(run.config, run.model)
+  before = backbone.load_base(run.config, run.model)
   last = arrays(done.folder)[STEPS]
   moved = {
     path: leaf - last[f".base{path}"]
@@ -371,7 +373,7 @@ def test_run_without_checkpoint(done, command_line, tmp_path, capsys):
 
 
 def choices(name):
-  return config_lib._CHOICES[name]
+  return checks.CHOICES[name]
 
 
 @pytest.mark.parametrize("optimizer", choices("zo.optimizer"))
@@ -382,7 +384,7 @@ def test_every_choice_takes_a_step(direction, estimator, optimizer):
   config.zo.direction = direction
   config.zo.estimator = estimator
   config.zo.optimizer = optimizer
-  if optimizer in config_lib.OPTIMIZERS:
+  if optimizer in checks.OPTIMIZERS:
     config.lower.optimizer = config.upper.optimizer = optimizer
 
   def loss_fn(base, adapter, batch, key):
@@ -391,7 +393,7 @@ def test_every_choice_takes_a_step(direction, estimator, optimizer):
 
   if (direction, optimizer) == ("per_example", "conservative"):
     with pytest.raises(errors.UserError, match="one direction"):
-      config_lib.check(config)
+      checks.check(config)
     return
   algorithm = runs.make_algorithm(config, loss_fn)
   x = jnp.ones((3, 4))
@@ -462,8 +464,8 @@ def test_losses_of_a_model(tiny_model, tiny_rows, loss, dtype, rtol):
   assert kinds[0] == kinds[1]
 
   # Every option is one token, so that its score is its log-probability.
-  base = experiment.load_base(config, run.model)
-  loss_fn = experiment.make_loss_fn(loss, run.model.module)
+  base = backbone.load_base(config, run.model)
+  loss_fn = backbone.make_loss_fn(loss, run.model.module)
   value = jax.jit(loss_fn)(base, {}, batch.upper, None)
   scores = np.asarray(run.score_fn(base, {}, scored), np.float64)
   if loss == "classification":

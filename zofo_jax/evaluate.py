@@ -18,33 +18,111 @@ ScoreFn = Callable[[Any, Any, losses.Batch], Any]
 
 
 class Evaluation(NamedTuple):
-  """Scores of a set of examples.
+  """Options chosen for a set of examples.
 
   Attributes:
+    examples: what was asked, [N].
     scores: mean log-probability of each option, float32 [N, O].
-    predictions: the best option of each example, int [N].
-    accuracy: share of predictions that are right.
-    metric: value of the task's own metric.
+    names: what it is measured by, in `metrics.METRICS`.
   """
 
+  examples: Sequence[encode.Example]
   scores: np.ndarray
-  predictions: np.ndarray
-  accuracy: float
-  metric: float
+  names: tuple[str, ...]
+
+  @property
+  def predictions(self) -> list[int]:
+    """Returns the best option of each example."""
+    return self.scores.argmax(axis=-1).tolist()
+
+  def _right(self) -> list[int]:
+    return metrics.credit(self.predictions, [e.right for e in self.examples])
+
+  def worth(self) -> dict[str, float]:
+    """Returns the value of each metric."""
+    guess, truth = self.predictions, self._right()
+    return {name: metrics.METRICS[name](guess, truth) for name in self.names}
+
+  def intervals(self) -> dict[str, tuple[float, float]]:
+    """Returns the 95 % bootstrap interval of each metric."""
+    guess, truth = self.predictions, self._right()
+    return {
+      f"{name}_interval": metrics.bootstrap_interval(
+        metrics.METRICS[name], guess, truth
+      )
+      for name in self.names
+    }
+
+  def lines(self) -> list[dict[str, Any]]:
+    """Returns what there is to say of each example."""
+    return [
+      {
+        "where": example.where,
+        "prediction": prediction,
+        "right": list(example.right),
+        "scores": [float(one) for one in scores[: len(example.options)]],
+      }
+      for example, prediction, scores in zip(
+        self.examples, self.predictions, self.scores, strict=True
+      )
+    ]
 
 
 class Answers(NamedTuple):
-  """Generated answers of a set of questions.
+  """Texts generated for a set of questions; like `Evaluation`.
 
   Attributes:
+    examples: what was asked, [N].
     texts: the answers, without what follows a stop string.
-    token_f1: of each answer, float64 [N]; best over the accepted ones.
-    exact_match: of each answer, float64 [N].
   """
 
+  examples: Sequence[questions.Question]
   texts: list[str]
-  token_f1: np.ndarray
-  exact_match: np.ndarray
+
+  def _each(self) -> dict[str, np.ndarray]:
+    """Returns what each answer is worth; the best over the accepted ones."""
+    return {
+      name: np.array(
+        [
+          score(text, question.answers)
+          for text, question in zip(self.texts, self.examples, strict=True)
+        ]
+      )
+      for name, score in metrics.TEXT_METRICS.items()
+    }
+
+  def worth(self) -> dict[str, float]:
+    """Returns the mean of each metric."""
+    return {name: float(each.mean()) for name, each in self._each().items()}
+
+  def intervals(self) -> dict[str, tuple[float, float]]:
+    """Returns the 95 % bootstrap interval of each metric."""
+
+    def mean(values, _):
+      return float(np.mean(values))
+
+    return {
+      f"{name}_interval": metrics.bootstrap_interval(mean, each, each)
+      for name, each in self._each().items()
+    }
+
+  def lines(self) -> list[dict[str, Any]]:
+    """Returns what there is to say of each question."""
+    each = self._each()
+    return [
+      {
+        "where": question.where,
+        "prediction": text,
+        "answers": list(question.answers),
+        **{name: float(values[i]) for name, values in each.items()},
+      }
+      for i, (question, text) in enumerate(
+        zip(self.examples, self.texts, strict=True)
+      )
+    ]
+
+
+Result = Evaluation | Answers
 
 
 def make_score_fn(log_probs_fn: losses.LogProbsFn) -> ScoreFn:
@@ -89,70 +167,3 @@ def score_options(
       done += int((place >= 0).sum())
       progress.update(done)
   return batches.restore(outputs, places)
-
-
-def evaluate(
-  score_fn: ScoreFn,
-  base: Any,
-  adapter: Any,
-  examples: Sequence[encode.Example],
-  *,
-  metric: str,
-  batch_size: int,
-  pad: int,
-  label: str = "evaluate",
-) -> Evaluation:
-  """Scores examples and compares the best options with the right ones.
-
-  Args:
-    score_fn: jitted function of `make_score_fn`.
-    base: backbone parameters.
-    adapter: adapter parameters; {} for the bare backbone.
-    examples: encoded with mode "classification".
-    metric: a name in `metrics.METRICS`.
-    batch_size: examples at a time.
-    pad: token id that fills rows.
-    label: what the progress is called.
-
-  Returns:
-    Scores, predictions and their worth.
-  """
-  scores = score_options(
-    score_fn,
-    base,
-    adapter,
-    examples,
-    batch_size=batch_size,
-    pad=pad,
-    label=label,
-  )
-  predictions = scores.argmax(axis=-1)
-  right = metrics.credit(
-    predictions.tolist(), [example.right for example in examples]
-  )
-  return Evaluation(
-    scores=scores,
-    predictions=predictions,
-    accuracy=metrics.accuracy(predictions, right),
-    metric=metrics.METRICS[metric](predictions, right),
-  )
-
-
-def score_answers(
-  texts: Sequence[str], asked: Sequence[questions.Question]
-) -> Answers:
-  """Compares generated answers with the accepted ones.
-
-  Args:
-    texts: an answer to each question.
-    asked: questions with their answers.
-
-  Returns:
-    Answers and what each is worth.
-  """
-  pairs = [(t, q.answers) for t, q in zip(texts, asked, strict=True)]
-  return Answers(
-    texts=list(texts),
-    token_f1=np.array([metrics.token_f1(*pair) for pair in pairs]),
-    exact_match=np.array([metrics.exact_match(*pair) for pair in pairs]),
-  )

@@ -6,12 +6,15 @@ spaces around it, and a separator follows it.
 
 import bisect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from zofo_jax import encode, errors, rows, tasks
+
+# (row, prompt, truncate) -> an example, or a question.
+EncodeFn = Callable[[rows.Row, str, bool], Any]
 
 
 def draw(
@@ -64,55 +67,40 @@ def demonstration(
 
 
 def encode_rows(
-  task: tasks.Task,
   data: Sequence[rows.Row],
+  prompts: Sequence[str],
   demonstrations: Sequence[str],
-  tokenizer: Any,
+  encode_one: EncodeFn,
   *,
-  max_length: int,
-  version: tasks.Version = 0,
   separator: str = "\n\n",
   truncate: bool = False,
-  prompts: Sequence[str] | None = None,
-) -> list[encode.Example]:
+) -> list[Any]:
   """Encodes rows with demonstrations before them, as many as fit.
 
   Where not all of them fit the first ones go, whole; the question stays.
 
   Args:
-    task: gives prompt, options and label.
     data: the rows to answer.
+    prompts: what is asked of each row.
     demonstrations: texts of `demonstration`.
-    tokenizer: a fast tokenizer.
-    max_length: longest row of tokens.
-    version: the template version.
+    encode_one: (row, prompt, truncate) to what is answered; raises
+      `encode.TooLongError` where the prompt does not fit.
     separator: what is between demonstrations, and before the question.
     truncate: whether a question that does not fit alone is cut at the left.
-    prompts: what is asked of each row, if not the task's prompt.
 
   Returns:
-    The examples, every option in them; the log counts what did not fit.
+    What `encode_one` made of each row; the log counts what did not fit.
 
   Raises:
     TooLongError: a question does not fit even without demonstrations.
   """
-  texts = [*demonstrations]
-  asked = prompts or [task.prompt(row, version) for row in data]
   examples, shown = [], []
-
-  for row, prompt in zip(data, asked, strict=True):
+  for row, prompt in zip(data, prompts, strict=True):
 
     def encoded(dropped, row=row, prompt=prompt):
-      kept = texts[dropped:]
-      return encode.encode(
-        task,
-        row,
-        tokenizer,
-        max_length=max_length,
-        version=version,
-        long_rows="truncate" if truncate and not kept else "error",
-        prompt=separator.join([*kept, prompt]),
-      )
+      kept = demonstrations[dropped:]
+      whole = separator.join([*kept, prompt])
+      return encode_one(row, whole, truncate and not kept)
 
     def fits(dropped, encoded=encoded):
       try:
@@ -122,12 +110,13 @@ def encode_rows(
       return True
 
     # The fewest that must go; without any, encoding tells what is wrong.
-    dropped = bisect.bisect_left(range(len(texts)), True, key=fits)
+    count = len(demonstrations)
+    dropped = bisect.bisect_left(range(count), True, key=fits)
     examples.append(encoded(dropped))
-    shown.append(len(texts) - dropped)
-  if min(shown) < len(texts):
+    shown.append(count - dropped)
+  if min(shown) < len(demonstrations):
     logging.warning(
-      "%s: %.1f of %d demonstrations fit in %d tokens, %d at least",
-      *(task.name, np.mean(shown), len(texts), max_length, min(shown)),
+      "%.1f of %d demonstrations fit before a question, %d at least",
+      *(np.mean(shown), len(demonstrations), min(shown)),
     )
   return examples

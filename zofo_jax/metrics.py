@@ -8,6 +8,7 @@ import collections
 import re
 import string
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -79,10 +80,16 @@ def exact_match(predicted: str, answers: Sequence[str]) -> float:
   return float(any(_words(predicted) == _words(a) for a in answers))
 
 
+TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
+  "token_f1": token_f1,
+  "exact_match": exact_match,
+}
+
+
 def bootstrap_interval(
-  score: Callable[[Sequence[int], Sequence[int]], float],
-  predicted: Sequence[int],
-  label: Sequence[int],
+  score: Callable[[Any, Any], float],
+  predicted: Any,
+  label: Any,
   *,
   level: float = 0.95,
   resamples: int = 1000,
@@ -94,8 +101,8 @@ def bootstrap_interval(
 
   Args:
     score: a metric of (predicted, label).
-    predicted: option chosen for each example.
-    label: right option of each example.
+    predicted: option chosen for each example, [N]; or what each is worth.
+    label: right option of each example, [N].
     level: coverage.
     resamples: how often the examples are drawn anew.
     seed: of the draws.

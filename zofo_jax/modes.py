@@ -5,7 +5,6 @@ new head. Each reads the config of a run, answers the same test rows, and may
 learn from the rows of D_p and D_f together.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
+  backbone,
   batches,
   calibrate,
   encode,
@@ -23,8 +23,8 @@ from zofo_jax import (
   experiment,
   incontext,
   losses,
-  metrics,
   probe,
+  questions,
   report,
   rows,
   runs,
@@ -48,59 +48,78 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     UserError: something in the config or the files is wrong.
   """
   run = runs.make_run(config)
+  if run.generate_fn is not None and config.icl.calibration != "none":
+    raise errors.UserError(
+      f"config.icl.calibration: task {run.task.name} is answered by generating "
+      f"text; expected 'none', found '{config.icl.calibration}'."
+    )
   splits = experiment.load_rows(config, run.task)
   pool = [*splits.lower, *splits.upper]
   encoded = [
     _icl_examples(run, pool, splits.test, config.data.seed + number)
     for number in range(config.icl.num_sets if config.icl.num_shots else 1)
   ]
-  base = experiment.load_base(config, run.model)
-  results = []
-  for examples, nulls in encoded:
-    scores = _score(run, base, examples, "icl")
-    results.append((examples, _calibrated(run, base, examples, nulls, scores)))
-  sets = [_worth(run, examples, scores) for examples, scores in results]
-  worth = sets[0]
-  if len(sets) > 1:
-    names = ("accuracy", run.task.metric)
-    worth = {
-      **{name: float(np.mean([one[name] for one in sets])) for name in names},
-      **{f"worst_{n}": float(min(one[n] for one in sets)) for n in names},
-      "sets": sets,
-    }
-  return _write(
-    run,
-    epath.Path(workdir),
-    "icl",
-    {
-      "num_shots": config.icl.num_shots,
-      "calibration": config.icl.calibration,
-      **worth,
-    },
-    *results[0],
-  )
+  base = backbone.load_base(config, run.model)
+  results = [
+    _calibrated(run, base, run.evaluate(base, {}, examples, "icl"), nulls)
+    for examples, nulls in encoded
+  ]
+  figures: dict[str, Any] = {
+    "num_shots": config.icl.num_shots,
+    "calibration": config.icl.calibration,
+  }
+  if len(results) > 1:
+    each = [result.worth() for result in results]
+    for name in each[0]:
+      figures[name] = float(np.mean([one[name] for one in each]))
+      figures[f"worst_{name}"] = min(one[name] for one in each)
+    figures["sets"] = each
+  else:
+    figures |= {**results[0].worth(), **results[0].intervals()}
+  return _write(run, workdir, "icl", results[0], figures)
 
 
 def _icl_examples(
   run: runs.Run, pool: list[rows.Row], asked: list[rows.Row], seed: int
-) -> tuple[list[encode.Example], list[list[encode.Example]]]:
+) -> tuple[list[Any], list[list[Any]]]:
   """Encodes the test rows, and the same without content for calibration."""
   config, task, version = run.config, run.task, run.config.data.template
   shown = incontext.draw(
     task, pool, config.icl.num_shots, seed, balanced=config.icl.balanced
   )
+  demonstrations = [
+    incontext.demonstration(task, row, version) for row in shown
+  ]
 
-  def encoded(prompts=None):
-    return incontext.encode_rows(
+  def encode_one(row, prompt, truncate):
+    if run.generate_fn is not None:
+      return questions.encode_question(
+        task,
+        row,
+        run.model.tokenizer,
+        max_length=experiment.question_length(config, run.model),
+        version=version,
+        truncate=truncate,
+        prompt=prompt,
+      )
+    return encode.encode(
       task,
-      asked,
-      [incontext.demonstration(task, row, version) for row in shown],
+      row,
       run.model.tokenizer,
       max_length=experiment.row_length(config, run.model),
       version=version,
+      long_rows="truncate" if truncate else "error",
+      prompt=prompt,
+    )
+
+  def encoded(prompts):
+    return incontext.encode_rows(
+      asked,
+      prompts,
+      demonstrations,
+      encode_one,
       separator=config.icl.separator,
       truncate=config.data.long_rows == "truncate",
-      prompts=prompts,
     )
 
   nulls = [
@@ -109,24 +128,26 @@ def _icl_examples(
     )
     for content in calibrate.INPUTS.get(config.icl.calibration, ())
   ]
-  return encoded(), nulls
+  return encoded([task.prompt(row, version) for row in asked]), nulls
 
 
-def _calibrated(run, base, examples, nulls, scores):
+def _calibrated(run, base, result, nulls):
   """Takes off what questions without content score, if so configured."""
   if not nulls:
-    return scores
+    return result
   # Where the options are fixed all rows without content are one and the same.
   null_scores = []
   for one in nulls:
     distinct = list({example.rows: example for example in one}.values())
     place = {example.rows: i for i, example in enumerate(distinct)}
-    found = _score(run, base, distinct, "calibrate")
+    found = run.evaluate(base, {}, distinct, "calibrate").scores
     null_scores.append(found[[place[example.rows] for example in one]])
   if run.config.icl.calibration == "contextual":
-    return calibrate.contextual(scores, np.stack(null_scores))
-  counts = calibrate.lengths(examples)
-  return calibrate.domain(scores, np.stack(null_scores), counts)
+    scores = calibrate.contextual(result.scores, np.stack(null_scores))
+  else:
+    counts = calibrate.lengths(result.examples)
+    scores = calibrate.domain(result.scores, np.stack(null_scores), counts)
+  return run.judge(result.examples, scores)
 
 
 def linear_probe(
@@ -161,7 +182,7 @@ def linear_probe(
       f"Task {run.task.name}: a linear probe needs rows of two labels at "
       f"least; all {len(known)} have label {labels[0]}."
     )
-  base = experiment.load_base(config, run.model)
+  base = backbone.load_base(config, run.model)
   hidden_fn = jax.jit(probe.make_hidden_fn(run.model.module))
 
   def features(some):
@@ -174,9 +195,9 @@ def linear_probe(
     c=config.probe.c,
     num_options=len(examples.test[0].options),
   )
-  scores = score(features(examples.test))
-  worth = _worth(run, examples.test, scores)
-  return _write(run, epath.Path(workdir), "probe", worth, examples.test, scores)
+  result = run.judge(examples.test, score(features(examples.test)))
+  figures = {**result.worth(), **result.intervals()}
+  return _write(run, workdir, "probe", result, figures)
 
 
 def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -198,7 +219,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   run = runs.make_run(config)
   examples = experiment.load_examples(config, run.model, run.task)
   known = [*examples.lower, *examples.upper]
-  base = experiment.load_base(config, run.model)
+  base = backbone.load_base(config, run.model)
   module = run.model.module
   hidden_fn = jax.jit(probe.make_hidden_fn(module))
   hidden = _hidden(run, hidden_fn, base, known)
@@ -208,12 +229,10 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   untied, base = probe.untie(
     module, base, probe.put_rows(table, tokens, trained)
   )
-  score_fn = jax.jit(
-    evaluate.make_score_fn(experiment.make_log_probs_fn(untied))
-  )
-  scores = _score(run, base, examples.test, "test", score_fn)
-  worth = _worth(run, examples.test, scores)
-  return _write(run, epath.Path(workdir), "head", worth, examples.test, scores)
+  score_fn = jax.jit(evaluate.make_score_fn(backbone.make_log_probs_fn(untied)))
+  result = run.evaluate(base, {}, examples.test, "test", score_fn=score_fn)
+  figures = {**result.worth(), **result.intervals()}
+  return _write(run, workdir, "head", result, figures)
 
 
 def _train_head(run, table, tokens, known, hidden):
@@ -261,57 +280,24 @@ def _hidden(run, hidden_fn, base, examples):
   )
 
 
-def _score(run, base, examples, label, score_fn=None):
-  return evaluate.score_options(
-    score_fn or run.score_fn,
-    base,
-    {},
-    examples,
-    batch_size=run.config.eval.batch_size,
-    pad=run.model.pad,
-    label=label,
-  )
-
-
-def _worth(
-  run: runs.Run, examples: list[encode.Example], scores: np.ndarray
+def _write(
+  run: runs.Run,
+  workdir: str,
+  name: str,
+  result: evaluate.Result,
+  figures: dict[str, Any],
 ) -> dict[str, Any]:
-  """Returns accuracy and the task's metric with their intervals."""
-  predictions = scores.argmax(axis=-1).tolist()
-  right = metrics.credit(predictions, [example.right for example in examples])
-  worth: dict[str, Any] = {}
-  for name in dict.fromkeys(("accuracy", run.task.metric)):
-    metric = metrics.METRICS[name]
-    worth[name] = metric(predictions, right)
-    worth[f"{name}_interval"] = metrics.bootstrap_interval(
-      metric, predictions, right
-    )
-  return worth
-
-
-def _write(run, folder, name, worth, examples, scores) -> dict[str, Any]:
   """Writes a mode's figures and predictions, and prints the figures."""
   outcome = {
     "task": run.task.name,
     "model": run.config.model.name,
     "mode": name,
-    "num_test_rows": len(examples),
-    **worth,
+    "num_test_rows": len(result.examples),
+    **figures,
   }
-  folder.mkdir(parents=True, exist_ok=True)
+  folder = epath.Path(workdir)
   report.write_json(folder / f"{name}.json", outcome)
-  lines = [
-    json.dumps(
-      {
-        "where": example.where,
-        "prediction": int(one.argmax()),
-        "right": list(example.right),
-        "scores": [float(value) for value in one[: len(example.options)]],
-      }
-    )
-    for example, one in zip(examples, scores, strict=True)
-  ]
-  (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+  report.write_lines(folder / f"{name}.jsonl", result.lines())
   plain = {k: v for k, v in outcome.items() if k != "sets"}
   report.results_table([plain], title=f"{folder}")
   return outcome

@@ -15,8 +15,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax import errors, experiment, inner, losses, perturbed, probe
-from zofo_jax.models import layers
+from zofo_jax import (
+  backbone,
+  errors,
+  inner,
+  losses,
+  perturbed,
+  probe,
+)
+from zofo_jax.models import decoder
 
 # (what the model would write, the right answer) -> score, the higher the
 # better.
@@ -48,7 +55,7 @@ def best_tokens(
     flat(batch.mask),
     method="hidden",
   )
-  hidden = layers.gather_positions(hidden, flat(batch.positions))
+  hidden = decoder.gather_positions(hidden, flat(batch.positions))
   table = probe.head_table(module, base)
   best = jnp.argmax(perturbed.dot_transposed(hidden, table), axis=-1)
   best = jnp.take_along_axis(best, flat(batch.target_slot), axis=1)
@@ -173,7 +180,7 @@ def make_probe_loss_fn(
     return None
   if name == "accuracy":
     return losses.make_loss_fn(
-      experiment.make_log_probs_fn(module), losses.option_errors
+      backbone.make_log_probs_fn(module), losses.option_errors
     )
   score = (
     token_f1

@@ -16,7 +16,7 @@ import optax
 
 from zofo_jax import batches, encode, losses
 from zofo_jax import progress as progress_lib
-from zofo_jax.models import layers
+from zofo_jax.models import decoder
 
 # (base, batch) -> what the head reads at a batch's positions, [B, R, P, D].
 HiddenFn = Callable[[Any, losses.Batch], Any]
@@ -56,7 +56,7 @@ def make_hidden_fn(module: nn.Module) -> HiddenFn:
       flat(batch.mask),
       method="hidden",
     )
-    picked = layers.gather_positions(hidden, flat(batch.positions))
+    picked = decoder.gather_positions(hidden, flat(batch.positions))
     return picked.reshape(*lead, *picked.shape[1:])
 
   return hidden_fn
@@ -156,7 +156,7 @@ def make_head_step(
       def flat(leaf):
         return leaf.reshape(lead[0] * lead[1], *leaf.shape[2:])
 
-      log_probs = layers.target_log_probs(
+      log_probs = decoder.target_log_probs(
         flat(hidden),
         whole,
         flat(batch.target_slot),

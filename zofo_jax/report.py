@@ -91,6 +91,12 @@ def write_json(path: epath.PathLike, obj: Any) -> None:
   _replace(epath.Path(path), _dumps(obj, indent=2) + "\n")
 
 
+def write_lines(path: epath.PathLike, rows: Iterable[Any]) -> None:
+  """Writes a JSON line for each row, all of them or none."""
+  lines = "".join(_dumps(row) + "\n" for row in rows)
+  _replace(epath.Path(path), lines)
+
+
 def results_table(
   rows: Sequence[Mapping[str, Any]],
   *,

@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 import jax
 import ml_collections
+import numpy as np
 import optax
 from etils import epath
 
 from zofo_jax import (
+  backbone,
   bilevel,
+  checks,
   directions,
+  encode,
   errors,
   evaluate,
   experiment,
@@ -24,7 +28,6 @@ from zofo_jax import (
   objectives,
   outer,
   perturbed,
-  questions,
   sampler,
   tasks,
   zo,
@@ -185,7 +188,7 @@ class Run(NamedTuple):
   """
 
   config: ml_collections.ConfigDict
-  model: experiment.Model
+  model: backbone.Model
   task: tasks.Task
   algorithm: bilevel.BilevelAlgorithm
   score_fn: evaluate.ScoreFn
@@ -197,7 +200,7 @@ class Run(NamedTuple):
     upper_key, lower_key, step_key = jax.random.split(key, 3)
 
     def adapter(adapter_key: jax.Array) -> Any:
-      return experiment.init_adapter(self.config, self.model, adapter_key, base)
+      return backbone.init_adapter(self.config, self.model, adapter_key, base)
 
     return self.algorithm.init(
       step_key, base, adapter(upper_key), adapter(lower_key)
@@ -205,75 +208,75 @@ class Run(NamedTuple):
 
   def abstract_state(self) -> bilevel.BilevelState:
     """Returns the shapes of a state, without reading weights."""
-    base = experiment.abstract_base(self.config, self.model)
+    base = backbone.abstract_base(self.config, self.model)
     return jax.eval_shape(self.init, base)
 
-  def generate(
+  def evaluate(
     self,
     base: Any,
     adapter: Any,
-    asked: Sequence[questions.Question],
+    examples: Sequence[Any],
     label: str,
-  ) -> list[str]:
-    """Answers questions with an adapter on a backbone; a text for each."""
-    if self.generate_fn is None:
-      raise ValueError(f"task {self.task.name} is not answered by generation")
-    texts = generate.generate_texts(
-      self.generate_fn,
-      base,
-      adapter,
-      [question.tokens for question in asked],
-      self.model.tokenizer,
-      batch_size=self.config.eval.batch_size,
-      pad=self.model.pad,
-      stop=self.config.generate.stop,
-      seed=self.config.seed,
-      label=label,
-    )
-    return [text.strip() for text in texts]
+    *,
+    score_fn: evaluate.ScoreFn | None = None,
+  ) -> evaluate.Result:
+    """Chooses options, or answers questions, with an adapter on a backbone.
 
-  def evaluate(
-    self, base: Any, adapter: Any, examples: Sequence[Any], label: str
-  ) -> evaluate.Evaluation | evaluate.Answers:
-    """Scores examples, or answers questions, with an adapter on a backbone."""
+    Args:
+      base: backbone parameters.
+      adapter: adapter parameters; {} for the bare backbone.
+      examples: encoded rows, or questions of a task answered by generation.
+      label: what the progress is called.
+      score_fn: scores options in the place of the run's own function.
+
+    Returns:
+      What was answered.
+    """
+    size, pad = self.config.eval.batch_size, self.model.pad
     if self.generate_fn is not None:
-      texts = self.generate(base, adapter, examples, label)
-      return evaluate.score_answers(texts, examples)
-    return evaluate.evaluate(
-      self.score_fn,
+      texts = generate.generate_texts(
+        self.generate_fn,
+        base,
+        adapter,
+        [question.tokens for question in examples],
+        self.model.tokenizer,
+        batch_size=size,
+        pad=pad,
+        stop=self.config.generate.stop,
+        seed=self.config.seed,
+        label=label,
+      )
+      return evaluate.Answers(examples, [text.strip() for text in texts])
+    scores = evaluate.score_options(
+      score_fn or self.score_fn,
       base,
       adapter,
       examples,
-      metric=self.task.metric,
-      batch_size=self.config.eval.batch_size,
-      pad=self.model.pad,
+      batch_size=size,
+      pad=pad,
       label=label,
     )
+    return self.judge(examples, scores)
 
-
-def worth(
-  task: tasks.Task, result: evaluate.Evaluation | evaluate.Answers
-) -> dict[str, float]:
-  """Names what an evaluation is worth; the task's metric is among it."""
-  if isinstance(result, evaluate.Answers):
-    return {
-      "token_f1": float(result.token_f1.mean()),
-      "exact_match": float(result.exact_match.mean()),
-    }
-  return {"accuracy": result.accuracy, task.metric: result.metric}
+  def judge(
+    self, examples: Sequence[encode.Example], scores: np.ndarray
+  ) -> evaluate.Evaluation:
+    """Returns scores of options [N, O] with what the task measures them by."""
+    names = tuple(dict.fromkeys(("accuracy", self.task.metric)))
+    return evaluate.Evaluation(examples, scores, names)
 
 
 def make_run(config: ml_collections.ConfigDict) -> Run:
   """Checks a config and makes what does not need rows or weights."""
-  config_lib.check(config)
+  checks.check(config)
   task = experiment.load_task(config)
-  model = experiment.load_model(config)
+  model = backbone.load_model(config)
   experiment.context_length(config, model)
-  loss_fn = experiment.make_loss_fn(config.loss, model.module)
-  log_probs_fn = experiment.make_log_probs_fn(model.module)
+  loss_fn = backbone.make_loss_fn(config.loss, model.module)
+  log_probs_fn = backbone.make_log_probs_fn(model.module)
   generate_fn = None
   if task.kind == "generation":
-    generate_fn = jax.jit(experiment.make_generate_fn(config, model))
+    generate_fn = jax.jit(backbone.make_generate_fn(config, model))
   run = Run(
     config=config,
     model=model,
@@ -288,7 +291,7 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
     score_fn=jax.jit(evaluate.make_score_fn(log_probs_fn)),
     generate_fn=generate_fn,
   )
-  check_sampler(config.zo, experiment.abstract_base(config, model))
+  check_sampler(config.zo, backbone.abstract_base(config, model))
   run.abstract_state()  # adapters that fit nowhere are noticed here
   return run
 

@@ -3,11 +3,9 @@
 Both use the best checkpoint on the selection rows, and adapter p.
 """
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 from etils import epath
 
 from zofo_jax import (
@@ -17,7 +15,6 @@ from zofo_jax import (
   errors,
   evaluate,
   experiment,
-  metrics,
   report,
   rows,
   runs,
@@ -54,19 +51,15 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   run, state = _load(folder)
   examples = experiment.load_examples(run.config, run.model, run.task).test
   result = run.evaluate(state.base, state.upper, examples, "test")
-  worth = runs.worth(run.task, result)
-  intervals = {
-    f"{name}_interval": _interval(name, examples, result) for name in worth
-  }
   evaluation: dict[str, Any] = {
     "task": run.task.name,
     "step": int(state.step),
     "num_test_rows": len(examples),
-    **worth,
-    **intervals,
+    **result.worth(),
+    **result.intervals(),
   }
   report.write_json(folder / "evaluation.json", evaluation)
-  _write_predictions(folder / "predictions.jsonl", examples, result)
+  report.write_lines(folder / "predictions.jsonl", result.lines())
   report.results_table([evaluation], title=f"{folder}, adapter p")
   return evaluation
 
@@ -89,24 +82,34 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   folder = epath.Path(workdir)
   run, state = _load(folder)
   asked = rows.load(run.task, source, "train", labelled=False)
-  find = _choose if run.generate_fn is None else _generate
-  answers = find(run, state, asked)
+  result = run.evaluate(
+    state.base, state.upper, _encoded(run, asked), "predict"
+  )
+  if isinstance(result, evaluate.Answers):
+    answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
+  else:
+    answers = []
+    for row, line in zip(asked, result.lines(), strict=True):
+      options = run.task.options(row, run.config.data.template)
+      answer = options[line["prediction"]].strip()
+      answers.append({"prediction": answer, "scores": line["scores"]})
   path = epath.Path(target) if target else folder / "answers.jsonl"
   lines = [
-    json.dumps({**row.fields, **answer})
-    for row, answer in zip(asked, answers, strict=True)
+    {**row.fields, **answer} for row, answer in zip(asked, answers, strict=True)
   ]
   path.parent.mkdir(parents=True, exist_ok=True)
-  path.write_text("\n".join(lines) + "\n")
+  report.write_lines(path, lines)
   print(f"{len(lines)} answers in {path}.")
 
 
-def _choose(
-  run: runs.Run, state: bilevel.BilevelState, asked: Sequence[rows.Row]
-) -> list[dict[str, Any]]:
-  """Answers rows with one of their options each."""
+def _encoded(run: runs.Run, asked: Sequence[rows.Row]) -> Sequence[Any]:
+  """Encodes rows without labels, for options or for generation."""
   config = run.config
-  examples = encode.encode_rows(
+  if run.generate_fn is not None:
+    return experiment.load_questions(
+      config, run.model, run.task, asked, labelled=False
+    )
+  return encode.encode_rows(
     run.task,
     asked,
     run.model.tokenizer,
@@ -116,77 +119,3 @@ def _choose(
     long_rows="truncate" if config.data.long_rows == "truncate" else "error",
     labelled=False,
   )
-  scores = evaluate.score_options(
-    run.score_fn,
-    state.base,
-    state.upper,
-    examples,
-    batch_size=config.eval.batch_size,
-    pad=run.model.pad,
-    label="predict",
-  )
-  answers = []
-  for row, values in zip(asked, scores, strict=True):
-    options = run.task.options(row, config.data.template)
-    known = [float(value) for value in values[: len(options)]]
-    answer = options[int(values.argmax())].strip()
-    answers.append({"prediction": answer, "scores": known})
-  return answers
-
-
-def _generate(
-  run: runs.Run, state: bilevel.BilevelState, asked: Sequence[rows.Row]
-) -> list[dict[str, Any]]:
-  """Answers rows with a text each."""
-  found = experiment.load_questions(
-    run.config, run.model, run.task, asked, labelled=False
-  )
-  texts = run.generate(state.base, state.upper, found, "predict")
-  return [{"prediction": text} for text in texts]
-
-
-def _interval(
-  name: str,
-  examples: Sequence[Any],
-  result: evaluate.Evaluation | evaluate.Answers,
-) -> tuple[float, float]:
-  """Returns the bootstrap interval of one score over the rows."""
-  if isinstance(result, evaluate.Answers):
-    each = getattr(result, name).tolist()
-    return metrics.bootstrap_interval(
-      lambda values, _: float(np.mean(values)), each, each
-    )
-  predictions = result.predictions.tolist()
-  right = metrics.credit(predictions, [example.right for example in examples])
-  return metrics.bootstrap_interval(metrics.METRICS[name], predictions, right)
-
-
-def _write_predictions(
-  path: epath.Path,
-  examples: Sequence[Any],
-  result: evaluate.Evaluation | evaluate.Answers,
-) -> None:
-  if isinstance(result, evaluate.Answers):
-    lines = [
-      {
-        "where": question.where,
-        "prediction": text,
-        "answers": list(question.answers),
-        "token_f1": float(f1),
-        "exact_match": float(same),
-      }
-      for question, text, f1, same in zip(examples, *result, strict=True)
-    ]
-  else:
-    lines = [
-      {
-        "where": example.where,
-        "prediction": int(prediction),
-        "right": list(example.right),
-        "scores": [float(s) for s in scores[: len(example.options)]],
-      }
-      for example, prediction, scores in zip(
-        examples, result.predictions, result.scores, strict=True
-      )
-    ]
-  path.write_text("".join(json.dumps(line) + "\n" for line in lines))

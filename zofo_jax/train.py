@@ -13,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
+  backbone,
   batches,
   bilevel,
   checkpoint,
@@ -93,9 +94,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     writer = report.JsonlWriter(folder / "metrics.jsonl")
     if checkpoints.latest_step() is None:
       writer.truncate_after(-1)
-      state = run.init(experiment.load_base(config, run.model))
+      state = run.init(backbone.load_base(config, run.model))
       zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
-      record = {"seconds": 0.0, "zero_shot": runs.worth(run.task, zero_shot)}
+      record = {"seconds": 0.0, "zero_shot": zero_shot.worth()}
     else:
       state, record = checkpoints.restore(run.abstract_state())
       writer.truncate_after(int(state.step))
@@ -158,8 +159,7 @@ def _loop(run, examples, state, record, writer, checkpoints):
           state.base, state.upper, examples.selection, "selection"
         )
         scores = {
-          f"selection_{name}": value
-          for name, value in runs.worth(run.task, result).items()
+          f"selection_{name}": value for name, value in result.worth().items()
         }
         writer.write({"step": step + 1, **scores})
         checkpoints.save(
@@ -179,7 +179,7 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
   worth = {"zero_shot": record["zero_shot"]}
   for name, adapter in (("test", state.upper), ("test_s", state.lower)):
     result = run.evaluate(state.base, adapter, examples.test, name)
-    worth[name] = runs.worth(run.task, result)
+    worth[name] = result.worth()
   forward, backward = passes(config)
   num_steps = config.train.num_steps
   summary: dict[str, Any] = {

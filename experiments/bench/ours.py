@@ -14,7 +14,7 @@ import optax
 from bench import workload
 
 import zofo_jax as zofo
-from zofo_jax import adapters, encode, evaluate, experiment, losses
+from zofo_jax import adapters, backbone, encode, evaluate, losses
 from zofo_jax.models import llama, opt
 
 DIRECTIONS = {
@@ -121,7 +121,7 @@ def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
   module = _llama(work.llama)
   rows = workload.full_rows(work.llama_rows, work.llama.vocab_size)
   batch = _batch(rows)
-  loss_fn = experiment.make_loss_fn("likelihood", module)
+  loss_fn = backbone.make_loss_fn("likelihood", module)
   sgd = zofo.outer.sgd(1e-7)
   base = _random_base(module)
   held = {"base": base, "state": sgd.init(base), "step": 0}
@@ -204,7 +204,7 @@ def make_bilevel(work: workload.Work) -> Bilevel:
     key, base, rank=work.lora_rank, alpha=16.0
   )
   algorithm = zofo.make_bilevel_step(
-    experiment.make_loss_fn("likelihood", module),
+    backbone.make_loss_fn("likelihood", module),
     lower_tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)),
     upper_tx=optax.adam(1e-4),
     base_tx=zofo.outer.sgd(1e-7),
@@ -274,9 +274,7 @@ def make_evaluation(work: workload.Work) -> Callable[[], Any]:
     )
     for tokens in workload.scored_rows(work)
   ]
-  score_fn = jax.jit(
-    evaluate.make_score_fn(experiment.make_log_probs_fn(module))
-  )
+  score_fn = jax.jit(evaluate.make_score_fn(backbone.make_log_probs_fn(module)))
   return lambda: evaluate.score_options(
     score_fn, base, {}, examples, batch_size=work.scored_batch, pad=0
   )

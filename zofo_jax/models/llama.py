@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from zofo_jax import errors
-from zofo_jax.models import caches, layers
+from zofo_jax.models import caches, decoder, hf_config, layers
 from zofo_jax.models import rope as rope_lib
 
 _EVERYTHING = 2**30
@@ -136,7 +136,7 @@ class Block(nn.Module):
     return (x, cache), None
 
 
-class Llama(layers.Decoder):
+class Llama(decoder.Decoder):
   """A Llama decoder with its head.
 
   Attributes:
@@ -152,7 +152,7 @@ class Llama(layers.Decoder):
     c = self.config
     self.embed = layers.Embed(c.vocab_size, c.hidden_size)
     window_axis = nn.broadcast if c.windows is None else 0
-    self.layers = layers.stack_layers(
+    self.layers = decoder.stack_layers(
       Block,
       c.num_layers,
       self.remat,
@@ -238,14 +238,14 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     UserError: a field is missing or asks for something not implemented.
   """
   family = config.get("model_type", "llama")
-  layers.hf_check(config, "quantization_config", None)
-  num_heads = layers.hf_field(config, "num_attention_heads")
-  hidden_size = layers.hf_field(config, "hidden_size")
-  num_layers = layers.hf_field(config, "num_hidden_layers")
+  hf_config.check(config, "quantization_config", None)
+  num_heads = hf_config.field(config, "num_attention_heads")
+  hidden_size = hf_config.field(config, "hidden_size")
+  num_layers = hf_config.field(config, "num_hidden_layers")
   if family == "llama":
     num_kv_heads = config.get("num_key_value_heads") or num_heads
   else:
-    num_kv_heads = layers.hf_field(config, "num_key_value_heads")
+    num_kv_heads = hf_config.field(config, "num_key_value_heads")
   if num_heads % num_kv_heads:
     raise errors.UserError(
       f"config.json has num_attention_heads = {num_heads}, which "
@@ -257,19 +257,19 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
       f"config.json has hidden_size = {hidden_size} and num_attention_heads "
       f"= {num_heads}; expected heads of an even width."
     )
-  max_length = layers.hf_field(config, "max_position_embeddings")
+  max_length = hf_config.field(config, "max_position_embeddings")
   attention_bias = bool(config.get("attention_bias")) and family == "llama"
   return LlamaConfig(
-    vocab_size=layers.hf_field(config, "vocab_size"),
+    vocab_size=hf_config.field(config, "vocab_size"),
     hidden_size=hidden_size,
-    mlp_size=layers.hf_field(config, "intermediate_size"),
+    mlp_size=hf_config.field(config, "intermediate_size"),
     num_layers=num_layers,
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     max_length=max_length,
     norm_epsilon=config.get("rms_norm_eps", 1e-6),
-    activation=layers.hf_activation(config, "hidden_act", "silu"),
+    activation=hf_config.activation(config, "hidden_act", "silu"),
     tied_head=bool(config.get("tie_word_embeddings", False)),
     qkv_bias=attention_bias or family == "qwen2",
     out_bias=attention_bias,

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from zofo_jax import errors
-from zofo_jax.models import caches, layers
+from zofo_jax.models import caches, decoder, hf_config, layers
 
 # OPT's table of positions keeps its first two rows; padding reads row 1.
 _OFFSET = 2
@@ -125,7 +125,7 @@ class Block(nn.Module):
     return (mlp_norm(x + mlp(x)), cache), None
 
 
-class Opt(layers.Decoder):
+class Opt(decoder.Decoder):
   """An OPT decoder with its head.
 
   Attributes:
@@ -144,7 +144,7 @@ class Opt(layers.Decoder):
     if c.embed_size != c.hidden_size:
       self.project_in = layers.Linear(c.hidden_size, use_bias=False)
       self.project_out = layers.Linear(c.embed_size, use_bias=False)
-    self.layers = layers.stack_layers(
+    self.layers = decoder.stack_layers(
       Block, c.num_layers, self.remat, (nn.broadcast,)
     )(c)
     if c.final_norm:
@@ -199,9 +199,9 @@ def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
   Raises:
     UserError: a field is missing or asks for something not implemented.
   """
-  layers.hf_check(config, "quantization_config", None)
-  hidden_size = layers.hf_field(config, "hidden_size")
-  num_heads = layers.hf_field(config, "num_attention_heads")
+  hf_config.check(config, "quantization_config", None)
+  hidden_size = hf_config.field(config, "hidden_size")
+  num_heads = hf_config.field(config, "num_attention_heads")
   if hidden_size % num_heads:
     raise errors.UserError(
       f"config.json has hidden_size = {hidden_size}, which "
@@ -209,14 +209,14 @@ def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
     )
   norm_before = bool(config.get("do_layer_norm_before", True))
   return OptConfig(
-    vocab_size=layers.hf_field(config, "vocab_size"),
+    vocab_size=hf_config.field(config, "vocab_size"),
     hidden_size=hidden_size,
-    mlp_size=layers.hf_field(config, "ffn_dim"),
-    num_layers=layers.hf_field(config, "num_hidden_layers"),
+    mlp_size=hf_config.field(config, "ffn_dim"),
+    num_layers=hf_config.field(config, "num_hidden_layers"),
     num_heads=num_heads,
     embed_size=config.get("word_embed_proj_dim") or hidden_size,
-    max_length=layers.hf_field(config, "max_position_embeddings"),
-    activation=layers.hf_activation(config, "activation_function", "relu"),
+    max_length=hf_config.field(config, "max_position_embeddings"),
+    activation=hf_config.activation(config, "activation_function", "relu"),
     norm_before=norm_before,
     # Checkpoints tuned before transformers 4.20.1 lack the last norm.
     final_norm=norm_before and not config.get("_remove_final_layer_norm"),

@@ -2,11 +2,10 @@
 
 from zofo_jax import errors
 from zofo_jax.tasks import answers, choices, claims, pairs, sentiment, superglue
-from zofo_jax.tasks.task import Metric as Metric
+from zofo_jax.tasks.own import custom as custom
 from zofo_jax.tasks.task import Task as Task
 from zofo_jax.tasks.task import Template as Template
 from zofo_jax.tasks.task import Version as Version
-from zofo_jax.tasks.task import custom as custom
 
 ALL: dict[str, Task] = {
   entry.name: entry

@@ -7,8 +7,6 @@ what follows the prompt, its leading space or line break included.
 
 import dataclasses
 import json
-import string
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +14,9 @@ from zofo_jax import errors, rows
 
 Fields = Mapping[str, Any]
 Kind = Literal["classification", "multiple choice", "generation"]
-Metric = Literal["accuracy", "macro_f1", "matthews", "pearson", "token_f1"]
+Metric = Literal[
+  "accuracy", "macro_f1", "matthews", "pearson", "token_f1", "exact_match"
+]
 Version = int | Literal["reference"]
 
 
@@ -165,87 +165,6 @@ class Task:
         raise errors.UserError(f"{row.where}: column '{column}' is empty.")
     if labelled:
       self.right(row)
-
-
-def custom(
-  name: str,
-  *,
-  prompt: str,
-  options: Sequence[str],
-  label: str = "label",
-  labels: Sequence[str] | None = None,
-  metric: Metric = "accuracy",
-) -> Task:
-  """Makes a task of the user's own out of a config's plain values.
-
-  Args:
-    name: what to call it.
-    prompt: pattern such as "{review} It was"; braces name columns.
-    options: one text per label, such as " bad"; may name columns too, which
-      makes multiple choice ("{ending0}").
-    label: column of the label.
-    labels: label values in the options' order, where they are not 0, 1, ...
-    metric: how predictions are scored.
-
-  Returns:
-    A task like the built-in ones.
-
-  Raises:
-    UserError: a pattern is broken, or too few options or labels.
-  """
-  texts: list[str] = []
-  for field, pattern in [
-    ("prompt", prompt),
-    *((f"options[{i}]", option) for i, option in enumerate(options)),
-  ]:
-    try:
-      names = [f for _, f, _, _ in string.Formatter().parse(pattern)]
-    except ValueError as error:
-      raise errors.UserError(
-        f"Task {name}: {field} {pattern!r} is no pattern: {error}. Write "
-        "columns as {column} and a real brace twice."
-      ) from error
-    for column in names:
-      if column is None:
-        continue
-      if not column.isidentifier():
-        raise errors.UserError(
-          f"Task {name}: {field} {pattern!r} names the column '{column}'; "
-          "expected a plain column name between braces."
-        )
-      if column not in texts:
-        texts.append(column)
-  if not texts:
-    raise errors.UserError(
-      f"Task {name}: prompt {prompt!r} names no column; write one as "
-      "{column}."
-    )
-  if len(options) < 2:
-    raise errors.UserError(
-      f"Task {name}: options has {len(options)} entries; at least 2 expected."
-    )
-  if labels is not None and len(labels) != len(options):
-    raise errors.UserError(
-      f"Task {name}: labels has {len(labels)} entries and options "
-      f"{len(options)}; one label per option expected."
-    )
-  if metric not in typing.get_args(Metric):
-    raise errors.UserError(
-      f"Task {name}: metric is '{metric}'; expected one of "
-      f"{', '.join(typing.get_args(Metric))}."
-      f"{errors.nearest(metric, typing.get_args(Metric))}"
-    )
-  varying = any("{" in option for option in options)
-  return Task(
-    name=name,
-    templates=(Template(prompt, tuple(options)),),
-    example={column: f"<{column}>" for column in texts},
-    text=tuple(texts),
-    label=label,
-    labels=None if labels is None else tuple(map(str, labels)),
-    metric=metric,
-    kind="multiple choice" if varying else "classification",
-  )
 
 
 def _call(function: Callable[[Fields], Any], row: rows.Row) -> Any:

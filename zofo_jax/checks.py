@@ -1,0 +1,266 @@
+"""The checks of a config: a value that cannot be meant stops a run at once.
+
+Each says in one sentence which field, what was found and what was expected.
+"""
+
+import re
+
+import ml_collections
+
+from zofo_jax import config as config_lib
+from zofo_jax import errors
+
+OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
+SCHEDULES = ("constant", "linear", "cosine")
+DIRECTIONS = ("gaussian", "rademacher", "low_rank", "per_example", "sparse")
+SCALINGS = ("none", "sign", "std", "running_rms")
+ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
+ESTIMATORS = ("central", "forward", "exact")
+OBJECTIVES = ("loss", "accuracy", "token_f1")
+LOSSES = ("likelihood", "classification")
+DTYPES = ("float32", "bfloat16")
+
+CHOICES = {
+  "loss": LOSSES,
+  "model.dtype": DTYPES,
+  "lower.optimizer": OPTIMIZERS,
+  "upper.optimizer": OPTIMIZERS,
+  "zo.optimizer": ZO_OPTIMIZERS,
+  "zo.scaling": SCALINGS,
+  "lower.schedule": SCHEDULES,
+  "upper.schedule": SCHEDULES,
+  "zo.direction": DIRECTIONS,
+  "zo.estimator": ESTIMATORS,
+  "data.test_split": ("", "validation", "test"),
+  "icl.calibration": ("none", "contextual", "domain"),
+  "head.rows": ("labels", "all"),
+  "data.long_rows": ("error", "truncate", "drop"),
+  "prefix.init": ("tokens", "random"),
+  "prompt.init": ("tokens", "random", "text"),
+}
+
+_POSITIVE = (
+  "lora.rank",
+  "prefix.length",
+  "prompt.length",
+  "lower.num_steps",
+  "lower.batch_size",
+  "upper.batch_size",
+  "zo.num_directions",
+  "zo.rank",
+  "zo.frame_steps",
+  "zo.threshold",
+  "zo.eps",
+  "data.num_lower",
+  "data.num_upper",
+  "data.num_test",
+  "data.max_length",
+  "train.num_steps",
+  "train.eval_every_steps",
+  "icl.num_sets",
+  "probe.c",
+  "head.num_steps",
+  "head.batch_size",
+  "eval.batch_size",
+  "generate.max_new_tokens",
+  "generate.num_beams",
+  "generate.top_p",
+  "ckpt.keep",
+)
+
+_NOT_NEGATIVE = (
+  "penalty",
+  "lora.dropout",
+  "prefix.projection",
+  "lower.learning_rate",
+  "upper.learning_rate",
+  "zo.learning_rate",
+  "zo.clip",
+  "zo.weight_decay",
+  "lower.clip_norm",
+  "upper.clip_norm",
+  "data.num_selection",
+  "data.shots",
+  "icl.num_shots",
+  "head.learning_rate",
+  "generate.temperature",
+  "generate.top_k",
+)
+
+
+def check(config: ml_collections.ConfigDict) -> None:
+  """Stops on a value that cannot be meant.
+
+  Raises:
+    errors.UserError: names the field, what was found and what was expected.
+  """
+  fields = config_lib.flat(config)
+  for name, valid in CHOICES.items():
+    found = fields[name]
+    if found not in valid:
+      raise errors.UserError(
+        f"config.{name}: expected one of {', '.join(valid)}; found "
+        f"'{found}'.{errors.nearest(str(found), valid)}"
+      )
+  for name in _POSITIVE:
+    if not fields[name] > 0:
+      raise errors.UserError(
+        f"config.{name}: expected more than 0; found {fields[name]}."
+      )
+  for name in _NOT_NEGATIVE:
+    if not fields[name] >= 0:
+      raise errors.UserError(
+        f"config.{name}: expected 0 or more; found {fields[name]}."
+      )
+  _check_zo(config)
+  _check_own_task(config)
+  _check_adapter(config)
+  _check_generate(config.generate)
+  try:
+    re.compile(config.lora.targets)
+  except re.error as error:
+    raise errors.UserError(
+      "config.lora.targets: expected a regular expression; found "
+      f"'{config.lora.targets}' ({error})."
+    ) from error
+  if not config.model.name:
+    raise errors.UserError(
+      "config.model.name: expected a hub id or a local folder; found nothing."
+    )
+
+
+def _check_own_task(config: ml_collections.ConfigDict) -> None:
+  """Stops on parts of a task of one's own that have no prompt to belong to."""
+  given = {
+    name: config.data[name]
+    for name in ("options", "labels", "label")
+    if config.data[name] and config.data[name] != "label"
+  }
+  if given and not config.data.prompt:
+    name, value = next(iter(given.items()))
+    raise errors.UserError(
+      f"config.data.{name}: belongs to a task of one's own, which "
+      f"config.data.prompt begins; found {value!r} without it."
+    )
+
+
+def _check_zo_parts(config: ml_collections.ConfigDict) -> None:
+  """Stops on an objective or a choice of weights that cannot be meant."""
+  objective = config.zo.objective
+  if ":" not in objective and objective not in OBJECTIVES:
+    raise errors.UserError(
+      f"config.zo.objective: expected one of {', '.join(OBJECTIVES)} or "
+      f"MODULE:SCORE; found '{objective}'."
+      f"{errors.nearest(objective, OBJECTIVES)}"
+    )
+  if objective != "loss" and config.zo.estimator == "exact":
+    raise errors.UserError(
+      f"config.zo.objective: '{objective}' has no derivative for zo.estimator "
+      "'exact'; expected 'loss', or the estimator 'central' or 'forward'."
+    )
+  try:
+    re.compile(config.zo.select)
+  except re.error as error:
+    raise errors.UserError(
+      "config.zo.select: expected a regular expression; found "
+      f"'{config.zo.select}' ({error})."
+    ) from error
+  if config.zo.optimizer == "adamw" and (config.zo.select or config.zo.layers):
+    raise errors.UserError(
+      "config.zo.optimizer: 'adamw' decays every weight, those that "
+      "zo.select or zo.layers keep as well; expected another."
+    )
+
+
+def _check_zo(config: ml_collections.ConfigDict) -> None:
+  """Stops on choices that exclude each other; none is ever ignored."""
+  _check_zo_parts(config)
+  one_value = config.zo.estimator != "central" and config.zo.num_directions == 1
+  if config.zo.scaling == "std" and one_value:
+    raise errors.UserError(
+      "config.zo.scaling: 'std' needs several values; expected zo.estimator "
+      f"'central' or more zo.num_directions; found '{config.zo.estimator}' and "
+      "1."
+    )
+  if config.zo.optimizer == "conservative" and (
+    config.zo.num_directions > 1 or config.zo.direction == "per_example"
+  ):
+    raise errors.UserError(
+      "config.zo.optimizer: 'conservative' takes one direction a step; found "
+      f"{config.zo.num_directions} of kind '{config.zo.direction}'."
+    )
+  if config.zo.direction == "per_example" and config.zo.num_directions > 1:
+    raise errors.UserError(
+      "config.zo.num_directions: 'per_example' takes one an example; expected "
+      f"1; found {config.zo.num_directions}."
+    )
+  if config.zo.optimizer == "conservative" and (
+    config.zo.clip or config.zo.scaling != "none"
+  ):
+    raise errors.UserError(
+      "config.zo.optimizer: 'conservative' scales no coefficients; expected "
+      f"zo.scaling 'none' and zo.clip 0; found '{config.zo.scaling}' and "
+      f"{config.zo.clip}."
+    )
+  if config.zo.weight_decay and config.zo.optimizer != "sgd":
+    raise errors.UserError(
+      "config.zo.weight_decay: only zo.optimizer 'sgd' takes it; found "
+      f"{config.zo.weight_decay} with '{config.zo.optimizer}'."
+    )
+
+
+def _check_adapter(config: ml_collections.ConfigDict) -> None:
+  """Stops on adapters that there are not, and on fields they would ignore."""
+  known, kinds = config_lib.ADAPTERS, str(config.adapter.kind).split("+")
+  for kind in kinds:
+    if kind not in known or kinds.count(kind) > 1:
+      raise errors.UserError(
+        f"config.adapter.kind: expected one or more of {', '.join(known)}, "
+        f"each once, joined by '+'; found '{config.adapter.kind}'."
+        + ("" if kind in known else errors.nearest(kind, known))
+      )
+  if config.lora.dropout >= 1:
+    raise errors.UserError(
+      f"config.lora.dropout: expected less than 1; found {config.lora.dropout}."
+    )
+  if config.prefix.projection and config.prefix.init != "random":
+    raise errors.UserError(
+      "config.prefix.projection: a computed prefix cannot start from tokens; "
+      f"expected prefix.init 'random'; found '{config.prefix.init}'."
+    )
+  if bool(config.prompt.text.strip()) != (config.prompt.init == "text"):
+    raise errors.UserError(
+      "config.prompt.text: expected words with prompt.init 'text', and only "
+      f"then; found '{config.prompt.text}' with '{config.prompt.init}'."
+    )
+
+
+def _check_generate(options: ml_collections.ConfigDict) -> None:
+  """Stops on ways to generate that exclude each other."""
+  if options.top_p > 1:
+    raise errors.UserError(
+      "config.generate.top_p: expected more than 0 and at most 1; found "
+      f"{options.top_p}."
+    )
+  if options.num_beams > 1 and options.temperature:
+    raise errors.UserError(
+      "config.generate.num_beams: beam search draws nothing; expected "
+      f"generate.temperature 0; found {options.temperature} with "
+      f"{options.num_beams} beams."
+    )
+  if not options.temperature and (options.top_k or options.top_p < 1):
+    raise errors.UserError(
+      "config.generate.temperature: top_k and top_p need more than 0; found "
+      f"0 with top_k {options.top_k} and top_p {options.top_p}."
+    )
+  if options.length_penalty != 1 and options.num_beams == 1:
+    raise errors.UserError(
+      "config.generate.length_penalty: only beam search takes it; expected 1, "
+      f"or more generate.num_beams; found {options.length_penalty}."
+    )
+  for text in options.stop:
+    if not isinstance(text, str) or not text:
+      raise errors.UserError(
+        "config.generate.stop: expected texts that are not empty; found "
+        f"{text!r}."
+      )

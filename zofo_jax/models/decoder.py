@@ -1,0 +1,220 @@
+"""What a decoder answers, from its layers and its head.
+
+Scores of targets, logits, hidden states, and, with a cache of keys and values,
+the tokens that may follow.
+
+Shapes: B rows, L length, S slots of a cache, D width, E width of the
+embedding, P supervised positions (or virtual tokens), K targets, V vocabulary.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from zofo_jax import adapters, perturbed
+from zofo_jax.models import caches
+from zofo_jax.models.layers import token_positions
+
+
+def stack_layers(
+  block: type[nn.Module], length: int, remat: bool, in_axes: Any
+) -> Any:
+  """Scans a block over layers stacked on axis 0 of weights and adapters.
+
+  Args:
+    block: a module whose call maps (carry, *inputs) to (carry, None).
+    length: number of layers.
+    remat: whether the backward pass recomputes all of a layer's inside, its
+      products too.
+    in_axes: for each of `inputs`, nn.broadcast or the axis that is scanned.
+
+  Returns:
+    A module class with the constructor of `block`.
+  """
+  # The backward pass of an adapter keeps the products, which are dear, and
+  # takes all that is cheap again: half the memory, and no slower.
+  keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  block = nn.remat(block, prevent_cse=False, policy=None if remat else keep)
+  scanned = nn.scan(
+    block,
+    variable_axes={"params": 0, "adapter": 0, "context": 0},
+    split_rngs={"params": True, "dropout": True},
+    in_axes=in_axes,
+    length=length,
+  )
+  # A prefix that is computed is so once, not in every layer.
+  return nn.map_variables(scanned, "adapter", adapters.expand)
+
+
+def gather_positions(x_BxLxD: jax.Array, positions_BxP: jax.Array) -> jax.Array:
+  """Picks the hidden states at the given positions; [B, P, D]."""
+  return jnp.take_along_axis(x_BxLxD, positions_BxP[..., None], axis=1)
+
+
+def target_log_probs(
+  hidden_BxPxD: jax.Array,
+  embedding: Any,
+  target_slot_BxK: jax.Array,
+  target_token_BxK: jax.Array,
+) -> jax.Array:
+  """Log-probability of each target at its position, over the vocabulary.
+
+  Args:
+    hidden_BxPxD: hidden states that predict, after the last norm.
+    embedding: [V, D], tied or the head's own, perturbed or not.
+    target_slot_BxK: int32, which of the P positions predicts the target.
+    target_token_BxK: int32, token to be predicted.
+
+  Returns:
+    float32 [B, K].
+  """
+  normalizer_BxP = perturbed.log_normalizer(hidden_BxPxD, embedding)
+  hidden_BxKxD = gather_positions(hidden_BxPxD, target_slot_BxK)
+  rows_BxKxD = perturbed.take(embedding, target_token_BxK)
+  picked_BxK = jnp.sum(
+    hidden_BxKxD.astype(jnp.float32) * rows_BxKxD.astype(jnp.float32), axis=-1
+  )
+  normalizer_BxK = jnp.take_along_axis(normalizer_BxP, target_slot_BxK, axis=1)
+  return picked_BxK - normalizer_BxK
+
+
+class Decoder(nn.Module):
+  """What a decoder answers, from its layers and its head.
+
+  A family's module declares `config` (with `tied_head`), `embed` and, if it is
+  not tied, `head`, and defines `_body`, `_finish` and `_cache_shape`.
+  """
+
+  def _inputs(
+    self, tokens_BxL: jax.Array, mask_BxL: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    """Embeds tokens, behind the adapter's virtual ones if it has any.
+
+    Args:
+      tokens_BxL: int32.
+      mask_BxL: real tokens.
+
+    Returns:
+      Embeddings [B, P + L, E] and mask, bool [B, P + L].
+    """
+    x, mask = self.embed(tokens_BxL), mask_BxL.astype(bool)
+    prompt = self.embed.prompt()
+    if prompt is not None:
+      virtual = prompt.embedding[None].astype(x.dtype)
+      size = (x.shape[0], *virtual.shape[1:])
+      x = jnp.concatenate([jnp.broadcast_to(virtual, size), x], axis=1)
+      mask = jnp.concatenate([jnp.ones(size[:2], bool), mask], axis=1)
+    return x, mask
+
+  def _positions(self, mask_BxS: jax.Array) -> jax.Array:
+    """Numbers the slots' tokens, int32 [B, S]; a prefix counts as well."""
+    before = adapters.prefix_length(self.variables.get("adapter", {}))
+    return token_positions(mask_BxS) + before
+
+  def _body(
+    self,
+    x_BxLxE: jax.Array,
+    mask_BxL: jax.Array,
+    cache: caches.Cache | None = None,
+  ) -> tuple[jax.Array, caches.Cache | None]:
+    """Runs the layers over tokens that follow those of the cache; [B, L, D]."""
+    raise NotImplementedError
+
+  def _cache_shape(self) -> tuple[int, int, int]:
+    """Returns the number of layers and kv heads, and a head's width."""
+    raise NotImplementedError
+
+  def _finish(self, x: jax.Array) -> jax.Array:
+    """Turns the layers' output into what the head reads."""
+    raise NotImplementedError
+
+  def _head_table(self) -> Any:
+    """Returns the table [V, D] of the head."""
+    return self.embed.table() if self.config.tied_head else self.head.table()
+
+  def _states(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
+    """Runs the layers, without what they say of virtual tokens; [B, L, D]."""
+    x, _ = self._body(*self._inputs(tokens_BxL, mask_BxL))
+    return x[:, x.shape[1] - tokens_BxL.shape[1] :]
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array,
+    target_slot: jax.Array,
+    target_token: jax.Array,
+  ) -> jax.Array:
+    """Scores the targets of each row.
+
+    Args:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, real tokens; padding may be on either side.
+      positions: [B, P] int32, where hidden states predict the next token.
+      target_slot: [B, K] int32, which of the P positions predicts.
+      target_token: [B, K] int32, token to be predicted.
+
+    Returns:
+      Log-probabilities of the targets, [B, K] float32.
+    """
+    x = gather_positions(self._states(tokens, mask), positions)
+    return target_log_probs(
+      self._finish(x), self._head_table(), target_slot, target_token
+    )
+
+  def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns what the head reads at every token, [B, L, D]."""
+    return self._finish(self._states(tokens, mask))
+
+  def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Returns the scores of every next token, [B, L, V] float32."""
+    return perturbed.dot_transposed(
+      self.hidden(tokens, mask), self._head_table()
+    )
+
+  def prefill(
+    self, tokens: jax.Array, mask: jax.Array, num_more: int
+  ) -> tuple[jax.Array, caches.Cache]:
+    """Reads prompts, so that `decode` can go on from them.
+
+    Args:
+      tokens: [B, L] int32.
+      mask: [B, L] bool, real tokens; padding may be on either side.
+      num_more: how many tokens can follow.
+
+    Returns:
+      Scores of the token after each prompt, [B, V] float32, and the cache.
+    """
+    inputs, mask = self._inputs(tokens, mask)
+    rows, length = mask.shape
+    empty = caches.empty(
+      self._cache_shape(), rows, length + num_more, inputs.dtype
+    )
+    x, cache = self._body(inputs, mask, empty)
+    assert cache is not None  # one came in
+    last_B = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
+    return self._next(gather_positions(x, last_B[:, None])), cache
+
+  def decode(
+    self, tokens: jax.Array, cache: caches.Cache
+  ) -> tuple[jax.Array, caches.Cache]:
+    """Reads one more token a row.
+
+    Args:
+      tokens: [B] int32.
+      cache: from `prefill` or the last `decode`; must have a slot left.
+
+    Returns:
+      Scores of the token after it, [B, V] float32, and the cache.
+    """
+    x = self.embed(tokens[:, None])
+    x, after = self._body(x, jnp.ones(x.shape[:2], bool), cache)
+    assert after is not None  # one came in
+    return self._next(x), after
+
+  def _next(self, x_Bx1xD: jax.Array) -> jax.Array:
+    """Scores the next token of each row, [B, V] float32."""
+    logits = perturbed.dot_transposed(self._finish(x_Bx1xD), self._head_table())
+    return logits[:, 0]
