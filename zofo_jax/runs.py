@@ -211,6 +211,13 @@ class Run(NamedTuple):
     base = backbone.abstract_base(self.config, self.model)
     return jax.eval_shape(self.init, base)
 
+  def judge(
+    self, examples: Sequence[encode.Example], scores: np.ndarray
+  ) -> evaluate.Evaluation:
+    """Returns scores of options [N, O] with what the task measures them by."""
+    names = tuple(dict.fromkeys(("accuracy", self.task.metric)))
+    return evaluate.Evaluation(examples, scores, names)
+
   def evaluate(
     self,
     base: Any,
@@ -257,13 +264,6 @@ class Run(NamedTuple):
       label=label,
     )
     return self.judge(examples, scores)
-
-  def judge(
-    self, examples: Sequence[encode.Example], scores: np.ndarray
-  ) -> evaluate.Evaluation:
-    """Returns scores of options [N, O] with what the task measures them by."""
-    names = tuple(dict.fromkeys(("accuracy", self.task.metric)))
-    return evaluate.Evaluation(examples, scores, names)
 
 
 def make_run(config: ml_collections.ConfigDict) -> Run:
