@@ -35,7 +35,9 @@ FLOORS = (
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
   ("adapters", "progress", "recipes", "rows"),
   # The core.
+  ("multitask",),
   ("bilevel",),
+  ("terms",),
   ("inner", "losses", "outer"),
   ("zo",),
   ("sampler",),
@@ -47,7 +49,7 @@ FLOORS = (
 )
 CORE = set(
   """
-bilevel directions inner losses noise outer perturbed sampler zo
+bilevel directions inner losses multitask noise outer perturbed sampler terms zo
 """.split()
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -7,10 +7,13 @@ minimise over (theta, p) and maximise over s
 
 An iteration takes T first-order steps on s, one first-order step on p, and one
 zeroth-order step on theta; p and theta move together, from the same point.
+
+Over several tasks each has its own p and s, stacked on a leading axis, and
+theta descends the mean of their G along one estimate.
 """
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from zofo_jax import inner, outer, zo
+from zofo_jax import inner, outer, terms, zo
 from zofo_jax import sampler as sampler_lib
 
 
@@ -53,11 +56,13 @@ class BilevelBatch(NamedTuple):
     lower: batches from D_p for the T inner steps; leaves [T, ...].
     penalty: one fresh batch from D_p for the penalty terms.
     upper: one batch from D_f.
+    weights: of the tasks in the mean of G, float32 [M]; None for equal ones.
   """
 
   lower: Any
   penalty: Any
   upper: Any
+  weights: jax.Array | None = None
 
 
 class BilevelHParams(NamedTuple):
@@ -69,6 +74,8 @@ class BilevelHParams(NamedTuple):
 
 class BilevelInfo(NamedTuple):
   """What an iteration tells a logger; float32 unless said.
+
+  Over tasks, losses and the norm have their axis in front: [M, T] and [M].
 
   Attributes:
     lower_loss: L(theta, s) at each inner step, shape [T].
@@ -102,37 +109,9 @@ class BilevelAlgorithm(NamedTuple):
   step: Callable[..., tuple[BilevelState, BilevelInfo]]
 
 
-def _alike(trees: Iterable[Any]) -> bool:
-  """Tells whether trees have one structure, and leaves one shape and type."""
-  first, *rest = (jax.tree.map(jax.typeof, tree) for tree in trees)
-  return all(other == first for other in rest)
-
-
-def _evaluate(terms, base, keys) -> jax.Array:
-  """Losses of several (loss_fn, adapter, batch) terms, float32, [len(terms)].
-
-  Terms of one function and one shape become a batch axis of one call, so that
-  the backbone's products, and its perturbation, are shared between them.
-  """
-  loss_fns, adapters, batches = zip(*terms, strict=True)
-  if len(set(loss_fns)) == 1 and _alike(zip(adapters, batches)):
-    stack = lambda *leaves: jnp.stack(leaves)
-    losses = jax.vmap(
-      loss_fns[0], in_axes=(None, 0, 0, None if keys is None else 0)
-    )(base, jax.tree.map(stack, *adapters), jax.tree.map(stack, *batches), keys)
-  else:
-    losses = jnp.stack(
-      [
-        loss_fn(base, adapter, batch, None if keys is None else keys[i])
-        for i, (loss_fn, adapter, batch) in enumerate(terms)
-      ]
-    )
-  return losses.astype(jnp.float32)
-
-
-def _one_row(example: Any) -> Any:
-  """Makes a batch of one example."""
-  return jax.tree.map(lambda leaf: leaf[None], example)
+def _task_keys(key: jax.Array, num_tasks: int) -> jax.Array:
+  """Returns a key a task; one task has the key it would have alone."""
+  return jax.random.split(key, num_tasks) if num_tasks > 1 else key[None]
 
 
 def bilevel_step(
@@ -151,6 +130,7 @@ def bilevel_step(
   num_directions: int = 1,
   per_example: bool = False,
   frame_steps: int = 1,
+  over_tasks: bool = False,
 ) -> tuple[BilevelState, BilevelInfo]:
   """Takes one outer iteration; a pure function, to be jitted by the caller.
 
@@ -175,6 +155,11 @@ def bilevel_step(
       `directions.PerExample`; the outer batches must be of one size.
     frame_steps: outer iterations for which directions share their frame, such
       as the subspace of `directions.LowRank`.
+    over_tasks: p, s, their optimizer states and the batch have a leading axis
+      of M tasks. Each task takes its own first-order steps; theta, which all
+      share, moves along one estimate of the tasks' mean (weighted by
+      `batch.weights`) of G. One task is the same step, bit for bit, as without
+      the axis.
 
   Returns:
     The new state and what to log.
@@ -187,40 +172,64 @@ def bilevel_step(
   frame_root = jax.random.fold_in(state.key, np.uint32(2**32 - 1))
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
-  lower, lower_opt, lower_loss = inner.minimize(
-    lower_loss_fn,
-    state.base,
+  each = jax.vmap if over_tasks else lambda fn: fn
+  if over_tasks:
+    num_tasks = jax.tree.leaves(batch.upper)[0].shape[0]
+    lower_key, upper_key = (
+      _task_keys(key, num_tasks) for key in (lower_key, upper_key)
+    )
+
+  def move_adapters(upper, upper_opt, lower, lower_opt, rows, keys):
+    lower, lower_opt, lower_loss = inner.minimize(
+      lower_loss_fn,
+      state.base,
+      lower,
+      lower_opt,
+      rows.lower,
+      keys[0],
+      tx=lower_tx,
+    )
+
+    def objective(adapter):
+      both = (
+        (upper_loss_fn, adapter, rows.upper),
+        (lower_loss_fn, adapter, rows.penalty),
+      )
+      losses = terms.evaluate(both, state.base, jax.random.split(keys[1], 2))
+      return losses[0] + penalty * losses[1], losses
+
+    (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(upper)
+    updates, upper_opt = upper_tx.update(grads, upper_opt, upper)
+    upper = optax.apply_updates(upper, updates)
+    found = (lower_loss, losses[0], losses[1], optax.tree.norm(grads))
+    return upper, upper_opt, lower, lower_opt, found
+
+  upper, upper_opt, lower, lower_opt, found = each(move_adapters)(
+    state.upper,
+    state.upper_opt,
     state.lower,
     state.lower_opt,
-    batch.lower,
-    lower_key,
-    tx=lower_tx,
+    batch._replace(weights=None),
+    (lower_key, upper_key),
   )
-
-  def upper_objective(adapter):
-    terms = (
-      (upper_loss_fn, adapter, batch.upper),
-      (lower_loss_fn, adapter, batch.penalty),
-    )
-    losses = _evaluate(terms, state.base, jax.random.split(upper_key, 2))
-    return losses[0] + penalty * losses[1], losses
-
-  (_, losses), grads = jax.value_and_grad(upper_objective, has_aux=True)(
-    state.upper
-  )
-  updates, upper_opt = upper_tx.update(grads, state.upper_opt, state.upper)
-  upper = optax.apply_updates(state.upper, updates)
+  lower_loss, upper_loss, penalty_loss, upper_grad_norm = found
 
   def penalized(base, rows=batch.upper, penalty_rows=batch.penalty):
     upper_fn = probe_loss_fn or upper_loss_fn
     lower_fn = probe_loss_fn or lower_loss_fn
-    terms = (
-      (upper_fn, state.upper, rows),
-      (lower_fn, state.upper, penalty_rows),
-      (lower_fn, lower, penalty_rows),
-    )
-    upper_loss, penalty_loss, lower_loss = _evaluate(terms, base, None)
-    return upper_loss + penalty * (penalty_loss - lower_loss)
+
+    def of_task(upper, lower, rows, penalty_rows):
+      three = (
+        (upper_fn, upper, rows),
+        (lower_fn, upper, penalty_rows),
+        (lower_fn, lower, penalty_rows),
+      )
+      upper_loss, penalty_loss, lower_loss = terms.evaluate(three, base, None)
+      return upper_loss + penalty * (penalty_loss - lower_loss)
+
+    # Within the tasks' axis theta has none: a weight is perturbed once for all.
+    values = each(of_task)(state.upper, lower, rows, penalty_rows)
+    return jnp.average(values, weights=batch.weights) if over_tasks else values
 
   estimate_fn = functools.partial(
     zo.estimate_per_example if per_example else zo.estimate,
@@ -231,18 +240,22 @@ def bilevel_step(
     frame_key=jax.random.fold_in(frame_root, state.step // frame_steps),
   )
   if per_example:
+    # Behind the tasks' axis; an example is then one row of every task.
+    axis = int(over_tasks)
+    one_row = lambda leaf: jnp.expand_dims(leaf, axis)
     estimate = estimate_fn(
-      lambda base, example: penalized(base, *_one_row(example)),
+      lambda base, rows: penalized(base, *jax.tree.map(one_row, rows)),
       state.base,
-      (batch.upper, batch.penalty),
+      jax.tree.map(
+        lambda leaf: jnp.moveaxis(leaf, axis, 0), (batch.upper, batch.penalty)
+      ),
     )
   else:
     estimate = estimate_fn(penalized, state.base, num_directions=num_directions)
   # p and theta move together: a broken gradient of p drops every direction. It
   # also tells the compiler that p's passes end before theta is written; not
   # knowing, it copies all layers' weights.
-  upper_grad_norm = optax.tree.norm(grads)
-  estimate = estimate.drop_unless(jnp.isfinite(upper_grad_norm))
+  estimate = estimate.drop_unless(jnp.all(jnp.isfinite(upper_grad_norm)))
   base, base_opt = outer.as_outer(base_tx).update(
     state.base, state.base_opt, estimate, sampler, penalized, rounding_key
   )
@@ -259,8 +272,8 @@ def bilevel_step(
   )
   info = BilevelInfo(
     lower_loss=lower_loss,
-    upper_loss=losses[0],
-    penalty_loss=losses[1],
+    upper_loss=upper_loss,
+    penalty_loss=penalty_loss,
     objective=jnp.mean(estimate.values),
     coefficients=estimate.coefficients,
     num_nonfinite=estimate.num_nonfinite,
@@ -282,6 +295,7 @@ def make_bilevel_step(
   num_directions: int = 1,
   per_example: bool = False,
   frame_steps: int = 1,
+  over_tasks: bool = False,
 ) -> BilevelAlgorithm:
   """Binds losses and optimizers into an (init, step) pair.
 
@@ -310,6 +324,7 @@ def make_bilevel_step(
   """
   upper_loss_fn = upper_loss_fn or lower_loss_fn
   base_transform = outer.as_outer(base_tx)
+  each = jax.vmap if over_tasks else lambda fn: fn
 
   def init(key, base, upper, lower):
     return BilevelState(
@@ -318,8 +333,8 @@ def make_bilevel_step(
       upper=upper,
       lower=lower,
       base_opt=base_transform.init(base),
-      upper_opt=upper_tx.init(upper),
-      lower_opt=lower_tx.init(lower),
+      upper_opt=each(upper_tx.init)(upper),
+      lower_opt=each(lower_tx.init)(lower),
       key=key,
     )
 
@@ -336,5 +351,6 @@ def make_bilevel_step(
     num_directions=num_directions,
     per_example=per_example,
     frame_steps=frame_steps,
+    over_tasks=over_tasks,
   )
   return BilevelAlgorithm(init, step)
