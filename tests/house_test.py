@@ -21,9 +21,13 @@ FILES = {
 FLOORS = (
   ("main",),
   ("modes",),
+  ("adapt",),
+  ("metatrain",),
   ("saved", "train"),
+  ("loop",),
   ("runs",),
   ("objectives",),
+  ("families",),
   ("evaluate", "experiment", "probe"),
   ("backbone",),
   ("generate",),
@@ -35,10 +39,10 @@ FLOORS = (
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
   ("adapters", "progress", "recipes", "rows"),
   # The core.
-  ("multitask",),
+  ("multitask", "shared"),
   ("bilevel",),
   ("terms",),
-  ("inner", "losses", "outer"),
+  ("inner", "losses", "outer", "state"),
   ("zo",),
   ("sampler",),
   ("perturbed",),
@@ -49,7 +53,8 @@ FLOORS = (
 )
 CORE = set(
   """
-bilevel directions inner losses multitask noise outer perturbed sampler terms zo
+bilevel directions inner losses multitask noise outer perturbed sampler shared
+state terms zo
 """.split()
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

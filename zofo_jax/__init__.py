@@ -1,6 +1,14 @@
 """Bilevel-ZOFO in JAX: zeroth-order backbones, first-order adapters."""
 
-from zofo_jax import directions, losses, outer, perturbed, zo
+from zofo_jax import (
+  directions,
+  losses,
+  multitask,
+  outer,
+  perturbed,
+  shared,
+  zo,
+)
 from zofo_jax.bilevel import (
   BilevelAlgorithm,
   BilevelBatch,
@@ -25,7 +33,9 @@ __all__ = [
   "directions",
   "losses",
   "make_bilevel_step",
+  "multitask",
   "outer",
   "perturbed",
+  "shared",
   "zo",
 ]

@@ -14,7 +14,7 @@ theta descends the mean of their G along one estimate.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,97 +23,43 @@ import optax
 
 from zofo_jax import inner, outer, terms, zo
 from zofo_jax import sampler as sampler_lib
+from zofo_jax.state import BilevelAlgorithm as BilevelAlgorithm
+from zofo_jax.state import BilevelBatch as BilevelBatch
+from zofo_jax.state import BilevelHParams as BilevelHParams
+from zofo_jax.state import BilevelInfo as BilevelInfo
+from zofo_jax.state import BilevelState as BilevelState
+
+_Step = TypeVar("_Step", bound=Callable[..., Any])
+# What has an axis of tasks, where there is one, in a state and in an info.
+OF_TASKS = ("upper", "lower", "upper_opt", "lower_opt")
+_TOLD_OF_TASKS = ("lower_loss", "upper_loss", "penalty_loss", "upper_grad_norm")
 
 
-class BilevelState(NamedTuple):
-  """Everything that decides the rest of a run.
-
-  Attributes:
-    step: outer iterations done, int32, shape [].
-    base: backbone parameters theta.
-    upper: adapter p, the one that is kept.
-    lower: auxiliary adapter s.
-    base_opt: state of the backbone's update.
-    upper_opt: optimizer state of p.
-    lower_opt: optimizer state of s.
-    key: typed PRNG key, shape []; never advanced, folded with `step`.
-  """
-
-  step: jax.Array
-  base: Any
-  upper: Any
-  lower: Any
-  base_opt: Any
-  upper_opt: optax.OptState
-  lower_opt: optax.OptState
-  key: jax.Array
+def _parts(tree: Any, names: tuple[str, ...]) -> dict[str, Any]:
+  return {name: getattr(tree, name) for name in names}
 
 
-class BilevelBatch(NamedTuple):
-  """Rows of one outer iteration.
+def _one_task_alone(step: _Step) -> _Step:
+  """Makes a step over one task take the operations of one without the axis."""
 
-  Attributes:
-    lower: batches from D_p for the T inner steps; leaves [T, ...].
-    penalty: one fresh batch from D_p for the penalty terms.
-    upper: one batch from D_f.
-    weights: of the tasks in the mean of G, float32 [M]; None for equal ones.
-  """
+  @functools.wraps(step)
+  def call(state, batch, *args, over_tasks=False, **options):
+    if not over_tasks or jax.tree.leaves(batch.upper)[0].shape[0] > 1:
+      return step(state, batch, *args, over_tasks=over_tasks, **options)
+    parts, batch = jax.tree.map(
+      lambda leaf: leaf[0], (_parts(state, OF_TASKS), batch)
+    )
+    state, info = step(state._replace(**parts), batch, *args, **options)
+    parts, told = jax.tree.map(
+      lambda leaf: leaf[None],
+      (_parts(state, OF_TASKS), _parts(info, _TOLD_OF_TASKS)),
+    )
+    return state._replace(**parts), info._replace(**told)
 
-  lower: Any
-  penalty: Any
-  upper: Any
-  weights: jax.Array | None = None
-
-
-class BilevelHParams(NamedTuple):
-  """Numbers that may change without a new compilation; float32, shape []."""
-
-  zo_eps: jax.Array | float = 1e-3
-  penalty: jax.Array | float = 1.0
+  return cast(_Step, call)
 
 
-class BilevelInfo(NamedTuple):
-  """What an iteration tells a logger; float32 unless said.
-
-  Over tasks, losses and the norm have their axis in front: [M, T] and [M].
-
-  Attributes:
-    lower_loss: L(theta, s) at each inner step, shape [T].
-    upper_loss: L(theta, p; D_f), shape [].
-    penalty_loss: L(theta, p; D_p), shape [].
-    objective: mean of G over the probed points, shape [].
-    coefficients: directional derivatives of G, shape [Q].
-    num_nonfinite: directions dropped because G, or p's gradient, was not
-      finite, int32 [].
-    upper_grad_norm: norm of p's gradient, shape [].
-  """
-
-  lower_loss: jax.Array
-  upper_loss: jax.Array
-  penalty_loss: jax.Array
-  objective: jax.Array
-  coefficients: jax.Array
-  num_nonfinite: jax.Array
-  upper_grad_norm: jax.Array
-
-
-class BilevelAlgorithm(NamedTuple):
-  """A pair of pure functions.
-
-  Attributes:
-    init: (key, base, upper, lower) -> BilevelState.
-    step: (state, batch, hparams) -> (BilevelState, BilevelInfo).
-  """
-
-  init: Callable[..., BilevelState]
-  step: Callable[..., tuple[BilevelState, BilevelInfo]]
-
-
-def _task_keys(key: jax.Array, num_tasks: int) -> jax.Array:
-  """Returns a key a task; one task has the key it would have alone."""
-  return jax.random.split(key, num_tasks) if num_tasks > 1 else key[None]
-
-
+@_one_task_alone
 def bilevel_step(
   state: BilevelState,
   batch: BilevelBatch,
@@ -158,8 +104,8 @@ def bilevel_step(
     over_tasks: p, s, their optimizer states and the batch have a leading axis
       of M tasks. Each task takes its own first-order steps; theta, which all
       share, moves along one estimate of the tasks' mean (weighted by
-      `batch.weights`) of G. One task is the same step, bit for bit, as without
-      the axis.
+      `batch.weights`) of G. One task takes the operations of the step without
+      the axis, bit for bit.
 
   Returns:
     The new state and what to log.
@@ -176,7 +122,7 @@ def bilevel_step(
   if over_tasks:
     num_tasks = jax.tree.leaves(batch.upper)[0].shape[0]
     lower_key, upper_key = (
-      _task_keys(key, num_tasks) for key in (lower_key, upper_key)
+      jax.random.split(key, num_tasks) for key in (lower_key, upper_key)
     )
 
   def move_adapters(upper, upper_opt, lower, lower_opt, rows, keys):

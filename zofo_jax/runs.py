@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -144,6 +145,13 @@ def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
   if zo_config.optimizer == "sgd":
     return outer.sgd(rate, *scalings, weight_decay=zo_config.weight_decay)
   return outer.from_optax(make_optimizer(zo_config.optimizer, rate), *scalings)
+
+
+def make_hparams(config: ml_collections.ConfigDict) -> bilevel.BilevelHParams:
+  """Makes the numbers that are traced."""
+  return bilevel.BilevelHParams(
+    zo_eps=jnp.float32(config.zo.eps), penalty=jnp.float32(config.penalty)
+  )
 
 
 def make_algorithm(

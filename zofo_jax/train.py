@@ -1,13 +1,11 @@
-"""Trains a run: the loop, its checkpoints, and the results at its end.
+"""Trains a run: its iterations, and the results at its end.
 
 The one program of an outer iteration is jitted here.
 """
 
-import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -16,13 +14,11 @@ from zofo_jax import (
   backbone,
   batches,
   bilevel,
-  checkpoint,
-  errors,
   experiment,
+  loop,
   report,
   runs,
 )
-from zofo_jax import config as config_lib
 from zofo_jax import progress as progress_lib
 
 
@@ -85,92 +81,46 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """
   run = runs.make_run(config)
   folder = epath.Path(workdir)
-  _check_same_config(config, folder)
+  loop.check_same_config(config, folder)
   examples = experiment.load_examples(config, run.model, run.task)
-  _make_folder(folder / "checkpoints")
-  with checkpoint.Checkpoints(
-    folder / "checkpoints", keep=config.ckpt.keep
-  ) as checkpoints:
-    writer = report.JsonlWriter(folder / "metrics.jsonl")
-    if checkpoints.latest_step() is None:
-      writer.truncate_after(-1)
-      state = run.init(backbone.load_base(config, run.model))
-      zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
-      record = {"seconds": 0.0, "zero_shot": zero_shot.worth()}
-    else:
-      state, record = checkpoints.restore(run.abstract_state())
-      writer.truncate_after(int(state.step))
-    report.write_json(folder / "config.json", config.to_dict())
-    with writer:
-      state, record = _loop(run, examples, state, record, writer, checkpoints)
-    checkpoints.wait()
-    best = checkpoints.best_step()
-    if best != int(state.step):
-      del state  # one backbone at a time
-      state, _ = checkpoints.restore(run.abstract_state(), best)
-    summary = _finish(run, examples, state, record, folder)
-  return summary
+  state, record = loop.run(config, folder, _work(run, examples))
+  return _finish(run, examples, state, record, folder)
 
 
-def _loop(run, examples, state, record, writer, checkpoints):
-  """Takes the remaining outer iterations; returns the state and the record."""
+def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
+  """Says what the loop does."""
   config = run.config
   step_fn = jax.jit(run.algorithm.step, donate_argnums=0)
-  hparams = bilevel.BilevelHParams(
-    zo_eps=jnp.float32(config.zo.eps), penalty=jnp.float32(config.penalty)
-  )
+  hparams = runs.make_hparams(config)
   shape = experiment.train_shape(examples)
-  start, total = int(state.step), config.train.num_steps
-  forward, backward = passes(config)
-  began = time.monotonic() - record["seconds"]
-  pending: tuple[int, bilevel.BilevelInfo] | None = None
-  with progress_lib.Progress(total, start=start) as progress:
 
-    def flush():
-      # Metrics are fetched one step late, so the device never waits for us.
-      nonlocal pending
-      if pending is None:
-        return
-      step, info = pending[0], jax.device_get(pending[1])
-      pending = None
-      lower_loss = float(info.lower_loss.mean())
-      writer.write(
-        {
-          "step": step,
-          "lower_loss": lower_loss,
-          **{k: v for k, v in info._asdict().items() if k != "lower_loss"},
-          "seconds": time.monotonic() - began,
-          "forward_passes": forward * step,
-          "backward_passes": backward * step,
-          "rss_bytes": progress_lib.rss_bytes(),
-        }
-      )
-      progress.update(step, lower=lower_loss, upper=float(info.upper_loss))
+  def start():
+    state = run.init(backbone.load_base(config, run.model))
+    zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
+    return state, {"zero_shot": zero_shot.worth()}
 
-    for step in range(start, total):
-      batch = iteration_batch(config, examples, shape, run.model.pad, step)
-      state, info = step_fn(state, batch, hparams)
-      flush()
-      pending = (step + 1, info)
-      if (step + 1) % config.train.eval_every_steps == 0 or step + 1 == total:
-        flush()
-        record["seconds"] = time.monotonic() - began
-        result = run.evaluate(
-          state.base, state.upper, examples.selection, "selection"
-        )
-        scores = {
-          f"selection_{name}": value for name, value in result.worth().items()
-        }
-        writer.write({"step": step + 1, **scores})
-        checkpoints.save(
-          step + 1,
-          state,
-          record,
-          metric=scores[f"selection_{run.task.metric}"],
-        )
-        # Evaluation is no part of the training time.
-        began = time.monotonic() - record["seconds"]
-  return state, record
+  def step(state, number):
+    batch = iteration_batch(config, examples, shape, run.model.pad, number)
+    return step_fn(state, batch, hparams)
+
+  def told(_, info):
+    return info._asdict() | {"lower_loss": float(info.lower_loss.mean())}
+
+  def select(state):
+    result = run.evaluate(
+      state.base, state.upper, examples.selection, "selection"
+    )
+    worth = result.worth()
+    return worth, worth[run.task.metric]
+
+  return loop.Work(
+    start=start,
+    abstract_state=run.abstract_state,
+    step=step,
+    told=told,
+    select=select,
+    passes=passes(config),
+  )
 
 
 def _finish(run, examples, state, record, folder) -> dict[str, Any]:
@@ -209,36 +159,3 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
   )
   print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
   return summary
-
-
-def _make_folder(folder: epath.Path) -> None:
-  """Makes a folder in a run's, unless it is there."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.UserError(
-      f"--workdir: {folder} cannot be made ({error.strerror}); expected a "
-      "folder to write into."
-    ) from error
-
-
-def _check_same_config(
-  config: ml_collections.ConfigDict, folder: epath.Path
-) -> None:
-  """Stops before a run goes on under another config than it began with."""
-  path = folder / "config.json"
-  if not path.exists():
-    return
-  before = config_lib.flat(runs.read_config(folder))
-  now = config_lib.flat(config)
-  changed = [
-    f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-    for name in sorted(before.keys() | now.keys())
-    if before.get(name) != now.get(name)
-  ]
-  if changed:
-    raise errors.UserError(
-      f"{path} is of a run with another config: {'; '.join(changed[:5])}"
-      f"{' and more' if len(changed) > 5 else ''}. Give another --workdir, or "
-      "remove this one."
-    )

@@ -1,0 +1,50 @@
+"""Groups of tasks for meta-training: those trained on, and those held out."""
+
+from typing import NamedTuple
+
+
+class Group(NamedTuple):
+  """Names of tasks.
+
+  Attributes:
+    train: tasks to train on.
+    target: tasks to adapt to afterwards, none of which is trained on.
+  """
+
+  train: tuple[str, ...]
+  target: tuple[str, ...]
+
+
+ALL: dict[str, Group] = {
+  # The hand-written tasks of the paper's PyTorch code.
+  "sentiment": Group(
+    train=(
+      "tweet_eval_sentiment",
+      "imdb",
+      "rotten_tomatoes",
+      "emotion",
+      "tweet_eval_emotion",
+      "tweet_eval_irony",
+    ),
+    target=(
+      "amazon_polarity",
+      "poem_sentiment",
+      "yelp_polarity",
+      "financial_phrasebank",
+      "emo",
+    ),
+  ),
+  "nli": Group(
+    train=("mnli", "qnli", "scitail", "sick", "anli_r1", "anli_r2"),
+    target=("rte", "cb", "wnli", "anli_r3"),
+  ),
+  "paraphrase": Group(
+    train=("qqp", "medical_questions_pairs", "sick", "wiki_qa"),
+    target=("mrpc",),
+  ),
+  # Short texts of few words.
+  "short": Group(
+    train=("rotten_tomatoes", "subj", "trec", "emotion"),
+    target=("cr", "mpqa", "tweet_eval_emotion", "tweet_eval_irony"),
+  ),
+}
