@@ -169,7 +169,11 @@ def collate(
 
 
 def eval_batches(
-  examples: Sequence[encode.Example], batch_size: int, *, pad: int
+  examples: Sequence[encode.Example],
+  batch_size: int,
+  *,
+  pad: int,
+  shape: Shape | None = None,
 ) -> Iterator[EvalBatch]:
   """Yields every example once, by length, in batches of few shapes.
 
@@ -177,12 +181,13 @@ def eval_batches(
     examples: the data set.
     batch_size: examples of every batch; the last one is filled up.
     pad: token id at the right of rows.
+    shape: sizes of the batches, but for the length; None for the examples' own.
 
   Yields:
     Batches with the places of their examples; `restore` undoes the order.
   """
   lengths = [max(len(r.tokens) for r in e.rows) for e in examples]
-  whole = shape_of(examples)
+  whole = shape or shape_of(examples)
   for places, length in _by_length(lengths, batch_size):
     batch = collate(
       [examples[i] for i in places if i >= 0],

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -100,7 +101,7 @@ class Checkpoints:
 
     Args:
       step: the number of the checkpoint, above those already there.
-      state: pytree of arrays and typed PRNG keys.
+      state: pytree of arrays and typed PRNG keys; NumPy arrays are copied.
       extra: what belongs to the state and is no array; JSON.
       metric: what the state is worth; the highest is kept, the last of equals.
 
@@ -114,7 +115,7 @@ class Checkpoints:
     return self._manager.save(
       step,
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
+        state=ocp.args.StandardSave(jax.tree.map(_kept, state)),
         extra=ocp.args.JsonSave(dict(extra)),
       ),
       metrics={"metric": metric},
@@ -147,7 +148,7 @@ class Checkpoints:
     Args:
       abstract_state: pytree like the saved state, of arrays or
         `jax.ShapeDtypeStruct`; a leaf without a sharding goes to the first
-        device.
+        device, and where a NumPy array stands it stays one.
       step: which checkpoint; None for the latest.
 
     Returns:
@@ -252,8 +253,15 @@ def _shape_of(leaf: Any) -> str:
   return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
 
 
-def _placed(leaf: Any) -> jax.ShapeDtypeStruct:
-  """Describes a leaf, with a sharding in any case."""
+def _kept(leaf: Any) -> Any:
+  """Copies a NumPy array, which may be written in place while it is saved."""
+  return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
+
+
+def _placed(leaf: Any) -> Any:
+  """Describes a leaf: a NumPy array, or one with a sharding in any case."""
+  if isinstance(leaf, np.ndarray):
+    return leaf
   sharding = getattr(leaf, "sharding", None)
   if sharding is None:
     sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])

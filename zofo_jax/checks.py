@@ -19,8 +19,16 @@ ESTIMATORS = ("central", "forward", "exact")
 OBJECTIVES = ("loss", "accuracy", "token_f1")
 LOSSES = ("likelihood", "classification")
 DTYPES = ("float32", "bfloat16")
+# Of the tasks' mean loss: bilevel; one adapter, or all weights, first order;
+# all weights zeroth order.
+METHODS = ("bilevel", "lora", "full", "mezo")
+COMMANDS = ("train", "metatrain", "adapt", "icl", "probe", "head")
 
 CHOICES = {
+  "command": COMMANDS,
+  "meta.method": METHODS,
+  "adapt.start": ("mean", "fresh"),
+  "adapt.optimizer": OPTIMIZERS,
   "loss": LOSSES,
   "model.dtype": DTYPES,
   "lower.optimizer": OPTIMIZERS,
@@ -57,6 +65,11 @@ _POSITIVE = (
   "data.max_length",
   "train.num_steps",
   "train.eval_every_steps",
+  "meta.num_tasks",
+  "adapt.shots",
+  "adapt.num_seeds",
+  "adapt.num_steps",
+  "adapt.batch_size",
   "icl.num_sets",
   "probe.c",
   "head.num_steps",
@@ -81,6 +94,9 @@ _NOT_NEGATIVE = (
   "upper.clip_norm",
   "data.num_selection",
   "data.shots",
+  "meta.size_power",
+  "meta.weight_power",
+  "adapt.learning_rate",
   "icl.num_shots",
   "head.learning_rate",
   "generate.temperature",
@@ -113,6 +129,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{name}: expected 0 or more; found {fields[name]}."
       )
   _check_zo(config)
+  _check_meta(config)
   _check_own_task(config)
   _check_adapter(config)
   _check_generate(config.generate)
@@ -126,6 +143,27 @@ def check(config: ml_collections.ConfigDict) -> None:
   if not config.model.name:
     raise errors.UserError(
       "config.model.name: expected a hub id or a local folder; found nothing."
+    )
+
+
+def _check_meta(config: ml_collections.ConfigDict) -> None:
+  """Stops on fields that the method of meta-training would ignore."""
+  if config.command != "metatrain":
+    return
+  method = config.meta.method
+  if method == "mezo" and config.zo.direction == "per_example":
+    raise errors.UserError(
+      "config.zo.direction: 'per_example' goes with meta.method 'bilevel'; "
+      "expected another with 'mezo'."
+    )
+  if method != "bilevel" and config.meta.on_host:
+    raise errors.UserError(
+      "config.meta.on_host: only meta.method 'bilevel' has adapters of each "
+      f"task; expected False with '{method}'."
+    )
+  if config.data.prompt:
+    raise errors.UserError(
+      "config.data.prompt: belongs to one task; expected none with many tasks."
     )
 
 

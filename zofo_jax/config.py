@@ -18,6 +18,7 @@ ADAPTERS = ("lora", "prefix", "prompt")
 def base_config() -> ml_collections.ConfigDict:
   """Returns every field with its default; configs/*.py change some."""
   config = ml_collections.ConfigDict()
+  config.command = "train"  # what main does with this, if it is not told
   config.seed = 0
   config.penalty = 100.0  # lambda: weight of L(theta, p) - L(theta, s) on D_p
   config.loss = "likelihood"  # or "classification" over the label words
@@ -103,6 +104,27 @@ def base_config() -> ml_collections.ConfigDict:
   config.train = ml_collections.ConfigDict()
   config.train.num_steps = 500  # outer iterations
   config.train.eval_every_steps = 50
+
+  config.meta = ml_collections.ConfigDict()  # command metatrain: many tasks
+  config.meta.method = "bilevel"  # or what it is compared with; see README
+  config.meta.train = ("sentiment",)  # groups, tasks, or MetaICL's .json files
+  config.meta.target = ("sentiment",)  # held out, for the command adapt
+  config.meta.num_tasks = 4  # M, drawn for each outer iteration
+  config.meta.size_power = 0.0  # a task's chance: its rows to this; 1/T, 1
+  config.meta.weight_power = 0.0  # its weight in the mean, likewise
+  config.meta.on_host = False  # adapters of tasks that are not drawn
+  config.meta.metaicl = "16384_100"  # k and seed in MetaICL's file names
+
+  config.adapt = ml_collections.ConfigDict()  # command adapt: a few rows
+  config.adapt.runs = ()  # folders of metatrain; the bare model comes first
+  config.adapt.tasks = ()  # as meta.target; () for those of the config
+  config.adapt.start = "mean"  # of the run's p, if it has any; or "fresh"
+  config.adapt.shots = 16  # rows of each label; in all where options vary
+  config.adapt.num_seeds = 3  # each with rows and a start of its own
+  config.adapt.num_steps = 40
+  config.adapt.optimizer = "adam"
+  config.adapt.learning_rate = 1e-3
+  config.adapt.batch_size = 8
 
   config.icl = ml_collections.ConfigDict()  # command icl: in-context learning
   config.icl.num_shots = 32  # demonstrations before a row; 0: zero-shot

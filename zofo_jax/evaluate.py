@@ -144,6 +144,7 @@ def score_options(
   batch_size: int,
   pad: int,
   label: str = "evaluate",
+  shape: batches.Shape | None = None,
 ) -> np.ndarray:
   """Scores every option of every example.
 
@@ -155,13 +156,16 @@ def score_options(
     batch_size: examples at a time.
     pad: token id that fills rows.
     label: what the progress is called.
+    shape: sizes of the batches, but for the length; None for the examples' own.
 
   Returns:
     float32 [N, O], in the order of `examples`.
   """
   outputs, places, done = [], [], 0
   with progress_lib.Progress(len(examples), label, unit="rows") as progress:
-    for batch, place in batches.eval_batches(examples, batch_size, pad=pad):
+    for batch, place in batches.eval_batches(
+      examples, batch_size, pad=pad, shape=shape
+    ):
       outputs.append(np.asarray(score_fn(base, adapter, batch)))
       places.append(place)
       done += int((place >= 0).sum())

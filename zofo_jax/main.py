@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict; icl, probe, head.
+"""The command line: what there is to do with a config or a run.
 
   python -m zofo_jax.main [train] --config=configs/opt.py --workdir=DIR
   python -m zofo_jax.main evaluate --workdir=DIR
@@ -11,6 +11,11 @@ On the same config, to compare with: in-context learning (zero-shot with
   python -m zofo_jax.main icl --config=configs/opt.py --workdir=DIR
   python -m zofo_jax.main probe --config=configs/opt.py --workdir=DIR
   python -m zofo_jax.main head --config=configs/opt.py --workdir=DIR
+
+Over many tasks, and then for a new one from a few of its rows:
+
+  python -m zofo_jax.main --config=configs/metatrain.py --workdir=DIR
+  python -m zofo_jax.main --config=configs/adapt.py:run=DIR --workdir=NEW
 
 Any field of the config can be set: --config.zo.eps=1e-2. Exit code 2 means a
 mistake in the command, its config or its files, told in one sentence.
@@ -26,8 +31,11 @@ from ml_collections import config_flags
 from zofo_jax import config as config_lib
 from zofo_jax import errors
 
-OF_A_CONFIG = ("train", "icl", "probe", "head")
-COMMANDS = ("train", "evaluate", "predict", "icl", "probe", "head")
+OF_A_CONFIG = ("train", "icl", "probe", "head", "metatrain", "adapt")
+COMMANDS = (
+  *("train", "evaluate", "predict", "icl", "probe", "head"),
+  *("metatrain", "adapt"),
+)
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, as FILE.py or FILE.py:name=value,..."
@@ -67,7 +75,9 @@ def _parse(argv: list[str]) -> str:
       f"expected one command of {', '.join(COMMANDS)}; found '{found}'."
       f"{errors.nearest(rest[0], COMMANDS)}"
     )
-  return rest[0] if rest else "train"
+  if rest:
+    return rest[0]
+  return "train" if _CONFIG.value is None else _CONFIG.value.command
 
 
 def _help() -> str:
@@ -88,7 +98,7 @@ def _run(argv: list[str]) -> None:
   if not _WORKDIR.value:
     raise errors.UserError("--workdir: expected a folder; found nothing.")
   # Heavy: imported only once the command line is right.
-  from zofo_jax import modes, saved, train
+  from zofo_jax import adapt, metatrain, modes, saved, train
 
   if command in OF_A_CONFIG:
     if _CONFIG.value is None:
@@ -100,7 +110,10 @@ def _run(argv: list[str]) -> None:
       "icl": modes.icl,
       "probe": modes.linear_probe,
       "head": modes.head,
+      "metatrain": metatrain.metatrain,
+      "adapt": adapt.adapt,
     }
+    _CONFIG.value.command = command
     start[command](_CONFIG.value, _WORKDIR.value)
   elif command == "evaluate":
     saved.evaluate_run(_WORKDIR.value)

@@ -6,7 +6,7 @@ Everything that the config says becomes an explicit argument here.
 import json
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from etils import epath
 
 from zofo_jax import (
   backbone,
+  batches,
   bilevel,
   checks,
   directions,
@@ -147,6 +148,18 @@ def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
   return outer.from_optax(make_optimizer(zo_config.optimizer, rate), *scalings)
 
 
+def make_level_tx(
+  config: ml_collections.ConfigDict, name: Literal["lower", "upper"]
+) -> optax.GradientTransformation:
+  """Makes the optimizer of s ("lower") or p ("upper"), for a whole run."""
+  level = config[name]
+  updates = config.lower.num_steps if name == "lower" else 1
+  rate = make_schedule(
+    level.schedule, level.learning_rate, config.train.num_steps * updates
+  )
+  return make_optimizer(level.optimizer, rate, level.clip_norm)
+
+
 def make_hparams(config: ml_collections.ConfigDict) -> bilevel.BilevelHParams:
   """Makes the numbers that are traced."""
   return bilevel.BilevelHParams(
@@ -158,28 +171,22 @@ def make_algorithm(
   config: ml_collections.ConfigDict,
   loss_fn: inner.LossFn,
   probe_loss_fn: inner.LossFn | None = None,
+  *,
+  over_tasks: bool = False,
 ) -> bilevel.BilevelAlgorithm:
   """Makes the (init, step) pair that a config asks for."""
-
-  def adapter_tx(level, updates_per_step):
-    rate = make_schedule(
-      level.schedule,
-      level.learning_rate,
-      config.train.num_steps * updates_per_step,
-    )
-    return make_optimizer(level.optimizer, rate, level.clip_norm)
-
   return bilevel.make_bilevel_step(
     loss_fn,
     probe_loss_fn=probe_loss_fn,
-    lower_tx=adapter_tx(config.lower, config.lower.num_steps),
-    upper_tx=adapter_tx(config.upper, 1),
+    lower_tx=make_level_tx(config, "lower"),
+    upper_tx=make_level_tx(config, "upper"),
     base_tx=make_base_tx(config.zo),
     sampler=make_sampler(config.zo),
     estimator=ESTIMATORS[config.zo.estimator],
     num_directions=config.zo.num_directions,
     per_example=config.zo.direction == "per_example",
     frame_steps=config.zo.frame_steps,
+    over_tasks=over_tasks,
   )
 
 
@@ -234,6 +241,7 @@ class Run(NamedTuple):
     label: str,
     *,
     score_fn: evaluate.ScoreFn | None = None,
+    shape: batches.Shape | None = None,
   ) -> evaluate.Result:
     """Chooses options, or answers questions, with an adapter on a backbone.
 
@@ -243,6 +251,7 @@ class Run(NamedTuple):
       examples: encoded rows, or questions of a task answered by generation.
       label: what the progress is called.
       score_fn: scores options in the place of the run's own function.
+      shape: sizes of the batches, but for the length; None for the rows' own.
 
     Returns:
       What was answered.
@@ -270,14 +279,22 @@ class Run(NamedTuple):
       batch_size=size,
       pad=pad,
       label=label,
+      shape=shape,
     )
     return self.judge(examples, scores)
 
 
-def make_run(config: ml_collections.ConfigDict) -> Run:
-  """Checks a config and makes what does not need rows or weights."""
+def make_run(
+  config: ml_collections.ConfigDict, task: tasks.Task | None = None
+) -> Run:
+  """Checks a config and makes what does not need rows or weights.
+
+  Args:
+    config: the run's config.
+    task: what the rows mean; None for the config's task.
+  """
   checks.check(config)
-  task = experiment.load_task(config)
+  task = task or experiment.load_task(config)
   model = backbone.load_model(config)
   experiment.context_length(config, model)
   loss_fn = backbone.make_loss_fn(config.loss, model.module)

@@ -23,7 +23,14 @@ from zofo_jax import (
 
 def _load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
   """Reads a run's config and its best checkpoint."""
-  run = runs.make_run(runs.read_config(folder))
+  config = runs.read_config(folder)
+  if config.command != "train":
+    raise errors.UserError(
+      f"--workdir: {folder} is a run of '{config.command}', over many tasks; "
+      "expected one of 'train' (--config=configs/adapt.py:run=DIR tunes and "
+      "scores new tasks)."
+    )
+  run = runs.make_run(config)
   with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
     state, _ = checkpoints.restore(
       run.abstract_state(), checkpoints.best_step()

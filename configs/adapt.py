@@ -1,0 +1,28 @@
+"""A few rows of new tasks, on one or more meta-trained backbones.
+
+  python -m zofo_jax.main --config=configs/adapt.py:run=runs/meta \
+      --workdir=runs/adapt
+
+Several runs are joined by "+", and so are tasks (`task=emo+cr`; without, the
+tasks that the first run holds out). The bare model is always there to compare
+with. Whatever is not said here is as in the first run.
+"""
+
+from etils import epath
+
+from zofo_jax import config as config_lib
+from zofo_jax import runs
+
+
+def get_config(arg: str = ""):
+  """Returns the config of `run=...,task=...,start=...`."""
+  args = config_lib.parse_arg(arg, run="", task="", start="mean")
+  folders = tuple(filter(None, args["run"].split("+")))
+  config = config_lib.base_config()
+  if folders:
+    config = runs.read_config(epath.Path(folders[0]))
+  config.command = "adapt"
+  config.adapt.runs = folders
+  config.adapt.tasks = tuple(filter(None, args["task"].split("+")))
+  config.adapt.start = args["start"]
+  return config

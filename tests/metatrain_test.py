@@ -1,0 +1,352 @@
+"""Meta-training and adaptation through the command line, on a tiny model."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from jax.experimental.compilation_cache import compilation_cache
+
+from zofo_jax import (
+  adapt,
+  backbone,
+  checkpoint,
+  errors,
+  experiment,
+  families,
+  metatrain,
+  report,
+  runs,
+  tasks,
+  train,
+)
+from zofo_jax import config as config_lib
+from zofo_jax.tasks import groups
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+STEPS = 4
+TRAINED = ("rotten_tomatoes", "cr", "imdb")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+  """Programs go to a cache, so that a run that is repeated need not wait."""
+  before = jax.config.values["jax_compilation_cache_dir"]
+  folder = str(tmp_path_factory.mktemp("cache"))
+  jax.config.update("jax_compilation_cache_dir", folder)
+  compilation_cache.reset_cache()
+  yield
+  jax.config.update("jax_compilation_cache_dir", before)
+  compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def family_rows(tmp_path_factory, tiny_rows):
+  """A folder with rows of four tasks, each with another part of the rows."""
+  folder = tmp_path_factory.mktemp("family")
+  lines = (tiny_rows / "train.jsonl").read_text().splitlines(keepends=True)
+  for i, name in enumerate((*TRAINED, "mpqa")):
+    (folder / name).mkdir()
+    own = lines[40 * i : 40 * i + 64]
+    (folder / name / "train.jsonl").write_text("".join(own))
+    shutil.copy(tiny_rows / "validation.jsonl", folder / name)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def start(command_line, tiny_model, family_rows):
+  """Types a command of meta-training."""
+
+  def run(workdir, *changes, method="bilevel", steps=STEPS):
+    return command_line(
+      f"--config={CONFIGS / 'metatrain.py'}:method={method}",
+      f"--workdir={workdir}",
+      f"--config.model.name={tiny_model}",
+      f"--config.data.dir={family_rows}",
+      f"--config.meta.train={TRAINED}",
+      "--config.meta.target=('mpqa',)",
+      "--config.meta.num_tasks=2",
+      "--config.meta.size_power=0.5",
+      "--config.meta.weight_power=1",
+      "--config.data.num_selection=8",
+      "--config.data.num_test=16",
+      "--config.data.max_length=48",
+      "--config.penalty=1",
+      "--config.lower.num_steps=2",
+      "--config.lower.learning_rate=3e-2",
+      "--config.upper.learning_rate=3e-2",
+      "--config.zo.learning_rate=1e-4",
+      f"--config.train.num_steps={steps}",
+      "--config.train.eval_every_steps=2",
+      *changes,
+    )
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def done(start, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("runs") / "meta"
+  assert start(folder) == 0
+  return folder
+
+
+def arrays(folder, step):
+  """Reads a checkpoint as {name: array}."""
+  family = metatrain.make_family(runs.read_config(epath.Path(folder)))
+  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
+    state, _ = checkpoints.restore(family.abstract_state(), step)
+  state = state._replace(key=jax.random.key_data(state.key))
+  return {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def test_what_a_run_leaves(done):
+  metrics = report.read_jsonl(done / "metrics.jsonl")
+  rows = [row for row in metrics if "lower_loss" in row]
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  for row in rows:
+    assert len(row["tasks"]) == len(set(row["tasks"])) == 2
+    assert np.isfinite([row["lower_loss"], row["upper_loss"]]).all()
+    assert len(row["penalty_loss"]) == 2
+    # 2 inner, 2 for p, and 3 losses at either side of theta, of 2 tasks.
+    assert row["forward_passes"] == 20 * row["step"]
+  scored = [row for row in metrics if "selection_mean" in row]
+  assert [row["step"] for row in scored] == [2, 4]
+  for row in scored:
+    each = [row[f"selection_{name}"] for name in TRAINED]
+    assert row["selection_mean"] == pytest.approx(np.mean(each))
+  summary = json.loads((done / "summary.json").read_text())
+  assert [row["task"] for row in summary["tasks"]] == list(TRAINED)
+  trained = [row["trained"] for row in summary["tasks"]]
+  assert summary["test_mean"] == pytest.approx(np.mean(trained))
+  assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_on_the_host_is_the_same(
+  done, start, tmp_path, monkeypatch
+):
+  folder = tmp_path / "run"
+  make_batch = train.iteration_batch
+
+  def stop(config, examples, shape, pad, step):
+    if step == 3:
+      raise KeyboardInterrupt
+    return make_batch(config, examples, shape, pad, step)
+
+  on_host = "--config.meta.on_host=True"
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "iteration_batch", stop)
+    with pytest.raises(KeyboardInterrupt):
+      start(folder, on_host)
+  assert start(folder, on_host) == 0
+  one, other = arrays(done, STEPS), arrays(folder, STEPS)
+  assert one.keys() == other.keys()
+  for name, value in other.items():
+    of_tasks = name.startswith((".upper", ".lower"))
+    assert isinstance(value, np.ndarray) == of_tasks
+    np.testing.assert_allclose(value, one[name], rtol=2e-3, atol=2e-5)
+  # A resumed run on the device is the run, bit for bit.
+  shutil.copytree(done, tmp_path / "again")
+  shutil.rmtree(tmp_path / "again" / "checkpoints" / str(STEPS))
+  if (tmp_path / "again" / "checkpoints" / "2").is_dir():
+    assert start(tmp_path / "again") == 0
+    for name, value in arrays(tmp_path / "again", STEPS).items():
+      np.testing.assert_array_equal(value, one[name])
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "mezo"])
+def test_baselines_move_what_they_should(done, start, tmp_path, method):
+  folder = tmp_path / method
+  assert start(folder, method=method, steps=2) == 0
+  metrics = report.read_jsonl(folder / "metrics.jsonl")
+  passes = {"lora": (4, 4), "full": (4, 4), "mezo": (4, 0)}[method]
+  assert (metrics[0]["forward_passes"], metrics[0]["backward_passes"]) == passes
+  family, state = metatrain.load(folder)
+  before = backbone.load_base(family.config, family.run.model)
+  moved = {
+    jax.tree_util.keystr(path): not np.array_equal(old, new)
+    for (path, old), new in zip(
+      jax.tree_util.tree_leaves_with_path(before),
+      jax.tree.leaves(state.base),
+      strict=True,
+    )
+  }
+  assert any(moved.values()) == (method != "lora")
+  assert bool(jax.tree.leaves(state.upper)) == (method == "lora")
+
+
+def test_adaptation(done, start, command_line, tmp_path, capsys):
+  lora = tmp_path / "lora"
+  assert start(lora, method="lora", steps=2) == 0
+  capsys.readouterr()
+  code = command_line(
+    f"--config={CONFIGS / 'adapt.py'}:run={done}+{lora},task=mpqa",
+    f"--workdir={tmp_path / 'new'}",
+    "--config.adapt.shots=4",
+    "--config.adapt.num_seeds=2",
+    "--config.adapt.num_steps=12",
+    "--config.adapt.learning_rate=3e-2",
+  )
+  assert code == 0
+  shown = capsys.readouterr().out
+  for name in ("mpqa", "base zero-shot", "meta few-shot", "lora few-shot", "±"):
+    assert name in " ".join(shown.split()), shown
+  found = json.loads((tmp_path / "new" / "adapt.json").read_text())
+  base, meta, first_order = found["outcome"]
+  assert [row["backbone"] for row in found["outcome"]] == [
+    "base",
+    "meta",
+    "lora",
+  ]
+  assert all(len(row["few_shot"]) == 2 for row in found["outcome"])
+  assert "start" not in base and "start" in meta
+  # Theta stood still there; here zero-shot is of the backbone alone.
+  assert base["zero_shot"] == first_order["zero_shot"]
+  # A few rows of a task that one word decides are enough.
+  assert min(base["few_shot"]) > 0.9
+
+
+@pytest.fixture
+def config(tiny_model, family_rows):
+  found = config_lib.base_config()
+  found.command = "adapt"
+  found.model.name = str(tiny_model)
+  found.data.dir = str(family_rows)
+  found.data.num_test = 8
+  found.data.num_selection = 8
+  found.adapt.tasks = ("mpqa", "cr")
+  found.adapt.shots = 3
+  found.adapt.num_seeds = 2
+  found.adapt.num_steps = 3
+  found.adapt.batch_size = 4
+  return found
+
+
+def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
+  members = families.members(config, config.adapt.tasks, "target", "x")
+  run = runs.make_run(config, members[0].task)
+  targets = adapt.load_targets(config, run.model, members)
+  base = backbone.load_base(config, run.model)
+  together = adapt.tune(run, adapt.Backbone("base", base, {}), targets)
+  for i, target in enumerate(targets):
+    for seed in range(2):
+      key = jax.random.fold_in(jax.random.key(0), seed)
+      adapter = backbone.init_adapter(config, run.model, key, base)
+      alone = targets[i]._replace(shots=[target.shots[seed]])
+      one_config = config.copy_and_resolve_references()
+      one_config.adapt.num_seeds = 1
+      adapter = adapt.tune(
+        run._replace(config=one_config),
+        adapt.Backbone("base", base, adapter),
+        [alone],
+      )
+      jax.tree.map(
+        lambda many, one: np.testing.assert_allclose(
+          many[i, seed],
+          one[0, 0],
+          rtol=1e-4,
+          atol=1e-6,  # noqa: B023
+        ),
+        together,
+        adapter,
+      )
+
+
+# Names of tasks.
+
+
+def names_of(members):
+  return [member.task.name for member in members]
+
+
+def test_groups_hold_tasks_that_there_are():
+  for group in groups.ALL.values():
+    assert not set(group.train) & set(group.target)
+    for name in (*group.train, *group.target):
+      assert tasks.get(name).kind == "classification"
+
+
+def test_metaicl_lists(config, tmp_path):
+  rows = [
+    {"task": "a", "input": f"row {i}", "output": o, "options": ["yes", "no"]}
+    for i, o in enumerate(["yes", "no"] * 20)
+  ]
+  for name in ("glue-mrpc", "poem"):
+    (tmp_path / name).mkdir()
+    for split in ("train", "test"):
+      path = tmp_path / name / f"{name}_16_100_{split}.jsonl"
+      path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows[split == "test" :])
+      )
+  split = tmp_path / "class_to_class.json"
+  split.write_text('{"train": ["glue-mrpc"], "test": ["poem"]}')
+  config.data.dir = str(tmp_path)
+  config.meta.metaicl = "16_100"
+  trained, target = (
+    families.members(config, (str(split),), side, "meta.train")
+    for side in ("train", "target")
+  )
+  assert names_of(trained) == ["glue-mrpc"] and names_of(target) == ["poem"]
+  model = backbone.load_model(config)
+  (examples,) = families.load_examples(config, model, trained)
+  assert isinstance(examples, experiment.Examples)
+  assert len(examples.lower) > 0 and len(examples.test) == 8
+  (found,) = adapt.load_targets(config, model, target)
+  assert [len(shots) for shots in found.shots] == [3, 3]
+  split.write_text('{"test": []}')
+  with pytest.raises(errors.UserError, match=r"lists 'train' and 'test'"):
+    families.members(config, (str(split),), "train", "meta.train")
+
+
+@pytest.mark.parametrize(
+  "changes, expected",
+  [
+    (
+      {"meta.train": ("sentimant",)},
+      ["meta.train", "sentimant", "Did you mean 'sentiment'"],
+    ),
+    ({"meta.train": ("cr", "squad")}, ["squad", "generating"]),
+    ({"meta.train": ()}, ["config.meta.train", "found nothing"]),
+    ({"meta.target": ("cr",)}, ["not trained on", "cr"]),
+    ({"meta.num_tasks": 3}, ["at most the 2 tasks", "found 3"]),
+    ({"meta.method": "lor"}, ["meta.method", "Did you mean 'lora'"]),
+    ({"meta.method": "lora", "meta.on_host": True}, ["meta.on_host", "False"]),
+    (
+      {"meta.method": "mezo", "zo.direction": "per_example"},
+      ["zo.direction", "mezo"],
+    ),
+    ({"meta.size_power": -1.0}, ["meta.size_power", "0 or more"]),
+  ],
+)
+def test_mistakes(config, changes, expected):
+  config.command = "metatrain"
+  config.meta.train, config.meta.target = ("cr", "rotten_tomatoes"), ("mpqa",)
+  config.meta.num_tasks = 2
+  for name, value in changes.items():
+    section, field = name.split(".")
+    config[section][field] = value
+  with pytest.raises(errors.UserError) as caught:
+    metatrain.make_family(config)
+  for part in expected:
+    assert part in str(caught.value)
+
+
+def test_what_adaptation_does_not_take(done, config, tmp_path, command_line):
+  config.adapt.runs = (str(done),)
+  with pytest.raises(errors.UserError, match=r"not trained on.*found cr"):
+    adapt.adapt(config, str(tmp_path))
+  config.adapt.tasks = ("mpqa",)
+  config.lora.rank = 4
+  with pytest.raises(errors.UserError, match=r"config.lora.rank.*8.*found 4"):
+    adapt.adapt(config, str(tmp_path))
+  config.lora.rank = 8
+  config.adapt.shots = 1000
+  with pytest.raises(errors.UserError, match=r"mpqa.*1000 rows"):
+    adapt.adapt(config, str(tmp_path))
+  assert command_line("evaluate", f"--workdir={done}") == 2
