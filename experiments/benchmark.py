@@ -48,6 +48,7 @@ FIELDS = {
   "torch_mezo_over_ours.gaussian": Field("zeroth_order", None, False, True),
   "torch_bilevel_over_ours.outer": Field("bilevel", 5.0, False, True),
   "torch_bilevel_over_ours.iteration": Field("bilevel", 3.0, False, True),
+  "metatrain_over_single": Field("metatrain", 1.25),
   "rss_over_params.bilevel": Field("rss", 2.0),
   "rss_over_params.torch": Field("rss_torch", None, torch=True),
   "evaluate_over_torch": Field("evaluate", 1.5, False, True),
@@ -148,6 +149,17 @@ def bilevel(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   }
 
 
+def metatrain(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
+  """Times an iteration over tasks against one over as many rows of one task."""
+  from bench import ours
+
+  sides = ours.make_metatrain(work)._asdict()
+  seconds = timing.timed_in_turn(sides, wanted.repeats)
+  yield {
+    "metatrain_over_single": timing.ratio(seconds["tasks"], seconds["single"])
+  }
+
+
 def _resident(side: str, work: workload.Work) -> dict[str, Any]:
   """Gives the peak of a run over a toy's, and the bytes of the backbone."""
   name = next(n for n, other in workload.WORKS.items() if other is work)
@@ -193,6 +205,7 @@ def evaluate(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
 GROUPS = {
   "zeroth_order": zeroth_order,
   "bilevel": bilevel,
+  "metatrain": metatrain,
   "rss": rss,
   "rss_torch": rss_torch,
   "evaluate": evaluate,

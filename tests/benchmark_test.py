@@ -24,7 +24,7 @@ def run(*arguments):
 
 
 def test_it_writes_the_fields_that_are_asked_for(tmp_path):
-  times = ["zo_over_two_forwards.rademacher"]
+  times = ["zo_over_two_forwards.rademacher", "metatrain_over_single"]
   if importlib.util.find_spec("torch"):
     times += [
       "torch_mezo_over_ours",

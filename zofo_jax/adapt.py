@@ -283,7 +283,7 @@ def _check_runs(config: ml_collections.ConfigDict) -> None:
 def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Tunes adapters on target tasks' few rows, on each backbone.
 
-  Writes `adapt.json` and prints target x {zero-shot, few-shot}.
+  Writes `adapt.json` and prints (target, backbone) x {zero-shot, few-shot}.
 
   Args:
     config: `config.adapt` is this command's; without tasks there, the targets
@@ -325,24 +325,33 @@ def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   return result
 
 
-def table(outcome: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-  """Returns rows target x {backbone zero-shot, backbone few-shot} to print.
+def table(outcome: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+  """Returns rows (target, backbone) to print, and the means over targets.
 
   Args:
     outcome: as `assess` gives it, of every backbone.
 
   Returns:
-    A row a task and one of means; few-shot as mean ± standard deviation over
-    seeds.
+    Rows by target; few-shot is the mean over seeds, with its standard
+    deviation.
   """
-  found: dict[str, dict[str, str]] = {}
-  means: dict[str, list[float]] = {}
-  for one in outcome:
-    row = found.setdefault(one["task"], {"task": one["task"]})
-    name, few = one["backbone"], one["few_shot"]
-    row[f"{name} zero-shot"] = f"{one['zero_shot']:.3f}"
-    row[f"{name} few-shot"] = f"{np.mean(few):.3f} ± {np.std(few):.3f}"
-    means.setdefault(f"{name} zero-shot", []).append(one["zero_shot"])
-    means.setdefault(f"{name} few-shot", []).append(float(np.mean(few)))
-  last = {name: f"{np.mean(values):.3f}" for name, values in means.items()}
-  return [*found.values(), {"task": "mean", **last}]
+  rows = [
+    {
+      "task": one["task"],
+      "backbone": one["backbone"],
+      "zero-shot": one["zero_shot"],
+      "few-shot": float(np.mean(one["few_shot"])),
+      "±": float(np.std(one["few_shot"])),
+    }
+    for one in outcome
+  ]
+  names = list(dict.fromkeys(row["task"] for row in rows))
+  rows.sort(key=lambda row: names.index(row["task"]))
+  for name in dict.fromkeys(row["backbone"] for row in rows):
+    own = [row for row in rows if row["backbone"] == name]
+    means = {
+      column: float(np.mean([row[column] for row in own]))
+      for column in ("zero-shot", "few-shot")
+    }
+    rows.append({"task": "mean", "backbone": name, **means})
+  return rows

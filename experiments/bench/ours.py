@@ -199,34 +199,47 @@ def make_bilevel(work: workload.Work) -> Bilevel:
   """
   module = _opt(work.opt)
   base = _random_base(module)
-  keys = jax.random.split(jax.random.key(0), 3)
-  make_adapter = lambda key: adapters.init_lora(
-    key, base, rank=work.lora_rank, alpha=16.0
+  base_bytes = num_bytes(base)
+  run = _iterate(work, module, base)
+  without, rows = (
+    _iteration_rows(work, work.opt_rows, steps)
+    for steps in (0, work.num_inner_steps)
   )
+  return Bilevel(
+    outer=lambda: run(without),
+    iteration=lambda: run(rows),
+    base_bytes=base_bytes,
+  )
+
+
+def _iterate(
+  work: workload.Work, module: Any, base: Any, num_tasks: int = 0
+) -> Callable[[zofo.BilevelBatch], None]:
+  """Makes an iteration on a state of its own; the weights are donated to it.
+
+  Over `num_tasks` tasks, each with its own adapters, if that is not 0.
+  """
+  keys = jax.random.split(jax.random.key(0), 3)
+
+  def make_adapter(key):
+    adapter = adapters.init_lora(key, base, rank=work.lora_rank, alpha=16.0)
+    if not num_tasks:
+      return adapter
+    return jax.tree.map(lambda leaf: jnp.stack([leaf] * num_tasks), adapter)
+
   algorithm = zofo.make_bilevel_step(
     backbone.make_loss_fn("likelihood", module),
     lower_tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)),
     upper_tx=optax.adam(1e-4),
     base_tx=zofo.outer.sgd(1e-7),
     sampler=zofo.Sampler(zofo.directions.Rademacher(), lazy=True),
+    over_tasks=bool(num_tasks),
   )
-  base_bytes = num_bytes(base)
   held = {
     "state": algorithm.init(
       keys[0], base, make_adapter(keys[1]), make_adapter(keys[2])
     )
   }
-
-  def batch(seed):
-    rows = workload.padded_rows(work.opt_rows, work.opt.vocab_size, seed)
-    return _batch(rows)
-
-  def stack(num_steps):
-    if not num_steps:
-      return jax.tree.map(lambda leaf: leaf[None][:0], batch(0))
-    inner = [batch(seed) for seed in range(num_steps)]
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *inner)
-
   step = jax.jit(algorithm.step, donate_argnums=0)
 
   def run(rows):
@@ -234,15 +247,55 @@ def make_bilevel(work: workload.Work) -> Bilevel:
     held["state"], info = step(held["state"], rows, hparams)
     jax.block_until_ready((held["state"].base, info))
 
-  without, rows = (
-    zofo.BilevelBatch(lower=stack(n), penalty=batch(100), upper=batch(101))
-    for n in (0, work.num_inner_steps)
+  return run
+
+
+def _iteration_rows(
+  work: workload.Work, shape: tuple[int, int], num_steps: int
+) -> zofo.BilevelBatch:
+  """Makes the rows of an iteration of so many inner steps."""
+
+  def batch(seed):
+    return _batch(workload.padded_rows(shape, work.opt.vocab_size, seed))
+
+  inner = [batch(seed) for seed in range(max(num_steps, 1))]
+  lower = jax.tree.map(lambda *leaves: jnp.stack(leaves)[:num_steps], *inner)
+  return zofo.BilevelBatch(lower, penalty=batch(100), upper=batch(101))
+
+
+class Metatrain(NamedTuple):
+  """An iteration over M tasks and one over as many rows of a single task."""
+
+  tasks: Callable[[], Any]
+  single: Callable[[], Any]
+
+
+def make_metatrain(work: workload.Work) -> Metatrain:
+  """Prepares both iterations, on weights of their own.
+
+  Args:
+    work: the sizes; each of `num_tasks` tasks has batches of `opt_rows`.
+
+  Returns:
+    The two.
+  """
+  module, count = _opt(work.opt), work.num_tasks
+  rows, length = work.opt_rows
+  whole = _iteration_rows(work, (count * rows, length), work.meta_inner_steps)
+  # The same rows, divided between the tasks.
+  divide = lambda leaf, axis: jnp.moveaxis(
+    leaf.reshape(*leaf.shape[:axis], count, rows, *leaf.shape[axis + 1 :]),
+    axis,
+    0,
   )
-  return Bilevel(
-    outer=lambda: run(without),
-    iteration=lambda: run(rows),
-    base_bytes=base_bytes,
+  parts = zofo.BilevelBatch(
+    lower=jax.tree.map(lambda leaf: divide(leaf, 1), whole.lower),
+    penalty=jax.tree.map(lambda leaf: divide(leaf, 0), whole.penalty),
+    upper=jax.tree.map(lambda leaf: divide(leaf, 0), whole.upper),
   )
+  over_tasks = _iterate(work, module, _random_base(module), count)
+  single = _iterate(work, module, _random_base(module))
+  return Metatrain(lambda: over_tasks(parts), lambda: single(whole))
 
 
 def make_evaluation(work: workload.Work) -> Callable[[], Any]:

@@ -43,6 +43,8 @@ class Work:
     opt_rows: (rows, tokens) of each of its batches.
     lora_rank: rank of its two adapters, on queries and values.
     num_inner_steps: T.
+    num_tasks: M of the iteration over tasks, each with batches of `opt_rows`.
+    meta_inner_steps: T of that iteration.
     num_scored: rows of evaluation.
     scored_lengths: shortest and longest row of evaluation, in tokens.
     scored_batch: rows of evaluation at a time.
@@ -54,6 +56,8 @@ class Work:
   opt_rows: tuple[int, int]
   lora_rank: int
   num_inner_steps: int
+  num_tasks: int
+  meta_inner_steps: int
   num_scored: int
   scored_lengths: tuple[int, int]
   scored_batch: int
@@ -66,6 +70,8 @@ FULL = Work(
   opt_rows=(8, 40),
   lora_rank=8,
   num_inner_steps=10,
+  num_tasks=4,
+  meta_inner_steps=2,
   num_scored=128,
   scored_lengths=(8, 48),
   scored_batch=16,
@@ -78,6 +84,8 @@ TINY = Work(
   opt_rows=(2, 8),
   lora_rank=2,
   num_inner_steps=2,
+  num_tasks=2,
+  meta_inner_steps=1,
   num_scored=8,
   scored_lengths=(4, 12),
   scored_batch=4,

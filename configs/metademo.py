@@ -1,0 +1,62 @@
+"""Meta-training of SmolLM2-135M on short texts: minutes on a laptop.
+
+  for method in bilevel lora full mezo; do
+    python -m zofo_jax.main --config=configs/metademo.py:method=$method \
+        --workdir=runs/short/$method --config.data.dir=DIR
+  done
+  python -m zofo_jax.main \
+      --config=configs/adapt.py:run=runs/short/bilevel+runs/short/lora \
+      --workdir=runs/short/new
+
+DIR has a folder of JSONL files for each task of the group "short"; without
+it the rows come from the Hugging Face hub. Weights are made by
+`python -m zofo_jax.assets`. Steps are such that the methods take about as long.
+"""
+
+from zofo_jax import assets
+from zofo_jax import config as config_lib
+
+# Steps, learning rate of s or of what moves by first order, and of theta by
+# zeroth order.
+METHODS = {
+  "bilevel": (24, 2e-3, 1e-7),
+  "lora": (80, 1e-3, 0.0),
+  "full": (40, 1e-5, 0.0),
+  "mezo": (120, 0.0, 1e-7),
+}
+
+
+def get_config(arg: str = ""):
+  """Returns the config of `method=...`."""
+  args = config_lib.parse_arg(arg, method="bilevel")
+  config_lib.choose("method", args["method"], dict.fromkeys(METHODS, ""))
+  num_steps, first_order, zeroth_order = METHODS[args["method"]]
+  config = config_lib.base_config()
+  config.command = "metatrain"
+  config.model.name = str(assets.smollm2())
+  config.meta.method = args["method"]
+  config.meta.train = ("short",)
+  config.meta.target = ("short",)
+  config.meta.num_tasks = 2
+  config.data.num_lower = 600
+  config.data.num_upper = 300
+  config.data.num_selection = 20
+  config.data.num_test = 60
+  config.data.max_length = 32
+  config.data.long_rows = "truncate"
+  config.loss = "classification"
+  config.penalty = 1.0
+  config.lower.num_steps = 1
+  config.lower.learning_rate = first_order
+  config.lower.schedule = "cosine"
+  config.lower.batch_size = 4
+  config.upper.learning_rate = 2e-3
+  config.upper.schedule = "cosine"
+  config.upper.batch_size = 4
+  config.zo.learning_rate = zeroth_order
+  config.train.num_steps = num_steps
+  config.train.eval_every_steps = num_steps
+  config.adapt.shots = 8
+  config.adapt.num_steps = 12
+  config.adapt.batch_size = 4
+  return config
