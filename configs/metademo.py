@@ -1,16 +1,11 @@
 """Meta-training of SmolLM2-135M on short texts: minutes on a laptop.
 
-  for method in bilevel lora full mezo; do
-    python -m zofo_jax.main --config=configs/metademo.py:method=$method \
-        --workdir=runs/short/$method --config.data.dir=DIR
-  done
-  python -m zofo_jax.main \
-      --config=configs/adapt.py:run=runs/short/bilevel+runs/short/lora \
-      --workdir=runs/short/new
+  make metademo DATA=DIR
 
 DIR has a folder of JSONL files for each task of the group "short"; without
 it the rows come from the Hugging Face hub. Weights are made by
-`python -m zofo_jax.assets`. Steps are such that the methods take about as long.
+`python -m zofo_jax.assets`. Bilevel-ZOFO and what it is compared with train in
+turn, for about as long each; then all adapt to the tasks that are held out.
 """
 
 from zofo_jax import assets

@@ -104,8 +104,31 @@ def test_demo(monkeypatch, tmp_path):
   assert steps % every == 0
 
 
+@pytest.mark.parametrize("method", checks.METHODS)
+def test_metademo(monkeypatch, tmp_path, method):
+  monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
+  config = load("metademo").get_config(f"method={method}")
+  checks.check(config)
+  assert config.meta.method == method
+  assert config.train.num_steps % config.train.eval_every_steps == 0
+
+
+def test_adapt_is_of_its_first_run(tmp_path):
+  config = load("metatrain").get_config("model=some/model,group=nli")
+  config.lora.rank = 3
+  (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+  found = load("adapt").get_config(f"run={tmp_path}+other,task=cr+emo")
+  checks.check(found)
+  assert found.command == "adapt" and found.adapt.tasks == ("cr", "emo")
+  assert found.adapt.runs == (str(tmp_path), "other")
+  assert (found.model.name, found.lora.rank) == ("some/model", 3)
+  assert found.meta.target == ("nli",)
+
+
 def test_files():
-  assert [path.stem for path in FILES] == ["demo", "llama", "opt"]
+  assert [path.stem for path in FILES] == [
+    *("adapt", "demo", "llama", "metademo", "metatrain", "opt")
+  ]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -261,6 +261,11 @@ def _check_runs(config: ml_collections.ConfigDict) -> None:
     UserError: names the field and the run.
   """
   for folder in config.adapt.runs:
+    if not (epath.Path(folder) / "config.json").exists():
+      raise errors.UserError(
+        f"config.adapt.runs: {folder} holds no run; expected a folder with "
+        "config.json."
+      )
     theirs = runs.read_config(epath.Path(folder))
     if theirs.command != "metatrain":
       raise errors.UserError(
