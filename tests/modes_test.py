@@ -86,6 +86,38 @@ def test_probe_needs_fixed_options(config, tmp_path):
     modes.linear_probe(config, str(tmp_path))
 
 
+def test_generated_answers(config, tmp_path):
+  """Zero-shot and with demonstrations; no head, and nothing to calibrate."""
+  folder = tmp_path / "rows"
+  folder.mkdir()
+  for split, count in (("train", 12), ("validation", 3)):
+    lines_of = [
+      json.dumps({"q": f"a {split} {i}", "a": ["dull", "warm"]})
+      for i in range(count)
+    ]
+    (folder / f"{split}.jsonl").write_text("\n".join(lines_of))
+  config.data.dir = str(folder)
+  config.data.task = "mine"
+  config.data.prompt = "{q} It was"
+  config.data.label = "a"
+  config.data.num_selection = 2
+  config.generate.max_new_tokens = 3
+  prompts = []
+  for shots in (0, 2):
+    config.icl.num_shots = shots
+    outcome = modes.icl(config, str(tmp_path))
+    assert 0 <= outcome["exact_match"] <= outcome["token_f1"] <= 1
+    answers = lines(tmp_path / "icl.jsonl")
+    assert [line["answers"] for line in answers] == [["dull", "warm"]] * 3
+    prompts.append([line["prediction"] for line in answers])
+  assert prompts[0] != prompts[1]
+  with pytest.raises(errors.UserError, match=r"head is trained on options"):
+    modes.head(config, str(tmp_path))
+  config.icl.calibration = "domain"
+  with pytest.raises(errors.UserError, match=r"icl\.calibration.*'none'"):
+    modes.icl(config, str(tmp_path))
+
+
 def test_every_row_is_calibrated_by_its_own_options(config, tmp_path):
   folder = tmp_path / "rows"
   folder.mkdir()

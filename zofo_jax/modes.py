@@ -189,13 +189,14 @@ def linear_probe(
     # The first position of the first row is the last token of the prompt.
     return _hidden(run, hidden_fn, base, some)[:, 0, 0]
 
+  test: Any = examples.test  # no questions, in a task with options
   score = probe.fit_logistic(
     features(known),
     labels,
     c=config.probe.c,
-    num_options=len(examples.test[0].options),
+    num_options=len(test[0].options),
   )
-  result = run.judge(examples.test, score(features(examples.test)))
+  result = run.judge(test, score(features(test)))
   figures = {**result.worth(), **result.intervals()}
   return _write(run, workdir, "probe", result, figures)
 
@@ -214,9 +215,15 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     What is in `head.json`.
 
   Raises:
-    UserError: something in the config or the files is wrong.
+    UserError: the task has no options, or something in the config or the files
+      is wrong.
   """
   run = runs.make_run(config)
+  if run.generate_fn is not None:
+    raise errors.UserError(
+      f"config.data.task: the head is trained on options; task {run.task.name} "
+      "is answered by generating text."
+    )
   examples = experiment.load_examples(config, run.model, run.task)
   known = [*examples.lower, *examples.upper]
   base = backbone.load_base(config, run.model)
