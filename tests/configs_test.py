@@ -225,7 +225,7 @@ def test_choose():
 
 def test_every_checked_field_exists():
   fields = (
-    *checks._CHOICES,
+    *checks.CHOICES,
     *checks._POSITIVE,
     *checks._NOT_NEGATIVE,
   )
