@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from zofo_jax import config as config_lib
-from zofo_jax import errors, modes
+from zofo_jax import errors, incontext, modes
 
 LLAMA = pathlib.Path(__file__).parents[1] / "configs" / "llama.py"
 
@@ -69,6 +70,37 @@ def test_sets_of_demonstrations_and_calibration(config, tmp_path):
   assert abs(off[0, 0] - off[0, 1]) > 1e-3
 
 
+def test_demonstrations_are_read_once(config, tmp_path, monkeypatch):
+  """Scores are those of rows that hold them; a window forbids it."""
+  config.icl.num_shots = 4
+  seen, split = [], incontext.split_shared
+
+  def watched(examples):
+    seen.append(len(split(examples)[0]))
+    return split(examples)
+
+  found = []
+  for change in (watched, lambda examples: ((), examples)):
+    monkeypatch.setattr(incontext, "split_shared", change)
+    modes.icl(config, str(tmp_path))
+    found.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
+  np.testing.assert_allclose(*found, atol=2e-5)
+  assert seen[0] > 12
+  folder = tmp_path / "windowed"
+  shutil.copytree(config.model.name, folder)
+  fields = json.loads((folder / "config.json").read_text())
+  fields |= {"model_type": "mistral", "sliding_window": 8}
+  (folder / "config.json").write_text(json.dumps(fields))
+  config.model.name = str(folder)
+  windowed = []
+  for change in (watched, lambda examples: ((), examples)):
+    monkeypatch.setattr(incontext, "split_shared", change)
+    modes.icl(config, str(tmp_path))
+    windowed.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
+  np.testing.assert_allclose(*windowed, atol=2e-5)
+  assert np.abs(np.subtract(found[0], windowed[0])).max() > 1e-3
+
+
 def test_probe_and_head_learn(config, tmp_path):
   """One word decides the label, and random features keep it."""
   assert modes.linear_probe(config, str(tmp_path))["accuracy"] > 0.9
@@ -84,6 +116,38 @@ def test_probe_needs_fixed_options(config, tmp_path):
   config.data.task = "copa"
   with pytest.raises(errors.UserError, match=r"linear probe.*multiple choice"):
     modes.linear_probe(config, str(tmp_path))
+
+
+def test_generated_answers(config, tmp_path):
+  """Zero-shot and with demonstrations; no head, and nothing to calibrate."""
+  folder = tmp_path / "rows"
+  folder.mkdir()
+  for split, count in (("train", 12), ("validation", 3)):
+    lines_of = [
+      json.dumps({"q": f"a {split} {i}", "a": ["dull", "warm"]})
+      for i in range(count)
+    ]
+    (folder / f"{split}.jsonl").write_text("\n".join(lines_of))
+  config.data.dir = str(folder)
+  config.data.task = "mine"
+  config.data.prompt = "{q} It was"
+  config.data.label = "a"
+  config.data.num_selection = 2
+  config.generate.max_new_tokens = 3
+  prompts = []
+  for shots in (0, 2):
+    config.icl.num_shots = shots
+    outcome = modes.icl(config, str(tmp_path))
+    assert 0 <= outcome["exact_match"] <= outcome["token_f1"] <= 1
+    answers = lines(tmp_path / "icl.jsonl")
+    assert [line["answers"] for line in answers] == [["dull", "warm"]] * 3
+    prompts.append([line["prediction"] for line in answers])
+  assert prompts[0] != prompts[1]
+  with pytest.raises(errors.UserError, match=r"head is trained on options"):
+    modes.head(config, str(tmp_path))
+  config.icl.calibration = "domain"
+  with pytest.raises(errors.UserError, match=r"icl\.calibration.*'none'"):
+    modes.icl(config, str(tmp_path))
 
 
 def test_every_row_is_calibrated_by_its_own_options(config, tmp_path):
