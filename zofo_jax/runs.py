@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -163,7 +162,7 @@ def make_level_tx(
 def make_hparams(config: ml_collections.ConfigDict) -> bilevel.BilevelHParams:
   """Makes the numbers that are traced."""
   return bilevel.BilevelHParams(
-    zo_eps=jnp.float32(config.zo.eps), penalty=jnp.float32(config.penalty)
+    zo_eps=np.float32(config.zo.eps), penalty=np.float32(config.penalty)
   )
 
 
