@@ -21,7 +21,10 @@ FILES = {
 FLOORS = (
   ("main",),
   ("modes",),
+  ("export",),
   ("saved", "train"),
+  ("store",),
+  ("ledger",),
   ("runs",),
   ("objectives",),
   ("evaluate", "experiment", "probe"),
@@ -33,10 +36,11 @@ FLOORS = (
   ("beams",),
   ("checks",),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
-  ("adapters", "progress", "recipes", "rows"),
+  ("adapters", "guards", "progress", "recipes", "rows"),
   # The core.
   ("bilevel",),
   ("inner", "losses", "outer"),
+  ("moves",),
   ("zo",),
   ("sampler",),
   ("perturbed",),
@@ -47,7 +51,7 @@ FLOORS = (
 )
 CORE = set(
   """
-bilevel directions inner losses noise outer perturbed sampler zo
+bilevel directions inner losses moves noise outer perturbed sampler zo
 """.split()
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

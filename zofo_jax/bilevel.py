@@ -15,10 +15,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from zofo_jax import inner, outer, zo
+from zofo_jax import inner, moves, outer, zo
 from zofo_jax import sampler as sampler_lib
 
 
@@ -79,6 +78,7 @@ class BilevelInfo(NamedTuple):
     num_nonfinite: directions dropped because G, or p's gradient, was not
       finite, int32 [].
     upper_grad_norm: norm of p's gradient, shape [].
+    move: what was added to theta; None if it was not added in place.
   """
 
   lower_loss: jax.Array
@@ -88,6 +88,7 @@ class BilevelInfo(NamedTuple):
   coefficients: jax.Array
   num_nonfinite: jax.Array
   upper_grad_norm: jax.Array
+  move: moves.Move | None = None
 
 
 class BilevelAlgorithm(NamedTuple):
@@ -179,12 +180,7 @@ def bilevel_step(
   Returns:
     The new state and what to log.
   """
-  step_key = jax.random.fold_in(state.key, state.step)
-  lower_key, upper_key, direction_key, rounding_key = jax.random.split(
-    step_key, 4
-  )
-  # Apart from every step's key, which folds a step's number.
-  frame_root = jax.random.fold_in(state.key, np.uint32(2**32 - 1))
+  keys = moves.step_keys(state.key, state.step, frame_steps)
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
   lower, lower_opt, lower_loss = inner.minimize(
@@ -193,7 +189,7 @@ def bilevel_step(
     state.lower,
     state.lower_opt,
     batch.lower,
-    lower_key,
+    keys.lower,
     tx=lower_tx,
   )
 
@@ -202,14 +198,15 @@ def bilevel_step(
       (upper_loss_fn, adapter, batch.upper),
       (lower_loss_fn, adapter, batch.penalty),
     )
-    losses = _evaluate(terms, state.base, jax.random.split(upper_key, 2))
+    losses = _evaluate(terms, state.base, jax.random.split(keys.upper, 2))
     return losses[0] + penalty * losses[1], losses
 
   (_, losses), grads = jax.value_and_grad(upper_objective, has_aux=True)(
     state.upper
   )
-  updates, upper_opt = upper_tx.update(grads, state.upper_opt, state.upper)
-  upper = optax.apply_updates(state.upper, updates)
+  upper, upper_opt, upper_grad_norm = inner.update(
+    grads, state.upper_opt, state.upper, tx=upper_tx
+  )
 
   def penalized(base, rows=batch.upper, penalty_rows=batch.penalty):
     upper_fn = probe_loss_fn or upper_loss_fn
@@ -224,11 +221,11 @@ def bilevel_step(
 
   estimate_fn = functools.partial(
     zo.estimate_per_example if per_example else zo.estimate,
-    key=direction_key,
+    key=keys.direction,
     eps=hparams.zo_eps,
     sampler=sampler,
     estimator=estimator,
-    frame_key=jax.random.fold_in(frame_root, state.step // frame_steps),
+    frame_key=keys.frame,
   )
   if per_example:
     estimate = estimate_fn(
@@ -241,10 +238,15 @@ def bilevel_step(
   # p and theta move together: a broken gradient of p drops every direction. It
   # also tells the compiler that p's passes end before theta is written; not
   # knowing, it copies all layers' weights.
-  upper_grad_norm = optax.tree.norm(grads)
   estimate = estimate.drop_unless(jnp.isfinite(upper_grad_norm))
-  base, base_opt = outer.as_outer(base_tx).update(
-    state.base, state.base_opt, estimate, sampler, penalized, rounding_key
+  base, base_opt, move = outer.take(
+    outer.as_outer(base_tx),
+    state.base,
+    state.base_opt,
+    estimate,
+    sampler,
+    penalized,
+    keys.rounding,
   )
 
   new_state = BilevelState(
@@ -265,6 +267,7 @@ def bilevel_step(
     coefficients=estimate.coefficients,
     num_nonfinite=estimate.num_nonfinite,
     upper_grad_norm=upper_grad_norm,
+    move=move,
   )
   return new_state, info
 

@@ -30,6 +30,7 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.adapter = ml_collections.ConfigDict()  # of p and of s
   config.adapter.kind = "lora"  # or "prefix", "prompt"; several: "lora+prefix"
+  config.adapter.init_from = config_dict.placeholder(str)  # folder of PEFT
 
   config.lora = ml_collections.ConfigDict()
   config.lora.rank = 8
@@ -103,6 +104,8 @@ def base_config() -> ml_collections.ConfigDict:
   config.train = ml_collections.ConfigDict()
   config.train.num_steps = 500  # outer iterations
   config.train.eval_every_steps = 50
+  config.train.max_nonfinite = 10  # steps in a row that are not; 0: no limit
+  config.train.max_loss_ratio = 0.0  # of D_f's mean to its start; 0: no limit
 
   config.icl = ml_collections.ConfigDict()  # command icl: in-context learning
   config.icl.num_shots = 32  # demonstrations before a row; 0: zero-shot
@@ -134,6 +137,8 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.ckpt = ml_collections.ConfigDict()
   config.ckpt.keep = 1  # latest ones, beside the best on the selection rows
+  config.ckpt.base_every_steps = 0  # theta this rarely, then from the ledger
+  config.ckpt.may_change = ()  # fields that a run may go on with changed
   return config
 
 

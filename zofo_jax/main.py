@@ -13,7 +13,8 @@ On the same config, to compare with: in-context learning (zero-shot with
   python -m zofo_jax.main head --config=configs/opt.py --workdir=DIR
 
 Any field of the config can be set: --config.zo.eps=1e-2. Exit code 2 means a
-mistake in the command, its config or its files, told in one sentence.
+mistake in the command, its config or its files, told in one sentence; 143 or
+130 that SIGTERM or SIGINT came: the state is saved, the same command goes on.
 
 Small on purpose: everything worth testing lives in importable modules.
 """
@@ -24,7 +25,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from zofo_jax import config as config_lib
-from zofo_jax import errors
+from zofo_jax import errors, guards
 
 OF_A_CONFIG = ("train", "icl", "probe", "head")
 COMMANDS = ("train", "evaluate", "predict", "icl", "probe", "head")
@@ -115,6 +116,9 @@ def main() -> int:
   except errors.UserError as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return 2
+  except guards.InterruptedRun as error:
+    print(f"zofo_jax: {error}", file=sys.stderr)
+    return error.code
   return 0
 
 

@@ -10,7 +10,6 @@ from etils import epath
 
 from zofo_jax import (
   bilevel,
-  checkpoint,
   encode,
   errors,
   evaluate,
@@ -18,16 +17,19 @@ from zofo_jax import (
   report,
   rows,
   runs,
+  store,
 )
 
 
-def _load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
-  """Reads a run's config and its best checkpoint."""
+def load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
+  """Reads a run's config and its best checkpoint.
+
+  Raises:
+    UserError: there is no run, or no checkpoint of it.
+  """
   run = runs.make_run(runs.read_config(folder))
-  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-    state, _ = checkpoints.restore(
-      run.abstract_state(), checkpoints.best_step()
-    )
+  with store.Store(run, folder) as states:
+    state, _ = states.best()
   return run, state
 
 
@@ -48,7 +50,7 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
     UserError: there is no run, or its rows are gone.
   """
   folder = epath.Path(workdir)
-  run, state = _load(folder)
+  run, state = load(folder)
   examples = experiment.load_examples(run.config, run.model, run.task).test
   result = run.evaluate(state.base, state.upper, examples, "test")
   evaluation: dict[str, Any] = {
@@ -80,7 +82,7 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   if not source:
     raise errors.UserError("--input: expected a file of rows; found nothing.")
   folder = epath.Path(workdir)
-  run, state = _load(folder)
+  run, state = load(folder)
   asked = rows.load(run.task, source, "train", labelled=False)
   result = run.evaluate(
     state.base, state.upper, _encoded(run, asked), "predict"

@@ -16,14 +16,14 @@ from zofo_jax import (
   backbone,
   batches,
   bilevel,
-  checkpoint,
   errors,
   experiment,
+  guards,
   report,
   runs,
 )
-from zofo_jax import config as config_lib
 from zofo_jax import progress as progress_lib
+from zofo_jax import store as store_lib
 
 
 def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -81,43 +81,62 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     What is written to `summary.json`.
 
   Raises:
-    UserError: something in the config, the files or `workdir` is wrong.
+    UserError: something in the config, the files or `workdir` is wrong, or
+      the run went wrong.
+    guards.InterruptedRun: SIGTERM or SIGINT came.
   """
   run = runs.make_run(config)
   folder = epath.Path(workdir)
-  _check_same_config(config, folder)
+  store_lib.check_config(config, folder)
   examples = experiment.load_examples(config, run.model, run.task)
-  _make_folder(folder / "checkpoints")
-  with checkpoint.Checkpoints(
-    folder / "checkpoints", keep=config.ckpt.keep
-  ) as checkpoints:
-    writer = report.JsonlWriter(folder / "metrics.jsonl")
-    if checkpoints.latest_step() is None:
-      writer.truncate_after(-1)
-      state = run.init(backbone.load_base(config, run.model))
-      zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
-      record = {"seconds": 0.0, "zero_shot": zero_shot.worth()}
-    else:
-      state, record = checkpoints.restore(run.abstract_state())
-      writer.truncate_after(int(state.step))
-    report.write_json(folder / "config.json", config.to_dict())
-    with writer:
-      state, record = _loop(run, examples, state, record, writer, checkpoints)
-    checkpoints.wait()
-    best = checkpoints.best_step()
-    if best != int(state.step):
-      del state  # one backbone at a time
-      state, _ = checkpoints.restore(run.abstract_state(), best)
-    summary = _finish(run, examples, state, record, folder)
-  return summary
+  store_lib.make_folder(folder / "checkpoints")
+  try:
+    with store_lib.Store(run, folder, write=True) as store:
+      return _train(run, examples, folder, store)
+  except OSError as error:
+    raise errors.UserError(
+      f"{error.filename or folder} cannot be written to "
+      f"({error.strerror or errors.first_line(error)}); what was saved before "
+      "is as it was."
+    ) from error
 
 
-def _loop(run, examples, state, record, writer, checkpoints):
+def _train(run, examples, folder, store) -> dict[str, Any]:
+  """Goes on from the latest checkpoint, or from the beginning."""
+  config = run.config
+  writer = report.JsonlWriter(folder / "metrics.jsonl")
+  resumed = store.resume()
+  if resumed is None:
+    writer.truncate_after(-1)
+    base = backbone.load_base(config, run.model)
+    state = run.init(base, backbone.load_adapter(config, run.model))
+    zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
+    record = {"seconds": 0.0, "zero_shot": zero_shot.worth(), "guard": {}}
+    store.begin(state)
+  else:
+    state, record = resumed
+    writer.truncate_after(int(state.step))
+  store_lib.write_config(config, folder)
+  with writer, guards.Signals() as signals:
+    state, record = _loop(run, examples, state, record, writer, store, signals)
+  store.wait()
+  if store.checkpoints.best_step() != int(state.step):
+    del state  # one backbone at a time
+    state, _ = store.best()
+  return _finish(run, examples, state, record, folder)
+
+
+def _loop(run, examples, state, record, writer, store, signals):
   """Takes the remaining outer iterations; returns the state and the record."""
   config = run.config
   step_fn = jax.jit(run.algorithm.step, donate_argnums=0)
   hparams = bilevel.BilevelHParams(
     zo_eps=jnp.float32(config.zo.eps), penalty=jnp.float32(config.penalty)
+  )
+  guard = guards.Guard(
+    record["guard"],
+    max_nonfinite=config.train.max_nonfinite,
+    max_loss_ratio=config.train.max_loss_ratio,
   )
   shape = experiment.train_shape(examples)
   start, total = int(state.step), config.train.num_steps
@@ -126,35 +145,56 @@ def _loop(run, examples, state, record, writer, checkpoints):
   pending: tuple[int, bilevel.BilevelInfo] | None = None
   with progress_lib.Progress(total, start=start) as progress:
 
-    def flush():
+    def flush() -> str:
       # Metrics are fetched one step late, so the device never waits for us.
       nonlocal pending
       if pending is None:
-        return
+        return ""
       step, info = pending[0], jax.device_get(pending[1])
       pending = None
       lower_loss = float(info.lower_loss.mean())
+      logged = info._asdict()
+      del logged["lower_loss"], logged["move"]
       writer.write(
         {
           "step": step,
           "lower_loss": lower_loss,
-          **{k: v for k, v in info._asdict().items() if k != "lower_loss"},
+          **logged,
           "seconds": time.monotonic() - began,
           "forward_passes": forward * step,
           "backward_passes": backward * step,
           "rss_bytes": progress_lib.rss_bytes(),
         }
       )
+      store.append(step, info)
       progress.update(step, lower=lower_loss, upper=float(info.upper_loss))
+      return guard.update(
+        [*info.lower_loss.tolist(), float(info.upper_loss)],
+        dropped=int(info.num_nonfinite) == info.coefficients.size,
+      )
+
+    def save(**worth: float) -> None:
+      record["guard"] = guard.memory
+      store.save(state, record, **worth)
 
     for step in range(start, total):
       batch = iteration_batch(config, examples, shape, run.model.pad, step)
       state, info = step_fn(state, batch, hparams)
-      flush()
+      problem = flush()
       pending = (step + 1, info)
-      if (step + 1) % config.train.eval_every_steps == 0 or step + 1 == total:
-        flush()
+      evaluates = (
+        step + 1
+      ) % config.train.eval_every_steps == 0 or step + 1 == total
+      if problem or signals.number or evaluates:
+        problem = flush() or problem
         record["seconds"] = time.monotonic() - began
+      if problem:
+        save()
+        raise errors.UserError(
+          f"{problem}; the run stops at step {step + 1} of {total}, which is "
+          "saved."
+        )
+      if evaluates:
         result = run.evaluate(
           state.base, state.upper, examples.selection, "selection"
         )
@@ -162,14 +202,17 @@ def _loop(run, examples, state, record, writer, checkpoints):
           f"selection_{name}": value for name, value in result.worth().items()
         }
         writer.write({"step": step + 1, **scores})
-        checkpoints.save(
-          step + 1,
-          state,
-          record,
-          metric=scores[f"selection_{run.task.metric}"],
-        )
+        save(metric=scores[f"selection_{run.task.metric}"])
         # Evaluation is no part of the training time.
         began = time.monotonic() - record["seconds"]
+      if signals.number and step + 1 < total:
+        save()
+        store.wait()
+        raise guards.InterruptedRun(
+          signals.number,
+          f"at step {step + 1} of {total}, which is saved; the same command "
+          "goes on from there.",
+        )
   return state, record
 
 
@@ -194,6 +237,7 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
     "num_inner_steps": num_steps * config.lower.num_steps,
     "forward_passes": forward * num_steps,
     "backward_passes": backward * num_steps,
+    "nonfinite_steps": record["guard"].get("nonfinite", 0),
     "train_seconds": record["seconds"],
     "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }
@@ -209,36 +253,3 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
   )
   print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
   return summary
-
-
-def _make_folder(folder: epath.Path) -> None:
-  """Makes a folder in a run's, unless it is there."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.UserError(
-      f"--workdir: {folder} cannot be made ({error.strerror}); expected a "
-      "folder to write into."
-    ) from error
-
-
-def _check_same_config(
-  config: ml_collections.ConfigDict, folder: epath.Path
-) -> None:
-  """Stops before a run goes on under another config than it began with."""
-  path = folder / "config.json"
-  if not path.exists():
-    return
-  before = config_lib.flat(runs.read_config(folder))
-  now = config_lib.flat(config)
-  changed = [
-    f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-    for name in sorted(before.keys() | now.keys())
-    if before.get(name) != now.get(name)
-  ]
-  if changed:
-    raise errors.UserError(
-      f"{path} is of a run with another config: {'; '.join(changed[:5])}"
-      f"{' and more' if len(changed) > 5 else ''}. Give another --workdir, or "
-      "remove this one."
-    )
