@@ -74,7 +74,11 @@ class Guard:
       max_loss_ratio: a moving average of the loss, above this many times the
         mean of the first ten, ends a run; 0 for no limit.
     """
-    self.memory = {"nonfinite": 0, "in_a_row": 0, "losses": []} | memory
+    self.memory: dict[str, Any] = {
+      "nonfinite": 0,
+      "in_a_row": 0,
+      "losses": [],
+    } | memory
     self._max_nonfinite = max_nonfinite
     self._max_loss_ratio = max_loss_ratio
 

@@ -42,25 +42,27 @@ def step_keys(
     step: number of the iteration, from 0; int32, shape [].
     frame_steps: iterations that share their frame.
   """
-  parts = jax.random.split(jax.random.fold_in(key, step), 4)
+  lower, upper, direction, rounding = jax.random.split(
+    jax.random.fold_in(key, step), 4
+  )
   # Apart from every step's key, which folds a step's number.
   frame_root = jax.random.fold_in(key, np.uint32(2**32 - 1))
   frame = jax.random.fold_in(frame_root, jnp.asarray(step) // frame_steps)
-  return StepKeys(*parts, frame=frame)
+  return StepKeys(lower, upper, direction, rounding, frame)
 
 
 class Move(NamedTuple):
   """A step on theta, to be written in place.
 
   Attributes:
-    weights: factors of the directions, float32, shape [Q].
+    weights: factors of the directions, float32, shape [Q]; NumPy's as well.
     decay: share taken off every matrix, float32, shape [].
     learning_rate: what the weights were made with, float32, shape [].
   """
 
-  weights: jax.Array
-  decay: jax.Array
-  learning_rate: jax.Array
+  weights: Any
+  decay: Any
+  learning_rate: Any
 
 
 def apply(

@@ -12,10 +12,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
+import numpy as np
 from etils import epath
 
 from zofo_jax import (
-  backbone,
   bilevel,
   checkpoint,
   errors,
@@ -126,7 +126,9 @@ class Store:
   def append(self, step: int, info: bilevel.BilevelInfo) -> None:
     """Writes what a step did to the ledger."""
     assert self._writer is not None
-    self._writer.append(ledger.Line(step, info.coefficients, info.move))
+    self._writer.append(
+      ledger.Line(step, np.asarray(info.coefficients), info.move)
+    )
 
   def save(
     self,
@@ -201,24 +203,8 @@ class Store:
         _say(f"{error} The one before it is used, or the model's weights.")
         self._bases.discard(number, self._folder / "damaged" / "bases")
     if base is None:
-      base = load_start(self._run, found.header)
+      base = ledger.load_start(self._run.config, self._run.model, found.header)
     return ledger.advance(base, found.header, found.lines[start:step], where)
-
-
-def load_start(run: runs.Run, header: Mapping[str, Any]) -> Any:
-  """Reads theta where a ledger begins.
-
-  Raises:
-    UserError: the model's weights are not those that the ledger began with.
-  """
-  base = backbone.load_base(run.config, run.model)
-  expected, found = header["base_sha256"], ledger.fingerprint(base)
-  if found != expected:
-    raise errors.UserError(
-      f"{run.model.folder}: these are not the weights that the run began with "
-      f"(SHA-256 {found[:12]}…, expected {expected[:12]}…)."
-    )
-  return base
 
 
 def make_folder(folder: epath.Path) -> None:

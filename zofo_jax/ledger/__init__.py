@@ -4,7 +4,12 @@
 """
 
 from zofo_jax.ledger.lines import Ledger, Line, Writer, parse, read, start
-from zofo_jax.ledger.replay import advance, fingerprint, make_header
+from zofo_jax.ledger.replay import (
+  advance,
+  fingerprint,
+  load_start,
+  make_header,
+)
 
 __all__ = [
   "Ledger",
@@ -12,6 +17,7 @@ __all__ = [
   "Writer",
   "advance",
   "fingerprint",
+  "load_start",
   "make_header",
   "parse",
   "read",

@@ -6,7 +6,7 @@ program for all, and give the same bits on the same kind of machine.
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 
 import zofo_jax
-from zofo_jax import checks, errors, moves, perturbed, runs
+from zofo_jax import backbone, checks, errors, moves, perturbed, runs
 from zofo_jax import config as config_lib
 from zofo_jax.ledger import lines as lines_lib
 
@@ -77,6 +77,26 @@ def config_of(header: dict[str, Any], where: str) -> ml_collections.ConfigDict:
       f"'{where}' line 1: not the header of a run ({error})."
     ) from error
   return config
+
+
+def load_start(
+  config: ml_collections.ConfigDict,
+  model: backbone.Model,
+  header: Mapping[str, Any],
+) -> Any:
+  """Reads theta where a ledger begins.
+
+  Raises:
+    UserError: the model's weights are not those that the ledger began with.
+  """
+  base = backbone.load_base(config, model)
+  expected, found = header.get("base_sha256", ""), fingerprint(base)
+  if found != expected:
+    raise errors.UserError(
+      f"{model.folder}: these are not the weights that the ledger began with: "
+      f"expected SHA-256 {expected[:12]}…, found {found[:12]}…"
+    )
+  return base
 
 
 def advance(
