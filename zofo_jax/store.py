@@ -170,13 +170,19 @@ class Store:
   ) -> tuple[bilevel.BilevelState, dict[str, Any]] | None:
     while (step := choose()) is not None:
       try:
-        return self._restore(step)
+        return self.restore(step)
       except checkpoint.DamagedError as error:
         _say(f"{error} The one before it is used, if there is any.")
         self.checkpoints.discard(step, self._folder / "damaged" / "checkpoints")
     return None
 
-  def _restore(self, step: int) -> tuple[bilevel.BilevelState, dict[str, Any]]:
+  def restore(self, step: int) -> tuple[bilevel.BilevelState, dict[str, Any]]:
+    """Reads a checkpoint; theta is rebuilt if it is not in it.
+
+    Raises:
+      UserError: there is none of this step, or it is not of this config.
+      DamagedError: it is not as it was written.
+    """
     abstract = self._run.abstract_state()
     if self._bases is None:
       state, extra = self.checkpoints.restore(abstract, step)
