@@ -190,14 +190,18 @@ def attempt(case: Case, fault: str, expected: dict[str, str]) -> str:
 
 
 def campaign(
-  trials: int, folder: pathlib.Path, seed: int, path: pathlib.Path
+  trials: int,
+  folder: pathlib.Path,
+  seed: int,
+  path: pathlib.Path,
+  faults: list[str],
 ) -> dict[str, Any]:
   """Runs trials, each fault in turn; the file is written after each."""
   for name in ("model", "rows"):
     (folder / name).mkdir()
   tiny.write_rows(folder / "rows")
   _fork_to_write_model(folder)
-  rows = {name: dict.fromkeys(("trials", *WRONG), 0) for name in FAULTS}
+  rows = {name: dict.fromkeys(("trials", *WRONG), 0) for name in faults}
   wrong: list[str] = []
   begun = time.monotonic()
   seconds, references, expected = {}, {}, {}
@@ -214,7 +218,7 @@ def campaign(
     sys.exit("Runs of the two kinds of checkpoints differ.")
   for number in range(trials):
     draw = random.Random(f"{seed} {number}")
-    fault, rare = list(FAULTS)[number % len(FAULTS)], draw.random() < 0.5
+    fault, rare = faults[number % len(faults)], draw.random() < 0.5
     run = folder / f"run-{number}"
     case = Case(folder, run, rare, draw, seconds[rare], references[rare])
     problem = attempt(case, fault, expected[rare])
@@ -254,6 +258,7 @@ def main() -> None:
   parser.add_argument("--trials", type=int, default=200)
   parser.add_argument("--json", type=pathlib.Path, required=True)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--only", choices=FAULTS, help="one kind of fault")
   given = parser.parse_args()
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
   # Copied by every process to come.
@@ -267,7 +272,11 @@ def main() -> None:
   transformers.PreTrainedTokenizerFast  # noqa: B018 - is read lazily
   with tempfile.TemporaryDirectory() as folder:
     summary = campaign(
-      given.trials, pathlib.Path(folder), given.seed, given.json
+      given.trials,
+      pathlib.Path(folder),
+      given.seed,
+      given.json,
+      [given.only] if given.only else list(FAULTS),
     )
   report.results_table(
     [{"fault": name, **row} for name, row in summary["faults"].items()],
