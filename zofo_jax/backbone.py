@@ -86,6 +86,7 @@ def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:
       model.family,
       model.module.config,
       jnp.dtype(config.model.dtype),
+      pickle=config.model.pickle,
     )
   )
   for i, leaf in enumerate(leaves):  # each host copy goes as its leaf is done

@@ -26,6 +26,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.model.name = config_dict.placeholder(str)  # hub id or local folder
   config.model.revision = config_dict.placeholder(str)  # of the hub id
   config.model.dtype = "float32"  # or "bfloat16"
+  config.model.pickle = False  # open pytorch_model.bin, as weights alone
   config.model.remat = False  # recompute activations in the adapters' backward
 
   config.adapter = ml_collections.ConfigDict()  # of p and of s

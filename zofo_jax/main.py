@@ -57,6 +57,11 @@ def _parse(argv: list[str]) -> str:
       config_lib.unknown_field(argv)
       or f"--config: {config_lib.file_of(argv)} is broken: {error}."
     ) from error
+  except (ValueError, TypeError, LookupError, SyntaxError) as error:
+    # Raised by ml_collections where a field's name or value is no Python.
+    raise errors.UserError(
+      config_lib.unknown_field(argv) or f"--config: {errors.first_line(error)}."
+    ) from error
   except OSError as error:
     raise errors.UserError(
       f"--config: no such file as '{config_lib.file_of(argv)}'; there are "

@@ -319,6 +319,6 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
   try:
     with config.unlocked():
       config.update(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, AttributeError) as error:
     raise errors.UserError(f"{path}: not a run's config ({error}).") from error
   return config

@@ -6,7 +6,8 @@ program for all, and give the same bits on the same kind of machine.
 
 import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -124,7 +125,18 @@ def advance(
   config = config_of(header, where)
   check(config.zo)
   key = jax.random.wrap_key_data(jnp.asarray(header["key"], jnp.uint32))
-  step_fn = jax.jit(
+  step_fn = _step_fn(json.dumps(header["zo"], sort_keys=True))
+  for line in lines:
+    move = jax.tree.map(jnp.asarray, line.move)
+    base = step_fn(base, key, jnp.int32(line.step - 1), move)
+  return base
+
+
+@functools.lru_cache(maxsize=4)
+def _step_fn(zo: str) -> Callable[..., Any]:
+  """Returns the step of a header's `zo`, traced once for all."""
+  config = config_of({"model": {"name": "any"}, "zo": json.loads(zo)}, zo)
+  return jax.jit(
     functools.partial(
       moves.apply,
       sampler=runs.make_sampler(config.zo),
@@ -132,10 +144,6 @@ def advance(
     ),
     donate_argnums=0,
   )
-  for line in lines:
-    move = jax.tree.map(jnp.asarray, line.move)
-    base = step_fn(base, key, jnp.int32(line.step - 1), move)
-  return base
 
 
 def check(zo_config: ml_collections.ConfigDict) -> None:
