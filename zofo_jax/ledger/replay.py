@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -15,7 +16,6 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-import zofo_jax
 from zofo_jax import backbone, checks, errors, moves, perturbed, runs
 from zofo_jax import config as config_lib
 from zofo_jax.ledger import lines as lines_lib
@@ -56,7 +56,7 @@ def make_header(
 def versions() -> dict[str, str]:
   """Returns what the last bit of a step may depend on."""
   return {
-    "zofo_jax": zofo_jax.__version__,
+    "zofo_jax": metadata.version("zofo-jax"),
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
   }
