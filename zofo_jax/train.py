@@ -110,6 +110,8 @@ def _train(run, examples, folder, store) -> dict[str, Any]:
     writer.truncate_after(-1)
     base = backbone.load_base(config, run.model)
     state = run.init(base, backbone.load_adapter(config, run.model))
+    # As checkpoints are read, so that both go on with one program.
+    state = jax.device_put(state, jax.devices()[0])
     zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
     record = {"seconds": 0.0, "zero_shot": zero_shot.worth(), "guard": {}}
     store.begin(state)
