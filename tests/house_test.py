@@ -23,8 +23,11 @@ FLOORS = (
   ("modes",),
   ("adapt",),
   ("metatrain",),
+  ("export",),
   ("saved", "train"),
   ("loop",),
+  ("store",),
+  ("ledger",),
   ("runs",),
   ("objectives",),
   ("families",),
@@ -37,12 +40,13 @@ FLOORS = (
   ("beams",),
   ("checks",),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
-  ("adapters", "progress", "recipes", "rows"),
+  ("adapters", "guards", "progress", "recipes", "rows"),
   # The core.
   ("multitask", "shared"),
   ("bilevel",),
   ("terms",),
   ("inner", "losses", "outer", "state"),
+  ("moves",),
   ("zo",),
   ("sampler",),
   ("perturbed",),
@@ -53,8 +57,8 @@ FLOORS = (
 )
 CORE = set(
   """
-bilevel directions inner losses multitask noise outer perturbed sampler shared
-state terms zo
+bilevel directions inner losses moves multitask noise outer perturbed sampler
+shared state terms zo
 """.split()
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

@@ -93,7 +93,9 @@ def checkpoint(tmp_path):
     write=lambda tensors, name="model.safetensors": safetensors.numpy.save_file(
       tensors, tmp_path / name
     ),
-    load=lambda dtype=np.float32: weights.load(tmp_path, llama, config, dtype),
+    load=lambda dtype=np.float32: weights.load(
+      tmp_path, llama, config, dtype, pickle=True
+    ),
   )
 
 

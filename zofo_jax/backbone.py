@@ -5,6 +5,7 @@ The config and the tokenizer are read before any weight.
 
 import json
 import pathlib
+import shutil
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,9 +14,18 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from zofo_jax import adapters, encode, errors, generate, inner, losses, models
+from zofo_jax import (
+  adapters,
+  encode,
+  errors,
+  generate,
+  inner,
+  losses,
+  models,
+  perturbed,
+)
 from zofo_jax import config as config_lib
-from zofo_jax.models import hub, weights
+from zofo_jax.models import hub, peft, weights
 
 
 class Model(NamedTuple):
@@ -76,6 +86,7 @@ def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:
       model.family,
       model.module.config,
       jnp.dtype(config.model.dtype),
+      pickle=config.model.pickle,
     )
   )
   for i, leaf in enumerate(leaves):  # each host copy goes as its leaf is done
@@ -145,6 +156,73 @@ def init_adapter(
       )
     parts.append(part)
   return adapters.join(*parts)
+
+
+def load_adapter(config: ml_collections.ConfigDict, model: Model) -> Any:
+  """Reads the adapter that `config.adapter.init_from` names.
+
+  Args:
+    config: the run's config; the adapter must be one that it describes.
+    model: the model that it is for.
+
+  Returns:
+    The adapter, with the config's dropout; None if the config names none.
+
+  Raises:
+    UserError: there is none, or it is another than the config describes.
+  """
+  folder = config.adapter.init_from
+  if not folder:
+    return None
+  found = peft.load(folder, model.family, model.module.config)
+  expected = jax.eval_shape(
+    lambda base: init_adapter(config, model, jax.random.key(0), base),
+    abstract_base(config, model),
+  )
+  shapes = {}
+  for name, tree in (("found", found), ("expected", expected)):
+    shapes[name] = {
+      perturbed.path_name(path): leaf.shape
+      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    } | {
+      f"{path}/scale": part.scale
+      for path, part in adapters.parts(tree).items()
+      if isinstance(part, adapters.Lora)
+    }
+  for path in sorted(shapes["found"].keys() | shapes["expected"].keys()):
+    ours, theirs = shapes["expected"].get(path), shapes["found"].get(path)
+    if ours != theirs:
+      raise errors.UserError(
+        f"config.adapter.init_from: {folder} has {path} {theirs}; the config "
+        f"(adapter.kind, lora, prefix, prompt) makes it {ours}."
+      )
+  return jax.tree.unflatten(
+    jax.tree.structure(expected), jax.tree.leaves(found)
+  )
+
+
+def save_base(
+  folder: str | pathlib.Path,
+  config: ml_collections.ConfigDict,
+  model: Model,
+  base: Any,
+) -> None:
+  """Writes weights as a checkpoint folder of Hugging Face's.
+
+  Args:
+    folder: written to; created if it does not exist.
+    config: the run's config; reads `config.model`.
+    model: gives the configuration and the tokenizer that go with them.
+    base: backbone parameters.
+  """
+  folder = pathlib.Path(folder)
+  weights.save(folder, model.family, model.module.config, base)
+  for path in hub.text_files(model.folder):
+    shutil.copyfile(path, folder / path.name)
+  fields = json.loads((model.folder / "config.json").read_text())
+  fields.pop("dtype", None)
+  fields["torch_dtype"] = config.model.dtype  # read by every version
+  (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def make_log_probs_fn(module: nn.Module) -> losses.LogProbsFn:

@@ -18,10 +18,9 @@ from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from zofo_jax import inner, outer, terms, zo
+from zofo_jax import inner, moves, outer, terms, zo
 from zofo_jax import sampler as sampler_lib
 from zofo_jax.state import BilevelAlgorithm as BilevelAlgorithm
 from zofo_jax.state import BilevelBatch as BilevelBatch
@@ -110,29 +109,25 @@ def bilevel_step(
   Returns:
     The new state and what to log.
   """
-  step_key = jax.random.fold_in(state.key, state.step)
-  lower_key, upper_key, direction_key, rounding_key = jax.random.split(
-    step_key, 4
-  )
-  # Apart from every step's key, which folds a step's number.
-  frame_root = jax.random.fold_in(state.key, np.uint32(2**32 - 1))
+  keys = moves.step_keys(state.key, state.step, frame_steps)
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
   each = jax.vmap if over_tasks else lambda fn: fn
+  adapter_keys = (keys.lower, keys.upper)
   if over_tasks:
     num_tasks = jax.tree.leaves(batch.upper)[0].shape[0]
-    lower_key, upper_key = (
-      jax.random.split(key, num_tasks) for key in (lower_key, upper_key)
+    adapter_keys = jax.tree.map(
+      lambda key: jax.random.split(key, num_tasks), adapter_keys
     )
 
-  def move_adapters(upper, upper_opt, lower, lower_opt, rows, keys):
+  def move_adapters(upper, upper_opt, lower, lower_opt, rows, own):
     lower, lower_opt, lower_loss = inner.minimize(
       lower_loss_fn,
       state.base,
       lower,
       lower_opt,
       rows.lower,
-      keys[0],
+      own[0],
       tx=lower_tx,
     )
 
@@ -141,13 +136,12 @@ def bilevel_step(
         (upper_loss_fn, adapter, rows.upper),
         (lower_loss_fn, adapter, rows.penalty),
       )
-      losses = terms.evaluate(both, state.base, jax.random.split(keys[1], 2))
+      losses = terms.evaluate(both, state.base, jax.random.split(own[1], 2))
       return losses[0] + penalty * losses[1], losses
 
     (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(upper)
-    updates, upper_opt = upper_tx.update(grads, upper_opt, upper)
-    upper = optax.apply_updates(upper, updates)
-    found = (lower_loss, losses[0], losses[1], optax.tree.norm(grads))
+    upper, upper_opt, norm = inner.update(grads, upper_opt, upper, tx=upper_tx)
+    found = (lower_loss, losses[0], losses[1], norm)
     return upper, upper_opt, lower, lower_opt, found
 
   upper, upper_opt, lower, lower_opt, found = each(move_adapters)(
@@ -156,7 +150,7 @@ def bilevel_step(
     state.lower,
     state.lower_opt,
     batch._replace(weights=None),
-    (lower_key, upper_key),
+    adapter_keys,
   )
   lower_loss, upper_loss, penalty_loss, upper_grad_norm = found
 
@@ -179,11 +173,11 @@ def bilevel_step(
 
   estimate_fn = functools.partial(
     zo.estimate_per_example if per_example else zo.estimate,
-    key=direction_key,
+    key=keys.direction,
     eps=hparams.zo_eps,
     sampler=sampler,
     estimator=estimator,
-    frame_key=jax.random.fold_in(frame_root, state.step // frame_steps),
+    frame_key=keys.frame,
   )
   if per_example:
     # Behind the tasks' axis; an example is then one row of every task.
@@ -202,8 +196,14 @@ def bilevel_step(
   # also tells the compiler that p's passes end before theta is written; not
   # knowing, it copies all layers' weights.
   estimate = estimate.drop_unless(jnp.all(jnp.isfinite(upper_grad_norm)))
-  base, base_opt = outer.as_outer(base_tx).update(
-    state.base, state.base_opt, estimate, sampler, penalized, rounding_key
+  base, base_opt, move = outer.take(
+    outer.as_outer(base_tx),
+    state.base,
+    state.base_opt,
+    estimate,
+    sampler,
+    penalized,
+    keys.rounding,
   )
 
   new_state = BilevelState(
@@ -224,6 +224,7 @@ def bilevel_step(
     coefficients=estimate.coefficients,
     num_nonfinite=estimate.num_nonfinite,
     upper_grad_norm=upper_grad_norm,
+    move=move,
   )
   return new_state, info
 

@@ -2,12 +2,17 @@
 
 A checkpoint is one numbered folder with two items: `state`, any pytree of
 arrays and typed PRNG keys, and `extra`, a JSON dictionary (config, data
-position, versions). Each appears under its number only when it is complete. No
-other module imports orbax.
+position, versions). Each appears under its number only when it is complete, and
+is sealed then: `checksums.json` has the SHA-256 of its files. No other module
+imports orbax.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
+from concurrent import futures
 from typing import Any, Self
 
 import jax
@@ -18,6 +23,11 @@ from etils import epath
 from zofo_jax import errors
 
 _ITEMS = ("state", "extra")
+_SEAL = "checksums.json"
+
+
+class DamagedError(errors.UserError):
+  """A checkpoint that is not as it was written."""
 
 
 class Checkpoints:
@@ -50,6 +60,9 @@ class Checkpoints:
         f"'{self.folder}' is a file, expected a folder of checkpoints."
       )
     self._keep = keep
+    self._sound: set[int] = set()  # those whose checksums were compared
+    self._damaged: set[int] = set()
+    self._sealer = futures.ThreadPoolExecutor(1)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -68,17 +81,21 @@ class Checkpoints:
     """Returns itself."""
     return self
 
-  def __exit__(self, *unused: object) -> None:
+  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
     """Closes, also after an exception: what was begun is still committed."""
-    self.close()
+    try:
+      self.close()
+    except errors.UserError:
+      if kind is None:  # else it is most likely of the same cause
+        raise
 
   def steps(self) -> list[int]:
     """Returns the steps that have a complete checkpoint, in order."""
-    return sorted(self._manager.all_steps())
+    return sorted(set(self._manager.all_steps()) - self._damaged)
 
   def latest_step(self) -> int | None:
     """Returns the latest step that has a complete checkpoint, if any."""
-    return self._manager.latest_step()
+    return max(self.steps(), default=None)
 
   def best_step(self) -> int | None:
     """Returns the step of the highest metric, the last of equals, if any."""
@@ -112,15 +129,66 @@ class Checkpoints:
       raise ValueError("These checkpoints were opened to be read only.")
     if step in self._manager.all_steps():
       return False
-    return self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(jax.tree.map(_kept, state)),
-        extra=ocp.args.JsonSave(dict(extra)),
-      ),
-      metrics={"metric": metric},
-      force=True,
-    )
+    self.wait()
+    try:
+      begun = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(jax.tree.map(_kept, state)),
+          extra=ocp.args.JsonSave(dict(extra)),
+        ),
+        metrics={"metric": metric},
+        force=True,
+      )
+    except (OSError, ValueError, RuntimeError) as error:
+      raise self._unwritten(error) from error
+    self._sound.add(step)
+    self._sealer.submit(self._seal, step)
+    return begun
+
+  def verify(self, step: int) -> None:
+    """Compares a checkpoint with its checksums, once.
+
+    One that is not sealed, as after a process's end, is left to be read.
+
+    Raises:
+      DamagedError: names the file.
+    """
+    folder = self.folder / str(step)
+    if step in self._sound or not (folder / _SEAL).exists():
+      return
+    try:
+      expected = dict(json.loads((folder / _SEAL).read_text()))
+    except (ValueError, TypeError) as error:
+      raise DamagedError(f"'{folder / _SEAL}' is damaged ({error}).") from error
+    for name, digest in expected.items():
+      if not (folder / name).is_file():
+        raise DamagedError(f"The checkpoint '{folder}' has lost '{name}'.")
+      if _digest(folder / name) != digest:
+        raise DamagedError(
+          f"The checkpoint '{folder}' is damaged: '{name}' is not as it was "
+          "written."
+        )
+    self._sound.add(step)
+
+  def discard(self, step: int, into: epath.Path) -> None:
+    """Counts a checkpoint no more; moves it away if these are written to.
+
+    Args:
+      step: which one.
+      into: folder that it goes to, under its number.
+    """
+    self._damaged.add(step)
+    if self._keep is None:
+      return
+    into.mkdir(parents=True, exist_ok=True)
+    place = into / str(step)
+    if place.exists():
+      place.rmtree()
+    (self.folder / str(step)).rename(place)
+    self._manager.reload()
+    self._damaged.discard(step)
+    self._sound.discard(step)
 
   def restore_extra(self, step: int | None = None) -> dict[str, Any]:
     """Reads only the JSON part, for instance the config that shapes the state.
@@ -134,11 +202,9 @@ class Checkpoints:
     Raises:
       UserError: if there is no such checkpoint.
     """
-    restored = self._manager.restore(
-      self._existing(step),
-      args=ocp.args.Composite(extra=ocp.args.JsonRestore()),
-    )
-    return dict(restored.extra)
+    step = self._existing(step)
+    args = ocp.args.Composite(extra=ocp.args.JsonRestore())
+    return dict(self._read(step, args).extra)
 
   def restore(
     self, abstract_state: Any, step: int | None = None
@@ -157,25 +223,59 @@ class Checkpoints:
     Raises:
       UserError: if there is no such checkpoint, or if a leaf of the state is
         missing, is one too many, or has another shape or type.
+      DamagedError: if a file of it is not as it was written.
     """
     step = self._existing(step)
     self._check(abstract_state, step)
-    restored = self._manager.restore(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)),
-        extra=ocp.args.JsonRestore(),
-      ),
+    args = ocp.args.Composite(
+      state=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)),
+      extra=ocp.args.JsonRestore(),
     )
+    restored = self._read(step, args)
     return restored.state, dict(restored.extra)
 
   def wait(self) -> None:
     """Waits until the last save is complete; raises what went wrong in it."""
-    self._manager.wait_until_finished()
+    try:
+      self._manager.wait_until_finished()
+    except (OSError, ValueError, RuntimeError) as error:
+      raise self._unwritten(error) from error
 
   def close(self) -> None:
     """Waits for the last save and lets go of the folder."""
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      self._sealer.shutdown()
+      self._manager.close()
+
+  def _read(self, step: int, args: Any) -> Any:
+    """Reads items of a checkpoint; what cannot be read is damaged."""
+    try:
+      return self._manager.restore(step, args=args)
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+      raise DamagedError(
+        f"The checkpoint '{self.folder / str(step)}' cannot be read "
+        f"({errors.first_line(error)})."
+      ) from error
+
+  def _unwritten(self, error: Exception) -> errors.UserError:
+    return errors.UserError(
+      f"A checkpoint could not be written to '{self.folder}' "
+      f"({errors.first_line(error)}); those before it are as they were."
+    )
+
+  def _seal(self, step: int) -> None:
+    """Writes a checkpoint's checksums once it is complete."""
+    while self._manager.is_saving_in_progress():
+      time.sleep(0.02)
+    folder = self.folder / str(step)
+    if jax.process_index() or not folder.exists():
+      return
+    digests = {name: _digest(folder / name) for name in _files(folder)}
+    beside = folder / (_SEAL + ".tmp")
+    beside.write_text(json.dumps(digests, indent=2) + "\n")
+    beside.rename(folder / _SEAL)
 
   def _metric(self, step: int) -> float:
     metrics = self._manager.metrics(step)
@@ -194,15 +294,18 @@ class Checkpoints:
     name = self.folder / str(step)
     for item in _ITEMS:
       if not (name / item).is_dir():
-        raise errors.UserError(
+        raise DamagedError(
           f"'{name}' is no checkpoint of zofo_jax: it has no folder '{item}'."
         )
+    self.verify(step)
     return step
 
   def _check(self, abstract_state: Any, step: int) -> None:
     """Compares names, shapes and types before anything large is read."""
     name = self.folder / str(step)
     metadata = self._manager.item_metadata(step).state
+    if metadata is None or metadata.tree is None:
+      raise DamagedError(f"The checkpoint '{name}' has lost its description.")
     found = {k: _shape_of(v) for k, v in _flat(metadata.tree).items()}
     wanted = {k: _shape_of(v) for k, v in _flat(abstract_state).items()}
     different = [
@@ -218,6 +321,21 @@ class Checkpoints:
         f"{wanted.get(leaf, 'no such leaf')}."
         + ("" if leaf in found else errors.nearest(leaf, found))
       )
+
+
+def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+  """Yields the names of all files in a folder, those in folders included."""
+  for path in sorted(folder.iterdir()):
+    name = prefix + path.name
+    if path.is_dir():
+      yield from _files(path, name + "/")
+    elif path.name not in (_SEAL, _SEAL + ".tmp"):
+      yield name
+
+
+def _digest(path: epath.Path) -> str:
+  with path.open("rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _worth(metrics: Mapping[str, float]) -> float:

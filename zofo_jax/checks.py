@@ -4,6 +4,7 @@ Each says in one sentence which field, what was found and what was expected.
 """
 
 import re
+from typing import Any
 
 import ml_collections
 
@@ -15,6 +16,7 @@ SCHEDULES = ("constant", "linear", "cosine")
 DIRECTIONS = ("gaussian", "rademacher", "low_rank", "per_example", "sparse")
 SCALINGS = ("none", "sign", "std", "running_rms")
 ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
+IN_PLACE = ("sgd", "conservative")  # of them, those that write in place
 ESTIMATORS = ("central", "forward", "exact")
 OBJECTIVES = ("loss", "accuracy", "token_f1")
 LOSSES = ("likelihood", "classification")
@@ -101,6 +103,9 @@ _NOT_NEGATIVE = (
   "head.learning_rate",
   "generate.temperature",
   "generate.top_k",
+  "train.max_nonfinite",
+  "train.max_loss_ratio",
+  "ckpt.base_every_steps",
 )
 
 
@@ -133,6 +138,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_own_task(config)
   _check_adapter(config)
   _check_generate(config.generate)
+  _check_ckpt(config, fields)
   try:
     re.compile(config.lora.targets)
   except re.error as error:
@@ -245,6 +251,25 @@ def _check_zo(config: ml_collections.ConfigDict) -> None:
       "config.zo.weight_decay: only zo.optimizer 'sgd' takes it; found "
       f"{config.zo.weight_decay} with '{config.zo.optimizer}'."
     )
+
+
+def _check_ckpt(
+  config: ml_collections.ConfigDict, fields: dict[str, Any]
+) -> None:
+  """Stops on a theta that no ledger rebuilds, and on fields there are not."""
+  optimizer = config.zo.optimizer
+  if config.ckpt.base_every_steps and optimizer not in IN_PLACE:
+    raise errors.UserError(
+      "config.ckpt.base_every_steps: only zo.optimizer "
+      f"{' or '.join(IN_PLACE)} can be taken again from the ledger; expected 0 "
+      f"with '{optimizer}'; found {config.ckpt.base_every_steps}."
+    )
+  for name in config.ckpt.may_change:
+    if name not in fields:
+      raise errors.UserError(
+        f"config.ckpt.may_change: there is no field '{name}'."
+        f"{errors.nearest(str(name), fields)}"
+      )
 
 
 def _check_adapter(config: ml_collections.ConfigDict) -> None:

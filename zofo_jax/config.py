@@ -27,10 +27,12 @@ def base_config() -> ml_collections.ConfigDict:
   config.model.name = config_dict.placeholder(str)  # hub id or local folder
   config.model.revision = config_dict.placeholder(str)  # of the hub id
   config.model.dtype = "float32"  # or "bfloat16"
+  config.model.pickle = False  # open pytorch_model.bin, as weights alone
   config.model.remat = False  # recompute activations in the adapters' backward
 
   config.adapter = ml_collections.ConfigDict()  # of p and of s
   config.adapter.kind = "lora"  # or "prefix", "prompt"; several: "lora+prefix"
+  config.adapter.init_from = config_dict.placeholder(str)  # folder of PEFT
 
   config.lora = ml_collections.ConfigDict()
   config.lora.rank = 8
@@ -104,6 +106,8 @@ def base_config() -> ml_collections.ConfigDict:
   config.train = ml_collections.ConfigDict()
   config.train.num_steps = 500  # outer iterations
   config.train.eval_every_steps = 50
+  config.train.max_nonfinite = 10  # steps in a row that are not; 0: no limit
+  config.train.max_loss_ratio = 0.0  # of D_f's mean to its start; 0: no limit
 
   config.meta = ml_collections.ConfigDict()  # command metatrain: many tasks
   config.meta.method = "bilevel"  # or what it is compared with; see README
@@ -156,6 +160,8 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.ckpt = ml_collections.ConfigDict()
   config.ckpt.keep = 1  # latest ones, beside the best on the selection rows
+  config.ckpt.base_every_steps = 0  # theta this rarely, then from the ledger
+  config.ckpt.may_change = ()  # fields that a run may go on with changed
   return config
 
 

@@ -16,6 +16,35 @@ import optax
 LossFn = Callable[[Any, Any, Any, jax.Array | None], jax.Array]
 
 
+def update(
+  grads: Any,
+  opt_state: optax.OptState,
+  adapter: Any,
+  *,
+  tx: optax.GradientTransformation,
+) -> tuple[Any, optax.OptState, jax.Array]:
+  """Takes one optimizer step on an adapter, unless its gradient is broken.
+
+  Args:
+    grads: the gradient, a tree like `adapter`.
+    opt_state: state of `tx`.
+    adapter: adapter parameters.
+    tx: optax transformation of the adapter.
+
+  Returns:
+    The adapter, the optimizer state and the gradient's norm, float32, shape [];
+    where the norm is not finite the first two are as they were.
+  """
+  norm = optax.tree.norm(grads)
+  updates, new_state = tx.update(grads, opt_state, adapter)
+  new = (optax.apply_updates(adapter, updates), new_state)
+  sound = jnp.isfinite(norm)
+  adapter, opt_state = jax.tree.map(
+    lambda n, o: jnp.where(sound, n, o), new, (adapter, opt_state)
+  )
+  return adapter, opt_state, norm
+
+
 def minimize(
   loss_fn: LossFn,
   base: Any,
@@ -38,7 +67,8 @@ def minimize(
     tx: optax transformation of the adapter.
 
   Returns:
-    The adapter, the optimizer state and the T losses, float32, shape [T].
+    The adapter, the optimizer state and the T losses, float32, shape [T]. A
+    step whose gradient is not finite is left out.
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
 
@@ -48,8 +78,7 @@ def minimize(
     loss, grads = jax.value_and_grad(loss_fn, argnums=1)(
       base, adapter, batch, jax.random.fold_in(key, index)
     )
-    updates, opt_state = tx.update(grads, opt_state, adapter)
-    adapter = optax.apply_updates(adapter, updates)
+    adapter, opt_state, _ = update(grads, opt_state, adapter, tx=tx)
     return (adapter, opt_state), loss.astype(jnp.float32)
 
   (adapter, opt_state), losses = jax.lax.scan(

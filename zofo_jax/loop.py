@@ -1,16 +1,15 @@
-"""The outer loop of a run: its iterations, metrics and checkpoints."""
+"""The outer loop of a run: its iterations, metrics, checkpoints and ledger."""
 
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 from etils import epath
 
-from zofo_jax import bilevel, checkpoint, errors, report, runs
-from zofo_jax import config as config_lib
+from zofo_jax import bilevel, errors, guards, report
 from zofo_jax import progress as progress_lib
+from zofo_jax import store as store_lib
 
 
 class Work(NamedTuple):
@@ -18,30 +17,31 @@ class Work(NamedTuple):
 
   Attributes:
     start: () -> the state at step 0, and figures to remember.
-    abstract_state: () -> the shapes of a state.
     step: (state, number of the iteration) -> (state, info), not waited for.
     told: (number of the iteration, info on the host) -> what `metrics.jsonl`
       is told; `lower_loss` and `upper_loss` are shown.
+    health: (info on the host) -> what `guards.Guard.update` looks at: the
+      losses, and whether no direction was finite.
     select: (state) -> what the selection rows say, and its worth: a checkpoint
       of the highest is kept.
     passes: an iteration's (forward, backward) passes over one batch.
   """
 
   start: Callable[[], tuple[bilevel.BilevelState, dict[str, Any]]]
-  abstract_state: Callable[[], bilevel.BilevelState]
   step: Callable[[bilevel.BilevelState, int], tuple[bilevel.BilevelState, Any]]
   told: Callable[[int, Any], dict[str, Any]]
+  health: Callable[[Any], tuple[list[float], bool]]
   select: Callable[[bilevel.BilevelState], tuple[dict[str, float], float]]
   passes: tuple[int, int]
 
 
 def run(
-  config: ml_collections.ConfigDict, folder: epath.Path, work: Work
+  trained: store_lib.Trained, folder: epath.Path, work: Work
 ) -> tuple[bilevel.BilevelState, dict[str, Any]]:
   """Runs to the end, from the latest checkpoint if there is one.
 
   Args:
-    config: the run's config; `check_same_config` has passed it.
+    trained: a run whose config `store.check_config` has passed.
     folder: of the run.
     work: what is done.
 
@@ -50,44 +50,62 @@ def run(
     gave, and `seconds` of training.
 
   Raises:
-    UserError: the folder cannot be made.
+    UserError: something cannot be written, or the run went wrong.
+    guards.InterruptedRun: SIGTERM or SIGINT came.
   """
-  _make_folder(folder / "checkpoints")
-  with checkpoint.Checkpoints(
-    folder / "checkpoints", keep=config.ckpt.keep
-  ) as checkpoints:
-    writer = report.JsonlWriter(folder / "metrics.jsonl")
-    if checkpoints.latest_step() is None:
-      writer.truncate_after(-1)
-      state, record = work.start()
-      record["seconds"] = 0.0
-    else:
-      state, record = checkpoints.restore(work.abstract_state())
-      writer.truncate_after(int(state.step))
-    report.write_json(folder / "config.json", config.to_dict())
-    with writer:
-      state = _iterate(config, work, state, record, writer, checkpoints)
-    checkpoints.wait()
-    best = checkpoints.best_step()
-    if best != int(state.step):
-      del state  # one backbone at a time
-      state, _ = checkpoints.restore(work.abstract_state(), best)
+  store_lib.make_folder(folder / "checkpoints")
+  try:
+    with store_lib.Store(trained, folder, write=True) as store:
+      return _run(trained, folder, work, store)
+  except OSError as error:
+    raise errors.UserError(
+      f"{error.filename or folder} cannot be written to "
+      f"({error.strerror or errors.first_line(error)}); what was saved before "
+      "is as it was."
+    ) from error
+
+
+def _run(trained, folder, work, store):
+  """Goes on from the latest checkpoint, or from the beginning."""
+  writer = report.JsonlWriter(folder / "metrics.jsonl")
+  resumed = store.resume()
+  if resumed is None:
+    writer.truncate_after(-1)
+    state, record = work.start()
+    record |= {"seconds": 0.0, "guard": {}}
+    store.begin(state)
+  else:
+    state, record = resumed
+    writer.truncate_after(int(state.step))
+  store_lib.write_config(trained.config, folder)
+  with writer, guards.Signals() as signals:
+    state = _iterate(trained, work, state, record, writer, store, signals)
+  store.wait()
+  if store.checkpoints.best_step() != int(state.step):
+    del state  # one backbone at a time
+    state, _ = store.best()
   return state, record
 
 
-def _iterate(config, work, state, record, writer, checkpoints):
+def _iterate(trained, work, state, record, writer, store, signals):
   """Takes the remaining outer iterations; returns the state."""
-  start, total = int(state.step), config.train.num_steps
+  options = trained.config.train
+  guard = guards.Guard(
+    record["guard"],
+    max_nonfinite=options.max_nonfinite,
+    max_loss_ratio=options.max_loss_ratio,
+  )
+  start, total = int(state.step), options.num_steps
   forward, backward = work.passes
   began = time.monotonic() - record["seconds"]
   pending: tuple[int, Any] | None = None
   with progress_lib.Progress(total, start=start) as progress:
 
-    def flush():
+    def flush() -> str:
       # Metrics are fetched one step late, so the device never waits for us.
       nonlocal pending
       if pending is None:
-        return
+        return ""
       step, info = pending[0], jax.device_get(pending[1])
       pending = None
       row = work.told(step - 1, info)
@@ -101,59 +119,45 @@ def _iterate(config, work, state, record, writer, checkpoints):
           "rss_bytes": progress_lib.rss_bytes(),
         }
       )
+      store.append(step, info)
       shown = {name: row.get(f"{name}_loss") for name in ("lower", "upper")}
       progress.update(
         step, **{name: float(v) for name, v in shown.items() if v is not None}
       )
+      return guard.update(*work.health(info))
+
+    def save(**worth: float) -> None:
+      record["guard"] = guard.memory
+      store.save(state, record, **worth)
 
     for step in range(start, total):
       state, info = work.step(state, step)
-      flush()
+      problem = flush()
       pending = (step + 1, info)
-      if (step + 1) % config.train.eval_every_steps == 0 or step + 1 == total:
-        flush()
+      evaluates = (step + 1) % options.eval_every_steps == 0
+      evaluates = evaluates or step + 1 == total
+      if problem or signals.number or evaluates:
+        problem = flush() or problem
         record["seconds"] = time.monotonic() - began
+      if problem:
+        save()
+        raise errors.UserError(
+          f"{problem}; the run stops at step {step + 1} of {total}, which is "
+          "saved."
+        )
+      if evaluates:
         found, worth = work.select(state)
         scores = {f"selection_{name}": v for name, v in found.items()}
         writer.write({"step": step + 1, **scores})
-        checkpoints.save(step + 1, state, record, metric=worth)
+        save(metric=worth)
         # Evaluation is no part of the training time.
         began = time.monotonic() - record["seconds"]
+      if signals.number and step + 1 < total:
+        save()
+        store.wait()
+        raise guards.InterruptedRun(
+          signals.number,
+          f"at step {step + 1} of {total}, which is saved; the same command "
+          "goes on from there.",
+        )
   return state
-
-
-def _make_folder(folder: epath.Path) -> None:
-  """Makes a folder in a run's, unless it is there."""
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise errors.UserError(
-      f"--workdir: {folder} cannot be made ({error.strerror}); expected a "
-      "folder to write into."
-    ) from error
-
-
-def check_same_config(
-  config: ml_collections.ConfigDict, folder: epath.Path
-) -> None:
-  """Stops before a run goes on under another config than it began with.
-
-  Raises:
-    UserError: says what changed.
-  """
-  path = folder / "config.json"
-  if not path.exists():
-    return
-  before = config_lib.flat(runs.read_config(folder))
-  now = config_lib.flat(config)
-  changed = [
-    f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
-    for name in sorted(before.keys() | now.keys())
-    if before.get(name) != now.get(name)
-  ]
-  if changed:
-    raise errors.UserError(
-      f"{path} is of a run with another config: {'; '.join(changed[:5])}"
-      f"{' and more' if len(changed) > 5 else ''}. Give another --workdir, or "
-      "remove this one."
-    )

@@ -18,7 +18,8 @@ Over many tasks, and then for a new one from a few of its rows:
   python -m zofo_jax.main --config=configs/adapt.py:run=DIR --workdir=NEW
 
 Any field of the config can be set: --config.zo.eps=1e-2. Exit code 2 means a
-mistake in the command, its config or its files, told in one sentence.
+mistake in the command, its config or its files, told in one sentence; 143 or
+130 that SIGTERM or SIGINT came: the state is saved, the same command goes on.
 
 Small on purpose: everything worth testing lives in importable modules.
 """
@@ -29,7 +30,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from zofo_jax import config as config_lib
-from zofo_jax import errors
+from zofo_jax import errors, guards
 
 OF_A_CONFIG = ("train", "icl", "probe", "head", "metatrain", "adapt")
 COMMANDS = (
@@ -63,6 +64,11 @@ def _parse(argv: list[str]) -> str:
     raise errors.UserError(
       config_lib.unknown_field(argv)
       or f"--config: {config_lib.file_of(argv)} is broken: {error}."
+    ) from error
+  except (ValueError, TypeError, LookupError, SyntaxError) as error:
+    # Raised by ml_collections where a field's name or value is no Python.
+    raise errors.UserError(
+      config_lib.unknown_field(argv) or f"--config: {errors.first_line(error)}."
     ) from error
   except OSError as error:
     raise errors.UserError(
@@ -128,6 +134,9 @@ def main() -> int:
   except errors.UserError as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return 2
+  except guards.InterruptedRun as error:
+    print(f"zofo_jax: {error}", file=sys.stderr)
+    return error.code
   return 0
 
 

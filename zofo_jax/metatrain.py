@@ -4,6 +4,7 @@ Or what that is compared with: one adapter for all tasks, or all weights,
 trained on the tasks' mean loss.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,6 @@ from zofo_jax import (
   backbone,
   batches,
   bilevel,
-  checkpoint,
   errors,
   experiment,
   families,
@@ -30,6 +30,7 @@ from zofo_jax import (
   shared,
 )
 from zofo_jax import progress as progress_lib
+from zofo_jax import store as store_lib
 from zofo_jax import train as train_lib
 
 
@@ -83,6 +84,11 @@ class Family(NamedTuple):
   def config(self) -> ml_collections.ConfigDict:
     """The resolved config."""
     return self.run.config
+
+  @property
+  def model(self) -> backbone.Model:
+    """The model without weights."""
+    return self.run.model
 
   def init(self, base: Any) -> bilevel.BilevelState:
     """Starts a state at a backbone; every p and s begins independently."""
@@ -189,6 +195,11 @@ def make_family(config: ml_collections.ConfigDict) -> Family:
       config, config.meta.target, "target", "meta.target"
     )
     families.check_held_out(members, targets)
+  if config.ckpt.base_every_steps and config.meta.method in ("lora", "full"):
+    raise errors.UserError(
+      "config.ckpt.base_every_steps: only meta.method 'bilevel' and 'mezo' can "
+      f"be taken again from the ledger; expected 0 with '{config.meta.method}'."
+    )
   run = runs.make_run(config, members[0].task)
   module, tokenizer = run.model.module, run.model.tokenizer
   algorithm = make_algorithm(
@@ -207,11 +218,15 @@ def load(workdir: str) -> tuple[Family, bilevel.BilevelState]:
   """
   folder = epath.Path(workdir)
   family = make_family(runs.read_config(folder))
-  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-    state, _ = checkpoints.restore(
-      family.abstract_state(), checkpoints.best_step()
-    )
+  with store_lib.Store(family, folder) as store:
+    state, _ = store.best()
   return family, state
+
+
+def shared_health(info: shared.SharedInfo) -> tuple[list[float], bool]:
+  """Returns an iteration's losses, and whether no direction was finite."""
+  losses = [float(loss) for loss in np.ravel(info.upper_loss)]
+  return losses, not all(map(math.isfinite, losses))
 
 
 def _work(family: Family, examples: list[experiment.Examples]) -> loop.Work:
@@ -257,6 +272,7 @@ def _work(family: Family, examples: list[experiment.Examples]) -> loop.Work:
 
   def told(number, info):
     row = {**info._asdict(), "tasks": drawn(number)}
+    del row["move"]  # the ledger's
     for name in ("lower_loss", "upper_loss"):
       if name in row:
         row[name] = float(np.mean(row[name]))
@@ -281,9 +297,9 @@ def _work(family: Family, examples: list[experiment.Examples]) -> loop.Work:
 
   return loop.Work(
     start=start,
-    abstract_state=family.abstract_state,
     step=step,
     told=told,
+    health=train_lib.health if of_tasks else shared_health,
     select=select,
     passes=passes(config),
   )
@@ -306,9 +322,9 @@ def metatrain(
   """
   family = make_family(config)
   folder = epath.Path(workdir)
-  loop.check_same_config(config, folder)
+  store_lib.check_config(config, folder)
   examples = families.load_examples(config, family.run.model, family.members)
-  state, record = loop.run(config, folder, _work(family, examples))
+  state, record = loop.run(family, folder, _work(family, examples))
   found = family.evaluate(state, [each.test for each in examples], "test")
   table = []
   for i, member in enumerate(family.members):

@@ -12,11 +12,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax import perturbed, zo
+from zofo_jax import moves, perturbed, zo
 from zofo_jax import sampler as sampler_lib
 
 # (base) -> value of the objective that was estimated.
 Objective = Callable[[Any], jax.Array]
+# (base, state, estimate, sampler, objective) -> (move, state)
+Weigh = Callable[
+  [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective],
+  tuple[moves.Move, Any],
+]
 
 
 class OuterTransform(NamedTuple):
@@ -26,6 +31,9 @@ class OuterTransform(NamedTuple):
     init: (base) -> state.
     update: (base, state, estimate, sampler, objective, key) -> (base, state);
       the objective may be evaluated again, the typed key is for rounding.
+    weigh: of an update in place, (base, state, estimate, sampler, objective)
+      -> (move, state): all of it but the writing. None if there is more to
+      an update than a `Move` can say.
   """
 
   init: Callable[[Any], Any]
@@ -33,6 +41,44 @@ class OuterTransform(NamedTuple):
     [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective, jax.Array],
     tuple[Any, Any],
   ]
+  weigh: Weigh | None = None
+
+
+def _in_place(init: Callable[[Any], Any], weigh: Weigh) -> OuterTransform:
+  """Makes the update that writes what `weigh` says."""
+
+  def update(base, state, estimate, sampler, objective, key):
+    move, state = weigh(base, state, estimate, sampler, objective)
+    return _write(base, estimate, sampler, move, key), state
+
+  return OuterTransform(init, update, weigh)
+
+
+def _write(base, estimate, sampler, move, key):
+  return sampler.add(
+    base, estimate.keys, move.weights, decay=move.decay, rounding_key=key
+  )
+
+
+def take(
+  tx: OuterTransform,
+  base: Any,
+  state: Any,
+  estimate: zo.Estimate,
+  sampler: sampler_lib.Sampler,
+  objective: Objective,
+  key: jax.Array,
+) -> tuple[Any, Any, moves.Move | None]:
+  """Updates as `tx.update` does, and tells what was written.
+
+  Returns:
+    (base, state, move); the move is None if `tx` does not write in place.
+  """
+  if tx.weigh is None:
+    update = tx.update(base, state, estimate, sampler, objective, key)
+    return (*update, None)
+  move, state = tx.weigh(base, state, estimate, sampler, objective)
+  return _write(base, estimate, sampler, move, key), state, move
 
 
 class Scaling(NamedTuple):
@@ -157,8 +203,8 @@ def sgd(
     states = tuple(scaling.init() for scaling in scalings)
     return SgdState(count, jnp.asarray(rate, jnp.float32), states)
 
-  def update(base, state, estimate, sampler, objective, key):
-    del objective
+  def weigh(base, state, estimate, sampler, objective):
+    del base, sampler, objective
     alive = jnp.any(estimate.num_nonfinite < estimate.coefficients.shape[0])
     rate = state.learning_rate
     if schedule:
@@ -167,17 +213,15 @@ def sgd(
     for scaling, old in zip(scalings, state.scaling, strict=True):
       estimate, new = scaling.update(estimate, old)
       states.append(jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, old))
-    base = sampler.add(
-      base,
-      estimate.keys,
-      jnp.where(alive, -rate * estimate.weights(), 0.0),
+    move = moves.Move(
+      weights=jnp.where(alive, -rate * estimate.weights(), 0.0),
       decay=jnp.where(alive, rate * weight_decay, 0.0),
-      rounding_key=key,
+      learning_rate=rate,
     )
     rate = jnp.where(alive, rate, state.learning_rate)
-    return base, SgdState(state.num_updates + alive, rate, tuple(states))
+    return move, SgdState(state.num_updates + alive, rate, tuple(states))
 
-  return OuterTransform(init, update)
+  return _in_place(init, weigh)
 
 
 def conservative(learning_rate: float) -> OuterTransform:
@@ -192,8 +236,10 @@ def conservative(learning_rate: float) -> OuterTransform:
     The transformation, for one direction.
   """
   inner_sgd = sgd(learning_rate)
+  plain = inner_sgd.weigh
+  assert plain is not None
 
-  def update(base, state, estimate, sampler, objective, key):
+  def weigh(base, state, estimate, sampler, objective):
     if estimate.coefficients.shape[0] != 1:
       raise ValueError("outer.conservative takes one direction a step.")
     direction = perturbed.Key(estimate.keys.own[0], estimate.keys.frame)
@@ -207,9 +253,9 @@ def conservative(learning_rate: float) -> OuterTransform:
     # Where none of the three is finite nothing says that a step is better.
     factor = jnp.where(jnp.isfinite(values[best]), factor, 0.0)
     chosen = estimate._replace(coefficients=factor * estimate.coefficients)
-    return inner_sgd.update(base, state, chosen, sampler, objective, key)
+    return plain(base, state, chosen, sampler, objective)
 
-  return OuterTransform(inner_sgd.init, update)
+  return _in_place(inner_sgd.init, weigh)
 
 
 def from_optax(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import optax
@@ -162,7 +163,7 @@ def make_level_tx(
 def make_hparams(config: ml_collections.ConfigDict) -> bilevel.BilevelHParams:
   """Makes the numbers that are traced."""
   return bilevel.BilevelHParams(
-    zo_eps=np.float32(config.zo.eps), penalty=np.float32(config.penalty)
+    zo_eps=float(config.zo.eps), penalty=float(config.penalty)
   )
 
 
@@ -208,16 +209,23 @@ class Run(NamedTuple):
   score_fn: evaluate.ScoreFn
   generate_fn: generate.GenerateFn | None = None
 
-  def init(self, base: Any) -> bilevel.BilevelState:
-    """Starts a state at a backbone; p and s begin independently."""
+  def init(self, base: Any, adapter: Any = None) -> bilevel.BilevelState:
+    """Starts a state at a backbone; p and s begin independently.
+
+    Args:
+      base: backbone parameters.
+      adapter: what p and s both begin with instead.
+    """
     key = jax.random.key(self.config.seed)
     upper_key, lower_key, step_key = jax.random.split(key, 3)
 
-    def adapter(adapter_key: jax.Array) -> Any:
+    def start(adapter_key: jax.Array) -> Any:
+      if adapter is not None:
+        return jax.tree.map(jnp.array, adapter)  # each its own: donated
       return backbone.init_adapter(self.config, self.model, adapter_key, base)
 
     return self.algorithm.init(
-      step_key, base, adapter(upper_key), adapter(lower_key)
+      step_key, base, start(upper_key), start(lower_key)
     )
 
   def abstract_state(self) -> bilevel.BilevelState:
@@ -335,6 +343,6 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
   try:
     with config.unlocked():
       config.update(json.loads(path.read_text()))
-  except (ValueError, TypeError) as error:
+  except (ValueError, TypeError, AttributeError) as error:
     raise errors.UserError(f"{path}: not a run's config ({error}).") from error
   return config

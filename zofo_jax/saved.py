@@ -10,7 +10,6 @@ from etils import epath
 
 from zofo_jax import (
   bilevel,
-  checkpoint,
   encode,
   errors,
   evaluate,
@@ -18,11 +17,17 @@ from zofo_jax import (
   report,
   rows,
   runs,
+  store,
 )
 
 
-def _load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
-  """Reads a run's config and its best checkpoint."""
+def load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
+  """Reads a run's config and its best checkpoint.
+
+  Raises:
+    UserError: there is no run, it is one over many tasks, or it has no
+      checkpoint.
+  """
   config = runs.read_config(folder)
   if config.command != "train":
     raise errors.UserError(
@@ -31,10 +36,8 @@ def _load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
       "scores new tasks)."
     )
   run = runs.make_run(config)
-  with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
-    state, _ = checkpoints.restore(
-      run.abstract_state(), checkpoints.best_step()
-    )
+  with store.Store(run, folder) as states:
+    state, _ = states.best()
   return run, state
 
 
@@ -55,7 +58,7 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
     UserError: there is no run, or its rows are gone.
   """
   folder = epath.Path(workdir)
-  run, state = _load(folder)
+  run, state = load(folder)
   examples = experiment.load_examples(run.config, run.model, run.task).test
   result = run.evaluate(state.base, state.upper, examples, "test")
   evaluation: dict[str, Any] = {
@@ -87,7 +90,7 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   if not source:
     raise errors.UserError("--input: expected a file of rows; found nothing.")
   folder = epath.Path(workdir)
-  run, state = _load(folder)
+  run, state = load(folder)
   asked = rows.load(run.task, source, "train", labelled=False)
   result = run.evaluate(
     state.base, state.upper, _encoded(run, asked), "predict"

@@ -10,10 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from zofo_jax import bilevel, inner, outer, zo
+from zofo_jax import bilevel, inner, moves, outer, zo
 from zofo_jax import sampler as sampler_lib
 
 
@@ -23,10 +22,12 @@ class SharedInfo(NamedTuple):
   Attributes:
     upper_loss: the tasks' mean loss at every update, float32 [updates].
     coefficients: directional derivatives, float32 [Q]; Q = 0 without any.
+    move: what was added to theta; None if it was not added in place.
   """
 
   upper_loss: jax.Array
   coefficients: jax.Array
+  move: moves.Move | None = None
 
 
 def mean_loss(loss_fn: inner.LossFn, weights: jax.Array | None) -> inner.LossFn:
@@ -147,25 +148,30 @@ def make_zeroth_order_step(
 
   def step(state, batch, hparams):
     loss = mean_loss(loss_fn, batch.weights)
-    step_key = jax.random.fold_in(state.key, state.step)
-    direction_key, rounding_key = jax.random.split(step_key)
-    # Apart from every step's key, which folds a step's number.
-    frame_root = jax.random.fold_in(state.key, np.uint32(2**32 - 1))
+    keys = moves.step_keys(state.key, state.step, frame_steps)
     objective = lambda base: loss(base, {}, batch.upper, None)
     estimate = zo.estimate(
       objective,
       state.base,
-      direction_key,
+      keys.direction,
       hparams.zo_eps,
       sampler=sampler,
       estimator=estimator,
       num_directions=num_directions,
-      frame_key=jax.random.fold_in(frame_root, state.step // frame_steps),
+      frame_key=keys.frame,
     )
-    base, base_opt = transform.update(
-      state.base, state.base_opt, estimate, sampler, objective, rounding_key
+    base, base_opt, move = outer.take(
+      transform,
+      state.base,
+      state.base_opt,
+      estimate,
+      sampler,
+      objective,
+      keys.rounding,
     )
-    info = SharedInfo(jnp.mean(estimate.values, axis=-1), estimate.coefficients)
+    info = SharedInfo(
+      jnp.mean(estimate.values, axis=-1), estimate.coefficients, move
+    )
     state = state._replace(base=base, base_opt=base_opt, step=state.step + 1)
     return state, info
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from zofo_jax import moves
+
 
 class BilevelState(NamedTuple):
   """Everything that decides the rest of a run.
@@ -68,6 +70,7 @@ class BilevelInfo(NamedTuple):
     num_nonfinite: directions dropped because G, or p's gradient, was not
       finite, int32 [].
     upper_grad_norm: norm of p's gradient, shape [].
+    move: what was added to theta; None if it was not added in place.
   """
 
   lower_loss: jax.Array
@@ -77,6 +80,7 @@ class BilevelInfo(NamedTuple):
   coefficients: jax.Array
   num_nonfinite: jax.Array
   upper_grad_norm: jax.Array
+  move: moves.Move | None = None
 
 
 class BilevelAlgorithm(NamedTuple):

@@ -20,6 +20,7 @@ from zofo_jax import (
   runs,
 )
 from zofo_jax import progress as progress_lib
+from zofo_jax import store as store_lib
 
 
 def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
@@ -77,14 +78,23 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     What is written to `summary.json`.
 
   Raises:
-    UserError: something in the config, the files or `workdir` is wrong.
+    UserError: something in the config, the files or `workdir` is wrong, or
+      the run went wrong.
+    guards.InterruptedRun: SIGTERM or SIGINT came.
   """
   run = runs.make_run(config)
   folder = epath.Path(workdir)
-  loop.check_same_config(config, folder)
+  store_lib.check_config(config, folder)
   examples = experiment.load_examples(config, run.model, run.task)
-  state, record = loop.run(config, folder, _work(run, examples))
+  state, record = loop.run(run, folder, _work(run, examples))
   return _finish(run, examples, state, record, folder)
+
+
+def health(info: bilevel.BilevelInfo) -> tuple[list[float], bool]:
+  """Returns an iteration's losses, and whether no direction was finite."""
+  losses = [*np.ravel(info.lower_loss), *np.ravel(info.upper_loss)]
+  dropped = int(info.num_nonfinite) == np.size(info.coefficients)
+  return [float(loss) for loss in losses], dropped
 
 
 def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
@@ -95,7 +105,10 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
   shape = experiment.train_shape(examples)
 
   def start():
-    state = run.init(backbone.load_base(config, run.model))
+    base = backbone.load_base(config, run.model)
+    state = run.init(base, backbone.load_adapter(config, run.model))
+    # As checkpoints are read, so that both go on with one program.
+    state = jax.device_put(state, jax.devices()[0])
     zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
     return state, {"zero_shot": zero_shot.worth()}
 
@@ -104,7 +117,9 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
     return step_fn(state, batch, hparams)
 
   def told(_, info):
-    return info._asdict() | {"lower_loss": float(info.lower_loss.mean())}
+    row = info._asdict() | {"lower_loss": float(info.lower_loss.mean())}
+    del row["move"]  # the ledger's
+    return row
 
   def select(state):
     result = run.evaluate(
@@ -115,9 +130,9 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
 
   return loop.Work(
     start=start,
-    abstract_state=run.abstract_state,
     step=step,
     told=told,
+    health=health,
     select=select,
     passes=passes(config),
   )
@@ -144,6 +159,7 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
     "num_inner_steps": num_steps * config.lower.num_steps,
     "forward_passes": forward * num_steps,
     "backward_passes": backward * num_steps,
+    "nonfinite_steps": record["guard"].get("nonfinite", 0),
     "train_seconds": record["seconds"],
     "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }

@@ -134,9 +134,10 @@ def _collect(keys: perturbed.Key, slopes: Slope) -> Estimate:
   )
 
 
-def _keys(
+def direction_keys(
   key: jax.Array, frame_key: jax.Array | None, num_directions: int
 ) -> perturbed.Key:
+  """Splits a key into those of the directions; `frame_key` as in `estimate`."""
   frame = key if frame_key is None else frame_key
   return perturbed.Key(own=jax.random.split(key, num_directions), frame=frame)
 
@@ -189,7 +190,7 @@ def estimate(
     True
   """
   eps = jnp.asarray(eps, jnp.float32)
-  keys = _keys(key, frame_key, num_directions)
+  keys = direction_keys(key, frame_key, num_directions)
   value_of = _with_aux(fn, has_aux)
   origin = value_of(tree) if estimator.shared else None
 
@@ -235,7 +236,7 @@ def estimate_per_example(
   """
   eps = jnp.asarray(eps, jnp.float32)
   num_examples = jax.tree.leaves(examples)[0].shape[0]
-  keys = _keys(key, frame_key, num_examples)
+  keys = direction_keys(key, frame_key, num_examples)
   value_of = _with_aux(fn, has_aux)
 
   def slope(own, example):
@@ -248,7 +249,9 @@ def estimate_per_example(
   # Where the batch is sharded its directions are too, and their sum would be an
   # exchange of whole matrices; every device is to have all B of them. Keys are
   # split anew, out of the compiler's sight.
-  again = _keys(jax.lax.optimization_barrier(key), keys.frame, num_examples)
+  again = direction_keys(
+    jax.lax.optimization_barrier(key), keys.frame, num_examples
+  )
   estimated = _collect(again, slopes)
   return estimated._replace(coefficients=_everywhere(estimated.coefficients))
 

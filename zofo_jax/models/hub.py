@@ -70,6 +70,11 @@ def weights_format(folder: pathlib.Path) -> tuple[str, str] | None:
   return None
 
 
+def text_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns a checkpoint's files that are no weights."""
+  return sorted(path for pattern in _TEXT for path in folder.glob(pattern))
+
+
 def _checked(folder: pathlib.Path) -> pathlib.Path:
   """Returns the folder if it holds a checkpoint."""
   missing = []

@@ -46,7 +46,12 @@ class Stored(NamedTuple):
 
 
 def load(
-  folder: str | pathlib.Path, family: ModuleType, config: Any, dtype: Any
+  folder: str | pathlib.Path,
+  family: ModuleType,
+  config: Any,
+  dtype: Any,
+  *,
+  pickle: bool = False,
 ) -> dict[str, Any]:
   """Reads a checkpoint folder.
 
@@ -55,6 +60,7 @@ def load(
     family: module with `Model` and `hf_parameters`, such as `models.opt`.
     config: the family's configuration.
     dtype: of the returned weights, whatever the file has.
+    pickle: whether PyTorch's .bin, which is a pickle, may be opened.
 
   Returns:
     base, nested dict of NumPy arrays: what `Model(config).init` returns under
@@ -65,7 +71,10 @@ def load(
   """
   folder = pathlib.Path(folder)
   expected = shapes(family, config)
-  stored = {_short(name): (name, s) for name, s in open_folder(folder).items()}
+  stored = {
+    _short(name): (name, s)
+    for name, s in open_folder(folder, pickle=pickle).items()
+  }
   layout = list(_layout(family, config, expected))
   wanted = {_short(name) for _, parts in layout for _, name, _, _ in parts}
   leftover = [
@@ -173,11 +182,14 @@ def shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
   return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
+def open_folder(
+  folder: pathlib.Path, *, pickle: bool = False
+) -> dict[str, Stored]:
   """Opens the weights of a folder without reading them, where possible.
 
   Args:
     folder: has weights in one of the formats above; the first is taken.
+    pickle: whether PyTorch's .bin, which is a pickle, may be opened.
 
   Returns:
     Every tensor by its name in the file, in PyTorch's naming and layout.
@@ -194,6 +206,12 @@ def open_folder(folder: pathlib.Path) -> dict[str, Stored]:
   if names is None:
     raise errors.UserError(
       f"{folder} has no weights: neither {', '.join(n for n, _ in formats)}."
+    )
+  if names == hub.TORCH and not pickle:
+    raise errors.UserError(
+      f"The weights in {folder} are pickles of PyTorch, which may hide code; "
+      "expected safetensors, or --config.model.pickle to read them, as weights "
+      "alone."
     )
   stored = {}
   for path in _files(folder, names):

@@ -1,0 +1,289 @@
+"""Kills, fills, flips and cuts: does a run come to what it would have?
+
+`python experiments/faults.py --trials N --json FILE` runs the tiny
+configuration in processes of its own, does one harm to each at a random point,
+starts it again, and compares all that is left with an uninterrupted run, bit
+for bit. README.md says what the faults are.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from fault import tiny, trial
+
+
+class Case(NamedTuple):
+  """A trial.
+
+  Attributes:
+    home: has the model, the rows and the compiled programs.
+    folder: of the run.
+    rare: whether theta lies apart and is rebuilt from the ledger.
+    draw: decides where it hurts.
+    seconds: what an uninterrupted run takes.
+    reference: folder of an uninterrupted run.
+  """
+
+  home: pathlib.Path
+  folder: pathlib.Path
+  rare: bool
+  draw: random.Random
+  seconds: float
+  reference: pathlib.Path
+
+  def start(self, **options: Any) -> int:
+    """Starts the run, or goes on with it."""
+    return trial.start(self.home, self.folder, rare=self.rare, **options)
+
+  def told(self) -> str:
+    """Returns what the run said."""
+    path = pathlib.Path(f"{self.folder}.log")
+    return path.read_text() if path.exists() else ""
+
+
+def _signal(case: Case, number: int) -> tuple[int, ...]:
+  process = case.start()
+  if trial.wait(process, case.draw.uniform(0.1, case.seconds)) is None:
+    os.kill(process, number)
+    code = trial.wait(process)
+    # Before the first step and after the last nothing is left to be saved.
+    return (code,) if number == signal.SIGTERM and code != 143 else ()
+  return ()
+
+
+def kill(case: Case) -> None:
+  """Ends the process at once."""
+  _signal(case, signal.SIGKILL)
+
+
+def sigterm(case: Case) -> None:
+  """Asks the process to end; it has one last save."""
+  codes = _signal(case, signal.SIGTERM)
+  assert not set(codes) - {0, -signal.SIGTERM}, codes
+
+
+def disk_full(case: Case) -> None:
+  """Lets no file grow above a size: writes fail as on a full disk."""
+  code = trial.wait(case.start(max_bytes=int(10 ** case.draw.uniform(2, 5.5))))
+  assert code in (0, 2), code
+  assert (code == 2) == ("zofo_jax: " in case.told()), case.told()
+
+
+def _files(case: Case) -> list[pathlib.Path]:
+  """Runs for a while; returns what it left of states and the ledger."""
+  process = case.start()
+  if trial.wait(process, case.draw.uniform(0.5, 1.0) * case.seconds) is None:
+    os.kill(process, signal.SIGKILL)
+    trial.wait(process)
+  names = ("checkpoints", "bases")
+  found = [p for name in names for p in (case.folder / name).rglob("*")]
+  # What is half-written at the end of a process is no checkpoint, and one
+  # without checksums is read on trust.
+  sealed = [
+    path
+    for path in found
+    if path.is_file()
+    and path.stat().st_size
+    and any((up / "checksums.json").exists() for up in path.parents)
+  ]
+  ledger = case.folder / "ledger.txt"
+  return sealed + [ledger] * ledger.exists()
+
+
+def flip(case: Case) -> None:
+  """Changes a bit of a file."""
+  if files := _files(case):
+    path = case.draw.choice(files)
+    content = bytearray(path.read_bytes())
+    content[case.draw.randrange(len(content))] ^= 1 << case.draw.randrange(8)
+    path.write_bytes(content)
+
+
+def truncate(case: Case) -> None:
+  """Cuts a file short, or takes it away."""
+  if files := _files(case):
+    path = case.draw.choice(files)
+    if case.draw.random() < 0.3:
+      path.unlink()
+    else:
+      os.truncate(path, case.draw.randrange(path.stat().st_size))
+
+
+def tear(case: Case) -> None:
+  """Cuts the ledger within a line, or adds half of one."""
+  _files(case)
+  path = case.folder / "ledger.txt"
+  if not path.exists():
+    return
+  if case.draw.random() < 0.5:
+    os.truncate(path, case.draw.randrange(path.stat().st_size))
+  else:
+    with path.open("ab") as file:
+      file.write(b"21 1 38d1b717 000"[: case.draw.randrange(1, 17)])
+
+
+def nan(case: Case) -> None:
+  """Gives batches that are not numbers from some step on.
+
+  The run stops by itself; what it saved is compared with the uninterrupted one
+  at that step, and it is then begun anew.
+  """
+  first = case.draw.randrange(1, trial.STEPS // trial.EVAL_EVERY)
+  first *= trial.EVAL_EVERY
+  code = trial.wait(case.start(nan_from=first))
+  assert code == 2 and "were not finite" in case.told(), (code, case.told())
+  last = max(int(p.name) for p in (case.folder / "checkpoints").iterdir())
+  ours = trial.result(case.home, case.folder, last)
+  theirs = trial.result(case.home, case.reference, first)
+  # All but the step: (theta, p, s, optimizer states, key).
+  states = [
+    {k.removeprefix(str(step)): v for k, v in state.items()}
+    for step, state in ((last, ours), (first, theirs))
+  ]
+  for state in states:
+    del state[".step"]
+  assert states[0] == states[1], "a step that is not finite left traces"
+  case.folder.rename(f"{case.folder}.stopped")
+
+
+FAULTS: dict[str, Callable[[Case], None]] = {
+  "kill -9": kill,
+  "SIGTERM": sigterm,
+  "disk full": disk_full,
+  "flipped bit": flip,
+  "truncated or missing file": truncate,
+  "torn ledger": tear,
+  "NaN batches": nan,
+}
+
+
+def attempt(case: Case, fault: str, expected: dict[str, str]) -> str:
+  """Does a harm, goes on, compares; returns what is wrong, if anything."""
+  try:
+    FAULTS[fault](case)
+  except AssertionError as error:
+    return f"silently wrong: {error}"
+  codes = []
+  while not codes or (codes[-1] != 0 and len(codes) < 3):
+    codes.append(trial.wait(case.start()))
+  if codes[-1] != 0:
+    return f"lost: exit codes {codes}"
+  found = trial.result(case.home, case.folder)
+  different = sorted(
+    name
+    for name in found.keys() | expected.keys()
+    if found.get(name) != expected.get(name)
+  )
+  if different:
+    kind = "lost" if "zofo_jax: " in case.told() else "silently wrong"
+    return f"{kind}: {', '.join(different[:3])} differ"
+  return ""
+
+
+def campaign(
+  trials: int,
+  folder: pathlib.Path,
+  seed: int,
+  path: pathlib.Path,
+  faults: list[str],
+) -> dict[str, Any]:
+  """Runs trials, each fault in turn; the file is written after each."""
+  for name in ("model", "rows"):
+    (folder / name).mkdir()
+  tiny.write_rows(folder / "rows")
+  _fork_to_write_model(folder)
+  rows = {name: dict.fromkeys(("trials", *WRONG), 0) for name in faults}
+  wrong: list[str] = []
+  begun = time.monotonic()
+  seconds, references, expected = {}, {}, {}
+  for rare in (False, True, False, True):  # the first of each compiles
+    reference = folder / f"reference-{rare}-{len(seconds)}"
+    before = time.monotonic()
+    code = trial.wait(trial.start(folder, reference, rare=rare))
+    if code != 0:
+      sys.exit(pathlib.Path(f"{reference}.log").read_text())
+    seconds[rare] = time.monotonic() - before
+    references[rare] = reference
+    expected[rare] = trial.result(folder, reference)
+  if expected[False] != expected[True]:
+    sys.exit("Runs of the two kinds of checkpoints differ.")
+  for number in range(trials):
+    draw = random.Random(f"{seed} {number}")
+    fault, rare = faults[number % len(faults)], draw.random() < 0.5
+    run = folder / f"run-{number}"
+    case = Case(folder, run, rare, draw, seconds[rare], references[rare])
+    problem = attempt(case, fault, expected[rare])
+    rows[fault]["trials"] += 1
+    for name in WRONG:
+      rows[fault][name] += problem.startswith(name.replace("_", " "))
+    if problem:
+      wrong.append(f"trial {number}, {fault}, rare {rare}: {problem}")
+      print(wrong[-1], case.told(), sep="\n", file=sys.stderr)
+    summary = {
+      "trials": number + 1,
+      **{n: sum(row[n] for row in rows.values()) for n in WRONG},
+      "seconds": time.monotonic() - begun,
+      "faults": rows,
+      "wrong": wrong,
+    }
+    path.write_text(json.dumps(summary, indent=2) + "\n")
+  return summary
+
+
+WRONG = ("lost", "silently_wrong")
+
+
+def _fork_to_write_model(folder: pathlib.Path) -> None:
+  # Apart, as everything that asks jax for a device: this process is copied.
+  def work() -> int:
+    tiny.write_model(folder / "model")
+    return 0
+
+  if trial.wait(trial.fork(folder, work, folder / "model.log")):
+    sys.exit((folder / "model.log").read_text())
+
+
+def main() -> None:
+  """Parses the command line and prints the table."""
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--trials", type=int, default=200)
+  parser.add_argument("--json", type=pathlib.Path, required=True)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument("--only", choices=FAULTS, help="one kind of fault")
+  given = parser.parse_args()
+  os.environ["TOKENIZERS_PARALLELISM"] = "false"
+  # Copied by every process to come.
+  import matplotlib.figure  # noqa: F401
+  import orbax.checkpoint  # noqa: F401
+  import transformers
+
+  import zofo_jax.train  # noqa: F401
+  from zofo_jax import report
+
+  transformers.PreTrainedTokenizerFast  # noqa: B018 - is read lazily
+  with tempfile.TemporaryDirectory() as folder:
+    summary = campaign(
+      given.trials,
+      pathlib.Path(folder),
+      given.seed,
+      given.json,
+      [given.only] if given.only else list(FAULTS),
+    )
+  report.results_table(
+    [{"fault": name, **row} for name, row in summary["faults"].items()],
+    title=f"{summary['trials']} trials in {summary['seconds']:.0f} s",
+  )
+  sys.exit(1 if any(summary[name] for name in WRONG) else 0)
+
+
+if __name__ == "__main__":
+  main()
