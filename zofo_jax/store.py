@@ -227,6 +227,8 @@ class Store:
         self._bases.discard(number, self._folder / "damaged" / "bases")
     if base is None:
       base = ledger.load_start(self._run.config, self._run.model, found.header)
+      # As a base is read, so that the steps go on with one program.
+      base = jax.device_put(base, jax.devices()[0])
     return ledger.advance(base, found.header, found.lines[start:step], where)
 
 
