@@ -40,7 +40,7 @@ metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones
 	    --config=configs/metademo.py:method=$$method \
 	    $(if $(DATA),--config.data.dir=$(DATA)) $(ARGS) || exit; \
 	done
-	$(BIN)/python -m zofo_jax.main --workdir=runs/metademo \
+	$(BIN)/python -m zofo_jax.main --workdir=runs/metademo --config.data.num_test=60 \
 	  --config=configs/adapt.py:run=$(subst $(space),+,$(METHODS:%=runs/metademo/%))
 
 test: $(VENV)/.full ## Run the tests

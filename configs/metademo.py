@@ -14,10 +14,10 @@ from zofo_jax import config as config_lib
 # Steps, learning rate of s or of what moves by first order, and of theta by
 # zeroth order.
 METHODS = {
-  "bilevel": (24, 2e-3, 1e-7),
-  "lora": (80, 1e-3, 0.0),
+  "bilevel": (20, 2e-3, 1e-7),
+  "lora": (60, 1e-3, 0.0),
   "full": (40, 1e-5, 0.0),
-  "mezo": (120, 0.0, 1e-7),
+  "mezo": (60, 0.0, 1e-7),
 }
 
 
@@ -36,9 +36,10 @@ def get_config(arg: str = ""):
   config.data.num_lower = 600
   config.data.num_upper = 300
   config.data.num_selection = 20
-  config.data.num_test = 60
+  config.data.num_test = 20
   config.data.max_length = 32
   config.data.long_rows = "truncate"
+  config.eval.batch_size = 20
   config.loss = "classification"
   config.penalty = 1.0
   config.lower.num_steps = 1
@@ -53,5 +54,6 @@ def get_config(arg: str = ""):
   config.train.eval_every_steps = num_steps
   config.adapt.shots = 8
   config.adapt.num_steps = 12
+  config.adapt.learning_rate = 2e-3
   config.adapt.batch_size = 4
   return config
