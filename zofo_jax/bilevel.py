@@ -151,6 +151,7 @@ def bilevel_step(
   num_directions: int = 1,
   per_example: bool = False,
   frame_steps: int = 1,
+  map_fn: zo.MapFn = jax.lax.map,
 ) -> tuple[BilevelState, BilevelInfo]:
   """Takes one outer iteration; a pure function, to be jitted by the caller.
 
@@ -175,6 +176,7 @@ def bilevel_step(
       `directions.PerExample`; the outer batches must be of one size.
     frame_steps: outer iterations for which directions share their frame, such
       as the subspace of `directions.LowRank`.
+    map_fn: how directions are evaluated; see `zo.estimate`.
 
   Returns:
     The new state and what to log.
@@ -237,7 +239,9 @@ def bilevel_step(
       (batch.upper, batch.penalty),
     )
   else:
-    estimate = estimate_fn(penalized, state.base, num_directions=num_directions)
+    estimate = estimate_fn(
+      penalized, state.base, num_directions=num_directions, map_fn=map_fn
+    )
   # p and theta move together: a broken gradient of p drops every direction. It
   # also tells the compiler that p's passes end before theta is written; not
   # knowing, it copies all layers' weights.
@@ -282,6 +286,7 @@ def make_bilevel_step(
   num_directions: int = 1,
   per_example: bool = False,
   frame_steps: int = 1,
+  map_fn: zo.MapFn = jax.lax.map,
 ) -> BilevelAlgorithm:
   """Binds losses and optimizers into an (init, step) pair.
 
@@ -336,5 +341,6 @@ def make_bilevel_step(
     num_directions=num_directions,
     per_example=per_example,
     frame_steps=frame_steps,
+    map_fn=map_fn,
   )
   return BilevelAlgorithm(init, step)

@@ -1,6 +1,7 @@
 """Decoders as Flax modules, found by the model_type of Hugging Face.
 
-A family is a module with `Model`, `config_from_hf` and `hf_parameters`.
+A family is a module with `Model`, `config_from_hf`, `hf_parameters` and
+`SHARDINGS`.
 """
 
 from collections.abc import Mapping

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
 from zofo_jax.models import caches, decoder, hf_config, layers
@@ -196,6 +197,17 @@ class Llama(decoder.Decoder):
 
 
 Model = Llama
+
+# How weights are divided among devices; see `zofo_jax.mesh`.
+SHARDINGS = (
+  (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
+  (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),
+  (r"(attention/out|mlp/down)/kernel$", P(None, "model", "fsdp")),
+  (r"(attention/(query|key|value)|mlp/(gate|up))/bias$", P(None, "model")),
+  (r"(attention/out|mlp/down)/bias$", P()),
+  (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
+  (r"norm/scale$", P()),
+)
 
 
 def _windows(

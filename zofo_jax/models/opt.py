@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
 from zofo_jax.models import caches, decoder, hf_config, layers
@@ -185,6 +186,19 @@ class Opt(decoder.Decoder):
 
 
 Model = Opt
+
+# How weights are divided among devices; see `zofo_jax.mesh`.
+SHARDINGS = (
+  (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
+  (r"mlp/up/kernel$", P(None, "fsdp", "model")),
+  (r"(attention/out|mlp/down)/kernel$", P(None, "model", "fsdp")),
+  (r"(attention/(query|key|value)|mlp/up)/bias$", P(None, "model")),
+  (r"(attention/out|mlp/down)/bias$", P()),
+  (r"project_in/kernel$", P("fsdp", "model")),
+  (r"project_out/kernel$", P("model", "fsdp")),
+  (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
+  (r"norm/(scale|bias)$", P()),
+)
 
 
 def config_from_hf(config: Mapping[str, Any]) -> OptConfig:

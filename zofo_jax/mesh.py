@@ -1,0 +1,254 @@
+"""The devices of a run as a grid, and what lies where on it.
+
+Four axes: `pert` divides the directions of a zeroth-order estimate, `data` the
+rows of a batch, `fsdp` the rows and the weights, which are gathered a layer at
+a time where they are used, and `model` the weights with their products. What
+is said of a leaf comes from one table of rules per family of models; XLA
+divides the program.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zofo_jax import errors, perturbed
+
+# Devices that exchange most are neighbours: `model` varies fastest.
+AXES = ("pert", "data", "fsdp", "model")
+_ROWS = ("data", "fsdp")
+
+# (pattern searched in a leaf's path, how its axes are divided); the first that
+# matches is taken.
+Rules = Sequence[tuple[str, P]]
+
+
+def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
+  """Fills the rest of the devices in for the axis of size -1.
+
+  Args:
+    sizes: of every axis in AXES; at most one is -1.
+    num_devices: how many devices there are.
+
+  Returns:
+    The sizes, all of them positive.
+
+  Raises:
+    UserError: the sizes and the devices do not fit.
+  """
+  text = ", ".join(f"mesh.{name}={sizes[name]}" for name in AXES)
+  free = [name for name in AXES if sizes[name] == -1]
+  if len(free) > 1 or any(sizes[n] < 1 for n in AXES if n not in free):
+    raise errors.UserError(
+      f"config.mesh: expected numbers above 0, one of them -1 for the rest; "
+      f"found {text}."
+    )
+  taken = math.prod(sizes[name] for name in AXES if name not in free)
+  if taken > num_devices or (free and num_devices % taken):
+    expected = "a divisor of that" if free else "at most that"
+    raise errors.UserError(
+      f"config.mesh: {text} takes {taken} devices; expected {expected}, there "
+      f"{'is' if num_devices == 1 else 'are'} {num_devices}."
+    )
+  return {n: num_devices // taken if n in free else sizes[n] for n in AXES}
+
+
+def make(
+  sizes: Mapping[str, int], devices: Sequence[Any] | None = None
+) -> jax.sharding.Mesh:
+  """Arranges devices in a grid.
+
+  Args:
+    sizes: of every axis in AXES; one may be -1 for the rest.
+    devices: what to arrange; None for all there are. Those left over idle.
+
+  Returns:
+    The mesh; its axes are XLA's to use.
+
+  Raises:
+    UserError: the sizes and the devices do not fit, or leave a process without
+      any device.
+  """
+  found = jax.devices() if devices is None else list(devices)
+  full = resolve(sizes, len(found))
+  shape = tuple(full[name] for name in AXES)
+  size = math.prod(shape)
+  if size < len(found) and len({d.process_index for d in found}) > 1:
+    raise errors.UserError(
+      f"config.mesh: takes {size} devices; expected all {len(found)}, since "
+      "several processes hold them."
+    )
+  return jax.make_mesh(
+    shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found[:size]
+  )
+
+
+def check_rows(mesh: jax.sharding.Mesh, counts: Mapping[str, int]) -> None:
+  """Stops where a number of rows cannot be divided.
+
+  Args:
+    mesh: the grid.
+    counts: the rows of a batch by the name of their field.
+
+  Raises:
+    UserError: names the field and the numbers.
+  """
+  parts = math.prod(mesh.shape[name] for name in _ROWS)
+  for field, count in counts.items():
+    if count % parts:
+      raise errors.UserError(
+        f"config.{field}: {count} rows are divided among mesh.data="
+        f"{mesh.shape['data']} times mesh.fsdp={mesh.shape['fsdp']}; expected "
+        f"a multiple of {parts}."
+      )
+
+
+def check_directions(mesh: jax.sharding.Mesh, count: int) -> None:
+  """Stops where directions cannot be divided.
+
+  Raises:
+    UserError: has the numbers.
+  """
+  if count % mesh.shape["pert"]:
+    raise errors.UserError(
+      f"config.zo.num_directions: {count} are divided among mesh.pert="
+      f"{mesh.shape['pert']}; expected a multiple of it."
+    )
+
+
+def everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
+  """Returns the sharding of what every device has whole."""
+  return NamedSharding(mesh, P())
+
+
+def shardings(mesh: jax.sharding.Mesh, tree: Any, rules: Rules) -> Any:
+  """Says how each leaf is divided; scalars are not.
+
+  Args:
+    mesh: the grid.
+    tree: arrays or shapes.
+    rules: for every path.
+
+  Returns:
+    A tree like `tree` of shardings.
+
+  Raises:
+    UserError: no rule is for a leaf, or an axis does not divide it.
+  """
+
+  def place(path, leaf):
+    if not leaf.shape:
+      return everywhere(mesh)
+    name = perturbed.path_name(path)
+    found = [spec for pattern, spec in rules if re.search(pattern, name)]
+    if not found:
+      raise errors.UserError(
+        f"config.mesh: no rule says how the weight {name} is divided."
+      )
+    for axis, names in enumerate(found[0]):
+      names = (names,) if isinstance(names, str) else names or ()
+      parts = math.prod(mesh.shape[n] for n in names)
+      if leaf.shape[axis] % parts:
+        text = " times ".join(f"mesh.{n}={mesh.shape[n]}" for n in names)
+        raise errors.UserError(
+          f"config.mesh: the weight {name} has {leaf.shape[axis]} on axis "
+          f"{axis}, which {text} does not divide."
+        )
+    return NamedSharding(mesh, found[0])
+
+  return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def with_shardings(tree: Any, places: Any) -> Any:
+  """Returns the shapes of a tree with a sharding for each leaf."""
+  return jax.tree.map(
+    lambda leaf, place: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=place
+    ),
+    tree,
+    places,
+  )
+
+
+def rows(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+  """Returns the sharding of a batch whose rows are along an axis."""
+  return NamedSharding(mesh, P(*[None] * axis, _ROWS))
+
+
+def put_rows(mesh: jax.sharding.Mesh, batch: Any, axis: int = 0) -> Any:
+  """Puts a batch on the devices: each process the rows that are its own.
+
+  Args:
+    mesh: the grid.
+    batch: host arrays, the same in every process, or arrays of this process.
+    axis: of the rows.
+  """
+
+  def put(leaf):
+    if isinstance(leaf, jax.Array) and jax.dtypes.issubdtype(
+      leaf.dtype, jax.dtypes.prng_key
+    ):
+      data = put(np.asarray(jax.random.key_data(leaf)))
+      return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+    leaf = np.asarray(leaf)
+    return jax.make_array_from_callback(
+      leaf.shape, rows(mesh, axis), lambda index: leaf[index]
+    )
+
+  return jax.tree.map(put, batch)
+
+
+def on_rows(
+  fn: Callable[..., Any], mesh: jax.sharding.Mesh, num_whole: int
+) -> Callable[..., Any]:
+  """Jits a function of a batch, for any mesh; its results are whole everywhere.
+
+  Args:
+    fn: takes `num_whole` trees that lie on the mesh, then host arrays of rows.
+    mesh: the grid.
+    num_whole: how many arguments come before the rows.
+  """
+  jitted = jax.jit(fn, out_shardings=everywhere(mesh))
+
+  def call(*args):
+    batch = put_rows(mesh, args[num_whole:])
+    return jitted(*args[:num_whole], *batch)
+
+  return call
+
+
+def map_directions(
+  mesh: jax.sharding.Mesh,
+) -> Callable[[Callable[[Any], Any], Any], Any]:
+  """Makes the map over directions of `zo.estimate`: in groups along `pert`.
+
+  Args:
+    mesh: the grid; its `pert` divides the number of directions.
+
+  Returns:
+    map(fn, keys) like `jax.lax.map`. Groups exchange what fn returns, scalars,
+    and nothing else.
+  """
+  if mesh.shape["pert"] == 1:
+    return jax.lax.map
+
+  def parallel(fn, keys):
+    def group(keys):
+      return jax.lax.map(fn, keys)
+
+    split = jax.shard_map(
+      group,
+      mesh=mesh,
+      in_specs=P("pert"),
+      out_specs=P("pert"),
+      axis_names={"pert"},
+      check_vma=False,
+    )
+    return jax.lax.with_sharding_constraint(split(keys), everywhere(mesh))
+
+  return parallel
