@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from zofo_jax import config as config_lib
+
 jax.config.update("jax_platforms", "cpu")
 # Sharding is tested on one machine: eight devices in one process.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -22,6 +24,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Comparisons see rounding of float32, never of a faster matrix product.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A run is on one device unless a test asks for more.
+_base_config = config_lib.base_config
+
+
+def _on_one_device():
+  config = _base_config()
+  config.mesh.data = 1
+  return config
+
+
+config_lib.base_config = _on_one_device
 
 _WORDS = ("a dull and cold", "a bright and warm")
 _NOUNS = ("film", "story", "comedy", "ending", "cast", "score", "plot", "tale")

@@ -32,6 +32,7 @@ FLOORS = (
   ("tasks",),
   ("beams",),
   ("checks",),
+  ("mesh",),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
   ("adapters", "progress", "recipes", "rows"),
   # The core.
@@ -43,6 +44,7 @@ FLOORS = (
   ("directions",),
   ("noise",),
   # May be imported from everywhere but the core.
+  ("processes",),
   ("errors",),
 )
 CORE = set(

@@ -7,18 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.sharding import PartitionSpec as P
 
 import zofo_jax as zofo
 from zofo_jax import (
   adapters,
   backbone,
   directions,
-  errors,
   losses,
   models,
   outer,
-  perturbed,
   sampler,
 )
 from zofo_jax import mesh as mesh_lib
@@ -119,9 +116,7 @@ def iterate(sizes):
     penalty=mesh_lib.put_rows(mesh, BATCH.penalty),
     upper=mesh_lib.put_rows(mesh, BATCH.upper),
   )
-  step = jax.jit(
-    bilevel.step, donate_argnums=0, out_shardings=(places, whole)
-  )
+  step = jax.jit(bilevel.step, donate_argnums=0, out_shardings=(places, whole))
   state, info = step(
     jax.device_put(state, places),
     batch,

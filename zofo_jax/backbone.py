@@ -9,12 +9,14 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
 
 from zofo_jax import adapters, encode, errors, generate, inner, losses, models
 from zofo_jax import config as config_lib
+from zofo_jax import mesh as mesh_lib
 from zofo_jax.models import hub, weights
 
 
@@ -68,19 +70,34 @@ def load_model(config: ml_collections.ConfigDict) -> Model:
   return Model(module, family, folder, tokenizer)
 
 
-def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:
-  """Reads the backbone's weights to the device, in the config's dtype."""
-  leaves, structure = jax.tree.flatten(
-    weights.load(
-      model.folder,
-      model.family,
-      model.module.config,
-      jnp.dtype(config.model.dtype),
-    )
+def load_base(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Any:
+  """Reads the backbone's weights to the devices, in the config's dtype.
+
+  Args:
+    config: the run's config.
+    model: gives the checkpoint.
+    mesh: the grid of devices, of whose shares this process reads its own; None
+      for one device.
+
+  Returns:
+    The weights, divided as the model's family says.
+  """
+  mesh = mesh or mesh_lib.make(dict.fromkeys(mesh_lib.AXES, 1))
+  places = mesh_lib.shardings(
+    mesh, abstract_base(config, model), model.family.SHARDINGS
   )
-  for i, leaf in enumerate(leaves):  # each host copy goes as its leaf is done
-    leaves[i] = jnp.array(leaf)
-  return jax.tree.unflatten(structure, leaves)
+  flat = flax.traverse_util.flatten_dict(places, sep="/")
+  return weights.load(
+    model.folder,
+    model.family,
+    model.module.config,
+    jnp.dtype(config.model.dtype),
+    lambda path, shape, read: mesh_lib.fill(shape, flat[path], read),
+  )
 
 
 def abstract_base(config: ml_collections.ConfigDict, model: Model) -> Any:

@@ -24,7 +24,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from zofo_jax import config as config_lib
-from zofo_jax import errors
+from zofo_jax import errors, processes
 
 OF_A_CONFIG = ("train", "icl", "probe", "head")
 COMMANDS = ("train", "evaluate", "predict", "icl", "probe", "head")
@@ -34,6 +34,21 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run: checkpoints, metrics, summary."
+)
+_DISTRIBUTED = flags.DEFINE_string(
+  "distributed",
+  None,
+  "Several processes, the same command in each: auto (TPU pods, SLURM, ...) or "
+  "HOST:PORT of process 0.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many there are, with --distributed=HOST:PORT."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0."
+)
+_TIMEOUT = flags.DEFINE_integer(
+  "timeout", 300, "Seconds that processes wait for each other at the start."
 )
 _INPUT = flags.DEFINE_string(
   "input", None, "predict: JSONL file of rows to answer, labels not needed."
@@ -75,9 +90,35 @@ def _help() -> str:
   usage = (__doc__ or "").partition("Small on purpose")[0]
   described = [
     f"  --{flag.name}: {flags.FLAGS[flag.name].help}"
-    for flag in (_CONFIG, _WORKDIR, _INPUT, _OUTPUT)
+    for flag in (
+      *(_CONFIG, _WORKDIR, _INPUT, _OUTPUT),
+      *(_DISTRIBUTED, _NUM_PROCESSES, _PROCESS_ID, _TIMEOUT),
+    )
   ]
   return usage.strip() + "\n\n" + "\n".join(described)
+
+
+def _join(command: str) -> None:
+  """Brings the processes together and compares what they were given."""
+  if not _DISTRIBUTED.value:
+    for flag in (_NUM_PROCESSES, _PROCESS_ID):
+      if flag.value is not None:
+        raise errors.UserError(
+          f"--{flag.name}: expected --distributed=HOST:PORT with it; found "
+          "none."
+        )
+    return
+  processes.join(
+    _DISTRIBUTED.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+    timeout=_TIMEOUT.value,
+  )
+  config = _CONFIG.value or config_lib.base_config()
+  fields = {f"config.{k}": v for k, v in config_lib.flat(config).items()}
+  processes.agree(
+    {"the command": command, "--workdir": _WORKDIR.value, **fields}
+  )
 
 
 def _run(argv: list[str]) -> None:
@@ -87,6 +128,7 @@ def _run(argv: list[str]) -> None:
   command = _parse(argv)
   if not _WORKDIR.value:
     raise errors.UserError("--workdir: expected a folder; found nothing.")
+  _join(command)
   # Heavy: imported only once the command line is right.
   from zofo_jax import modes, saved, train
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -173,6 +174,51 @@ def with_shardings(tree: Any, places: Any) -> Any:
     tree,
     places,
   )
+
+
+def state_shardings(mesh: jax.sharding.Mesh, state: Any, rules: Rules) -> Any:
+  """Says how a run's state is divided: `base` and `base_opt` by the rules.
+
+  Args:
+    mesh: the grid.
+    state: `bilevel.BilevelState`, or a named tuple with these two fields.
+    rules: for the paths of the backbone's weights.
+
+  Returns:
+    A tree like `state` of shardings; adapters and the rest are whole
+    everywhere.
+  """
+  places = jax.tree.map(lambda _: everywhere(mesh), state)
+  return places._replace(
+    base=shardings(mesh, state.base, rules),
+    base_opt=shardings(mesh, state.base_opt, rules),
+  )
+
+
+def fill(
+  shape: tuple[int, ...],
+  place: NamedSharding,
+  read: Callable[[tuple[slice, ...]], np.ndarray],
+) -> jax.Array:
+  """Makes an array of the parts that this process holds, each read once.
+
+  Args:
+    shape: of the whole array.
+    place: its sharding.
+    read: returns the part of an index.
+  """
+  parts: dict[str, np.ndarray] = {}
+
+  def part(index):
+    name = str(index)
+    if name not in parts:
+      parts[name] = read(index)
+    return parts[name]
+
+  made = jax.make_array_from_callback(shape, place, part)
+  # On CPU it may be the host's memory itself, which cannot be donated.
+  on_cpu = place.mesh.devices.flat[0].platform == "cpu"
+  return jnp.array(made, copy=True) if on_cpu else made
 
 
 def rows(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:

@@ -5,7 +5,7 @@ Everything that the config says becomes an explicit argument here.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +33,7 @@ from zofo_jax import (
   zo,
 )
 from zofo_jax import config as config_lib
+from zofo_jax import mesh as mesh_lib
 
 
 def make_schedule(
@@ -96,6 +97,20 @@ def make_sampler(zo_config: ml_collections.ConfigDict) -> sampler.Sampler:
   )
 
 
+def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
+  """Arranges the devices as `config.mesh` says.
+
+  Raises:
+    UserError: devices, rows or directions do not fit it.
+  """
+  mesh = mesh_lib.make(config.mesh)
+  fields = config_lib.flat(config)
+  names = ("lower.batch_size", "upper.batch_size", "eval.batch_size")
+  mesh_lib.check_rows(mesh, {name: fields[name] for name in names})
+  mesh_lib.check_directions(mesh, config.zo.num_directions)
+  return mesh
+
+
 def check_sampler(zo_config: ml_collections.ConfigDict, base: Any) -> None:
   """Stops where `zo.select` or `zo.layers` name nothing that is there.
 
@@ -150,6 +165,7 @@ def make_algorithm(
   config: ml_collections.ConfigDict,
   loss_fn: inner.LossFn,
   probe_loss_fn: inner.LossFn | None = None,
+  map_fn: zo.MapFn = jax.lax.map,
 ) -> bilevel.BilevelAlgorithm:
   """Makes the (init, step) pair that a config asks for."""
 
@@ -172,6 +188,7 @@ def make_algorithm(
     num_directions=config.zo.num_directions,
     per_example=config.zo.direction == "per_example",
     frame_steps=config.zo.frame_steps,
+    map_fn=map_fn,
   )
 
 
@@ -184,6 +201,7 @@ class Run(NamedTuple):
     task: what the rows mean.
     algorithm: the (init, step) pair.
     score_fn: jitted scores of a batch's options.
+    mesh: the grid of devices.
     generate_fn: jitted text after prompts; None where the task has options.
   """
 
@@ -192,10 +210,20 @@ class Run(NamedTuple):
   task: tasks.Task
   algorithm: bilevel.BilevelAlgorithm
   score_fn: evaluate.ScoreFn
+  mesh: jax.sharding.Mesh
   generate_fn: generate.GenerateFn | None = None
 
   def init(self, base: Any) -> bilevel.BilevelState:
     """Starts a state at a backbone; p and s begin independently."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+
+    def rest(base):  # All but the backbone, which is there.
+      return self._init(base)._replace(base=())
+
+    state = jax.jit(rest, out_shardings=places._replace(base=()))(base)
+    return state._replace(base=base)
+
+  def _init(self, base: Any) -> bilevel.BilevelState:
     key = jax.random.key(self.config.seed)
     upper_key, lower_key, step_key = jax.random.split(key, 3)
 
@@ -207,9 +235,30 @@ class Run(NamedTuple):
     )
 
   def abstract_state(self) -> bilevel.BilevelState:
-    """Returns the shapes of a state, without reading weights."""
+    """Returns the shapes and shardings of a state; reads no weights."""
     base = backbone.abstract_base(self.config, self.model)
-    return jax.eval_shape(self.init, base)
+    state = jax.eval_shape(self._init, base)
+    places = mesh_lib.state_shardings(
+      self.mesh, state, self.model.family.SHARDINGS
+    )
+    return mesh_lib.with_shardings(state, places)
+
+  def jit_step(self) -> Callable[..., Any]:
+    """Jits the step for the mesh; the state is donated."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+    return jax.jit(
+      self.algorithm.step,
+      donate_argnums=0,
+      out_shardings=(places, mesh_lib.everywhere(self.mesh)),
+    )
+
+  def put(self, batch: bilevel.BilevelBatch) -> bilevel.BilevelBatch:
+    """Puts an iteration's rows on the mesh."""
+    return bilevel.BilevelBatch(
+      lower=mesh_lib.put_rows(self.mesh, batch.lower, axis=1),
+      penalty=mesh_lib.put_rows(self.mesh, batch.penalty),
+      upper=mesh_lib.put_rows(self.mesh, batch.upper),
+    )
 
   def judge(
     self, examples: Sequence[encode.Example], scores: np.ndarray
@@ -269,6 +318,7 @@ class Run(NamedTuple):
 def make_run(config: ml_collections.ConfigDict) -> Run:
   """Checks a config and makes what does not need rows or weights."""
   checks.check(config)
+  mesh = make_mesh(config)
   task = experiment.load_task(config)
   model = backbone.load_model(config)
   experiment.context_length(config, model)
@@ -276,7 +326,9 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
   log_probs_fn = backbone.make_log_probs_fn(model.module)
   generate_fn = None
   if task.kind == "generation":
-    generate_fn = jax.jit(backbone.make_generate_fn(config, model))
+    generate_fn = mesh_lib.on_rows(
+      backbone.make_generate_fn(config, model), mesh, 2
+    )
   run = Run(
     config=config,
     model=model,
@@ -287,8 +339,10 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
       objectives.make_probe_loss_fn(
         config.zo.objective, model.module, model.tokenizer
       ),
+      mesh_lib.map_directions(mesh),
     ),
-    score_fn=jax.jit(evaluate.make_score_fn(log_probs_fn)),
+    score_fn=mesh_lib.on_rows(evaluate.make_score_fn(log_probs_fn), mesh, 2),
+    mesh=mesh,
     generate_fn=generate_fn,
   )
   check_sampler(config.zo, backbone.abstract_base(config, model))

@@ -15,20 +15,25 @@ from zofo_jax import (
   errors,
   evaluate,
   experiment,
+  processes,
   report,
   rows,
   runs,
 )
 
 
-def _load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
-  """Reads a run's config and its best checkpoint."""
-  run = runs.make_run(runs.read_config(folder))
+def _find(folder: epath.Path) -> runs.Run:
+  """Reads a run's config."""
+  return runs.make_run(runs.read_config(folder))
+
+
+def _restore(run: runs.Run, folder: epath.Path) -> bilevel.BilevelState:
+  """Reads a run's best checkpoint, on whatever devices there are now."""
   with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
     state, _ = checkpoints.restore(
       run.abstract_state(), checkpoints.best_step()
     )
-  return run, state
+  return state
 
 
 def evaluate_run(workdir: str) -> dict[str, Any]:
@@ -48,8 +53,10 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
     UserError: there is no run, or its rows are gone.
   """
   folder = epath.Path(workdir)
-  run, state = _load(folder)
-  examples = experiment.load_examples(run.config, run.model, run.task).test
+  with processes.together():
+    run = _find(folder)
+    examples = experiment.load_examples(run.config, run.model, run.task).test
+  state = _restore(run, folder)
   result = run.evaluate(state.base, state.upper, examples, "test")
   evaluation: dict[str, Any] = {
     "task": run.task.name,
@@ -80,11 +87,12 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   if not source:
     raise errors.UserError("--input: expected a file of rows; found nothing.")
   folder = epath.Path(workdir)
-  run, state = _load(folder)
-  asked = rows.load(run.task, source, "train", labelled=False)
-  result = run.evaluate(
-    state.base, state.upper, _encoded(run, asked), "predict"
-  )
+  with processes.together():
+    run = _find(folder)
+    asked = rows.load(run.task, source, "train", labelled=False)
+    encoded = _encoded(run, asked)
+  state = _restore(run, folder)
+  result = run.evaluate(state.base, state.upper, encoded, "predict")
   if isinstance(result, evaluate.Answers):
     answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
   else:
@@ -99,7 +107,8 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   ]
   path.parent.mkdir(parents=True, exist_ok=True)
   report.write_lines(path, lines)
-  print(f"{len(lines)} answers in {path}.")
+  if processes.is_first():
+    print(f"{len(lines)} answers in {path}.")
 
 
 def _encoded(run: runs.Run, asked: Sequence[rows.Row]) -> Sequence[Any]:

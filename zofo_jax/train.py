@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 from etils import epath
@@ -19,6 +18,7 @@ from zofo_jax import (
   checkpoint,
   errors,
   experiment,
+  processes,
   report,
   runs,
 )
@@ -83,18 +83,19 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   Raises:
     UserError: something in the config, the files or `workdir` is wrong.
   """
-  run = runs.make_run(config)
   folder = epath.Path(workdir)
-  _check_same_config(config, folder)
-  examples = experiment.load_examples(config, run.model, run.task)
-  _make_folder(folder / "checkpoints")
+  with processes.together():
+    run = runs.make_run(config)
+    _check_same_config(config, folder)
+    examples = experiment.load_examples(config, run.model, run.task)
+    _make_folder(folder / "checkpoints")
   with checkpoint.Checkpoints(
     folder / "checkpoints", keep=config.ckpt.keep
   ) as checkpoints:
     writer = report.JsonlWriter(folder / "metrics.jsonl")
     if checkpoints.latest_step() is None:
       writer.truncate_after(-1)
-      state = run.init(backbone.load_base(config, run.model))
+      state = run.init(backbone.load_base(config, run.model, run.mesh))
       zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
       record = {"seconds": 0.0, "zero_shot": zero_shot.worth()}
     else:
@@ -115,9 +116,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 def _loop(run, examples, state, record, writer, checkpoints):
   """Takes the remaining outer iterations; returns the state and the record."""
   config = run.config
-  step_fn = jax.jit(run.algorithm.step, donate_argnums=0)
+  step_fn = run.jit_step()
   hparams = bilevel.BilevelHParams(
-    zo_eps=jnp.float32(config.zo.eps), penalty=jnp.float32(config.penalty)
+    zo_eps=float(config.zo.eps), penalty=float(config.penalty)
   )
   shape = experiment.train_shape(examples)
   start, total = int(state.step), config.train.num_steps
@@ -149,7 +150,7 @@ def _loop(run, examples, state, record, writer, checkpoints):
 
     for step in range(start, total):
       batch = iteration_batch(config, examples, shape, run.model.pad, step)
-      state, info = step_fn(state, batch, hparams)
+      state, info = step_fn(state, run.put(batch), hparams)
       flush()
       pending = (step + 1, info)
       if (step + 1) % config.train.eval_every_steps == 0 or step + 1 == total:
@@ -207,7 +208,10 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
     ],
     title=f"{run.task.name}: {len(examples.test)} test rows, never trained on",
   )
-  print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
+  if processes.is_first():
+    print(
+      f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/."
+    )
   return summary
 
 
