@@ -229,7 +229,10 @@ def _make_folder(folder: epath.Path) -> None:
 def _check_same_config(
   config: ml_collections.ConfigDict, folder: epath.Path
 ) -> None:
-  """Stops before a run goes on under another config than it began with."""
+  """Stops before a run goes on under another config than it began with.
+
+  It may go on on another mesh.
+  """
   path = folder / "config.json"
   if not path.exists():
     return
@@ -238,7 +241,7 @@ def _check_same_config(
   changed = [
     f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
     for name in sorted(before.keys() | now.keys())
-    if before.get(name) != now.get(name)
+    if before.get(name) != now.get(name) and not name.startswith("mesh.")
   ]
   if changed:
     raise errors.UserError(
