@@ -73,7 +73,7 @@ def load_model(config: ml_collections.ConfigDict) -> Model:
 def load_base(
   config: ml_collections.ConfigDict,
   model: Model,
-  mesh: jax.sharding.Mesh | None = None,
+  mesh: mesh_lib.AnyMesh | None = None,
 ) -> Any:
   """Reads the backbone's weights to the devices, in the config's dtype.
 
@@ -158,7 +158,9 @@ def init_adapter(
         init=config.prompt.init,
         tokens=model.tokenizer.encode(
           config.prompt.text, add_special_tokens=False
-        ),
+        )
+        if config.prompt.init == "text"
+        else None,
       )
     parts.append(part)
   return adapters.join(*parts)

@@ -1,4 +1,4 @@
-"""The command line: train, evaluate, predict; icl, probe, head.
+"""The command line: train, evaluate, predict; icl, probe, head; plan.
 
   python -m zofo_jax.main [train] --config=configs/opt.py --workdir=DIR
   python -m zofo_jax.main evaluate --workdir=DIR
@@ -12,6 +12,11 @@ On the same config, to compare with: in-context learning (zero-shot with
   python -m zofo_jax.main probe --config=configs/opt.py --workdir=DIR
   python -m zofo_jax.main head --config=configs/opt.py --workdir=DIR
 
+Without devices or weights, whether a run fits (also python -m zofo_jax.plan):
+
+  python -m zofo_jax.main plan --config=configs/opt.py:size=13b \
+      --topology=v5e:4x4 --json=PLAN.json
+
 Any field of the config can be set: --config.zo.eps=1e-2. Exit code 2 means a
 mistake in the command, its config or its files, told in one sentence.
 
@@ -19,6 +24,7 @@ Small on purpose: everything worth testing lives in importable modules.
 """
 
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
@@ -26,8 +32,8 @@ from ml_collections import config_flags
 from zofo_jax import config as config_lib
 from zofo_jax import errors, processes
 
-OF_A_CONFIG = ("train", "icl", "probe", "head")
-COMMANDS = ("train", "evaluate", "predict", "icl", "probe", "head")
+OF_A_CONFIG = ("train", "icl", "probe", "head", "plan")
+COMMANDS = ("train", "evaluate", "predict", "icl", "probe", "head", "plan")
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, as FILE.py or FILE.py:name=value,..."
@@ -50,6 +56,10 @@ _PROCESS_ID = flags.DEFINE_integer(
 _TIMEOUT = flags.DEFINE_integer(
   "timeout", 300, "Seconds that processes wait for each other at the start."
 )
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "plan: devices that need not be here, such as v5e:4x4."
+)
+_JSON = flags.DEFINE_string("json", None, "plan: file to write figures into.")
 _INPUT = flags.DEFINE_string(
   "input", None, "predict: JSONL file of rows to answer, labels not needed."
 )
@@ -92,6 +102,7 @@ def _help() -> str:
     f"  --{flag.name}: {flags.FLAGS[flag.name].help}"
     for flag in (
       *(_CONFIG, _WORKDIR, _INPUT, _OUTPUT),
+      *(_TOPOLOGY, _JSON),
       *(_DISTRIBUTED, _NUM_PROCESSES, _PROCESS_ID, _TIMEOUT),
     )
   ]
@@ -121,11 +132,34 @@ def _join(command: str) -> None:
   )
 
 
+def _plan() -> None:
+  """Asks a compiler, or arithmetic, what a run will need."""
+  _need_config()
+  if not _TOPOLOGY.value:
+    raise errors.UserError(
+      "--topology: expected devices such as v5e:4x4, cpu:8 or h100:8; found "
+      "nothing."
+    )
+  from zofo_jax import planning
+
+  planning.plan(_CONFIG.value, _TOPOLOGY.value, _JSON.value)
+
+
+def _need_config() -> None:
+  if _CONFIG.value is None:
+    raise errors.UserError(
+      "--config: expected a file such as configs/demo.py; found nothing."
+    )
+
+
 def _run(argv: list[str]) -> None:
   if {"--help", "-help", "-h"} & set(argv[1:]):
     print(_help())
     return
   command = _parse(argv)
+  if command == "plan":
+    _plan()
+    return
   if not _WORKDIR.value:
     raise errors.UserError("--workdir: expected a folder; found nothing.")
   _join(command)
@@ -133,10 +167,7 @@ def _run(argv: list[str]) -> None:
   from zofo_jax import modes, saved, train
 
   if command in OF_A_CONFIG:
-    if _CONFIG.value is None:
-      raise errors.UserError(
-        "--config: expected a file such as configs/demo.py; found nothing."
-      )
+    _need_config()
     start = {
       "train": train.train,
       "icl": modes.icl,
@@ -150,10 +181,10 @@ def _run(argv: list[str]) -> None:
     saved.predict(_WORKDIR.value, _INPUT.value, _OUTPUT.value)
 
 
-def main() -> int:
-  """Runs the command line and returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command line, `sys.argv` if None, and returns the exit code."""
   try:
-    _run(sys.argv)
+    _run(list(sys.argv if argv is None else argv))
   except errors.UserError as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return 2

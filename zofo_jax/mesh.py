@@ -24,6 +24,8 @@ from zofo_jax import errors, perturbed
 AXES = ("pert", "data", "fsdp", "model")
 _ROWS = ("data", "fsdp")
 
+# A grid of devices, or its shape alone.
+AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 # (pattern searched in a leaf's path, how its axes are divided); the first that
 # matches is taken.
 Rules = Sequence[tuple[str, P]]
@@ -89,7 +91,19 @@ def make(
   )
 
 
-def check_rows(mesh: jax.sharding.Mesh, counts: Mapping[str, int]) -> None:
+def abstract(
+  sizes: Mapping[str, int], num_devices: int
+) -> jax.sharding.AbstractMesh:
+  """Returns the shape of a mesh of devices that are not here; see `make`."""
+  full = resolve(sizes, num_devices)
+  return jax.sharding.AbstractMesh(
+    tuple(full[name] for name in AXES),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
+
+
+def check_rows(mesh: AnyMesh, counts: Mapping[str, int]) -> None:
   """Stops where a number of rows cannot be divided.
 
   Args:
@@ -109,7 +123,7 @@ def check_rows(mesh: jax.sharding.Mesh, counts: Mapping[str, int]) -> None:
       )
 
 
-def check_directions(mesh: jax.sharding.Mesh, count: int) -> None:
+def check_directions(mesh: AnyMesh, count: int) -> None:
   """Stops where directions cannot be divided.
 
   Raises:
@@ -122,12 +136,12 @@ def check_directions(mesh: jax.sharding.Mesh, count: int) -> None:
     )
 
 
-def everywhere(mesh: jax.sharding.Mesh) -> NamedSharding:
+def everywhere(mesh: AnyMesh) -> NamedSharding:
   """Returns the sharding of what every device has whole."""
   return NamedSharding(mesh, P())
 
 
-def shardings(mesh: jax.sharding.Mesh, tree: Any, rules: Rules) -> Any:
+def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
   """Says how each leaf is divided; scalars are not.
 
   Args:
@@ -176,7 +190,7 @@ def with_shardings(tree: Any, places: Any) -> Any:
   )
 
 
-def state_shardings(mesh: jax.sharding.Mesh, state: Any, rules: Rules) -> Any:
+def state_shardings(mesh: AnyMesh, state: Any, rules: Rules) -> Any:
   """Says how a run's state is divided: `base` and `base_opt` by the rules.
 
   Args:
@@ -217,16 +231,16 @@ def fill(
 
   made = jax.make_array_from_callback(shape, place, part)
   # On CPU it may be the host's memory itself, which cannot be donated.
-  on_cpu = place.mesh.devices.flat[0].platform == "cpu"
+  on_cpu = jax.default_backend() == "cpu"
   return jnp.array(made, copy=True) if on_cpu else made
 
 
-def rows(mesh: jax.sharding.Mesh, axis: int = 0) -> NamedSharding:
+def rows(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
   """Returns the sharding of a batch whose rows are along an axis."""
   return NamedSharding(mesh, P(*[None] * axis, _ROWS))
 
 
-def put_rows(mesh: jax.sharding.Mesh, batch: Any, axis: int = 0) -> Any:
+def put_rows(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
   """Puts a batch on the devices: each process the rows that are its own.
 
   Args:
@@ -250,7 +264,7 @@ def put_rows(mesh: jax.sharding.Mesh, batch: Any, axis: int = 0) -> Any:
 
 
 def on_rows(
-  fn: Callable[..., Any], mesh: jax.sharding.Mesh, num_whole: int
+  fn: Callable[..., Any], mesh: AnyMesh, num_whole: int
 ) -> Callable[..., Any]:
   """Jits a function of a batch, for any mesh; its results are whole everywhere.
 
@@ -269,7 +283,7 @@ def on_rows(
 
 
 def map_directions(
-  mesh: jax.sharding.Mesh,
+  mesh: AnyMesh,
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
   """Makes the map over directions of `zo.estimate`: in groups along `pert`.
 

@@ -5,7 +5,7 @@ Everything that the config says becomes an explicit argument here.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -95,20 +95,6 @@ def make_sampler(zo_config: ml_collections.ConfigDict) -> sampler.Sampler:
     layers=tuple(zo_config.layers) or None,
     lazy=True,
   )
-
-
-def make_mesh(config: ml_collections.ConfigDict) -> jax.sharding.Mesh:
-  """Arranges the devices as `config.mesh` says.
-
-  Raises:
-    UserError: devices, rows or directions do not fit it.
-  """
-  mesh = mesh_lib.make(config.mesh)
-  fields = config_lib.flat(config)
-  names = ("lower.batch_size", "upper.batch_size", "eval.batch_size")
-  mesh_lib.check_rows(mesh, {name: fields[name] for name in names})
-  mesh_lib.check_directions(mesh, config.zo.num_directions)
-  return mesh
 
 
 def check_sampler(zo_config: ml_collections.ConfigDict, base: Any) -> None:
@@ -210,7 +196,7 @@ class Run(NamedTuple):
   task: tasks.Task
   algorithm: bilevel.BilevelAlgorithm
   score_fn: evaluate.ScoreFn
-  mesh: jax.sharding.Mesh
+  mesh: mesh_lib.AnyMesh
   generate_fn: generate.GenerateFn | None = None
 
   def init(self, base: Any) -> bilevel.BilevelState:
@@ -243,7 +229,7 @@ class Run(NamedTuple):
     )
     return mesh_lib.with_shardings(state, places)
 
-  def jit_step(self) -> Callable[..., Any]:
+  def jit_step(self) -> jax.stages.Wrapped:
     """Jits the step for the mesh; the state is donated."""
     places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
     return jax.jit(
@@ -318,7 +304,8 @@ class Run(NamedTuple):
 def make_run(config: ml_collections.ConfigDict) -> Run:
   """Checks a config and makes what does not need rows or weights."""
   checks.check(config)
-  mesh = make_mesh(config)
+  mesh = mesh_lib.make(config.mesh)
+  checks.check_mesh(config, mesh)
   task = experiment.load_task(config)
   model = backbone.load_model(config)
   experiment.context_length(config, model)
