@@ -3,6 +3,8 @@
 Compiled programs are asked for their memory, work and messages.
 """
 
+import contextlib
+import os
 import re
 import time
 from typing import Any, NamedTuple
@@ -30,15 +32,20 @@ def devices_of(topology: topologies.Topology) -> list[Any]:
     UserError: the TPU compiler is not installed, or too few CPU devices.
   """
   if topology.kind == "cpu":
+    with contextlib.suppress(RuntimeError):  # devices were asked for before
+      jax.config.update("jax_num_cpu_devices", topology.num_chips)
     found = jax.devices("cpu")
     if len(found) < topology.num_chips:
       raise errors.UserError(
         f"--topology: {topology.name} needs {topology.num_chips} devices; "
-        f"there are {len(found)}. Set JAX_NUM_CPU_DEVICES="
-        f"{topology.num_chips}."
+        f"there are {len(found)}."
       )
     return found[: topology.num_chips]
   from jax.experimental import topologies as jax_topologies
+
+  # The compiler's library would look for the TPU that is not here.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
   try:
     described = jax_topologies.get_topology_desc(

@@ -105,9 +105,8 @@ def _hf_config(name: str) -> dict[str, Any]:
   return json.loads(path.read_text())
 
 
-def sizes(run: runs.Run) -> dict[str, int]:
-  """Returns the bytes of the weights, and of the rest of the state, a chip."""
-  state = run.abstract_state()
+def sizes(state: bilevel.BilevelState) -> dict[str, int]:
+  """Returns the bytes of the weights, and of the rest of a state, a chip."""
   weights = _local_bytes(state.base)
   return {"weights": weights, "optimizer": _local_bytes(state) - weights}
 
@@ -123,15 +122,27 @@ def _local_bytes(tree: Any) -> int:
   return sum(one(leaf) for leaf in jax.tree.leaves(tree))
 
 
-def estimate(run: runs.Run) -> dict[str, int]:
-  """Estimates the bytes a chip from shapes alone, as `measure` names them.
+def estimate(
+  run: runs.Run, state: bilevel.BilevelState, mesh: mesh_lib.AnyMesh
+) -> dict[str, int]:
+  """Estimates the bytes a chip from shapes alone, as a plan names them.
 
   A layer's activations are counted as if all lived at once, scores of
   attention in float32; a backward pass keeps every product.
+
+  Args:
+    run: the run, on any mesh.
+    state: its shapes.
+    mesh: the grid in question.
+
+  Raises:
+    UserError: the mesh does not divide weights, rows or directions.
   """
-  config, mesh = run.config, run.mesh
-  found = sizes(run)
-  base = run.abstract_state().base
+  config = run.config
+  checks.check_mesh(config, mesh)
+  places = mesh_lib.state_shardings(mesh, state, run.model.family.SHARDINGS)
+  state = mesh_lib.with_shardings(state, places)
+  found, base = sizes(state), state.base
   kernels = [
     leaf
     for path, leaf in jax.tree_util.tree_leaves_with_path(base["layers"])

@@ -4,13 +4,13 @@ For TPUs the real compiler is asked, ahead of time and without a TPU; "cpu:8"
 asks XLA's compiler for CPUs; for GPUs shapes give an estimate.
 """
 
-import os
+import math
 from typing import Any
 
 import ml_collections
 from etils import epath
 
-from zofo_jax import compiling, costs, errors, report, topologies
+from zofo_jax import bilevel, compiling, costs, errors, report, runs, topologies
 from zofo_jax import mesh as mesh_lib
 
 _SHARDS = tuple(2**i for i in range(9))
@@ -39,19 +39,34 @@ def plan(
     UserError: no such topology, or the config or its mesh is wrong.
   """
   topology = topologies.find(name)
-  config = _settle(config, topology)
-  if topology.compiled:
-    plan = _compiled(config, topology)
+  devices = compiling.devices_of(topology) if topology.compiled else None
+  config = _settled(config)
+  mesh = mesh_lib.abstract(config.mesh, topology.num_chips)
+  run = costs.make_run(config, mesh)
+  state = run.abstract_state()
+  default = {**dict.fromkeys(mesh_lib.AXES, 1), "data": -1}
+  chosen = dict(config.mesh) == default
+  if chosen:
+    mesh = mesh_lib.abstract(choose(run, state, topology), topology.num_chips)
+  if devices:
+    found = _compiled(run._replace(mesh=mesh_lib.make(mesh.shape, devices)))
   else:
-    plan = _estimated(config, topology)
+    found = {
+      "estimate": True,
+      "per_chip_bytes": costs.estimate(run, state, mesh),
+    }
+  chip, total = topology.chip_bytes, found["per_chip_bytes"]["total"]
   plan = {
     "model": config.model.name,
     "dtype": config.model.dtype,
     "topology": name,
-    "mesh": {name: config.mesh[name] for name in mesh_lib.AXES},
+    "mesh": dict(mesh.shape),
     "remat": config.model.remat,
-    **plan,
-    "smallest_slice": _smallest(config, topology.kind),
+    "chip_bytes": chip,
+    "fits": not found.get("problem") and total <= (chip or math.inf),
+    "flops": costs.flops(run),
+    **found,
+    "smallest_slice": _smallest(run, state, topology.kind),
   }
   if path:
     report.write_json(epath.Path(path), plan)
@@ -59,24 +74,16 @@ def plan(
   return plan
 
 
-def _settle(
-  config: ml_collections.ConfigDict, topology: topologies.Topology
-) -> ml_collections.ConfigDict:
-  """Returns the config with every size of its mesh a number."""
+def _settled(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Returns a copy of the config that needs no tokenizer."""
   config = config.copy_and_resolve_references()
-  given = {name: config.mesh[name] for name in mesh_lib.AXES}
-  left = given == {**dict.fromkeys(mesh_lib.AXES, 1), "data": -1}
-  if left:
-    config.mesh = choose(config, topology)
-  else:
-    config.mesh = mesh_lib.resolve(given, topology.num_chips)
-  if config.prompt.init == "text":  # of the same shape, without a tokenizer
+  if config.prompt.init == "text":  # another start, of the same shape
     config.prompt.init, config.prompt.text = "random", ""
   return config
 
 
 def choose(
-  config: ml_collections.ConfigDict, topology: topologies.Topology
+  run: runs.Run, state: bilevel.BilevelState, topology: topologies.Topology
 ) -> dict[str, int]:
   """Chooses the mesh that divides the weights least and is estimated to fit.
 
@@ -84,7 +91,8 @@ def choose(
   zeroth-order step exchange few activations, and gathering exchanges weights.
 
   Args:
-    config: the run's config.
+    run: the run, on any mesh.
+    state: its shapes.
     topology: the devices.
 
   Returns:
@@ -103,11 +111,11 @@ def choose(
       sizes = {"pert": 1, "data": data, "fsdp": fsdp, "model": model}
       mesh = mesh_lib.abstract(sizes, topology.num_chips)
       try:
-        total = costs.estimate(costs.make_run(config, mesh))["total"]
+        total = costs.estimate(run, state, mesh)["total"]
       except errors.UserError as error:
         problem = error
         continue
-      fits = total <= 0.9 * (topology.chip_bytes or float("inf"))
+      fits = _fits(total, topology)
       shards = model * fsdp
       found.append(((not fits, shards if fits else total, fsdp), sizes))
   if not found:
@@ -115,65 +123,41 @@ def choose(
   return min(found, key=lambda one: one[0])[1]
 
 
-def _compiled(
-  config: ml_collections.ConfigDict, topology: topologies.Topology
-) -> dict[str, Any]:
+def _fits(total: int, topology: topologies.Topology) -> bool:
+  """Tells whether an estimate leaves a tenth of the memory free."""
+  return total <= 0.9 * (topology.chip_bytes or math.inf)
+
+
+def _compiled(run: runs.Run) -> dict[str, Any]:
   """Asks the compiler."""
-  # The compiler's library looks for the TPU that is not here.
-  for name in ("TPU_SKIP_MDS_QUERY", "TPU_LIBRARY_ALLOW_OFFLINE"):
-    os.environ.setdefault(name, "1")
-  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
-  mesh = mesh_lib.make(config.mesh, compiling.devices_of(topology))
-  run = costs.make_run(config, mesh)
   lowered = compiling.programs(run)
   measured = {name: compiling.measure(one) for name, one in lowered.items()}
   whole = measured["iteration"]
-  fits = not any(one.problem for one in measured.values())
-  if topology.chip_bytes:
-    fits = fits and whole.total_bytes <= topology.chip_bytes
   return {
     "estimate": False,
     "per_chip_bytes": {
-      **costs.sizes(run),
+      **costs.sizes(run.abstract_state()),
       **{f"{k}_temp": one.temp_bytes for k, one in measured.items()},
       "total": whole.total_bytes,
     },
-    "chip_bytes": topology.chip_bytes,
-    "fits": fits,
-    "problem": whole.problem,
-    "flops": costs.flops(run),
     "bytes_accessed": whole.bytes_accessed,
     "collective_bytes": whole.collective_bytes,
     "compile_seconds": whole.seconds,
+    "problem": whole.problem,
   }
 
 
-def _estimated(
-  config: ml_collections.ConfigDict, topology: topologies.Topology
-) -> dict[str, Any]:
-  """Takes shapes alone."""
-  mesh = mesh_lib.abstract(config.mesh, topology.num_chips)
-  run = costs.make_run(config, mesh)
-  found = costs.estimate(run)
-  return {
-    "estimate": True,
-    "per_chip_bytes": found,
-    "chip_bytes": topology.chip_bytes,
-    "fits": found["total"] <= (topology.chip_bytes or float("inf")),
-    "flops": costs.flops(run),
-  }
-
-
-def _smallest(config: ml_collections.ConfigDict, kind: str) -> str | None:
+def _smallest(
+  run: runs.Run, state: bilevel.BilevelState, kind: str
+) -> str | None:
   """Returns the least slice on which the run is estimated to fit."""
   for topology in topologies.slices(kind):
     try:
-      sizes = choose(config, topology)
+      sizes = choose(run, state, topology)
     except errors.UserError:
       continue
     mesh = mesh_lib.abstract(sizes, topology.num_chips)
-    total = costs.estimate(costs.make_run(config, mesh))["total"]
-    if total <= 0.9 * (topology.chip_bytes or float("inf")):
+    if _fits(costs.estimate(run, state, mesh)["total"], topology):
       return topology.name
   return None
 
