@@ -41,11 +41,14 @@ class Model(NamedTuple):
     return encode.pad_id(self.tokenizer)
 
 
-def load_model(config: ml_collections.ConfigDict) -> Model:
+def load_model(
+  config: ml_collections.ConfigDict, mesh: mesh_lib.AnyMesh | None = None
+) -> Model:
   """Finds a model's checkpoint and reads its configuration and tokenizer.
 
   Args:
     config: the run's config; reads `config.model`.
+    mesh: the grid of devices; None for one device.
 
   Returns:
     The model without weights.
@@ -59,7 +62,11 @@ def load_model(config: ml_collections.ConfigDict) -> Model:
     hf_config = json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise errors.UserError(f"{path}: not a JSON file ({error}).") from error
-  module, family = models.from_hf(hf_config, remat=config.model.remat)
+  module, family = models.from_hf(
+    hf_config,
+    remat=config.model.remat,
+    place=mesh_lib.place_states(mesh) if mesh else models.decoder.anywhere,
+  )
   tokenizer = encode.load_tokenizer(folder)
   vocab_size = module.config.vocab_size
   if len(tokenizer) > vocab_size:

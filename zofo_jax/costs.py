@@ -74,7 +74,9 @@ def make_run(
   checks.check(config)
   checks.check_mesh(config, mesh)
   module, family = models.from_hf(
-    _hf_config(config.model.name), remat=config.model.remat
+    _hf_config(config.model.name),
+    remat=config.model.remat,
+    place=mesh_lib.place_states(mesh),
   )
   model = backbone.Model(module, family, pathlib.Path(), None)
   return runs.Run(

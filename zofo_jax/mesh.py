@@ -282,6 +282,29 @@ def on_rows(
   return call
 
 
+def place_states(mesh: AnyMesh) -> Callable[[jax.Array], jax.Array]:
+  """Makes what divides hidden states [B, ..., D] by rows alone.
+
+  Without it they would be divided as the weights that they meet are, and the
+  weights of an `fsdp` axis not gathered.
+  """
+  parts = math.prod(mesh.shape[name] for name in _ROWS)
+
+  def place(x):
+    if mesh.size == 1:
+      return x
+    # Examples of a direction each are a batch axis that is not seen here.
+    alone = x.shape[0] % parts != 0
+    spec = P(P.UNCONSTRAINED if alone else _ROWS)
+    # Within a group of directions the mesh is another.
+    here = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh if here.empty else here, spec)
+    )
+
+  return place
+
+
 def map_directions(
   mesh: AnyMesh,
 ) -> Callable[[Callable[[Any], Any], Any], Any]:

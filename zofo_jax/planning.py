@@ -49,7 +49,8 @@ def plan(
   if chosen:
     mesh = mesh_lib.abstract(choose(run, state, topology), topology.num_chips)
   if devices:
-    found = _compiled(run._replace(mesh=mesh_lib.make(mesh.shape, devices)))
+    real = mesh_lib.make(mesh.shape, devices)
+    found = _compiled(costs.make_run(config, real))
   else:
     found = {
       "estimate": True,

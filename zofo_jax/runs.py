@@ -307,7 +307,7 @@ def make_run(config: ml_collections.ConfigDict) -> Run:
   mesh = mesh_lib.make(config.mesh)
   checks.check_mesh(config, mesh)
   task = experiment.load_task(config)
-  model = backbone.load_model(config)
+  model = backbone.load_model(config, mesh)
   experiment.context_length(config, model)
   loss_fn = backbone.make_loss_fn(config.loss, model.module)
   log_probs_fn = backbone.make_log_probs_fn(model.module)
