@@ -13,6 +13,8 @@ import warnings
 import jax
 import pytest
 
+from zofo_jax import config as config_lib
+
 jax.config.update("jax_platforms", "cpu")
 # Sharding is tested on one machine: eight devices in one process.
 jax.config.update("jax_num_cpu_devices", 8)
@@ -20,6 +22,18 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Comparisons see rounding of float32, never of a faster matrix product.
 jax.config.update("jax_default_matmul_precision", "highest")
+
+# A run is on one device unless a test asks for more.
+_base_config = config_lib.base_config
+
+
+def _on_one_device():
+  config = _base_config()
+  config.mesh.data = 1
+  return config
+
+
+config_lib.base_config = _on_one_device
 
 ROOT = pathlib.Path(__file__).parents[1]
 tiny = runpy.run_path(str(ROOT / "experiments" / "fault" / "tiny.py"))

@@ -1,7 +1,5 @@
 """What the devices of a data-parallel step tell each other: scalars."""
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,33 +7,15 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from zofo_jax import directions, outer, perturbed, sampler, zo
+from zofo_jax import directions, hlo, outer, perturbed, sampler, zo
+from zofo_jax import mesh as mesh_lib
 
 BATCH, EPS = 16, 0.05
-COLLECTIVE = re.compile(
-  r"= (.+?) (all-reduce|all-gather|all-to-all|collective-permute"
-  r"|collective-broadcast|reduce-scatter)(?:-start)?\("
-)
 
 
-def _exchanged(text):
-  """Elements that each collective of a compiled text returns."""
-  sizes = []
-  for shapes, _ in COLLECTIVE.findall(text):
-    dims = re.findall(r"[a-z]\d+\[([\d,]*)\]", shapes)
-    sizes.append(
-      sum(int(np.prod([int(n) for n in d.split(",") if n])) for d in dims)
-    )
-  return sizes
-
-
-def test_collectives_are_found_in_a_text():
-  text = """
-  %x = f32[2,3]{1,0} all-reduce(%y), channel_id=1
-  ROOT %a = (f32[4]{0}, s32[]) all-gather-start(%b), dimensions={0}
-  %fusion = f32[9]{0} fusion(%all-reduce.1)
-  """
-  assert _exchanged(text) == [6, 5]
+def _exchanged(compiled):
+  """Numbers of four bytes that each collective returns."""
+  return [size // 4 for _, size, _ in hlo.collectives(compiled.as_text())]
 
 
 def _base():
@@ -76,7 +56,7 @@ def _loss(base, batch):
   return jnp.sum(losses * batch["weight"]) / jnp.sum(batch["weight"])
 
 
-def _step(kind, estimator, per_example):
+def _step(kind, estimator, per_example, num_directions=2, **options):
   lazy = sampler.Sampler(kind, lazy=True)
   tx = outer.sgd(1e-2, outer.scale_by_std(), weight_decay=0.1)
 
@@ -99,7 +79,8 @@ def _step(kind, estimator, per_example):
         EPS,
         sampler=lazy,
         estimator=estimator,
-        num_directions=2,
+        num_directions=num_directions,
+        **options,
       )
     base, _ = tx.update(base, tx.init(base), estimate, lazy, None, key)
     return base, estimate.coefficients
@@ -126,7 +107,7 @@ def test_devices_exchange_scalars_alone(kind, estimator, per_example):
   batch = jax.device_put(_batch(), split)
   run = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
   compiled = run.lower(base, batch, key).compile()
-  sizes = _exchanged(compiled.as_text())
+  sizes = _exchanged(compiled)
   # Losses at two points and a total weight; or the losses of the examples.
   assert sizes and max(sizes) <= (2 * BATCH if per_example else 3)
   assert sum(sizes) <= (4 * BATCH if per_example else 8)
@@ -134,6 +115,36 @@ def test_devices_exchange_scalars_alone(kind, estimator, per_example):
   moved, coefficients = compiled(base, batch, key)
   one, expected = jax.jit(step)(_base(), _batch(), jax.random.key(0))
   # A few ulps of a loss, in another order, over eps.
+  atol = 16 * 2.0**-23 * 6 / EPS
+  np.testing.assert_allclose(coefficients, expected, rtol=1e-4, atol=atol)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4),
+    moved,
+    one,
+  )
+
+
+def test_groups_of_directions_exchange_scalars_alone():
+  mesh = mesh_lib.make({"pert": 4, "data": 2, "fsdp": 1, "model": 1})
+  everywhere = mesh_lib.everywhere(mesh)
+  rademacher = directions.Rademacher()
+  plain = _step(rademacher, zo.central, False, 8)
+  step = _step(
+    *(rademacher, zo.central, False, 8), map_fn=mesh_lib.map_directions(mesh)
+  )
+  base, key = jax.device_put((_base(), jax.random.key(0)), everywhere)
+  batch = mesh_lib.put_rows(mesh, _batch())
+  run = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+  compiled = run.lower(base, batch, key).compile()
+  sizes = _exchanged(compiled)
+  # Losses at two points, a total weight; then 8 coefficients, 16 values, keys.
+  assert sizes and max(sizes) <= 16
+  assert sum(sizes) <= 128
+  # The groups work at once, each on two of the directions.
+  assert max(times for _, _, times in hlo.collectives(compiled.as_text())) == 2
+
+  moved, coefficients = compiled(base, batch, key)
+  one, expected = jax.jit(plain)(_base(), _batch(), jax.random.key(0))
   atol = 16 * 2.0**-23 * 6 / EPS
   np.testing.assert_allclose(coefficients, expected, rtol=1e-4, atol=atol)
   jax.tree.map(

@@ -28,6 +28,7 @@ from zofo_jax import (
   rows,
   runs,
 )
+from zofo_jax import mesh as mesh_lib
 from zofo_jax import progress as progress_lib
 
 
@@ -201,7 +202,12 @@ def assess(
   adapters = tune(run, found, targets)
   shape = families.common_shape([batches.shape_of(t.test) for t in targets])
   # All seeds of a target answer its rows together: scores [B, O, seeds].
-  score_fn = jax.jit(jax.vmap(run.score_fn, (None, 0, None), -1))
+  log_probs_fn = backbone.make_log_probs_fn(run.model.module)
+  score_fn = mesh_lib.on_rows(
+    jax.vmap(evaluate.make_score_fn(log_probs_fn), (None, 0, None), -1),
+    run.mesh,
+    2,
+  )
 
   def worth(target, scores):
     task = target.member.task
@@ -242,9 +248,9 @@ def assess(
   return outcome
 
 
-def _backbones(config: ml_collections.ConfigDict, model: backbone.Model):
+def _backbones(config: ml_collections.ConfigDict, run: runs.Run):
   """Yields one backbone at a time, the bare model first."""
-  yield Backbone("base", backbone.load_base(config, model), {})
+  yield Backbone("base", backbone.load_base(config, run.model, run.mesh), {})
   for folder in config.adapt.runs:
     family, state = metatrain.load(folder)
     start = {}
@@ -312,7 +318,7 @@ def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   run = runs.make_run(config, members[0].task)
   targets = load_targets(config, run.model, members)
   outcome: list[dict[str, Any]] = []
-  for found in _backbones(config, run.model):
+  for found in _backbones(config, run):
     outcome += assess(run, found, targets)
   result = {
     "model": config.model.name,

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -25,6 +26,7 @@ from zofo_jax import (
   perturbed,
 )
 from zofo_jax import config as config_lib
+from zofo_jax import mesh as mesh_lib
 from zofo_jax.models import hub, peft, weights
 
 
@@ -49,11 +51,14 @@ class Model(NamedTuple):
     return encode.pad_id(self.tokenizer)
 
 
-def load_model(config: ml_collections.ConfigDict) -> Model:
+def load_model(
+  config: ml_collections.ConfigDict, mesh: mesh_lib.AnyMesh | None = None
+) -> Model:
   """Finds a model's checkpoint and reads its configuration and tokenizer.
 
   Args:
     config: the run's config; reads `config.model`.
+    mesh: the grid of devices; None for one device.
 
   Returns:
     The model without weights.
@@ -67,7 +72,11 @@ def load_model(config: ml_collections.ConfigDict) -> Model:
     hf_config = json.loads(path.read_text())
   except (OSError, ValueError) as error:
     raise errors.UserError(f"{path}: not a JSON file ({error}).") from error
-  module, family = models.from_hf(hf_config, remat=config.model.remat)
+  module, family = models.from_hf(
+    hf_config,
+    remat=config.model.remat,
+    place=mesh_lib.place_states(mesh) if mesh else models.decoder.anywhere,
+  )
   tokenizer = encode.load_tokenizer(folder)
   vocab_size = module.config.vocab_size
   if len(tokenizer) > vocab_size:
@@ -78,20 +87,35 @@ def load_model(config: ml_collections.ConfigDict) -> Model:
   return Model(module, family, folder, tokenizer)
 
 
-def load_base(config: ml_collections.ConfigDict, model: Model) -> Any:
-  """Reads the backbone's weights to the device, in the config's dtype."""
-  leaves, structure = jax.tree.flatten(
-    weights.load(
-      model.folder,
-      model.family,
-      model.module.config,
-      jnp.dtype(config.model.dtype),
-      pickle=config.model.pickle,
-    )
+def load_base(
+  config: ml_collections.ConfigDict,
+  model: Model,
+  mesh: mesh_lib.AnyMesh | None = None,
+) -> Any:
+  """Reads the backbone's weights to the devices, in the config's dtype.
+
+  Args:
+    config: the run's config.
+    model: gives the checkpoint.
+    mesh: the grid of devices, of whose shares this process reads its own; None
+      for one device.
+
+  Returns:
+    The weights, divided as the model's family says.
+  """
+  mesh = mesh or mesh_lib.make(dict.fromkeys(mesh_lib.AXES, 1))
+  places = mesh_lib.shardings(
+    mesh, abstract_base(config, model), model.family.SHARDINGS
   )
-  for i, leaf in enumerate(leaves):  # each host copy goes as its leaf is done
-    leaves[i] = jnp.array(leaf)
-  return jax.tree.unflatten(structure, leaves)
+  flat = flax.traverse_util.flatten_dict(places, sep="/")
+  return weights.load(
+    model.folder,
+    model.family,
+    model.module.config,
+    jnp.dtype(config.model.dtype),
+    lambda path, shape, read: mesh_lib.fill(shape, flat[path], read),
+    pickle=config.model.pickle,
+  )
 
 
 def abstract_base(config: ml_collections.ConfigDict, model: Model) -> Any:
@@ -152,7 +176,9 @@ def init_adapter(
         init=config.prompt.init,
         tokens=model.tokenizer.encode(
           config.prompt.text, add_special_tokens=False
-        ),
+        )
+        if config.prompt.init == "text"
+        else None,
       )
     parts.append(part)
   return adapters.join(*parts)

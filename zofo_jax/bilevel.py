@@ -76,6 +76,7 @@ def bilevel_step(
   per_example: bool = False,
   frame_steps: int = 1,
   over_tasks: bool = False,
+  map_fn: zo.MapFn = jax.lax.map,
 ) -> tuple[BilevelState, BilevelInfo]:
   """Takes one outer iteration; a pure function, to be jitted by the caller.
 
@@ -105,6 +106,7 @@ def bilevel_step(
       share, moves along one estimate of the tasks' mean (weighted by
       `batch.weights`) of G. One task takes the operations of the step without
       the axis, bit for bit.
+    map_fn: how directions are evaluated; see `zo.estimate`.
 
   Returns:
     The new state and what to log.
@@ -191,7 +193,9 @@ def bilevel_step(
       ),
     )
   else:
-    estimate = estimate_fn(penalized, state.base, num_directions=num_directions)
+    estimate = estimate_fn(
+      penalized, state.base, num_directions=num_directions, map_fn=map_fn
+    )
   # p and theta move together: a broken gradient of p drops every direction. It
   # also tells the compiler that p's passes end before theta is written; not
   # knowing, it copies all layers' weights.
@@ -243,6 +247,7 @@ def make_bilevel_step(
   per_example: bool = False,
   frame_steps: int = 1,
   over_tasks: bool = False,
+  map_fn: zo.MapFn = jax.lax.map,
 ) -> BilevelAlgorithm:
   """Binds losses and optimizers into an (init, step) pair.
 
@@ -299,5 +304,6 @@ def make_bilevel_step(
     per_example=per_example,
     frame_steps=frame_steps,
     over_tasks=over_tasks,
+    map_fn=map_fn,
   )
   return BilevelAlgorithm(init, step)

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
+from jax.experimental import multihost_utils
 
 from zofo_jax import errors
 
@@ -181,11 +182,13 @@ class Checkpoints:
     self._damaged.add(step)
     if self._keep is None:
       return
-    into.mkdir(parents=True, exist_ok=True)
-    place = into / str(step)
-    if place.exists():
-      place.rmtree()
-    (self.folder / str(step)).rename(place)
+    if jax.process_index() == 0:
+      into.mkdir(parents=True, exist_ok=True)
+      place = into / str(step)
+      if place.exists():
+        place.rmtree()
+      (self.folder / str(step)).rename(place)
+    multihost_utils.sync_global_devices(f"{self.folder} without {step}")
     self._manager.reload()
     self._damaged.discard(step)
     self._sound.discard(step)

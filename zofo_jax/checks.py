@@ -10,6 +10,7 @@ import ml_collections
 
 from zofo_jax import config as config_lib
 from zofo_jax import errors
+from zofo_jax import mesh as mesh_lib
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -171,6 +172,20 @@ def _check_meta(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       "config.data.prompt: belongs to one task; expected none with many tasks."
     )
+
+
+def check_mesh(
+  config: ml_collections.ConfigDict, mesh: mesh_lib.AnyMesh
+) -> None:
+  """Stops where a mesh does not divide the config's rows and directions.
+
+  Raises:
+    UserError: has the numbers.
+  """
+  fields = config_lib.flat(config)
+  names = ("lower.batch_size", "upper.batch_size", "eval.batch_size")
+  mesh_lib.check_rows(mesh, {name: fields[name] for name in names})
+  mesh_lib.check_directions(mesh, config.zo.num_directions)
 
 
 def _check_own_task(config: ml_collections.ConfigDict) -> None:

@@ -30,6 +30,12 @@ def base_config() -> ml_collections.ConfigDict:
   config.model.pickle = False  # open pytorch_model.bin, as weights alone
   config.model.remat = False  # recompute activations in the adapters' backward
 
+  config.mesh = ml_collections.ConfigDict()  # axes; one may be -1: the rest
+  config.mesh.data = -1  # divides the rows of a batch
+  config.mesh.fsdp = 1  # divides rows and weights, gathered for each layer
+  config.mesh.model = 1  # divides weights and their products
+  config.mesh.pert = 1  # divides the directions of an estimate
+
   config.adapter = ml_collections.ConfigDict()  # of p and of s
   config.adapter.kind = "lora"  # or "prefix", "prompt"; several: "lora+prefix"
   config.adapter.init_from = config_dict.placeholder(str)  # folder of PEFT

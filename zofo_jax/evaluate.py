@@ -149,7 +149,7 @@ def score_options(
   """Scores every option of every example.
 
   Args:
-    score_fn: jitted function of `make_score_fn`.
+    score_fn: jitted function of `make_score_fn`, of host arrays.
     base: backbone parameters.
     adapter: adapter parameters; {} for the bare backbone.
     examples: encoded with mode "classification".

@@ -39,7 +39,8 @@ def export(run_folder: str, folder: str, what: str) -> None:
   place = pathlib.Path(folder)
   if place.is_dir() and any(place.iterdir()):
     raise errors.UserError(f"{folder} is not empty; expected a new folder.")
-  run, state = saved.load(epath.Path(run_folder))
+  run = saved.find(epath.Path(run_folder))
+  state = saved.restore(run, epath.Path(run_folder))
   try:
     if what == "adapter":
       peft.save(

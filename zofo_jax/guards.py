@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Self
 
+import jax
+from jax.experimental import multihost_utils
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Losses that the start of a run is the mean of, and the memory of its average.
 _START = 10
@@ -27,17 +30,19 @@ class InterruptedRun(Exception):
 class Signals:
   """Notes SIGTERM and SIGINT in a `with` statement; a second one kills.
 
-  Attributes:
-    number: of the first signal that came; None before.
+  Several processes must stop at one step: there JAX's own service, which has
+  SIGTERM, finds it.
   """
 
   def __init__(self) -> None:
     """Changes nothing yet."""
-    self.number: int | None = None
+    self._number: int | None = None
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
     """Takes the signals over, where this is the main thread."""
+    if jax.process_count() > 1:
+      return self
     try:
       for number in SIGNALS:
         self._before[number] = signal.signal(number, self._note)
@@ -52,8 +57,19 @@ class Signals:
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     del frame
-    self.number = number
+    self._number = number
     signal.signal(number, signal.SIG_DFL)
+
+  def due(self, step: int) -> int | None:
+    """Returns the signal after which a run should end with this step, if any.
+
+    Args:
+      step: number of the iteration; every process asks at every one.
+    """
+    if jax.process_count() == 1:
+      return self._number
+    stop = multihost_utils.reached_preemption_sync_point(step)
+    return signal.SIGTERM if stop else None
 
 
 class Guard:

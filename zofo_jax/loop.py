@@ -132,11 +132,11 @@ def _iterate(trained, work, state, record, writer, store, signals):
 
     for step in range(start, total):
       state, info = work.step(state, step)
-      problem = flush()
+      problem, number = flush(), signals.due(step)
       pending = (step + 1, info)
       evaluates = (step + 1) % options.eval_every_steps == 0
       evaluates = evaluates or step + 1 == total
-      if problem or signals.number or evaluates:
+      if problem or number or evaluates:
         problem = flush() or problem
         record["seconds"] = time.monotonic() - began
       if problem:
@@ -152,11 +152,11 @@ def _iterate(trained, work, state, record, writer, store, signals):
         save(metric=worth)
         # Evaluation is no part of the training time.
         began = time.monotonic() - record["seconds"]
-      if signals.number and step + 1 < total:
+      if number and step + 1 < total:
         save()
         store.wait()
         raise guards.InterruptedRun(
-          signals.number,
+          number,
           f"at step {step + 1} of {total}, which is saved; the same command "
           "goes on from there.",
         )

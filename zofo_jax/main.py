@@ -17,6 +17,11 @@ Over many tasks, and then for a new one from a few of its rows:
   python -m zofo_jax.main --config=configs/metatrain.py --workdir=DIR
   python -m zofo_jax.main --config=configs/adapt.py:run=DIR --workdir=NEW
 
+Without devices or weights, whether a run fits (also python -m zofo_jax.plan):
+
+  python -m zofo_jax.main plan --config=configs/opt.py:size=13b \
+      --topology=v5e:4x4 --json=PLAN.json
+
 Any field of the config can be set: --config.zo.eps=1e-2. Exit code 2 means a
 mistake in the command, its config or its files, told in one sentence; 143 or
 130 that SIGTERM or SIGINT came: the state is saved, the same command goes on.
@@ -25,17 +30,18 @@ Small on purpose: everything worth testing lives in importable modules.
 """
 
 import sys
+from collections.abc import Sequence
 
 from absl import flags
 from ml_collections import config_flags
 
 from zofo_jax import config as config_lib
-from zofo_jax import errors, guards
+from zofo_jax import errors, guards, processes
 
-OF_A_CONFIG = ("train", "icl", "probe", "head", "metatrain", "adapt")
+OF_A_CONFIG = ("train", "icl", "probe", "head", "metatrain", "adapt", "plan")
 COMMANDS = (
   *("train", "evaluate", "predict", "icl", "probe", "head"),
-  *("metatrain", "adapt"),
+  *("metatrain", "adapt", "plan"),
 )
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -44,6 +50,25 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run: checkpoints, metrics, summary."
 )
+_DISTRIBUTED = flags.DEFINE_string(
+  "distributed",
+  None,
+  "Several processes, the same command in each: auto (TPU pods, SLURM, ...) or "
+  "HOST:PORT of process 0.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+  "num_processes", None, "How many there are, with --distributed=HOST:PORT."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+  "process_id", None, "Which of them this is, from 0."
+)
+_TIMEOUT = flags.DEFINE_integer(
+  "timeout", 300, "Seconds that processes wait for each other at the start."
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", None, "plan: devices that need not be here, such as v5e:4x4."
+)
+_JSON = flags.DEFINE_string("json", None, "plan: file to write figures into.")
 _INPUT = flags.DEFINE_string(
   "input", None, "predict: JSONL file of rows to answer, labels not needed."
 )
@@ -91,9 +116,56 @@ def _help() -> str:
   usage = (__doc__ or "").partition("Small on purpose")[0]
   described = [
     f"  --{flag.name}: {flags.FLAGS[flag.name].help}"
-    for flag in (_CONFIG, _WORKDIR, _INPUT, _OUTPUT)
+    for flag in (
+      *(_CONFIG, _WORKDIR, _INPUT, _OUTPUT),
+      *(_TOPOLOGY, _JSON),
+      *(_DISTRIBUTED, _NUM_PROCESSES, _PROCESS_ID, _TIMEOUT),
+    )
   ]
   return usage.strip() + "\n\n" + "\n".join(described)
+
+
+def _join(command: str) -> None:
+  """Brings the processes together and compares what they were given."""
+  if not _DISTRIBUTED.value:
+    for flag in (_NUM_PROCESSES, _PROCESS_ID):
+      if flag.value is not None:
+        raise errors.UserError(
+          f"--{flag.name}: expected --distributed=HOST:PORT with it; found "
+          "none."
+        )
+    return
+  processes.join(
+    _DISTRIBUTED.value,
+    num_processes=_NUM_PROCESSES.value,
+    process_id=_PROCESS_ID.value,
+    timeout=_TIMEOUT.value,
+  )
+  config = _CONFIG.value or config_lib.base_config()
+  fields = {f"config.{k}": v for k, v in config_lib.flat(config).items()}
+  processes.agree(
+    {"the command": command, "--workdir": _WORKDIR.value, **fields}
+  )
+
+
+def _plan() -> None:
+  """Asks a compiler, or arithmetic, what a run will need."""
+  _need_config()
+  if not _TOPOLOGY.value:
+    raise errors.UserError(
+      "--topology: expected devices such as v5e:4x4, cpu:8 or h100:8; found "
+      "nothing."
+    )
+  from zofo_jax import planning
+
+  planning.plan(_CONFIG.value, _TOPOLOGY.value, _JSON.value)
+
+
+def _need_config() -> None:
+  if _CONFIG.value is None:
+    raise errors.UserError(
+      "--config: expected a file such as configs/demo.py; found nothing."
+    )
 
 
 def _run(argv: list[str]) -> None:
@@ -101,16 +173,17 @@ def _run(argv: list[str]) -> None:
     print(_help())
     return
   command = _parse(argv)
+  if command == "plan":
+    _plan()
+    return
   if not _WORKDIR.value:
     raise errors.UserError("--workdir: expected a folder; found nothing.")
+  _join(command)
   # Heavy: imported only once the command line is right.
   from zofo_jax import adapt, metatrain, modes, saved, train
 
   if command in OF_A_CONFIG:
-    if _CONFIG.value is None:
-      raise errors.UserError(
-        "--config: expected a file such as configs/demo.py; found nothing."
-      )
+    _need_config()
     start = {
       "train": train.train,
       "icl": modes.icl,
@@ -127,10 +200,10 @@ def _run(argv: list[str]) -> None:
     saved.predict(_WORKDIR.value, _INPUT.value, _OUTPUT.value)
 
 
-def main() -> int:
-  """Runs the command line and returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs a command line, `sys.argv` if None, and returns the exit code."""
   try:
-    _run(sys.argv)
+    _run(list(sys.argv if argv is None else argv))
   except errors.UserError as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return 2

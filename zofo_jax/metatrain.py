@@ -4,6 +4,7 @@ Or what that is compared with: one adapter for all tasks, or all weights,
 trained on the tasks' mean loss.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -29,6 +30,7 @@ from zofo_jax import (
   runs,
   shared,
 )
+from zofo_jax import mesh as mesh_lib
 from zofo_jax import progress as progress_lib
 from zofo_jax import store as store_lib
 from zofo_jax import train as train_lib
@@ -90,6 +92,11 @@ class Family(NamedTuple):
     """The model without weights."""
     return self.run.model
 
+  @property
+  def mesh(self) -> mesh_lib.AnyMesh:
+    """The grid of devices."""
+    return self.run.mesh
+
   def init(self, base: Any) -> bilevel.BilevelState:
     """Starts a state at a backbone; every p and s begins independently."""
     config, init = self.config, self.run.algorithm.init
@@ -125,13 +132,24 @@ class Family(NamedTuple):
     joined = jax.tree.map(lambda *leaves: join(leaves), *parts)
     return state._replace(**joined)
 
-  def abstract_state(self) -> bilevel.BilevelState:
-    """Returns the shapes of a state, without reading weights."""
-    base = backbone.abstract_base(self.config, self.run.model)
-    on_device = self.config.copy_and_resolve_references()
-    on_device.meta.on_host = False
-    family = self._replace(run=self.run._replace(config=on_device))
+  def on_device(self) -> bilevel.BilevelState:
+    """Returns the shapes and shardings of a state that is all on the devices.
+
+    Stacks are whole everywhere, of however many tasks they are.
+    """
+    base = backbone.abstract_base(self.config, self.model)
+    config = self.config.copy_and_resolve_references()
+    config.meta.on_host = False
+    family = self._replace(run=self.run._replace(config=config))
     state = jax.eval_shape(family.init, base)
+    places = mesh_lib.state_shardings(
+      self.mesh, state, self.model.family.SHARDINGS
+    )
+    return mesh_lib.with_shardings(state, places)
+
+  def abstract_state(self) -> bilevel.BilevelState:
+    """Returns the shapes and shardings of a state; reads no weights."""
+    state = self.on_device()
     if not self.config.meta.on_host:
       return state
     stacks = {
@@ -249,14 +267,19 @@ def _work(family: Family, examples: list[experiment.Examples]) -> loop.Work:
     moved, info = step_fn(multitask.take(state, tasks), batch, hparams)
     return multitask.put(state, tasks, moved), info
 
+  places = jax.tree.map(lambda leaf: leaf.sharding, family.on_device())
+  everywhere = mesh_lib.everywhere(family.mesh)
+  jit = functools.partial(
+    jax.jit, donate_argnums=0, out_shardings=(places, everywhere)
+  )
   if meta.on_host:
-    jitted = jax.jit(step_fn, donate_argnums=0)
+    jitted = jit(step_fn)
 
     def take_step(state, tasks, batch):
       moved, info = jitted(multitask.take(state, tasks), batch, hparams)
       return multitask.put(state, tasks, moved), info
   else:
-    take_step = jax.jit(on_device, donate_argnums=0)
+    take_step = jit(on_device)
 
   def step(state, number):
     tasks = drawn(number)
@@ -265,6 +288,7 @@ def _work(family: Family, examples: list[experiment.Examples]) -> loop.Work:
       for i in tasks
     ]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    batch = family.run.put(batch, axis=1)
     if meta.weight_power:
       weights = np.asarray(sizes, np.float32)[tasks] ** meta.weight_power
       batch = batch._replace(weights=weights.astype(np.float32))
@@ -279,7 +303,17 @@ def _work(family: Family, examples: list[experiment.Examples]) -> loop.Work:
     return row
 
   def start():
-    state = family.init(backbone.load_base(config, family.run.model))
+    base = backbone.load_base(config, family.model, family.mesh)
+    # As checkpoints are read, so that both go on with one program.
+    state = jax.tree.map(
+      lambda leaf, like: (
+        leaf
+        if isinstance(leaf, np.ndarray)
+        else jax.device_put(leaf, like.sharding)
+      ),
+      family.init(base),
+      family.abstract_state(),
+    )
     rows = [each.test for each in examples]
     return state, {
       "zero_shot": family.evaluate(state, rows, "zero-shot", bare=True)
@@ -320,6 +354,11 @@ def metatrain(
   Raises:
     UserError: something in the config, the files or `workdir` is wrong.
   """
+  if jax.process_count() > 1:
+    raise errors.UserError(
+      f"--distributed: '{config.command}' runs in one process, on all devices "
+      f"of it; found {jax.process_count()}."
+    )
   family = make_family(config)
   folder = epath.Path(workdir)
   store_lib.check_config(config, folder)

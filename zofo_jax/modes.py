@@ -31,6 +31,7 @@ from zofo_jax import (
   rows,
   runs,
 )
+from zofo_jax import mesh as mesh_lib
 from zofo_jax import progress as progress_lib
 
 
@@ -61,7 +62,7 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     _icl_examples(run, pool, splits.test, config.data.seed + number)
     for number in range(config.icl.num_sets if config.icl.num_shots else 1)
   ]
-  base = backbone.load_base(config, run.model)
+  base = backbone.load_base(config, run.model, run.mesh)
   results = [
     _calibrated(run, base, _answered(run, base, examples, "icl"), nulls)
     for examples, nulls in encoded
@@ -194,8 +195,10 @@ def linear_probe(
       f"Task {run.task.name}: a linear probe needs rows of two labels at "
       f"least; all {len(known)} have label {labels[0]}."
     )
-  base = backbone.load_base(config, run.model)
-  hidden_fn = jax.jit(probe.make_hidden_fn(run.model.module))
+  base = backbone.load_base(config, run.model, run.mesh)
+  hidden_fn = mesh_lib.on_rows(
+    probe.make_hidden_fn(run.model.module), run.mesh, 1
+  )
 
   def features(some):
     # The first position of the first row is the last token of the prompt.
@@ -238,9 +241,9 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     )
   examples = experiment.load_examples(config, run.model, run.task)
   known = [*examples.lower, *examples.upper]
-  base = backbone.load_base(config, run.model)
+  base = backbone.load_base(config, run.model, run.mesh)
   module = run.model.module
-  hidden_fn = jax.jit(probe.make_hidden_fn(module))
+  hidden_fn = mesh_lib.on_rows(probe.make_hidden_fn(module), run.mesh, 1)
   hidden = _hidden(run, hidden_fn, base, known)
   table = probe.head_table(module, base)
   tokens = None if config.head.rows == "all" else probe.label_tokens(known)
@@ -248,7 +251,9 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   untied, base = probe.untie(
     module, base, probe.put_rows(table, tokens, trained)
   )
-  score_fn = jax.jit(evaluate.make_score_fn(backbone.make_log_probs_fn(untied)))
+  score_fn = mesh_lib.on_rows(
+    evaluate.make_score_fn(backbone.make_log_probs_fn(untied)), run.mesh, 2
+  )
   result = run.evaluate(base, {}, examples.test, "test", score_fn=score_fn)
   figures = {**result.worth(), **result.intervals()}
   return _write(run, workdir, "head", result, figures)

@@ -120,7 +120,11 @@ def dot(x: jax.Array, weight: Any) -> jax.Array:
     return x @ weight
   product = weight.direction.product(x, weight.key, weight.shape)
   if product is None:
-    return x @ value(weight)
+    # Not before x is there: XLA would form all of a layer's matrices at once.
+    key, _ = jax.lax.optimization_barrier(
+      (weight.key, jax.lax.stop_gradient(x))
+    )
+    return x @ value(dataclasses.replace(weight, key=key))
   # In float32: a scale rounded to bfloat16 is another step than is divided by.
   shift = weight.scale * product.astype(jnp.float32)
   return ((x @ weight.value).astype(jnp.float32) + shift).astype(x.dtype)

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import IO, Any, Self
 
+from zofo_jax import processes
+
 
 class Progress:
   """Shows how long work goes on: a bar on a terminal, else a line at times."""
@@ -45,6 +47,7 @@ class Progress:
     # of it as soon as there is another: it holds the compilation.
     self._times = deque([(start, clock())], maxlen=30)
     self._first = True
+    self._first_process = processes.is_first()
     self._bar: Any = None
     self._task: Any = None
 
@@ -59,6 +62,8 @@ class Progress:
 
   def update(self, step: int, **values: float) -> None:
     """Shows that `step` steps are done, with numbers such as lower=0.31."""
+    if not self._first_process:
+      return
     now = self._clock()
     if self._first and len(self._times) == 2:
       self._times.popleft()
@@ -80,6 +85,8 @@ class Progress:
 
   def say(self, text: str) -> None:
     """Writes a line, above the bar where there is one."""
+    if not self._first_process:
+      return
     if self._bar is not None:
       self._bar.console.print(text, markup=False, highlight=False)
     else:

@@ -2,7 +2,8 @@
 
 `metrics.jsonl` has one dictionary a line. Those of training have `step`,
 `lower_loss` and `upper_loss`, and some of them `selection_accuracy` or
-`selection_token_f1` (of adapter p); `plot_curves` reads these names.
+`selection_token_f1` (of adapter p); `plot_curves` reads these names. Of
+several processes only the first writes anything.
 """
 
 import json
@@ -13,7 +14,7 @@ from typing import IO, Any, Self
 import numpy as np
 from etils import epath
 
-from zofo_jax import errors
+from zofo_jax import errors, processes
 
 
 class JsonlWriter:
@@ -34,6 +35,8 @@ class JsonlWriter:
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Appends one row; NumPy and JAX values become numbers and lists."""
+    if not processes.is_first():
+      return
     if self._file is None:
       self.path.parent.mkdir(parents=True, exist_ok=True)
       self._file = self.path.open("a")
@@ -50,6 +53,8 @@ class JsonlWriter:
       UserError: if a whole line is no JSON dictionary.
     """
     self.close()
+    if not processes.is_first():
+      return
     rows = [r for r in read_jsonl(self.path) if r.get("step", step) <= step]
     _replace(self.path, "".join(_dumps(row) + "\n" for row in rows))
 
@@ -111,6 +116,8 @@ def results_table(
     title: printed above.
     stream: where to write; None for standard output.
   """
+  if not processes.is_first():
+    return
   from rich import console, table  # not needed by a run in a pod
 
   names = list(dict.fromkeys(name for row in rows for name in row))
@@ -136,6 +143,8 @@ def plot_curves(
   Raises:
     UserError: if the file has no row with a step.
   """
+  if not processes.is_first():
+    return
   from matplotlib import figure, ticker  # slow to import
 
   rows = [row for row in read_jsonl(metrics_path) if "step" in row]
@@ -197,6 +206,8 @@ def _dumps(obj: Any, indent: int | None = None) -> str:
 
 
 def _replace(path: epath.Path, text: str) -> None:
+  if not processes.is_first():
+    return
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(path.name + ".tmp")
   beside.write_text(text)

@@ -35,6 +35,7 @@ from zofo_jax import (
   zo,
 )
 from zofo_jax import config as config_lib
+from zofo_jax import mesh as mesh_lib
 
 
 def make_schedule(
@@ -173,6 +174,7 @@ def make_algorithm(
   probe_loss_fn: inner.LossFn | None = None,
   *,
   over_tasks: bool = False,
+  map_fn: zo.MapFn = jax.lax.map,
 ) -> bilevel.BilevelAlgorithm:
   """Makes the (init, step) pair that a config asks for."""
   return bilevel.make_bilevel_step(
@@ -187,6 +189,7 @@ def make_algorithm(
     per_example=config.zo.direction == "per_example",
     frame_steps=config.zo.frame_steps,
     over_tasks=over_tasks,
+    map_fn=map_fn,
   )
 
 
@@ -199,6 +202,7 @@ class Run(NamedTuple):
     task: what the rows mean.
     algorithm: the (init, step) pair.
     score_fn: jitted scores of a batch's options.
+    mesh: the grid of devices.
     generate_fn: jitted text after prompts; None where the task has options.
   """
 
@@ -207,6 +211,7 @@ class Run(NamedTuple):
   task: tasks.Task
   algorithm: bilevel.BilevelAlgorithm
   score_fn: evaluate.ScoreFn
+  mesh: mesh_lib.AnyMesh
   generate_fn: generate.GenerateFn | None = None
 
   def init(self, base: Any, adapter: Any = None) -> bilevel.BilevelState:
@@ -216,6 +221,15 @@ class Run(NamedTuple):
       base: backbone parameters.
       adapter: what p and s both begin with instead.
     """
+    places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+
+    def rest(base, adapter):  # All but the backbone, which is there.
+      return self._init(base, adapter)._replace(base=())
+
+    state = jax.jit(rest, out_shardings=places._replace(base=()))(base, adapter)
+    return state._replace(base=base)
+
+  def _init(self, base: Any, adapter: Any = None) -> bilevel.BilevelState:
     key = jax.random.key(self.config.seed)
     upper_key, lower_key, step_key = jax.random.split(key, 3)
 
@@ -229,9 +243,32 @@ class Run(NamedTuple):
     )
 
   def abstract_state(self) -> bilevel.BilevelState:
-    """Returns the shapes of a state, without reading weights."""
+    """Returns the shapes and shardings of a state; reads no weights."""
     base = backbone.abstract_base(self.config, self.model)
-    return jax.eval_shape(self.init, base)
+    state = jax.eval_shape(self._init, base)
+    places = mesh_lib.state_shardings(
+      self.mesh, state, self.model.family.SHARDINGS
+    )
+    return mesh_lib.with_shardings(state, places)
+
+  def jit_step(self) -> jax.stages.Wrapped:
+    """Jits the step for the mesh; the state is donated."""
+    places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+    return jax.jit(
+      self.algorithm.step,
+      donate_argnums=0,
+      out_shardings=(places, mesh_lib.everywhere(self.mesh)),
+    )
+
+  def put(
+    self, batch: bilevel.BilevelBatch, axis: int = 0
+  ) -> bilevel.BilevelBatch:
+    """Puts an iteration's rows on the mesh; `axis` is theirs in the batches."""
+    return batch._replace(
+      lower=mesh_lib.put_rows(self.mesh, batch.lower, axis=axis + 1),
+      penalty=mesh_lib.put_rows(self.mesh, batch.penalty, axis=axis),
+      upper=mesh_lib.put_rows(self.mesh, batch.upper, axis=axis),
+    )
 
   def judge(
     self, examples: Sequence[encode.Example], scores: np.ndarray
@@ -301,14 +338,18 @@ def make_run(
     task: what the rows mean; None for the config's task.
   """
   checks.check(config)
+  mesh = mesh_lib.make(config.mesh)
+  checks.check_mesh(config, mesh)
   task = task or experiment.load_task(config)
-  model = backbone.load_model(config)
+  model = backbone.load_model(config, mesh)
   experiment.context_length(config, model)
   loss_fn = backbone.make_loss_fn(config.loss, model.module)
   log_probs_fn = backbone.make_log_probs_fn(model.module)
   generate_fn = None
   if task.kind == "generation":
-    generate_fn = jax.jit(backbone.make_generate_fn(config, model))
+    generate_fn = mesh_lib.on_rows(
+      backbone.make_generate_fn(config, model), mesh, 2
+    )
   run = Run(
     config=config,
     model=model,
@@ -319,8 +360,10 @@ def make_run(
       objectives.make_probe_loss_fn(
         config.zo.objective, model.module, model.tokenizer
       ),
+      map_fn=mesh_lib.map_directions(mesh),
     ),
-    score_fn=jax.jit(evaluate.make_score_fn(log_probs_fn)),
+    score_fn=mesh_lib.on_rows(evaluate.make_score_fn(log_probs_fn), mesh, 2),
+    mesh=mesh,
     generate_fn=generate_fn,
   )
   check_sampler(config.zo, backbone.abstract_base(config, model))

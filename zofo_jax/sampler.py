@@ -5,6 +5,7 @@ that `add` writes are the same function of (key, leaf path, layer, element).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -156,11 +157,26 @@ class Sampler:
     """Returns `into` with new(weights, keys, rounding key) in moving layers."""
     if leaf_keys.own.ndim == 2:  # no layers
       return new(leaf, leaf_keys, round_key)
-    one_direction = leaf_keys.own.shape[0] == 1
-    if self.layers is None and one_direction and self.direction.elementwise:
-      # One pass over the memory, which XLA takes in place and in parallel.
-      axes = (0, 1, None if round_key is None else 0)
-      return jax.vmap(new, axes)(leaf, leaf_keys, round_key)
+    whole = self.layers is None and leaf_keys.own.shape[0] == 1
+    if whole and self.direction.elementwise:
+
+      def at_once(leaf, _, leaf_keys, round_key):
+        axes = (0, 1, None if round_key is None else 0)
+        return jax.vmap(new, axes)(leaf, leaf_keys, round_key)
+
+      # On CPU one pass over the memory, which XLA takes in place and in
+      # parallel; elsewhere it would need as much again.
+      return jax.lax.platform_dependent(
+        *(leaf, into, leaf_keys, round_key),
+        cpu=at_once,
+        default=functools.partial(self._write_layers, new, into is leaf),
+      )
+    return self._write_layers(
+      new, into is leaf, leaf, into, leaf_keys, round_key
+    )
+
+  def _write_layers(self, new, in_place, leaf, into, leaf_keys, round_key):
+    """Returns what `_write` does, a layer at a time; in place, into is leaf."""
     # Layer by layer: what is summed or masked exists for one of them at a time.
     moving = range(leaf.shape[0]) if self.layers is None else self.layers
     if not moving:  # A loop of no turns is still traced.
@@ -172,7 +188,7 @@ class Sampler:
       own = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
       rounding = None if round_key is None else _at(round_key, layer)
       # Read from where it will be written, else both would have to exist.
-      stored = _at(stack if into is leaf else leaf, layer)
+      stored = _at(stack if in_place else leaf, layer)
       block = new(stored, own, rounding)
       return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
 

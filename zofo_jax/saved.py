@@ -14,6 +14,7 @@ from zofo_jax import (
   errors,
   evaluate,
   experiment,
+  processes,
   report,
   rows,
   runs,
@@ -21,12 +22,11 @@ from zofo_jax import (
 )
 
 
-def load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
-  """Reads a run's config and its best checkpoint.
+def find(folder: epath.Path) -> runs.Run:
+  """Reads a run's config.
 
   Raises:
-    UserError: there is no run, it is one over many tasks, or it has no
-      checkpoint.
+    UserError: there is no run, or it is one over many tasks.
   """
   config = runs.read_config(folder)
   if config.command != "train":
@@ -35,10 +35,18 @@ def load(folder: epath.Path) -> tuple[runs.Run, bilevel.BilevelState]:
       "expected one of 'train' (--config=configs/adapt.py:run=DIR tunes and "
       "scores new tasks)."
     )
-  run = runs.make_run(config)
+  return runs.make_run(config)
+
+
+def restore(run: runs.Run, folder: epath.Path) -> bilevel.BilevelState:
+  """Reads a run's best checkpoint, on whatever devices there are now.
+
+  Raises:
+    UserError: there is none.
+  """
   with store.Store(run, folder) as states:
     state, _ = states.best()
-  return run, state
+  return state
 
 
 def evaluate_run(workdir: str) -> dict[str, Any]:
@@ -58,8 +66,10 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
     UserError: there is no run, or its rows are gone.
   """
   folder = epath.Path(workdir)
-  run, state = load(folder)
-  examples = experiment.load_examples(run.config, run.model, run.task).test
+  with processes.together():
+    run = find(folder)
+    examples = experiment.load_examples(run.config, run.model, run.task).test
+  state = restore(run, folder)
   result = run.evaluate(state.base, state.upper, examples, "test")
   evaluation: dict[str, Any] = {
     "task": run.task.name,
@@ -90,11 +100,12 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   if not source:
     raise errors.UserError("--input: expected a file of rows; found nothing.")
   folder = epath.Path(workdir)
-  run, state = load(folder)
-  asked = rows.load(run.task, source, "train", labelled=False)
-  result = run.evaluate(
-    state.base, state.upper, _encoded(run, asked), "predict"
-  )
+  with processes.together():
+    run = find(folder)
+    asked = rows.load(run.task, source, "train", labelled=False)
+    encoded = _encoded(run, asked)
+  state = restore(run, folder)
+  result = run.evaluate(state.base, state.upper, encoded, "predict")
   if isinstance(result, evaluate.Answers):
     answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
   else:
@@ -109,7 +120,8 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   ]
   path.parent.mkdir(parents=True, exist_ok=True)
   report.write_lines(path, lines)
-  print(f"{len(lines)} answers in {path}.")
+  if processes.is_first():
+    print(f"{len(lines)} answers in {path}.")
 
 
 def _encoded(run: runs.Run, asked: Sequence[rows.Row]) -> Sequence[Any]:

@@ -26,6 +26,7 @@ from zofo_jax import (
   runs,
 )
 from zofo_jax import config as config_lib
+from zofo_jax import mesh as mesh_lib
 
 LEDGER = "ledger.txt"
 # A ledger's lines, and the states, would be another run's with these changed.
@@ -56,8 +57,12 @@ class Trained(Protocol):
   def model(self) -> backbone.Model:
     """The model without weights."""
 
+  @property
+  def mesh(self) -> mesh_lib.AnyMesh:
+    """The grid of devices."""
+
   def abstract_state(self) -> bilevel.BilevelState:
-    """Returns the shapes of a state, without reading weights."""
+    """Returns the shapes and shardings of a state; reads no weights."""
 
 
 class Store:
@@ -226,9 +231,9 @@ class Store:
         _say(f"{error} The one before it is used, or the model's weights.")
         self._bases.discard(number, self._folder / "damaged" / "bases")
     if base is None:
-      base = ledger.load_start(self._run.config, self._run.model, found.header)
-      # As a base is read, so that the steps go on with one program.
-      base = jax.device_put(base, jax.devices()[0])
+      base = ledger.load_start(
+        self._run.config, self._run.model, found.header, self._run.mesh
+      )
     return ledger.advance(base, found.header, found.lines[start:step], where)
 
 
@@ -253,8 +258,8 @@ def make_folder(folder: epath.Path) -> None:
 def check_config(config: Any, folder: epath.Path) -> None:
   """Stops before a run goes on under another config than it began with.
 
-  Fields that `ckpt.may_change` names may be others, but for those that decide
-  what the ledger's lines mean.
+  It may go on on another mesh. Fields that `ckpt.may_change` names may be
+  others as well, but for those that decide what the ledger's lines mean.
 
   Raises:
     UserError: names the fields that differ.
@@ -265,6 +270,7 @@ def check_config(config: Any, folder: epath.Path) -> None:
   before = config_lib.flat(runs.read_config(folder))
   now = config_lib.flat(config)
   allowed = {"ckpt.may_change", *config.ckpt.may_change} - set(_NEVER)
+  allowed |= {name for name in now if name.startswith("mesh.")}
   different = {
     name
     for name in before.keys() | now.keys()

@@ -16,6 +16,7 @@ from zofo_jax import (
   bilevel,
   experiment,
   loop,
+  processes,
   report,
   runs,
 )
@@ -82,10 +83,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       the run went wrong.
     guards.InterruptedRun: SIGTERM or SIGINT came.
   """
-  run = runs.make_run(config)
   folder = epath.Path(workdir)
-  store_lib.check_config(config, folder)
-  examples = experiment.load_examples(config, run.model, run.task)
+  with processes.together():
+    run = runs.make_run(config)
+    store_lib.check_config(config, folder)
+    examples = experiment.load_examples(config, run.model, run.task)
+    store_lib.make_folder(folder / "checkpoints")
   state, record = loop.run(run, folder, _work(run, examples))
   return _finish(run, examples, state, record, folder)
 
@@ -100,21 +103,19 @@ def health(info: bilevel.BilevelInfo) -> tuple[list[float], bool]:
 def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
   """Says what the loop does."""
   config = run.config
-  step_fn = jax.jit(run.algorithm.step, donate_argnums=0)
+  step_fn = run.jit_step()
   hparams = runs.make_hparams(config)
   shape = experiment.train_shape(examples)
 
   def start():
-    base = backbone.load_base(config, run.model)
+    base = backbone.load_base(config, run.model, run.mesh)
     state = run.init(base, backbone.load_adapter(config, run.model))
-    # As checkpoints are read, so that both go on with one program.
-    state = jax.device_put(state, jax.devices()[0])
     zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
     return state, {"zero_shot": zero_shot.worth()}
 
   def step(state, number):
     batch = iteration_batch(config, examples, shape, run.model.pad, number)
-    return step_fn(state, batch, hparams)
+    return step_fn(state, run.put(batch), hparams)
 
   def told(_, info):
     row = info._asdict() | {"lower_loss": float(info.lower_loss.mean())}
@@ -173,5 +174,8 @@ def _finish(run, examples, state, record, folder) -> dict[str, Any]:
     ],
     title=f"{run.task.name}: {len(examples.test)} test rows, never trained on",
   )
-  print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
+  if processes.is_first():
+    print(
+      f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/."
+    )
   return summary

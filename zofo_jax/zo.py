@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from zofo_jax import perturbed
 from zofo_jax import sampler as sampler_lib
 
+# (fn, keys [Q]) -> what fn gives for each key, stacked.
+MapFn = Callable[[Callable[[jax.Array], Any], jax.Array], Any]
 # f(x + t z) -> (value [], aux), along one direction.
 Line = Callable[[jax.Array], tuple[jax.Array, Any]]
 
@@ -159,6 +161,7 @@ def estimate(
   num_directions: int = 1,
   frame_key: jax.Array | None = None,
   has_aux: bool = False,
+  map_fn: MapFn = jax.lax.map,
 ) -> Estimate:
   """Estimates the gradient of fn at tree from its values alone.
 
@@ -170,10 +173,12 @@ def estimate(
     eps: smoothing radius, float32, shape []; traced, so it can change freely.
     sampler: which weights are perturbed and along what.
     estimator: `central`, `forward` or `exact`.
-    num_directions: Q; their evaluations run one after another.
+    num_directions: Q.
     frame_key: key of what the directions share, kept by the caller over
       several steps; a new one if None.
     has_aux: whether fn returns a pair.
+    map_fn: how directions are evaluated: one after another, or as
+      `mesh.map_directions` does.
 
   Returns:
     The estimate, as keys and coefficients.
@@ -199,7 +204,7 @@ def estimate(
     line = lambda t: value_of(sampler.perturb(tree, direction, t))
     return estimator.slope(line, eps, origin)
 
-  return _collect(keys, jax.lax.map(slope, keys.own))
+  return _collect(keys, map_fn(slope, keys.own))
 
 
 def estimate_per_example(

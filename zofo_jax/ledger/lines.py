@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from zofo_jax import errors, moves
+from zofo_jax import errors, moves, processes
 
 FORMAT = "zofo_jax ledger 1"
 
@@ -111,7 +111,10 @@ def read(path: epath.PathLike) -> Ledger:
 
 
 class Writer:
-  """Appends lines to a ledger, each on the disk before the call returns."""
+  """Appends lines to a ledger, each on the disk before the call returns.
+
+  Of several processes the first writes.
+  """
 
   def __init__(self, path: epath.PathLike, content: str):
     """Puts `content` in the file, in one piece, and opens it to be continued.
@@ -121,15 +124,20 @@ class Writer:
       content: what is in it so far, at least the first line.
     """
     self.path = epath.Path(path)
+    self._parts = [content]
+    self._file: IO[Any] | None = None
+    if not processes.is_first():
+      return
     beside = self.path.with_name(self.path.name + ".tmp")
     beside.write_text(content)
     beside.replace(self.path)
-    self._file: IO[Any] = self.path.open("a")
-    self._parts = [content]
+    self._file = self.path.open("a")
 
   def append(self, line: Line) -> None:
     """Appends a line."""
     self._parts.append(line.text())
+    if self._file is None:
+      return
     self._file.write(self._parts[-1])
     self._file.flush()
     try:
@@ -144,7 +152,8 @@ class Writer:
 
   def close(self) -> None:
     """Closes the file."""
-    self._file.close()
+    if self._file is not None:
+      self._file.close()
 
 
 def _hex(values: Any) -> str:

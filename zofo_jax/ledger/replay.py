@@ -15,9 +15,11 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+from jax.experimental import multihost_utils
 
 from zofo_jax import backbone, checks, errors, moves, perturbed, runs
 from zofo_jax import config as config_lib
+from zofo_jax import mesh as mesh_lib
 from zofo_jax.ledger import lines as lines_lib
 
 
@@ -27,6 +29,9 @@ def fingerprint(tree: Any) -> str:
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     about = f"{perturbed.path_name(path)} {leaf.dtype} {leaf.shape}\n"
     digest.update(about.encode())
+    if not getattr(leaf, "is_fully_addressable", True):
+      # Parts are with other processes: one leaf at a time is gathered.
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
     digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
   return digest.hexdigest()
 
@@ -84,13 +89,20 @@ def load_start(
   config: ml_collections.ConfigDict,
   model: backbone.Model,
   header: Mapping[str, Any],
+  mesh: mesh_lib.AnyMesh | None = None,
 ) -> Any:
   """Reads theta where a ledger begins.
+
+  Args:
+    config: names the dtype.
+    model: whose weights they are.
+    header: of the ledger.
+    mesh: the grid of devices; None for one.
 
   Raises:
     UserError: the model's weights are not those that the ledger began with.
   """
-  base = backbone.load_base(config, model)
+  base = backbone.load_base(config, model, mesh)
   expected, found = header.get("base_sha256", ""), fingerprint(base)
   if found != expected:
     raise errors.UserError(

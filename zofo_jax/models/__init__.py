@@ -1,6 +1,7 @@
 """Decoders as Flax modules, found by the model_type of Hugging Face.
 
-A family is a module with `Model`, `config_from_hf` and `hf_parameters`.
+A family is a module with `Model`, `config_from_hf`, `hf_parameters` and
+`SHARDINGS`.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from zofo_jax import errors
-from zofo_jax.models import llama, opt
+from zofo_jax.models import decoder, llama, opt
 
 FAMILIES: dict[str, ModuleType] = {
   "opt": opt,
@@ -21,13 +22,17 @@ FAMILIES: dict[str, ModuleType] = {
 
 
 def from_hf(
-  config: Mapping[str, Any], *, remat: bool = False
+  config: Mapping[str, Any],
+  *,
+  remat: bool = False,
+  place: decoder.PlaceFn = decoder.anywhere,
 ) -> tuple[nn.Module, ModuleType]:
   """Makes the module that a config.json describes.
 
   Args:
     config: the file as a dict.
     remat: whether the backward pass recomputes each layer's inside.
+    place: how hidden states are divided among devices.
 
   Returns:
     The module and its family, whose `hf_parameters(module.config)` names the
@@ -43,4 +48,6 @@ def from_hf(
       f"{', '.join(FAMILIES)}.{errors.nearest(str(model_type), FAMILIES)}"
     )
   family = FAMILIES[model_type]
-  return family.Model(family.config_from_hf(config), remat=remat), family
+  return family.Model(
+    family.config_from_hf(config), remat=remat, place=place
+  ), family

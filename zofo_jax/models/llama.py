@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
 from zofo_jax.models import caches, decoder, hf_config, layers
@@ -111,6 +112,7 @@ class Block(nn.Module):
   """One pre-norm layer; the body of the scan."""
 
   config: LlamaConfig
+  place: decoder.PlaceFn
 
   @nn.compact
   def __call__(
@@ -124,6 +126,7 @@ class Block(nn.Module):
     """Runs one layer; a window [] hides tokens further back."""
     c = self.config
     x, cache = carry
+    x = self.place(x)
     if window is not None and distance_BxLxS is not None:
       allowed_Bx1xLxS = allowed_Bx1xLxS & (distance_BxLxS < window)[:, None]
     norm = layers.RmsNorm(c.norm_epsilon, name="attention_norm")
@@ -142,10 +145,12 @@ class Llama(decoder.Decoder):
   Attributes:
     config: shape and variant.
     remat: whether the backward pass recomputes each layer's inside.
+    place: how hidden states are divided among devices.
   """
 
   config: LlamaConfig
   remat: bool = False
+  place: decoder.PlaceFn = decoder.anywhere
 
   def setup(self) -> None:
     """Declares the parts."""
@@ -157,7 +162,7 @@ class Llama(decoder.Decoder):
       c.num_layers,
       self.remat,
       (nn.broadcast, nn.broadcast, nn.broadcast, window_axis),
-    )(c)
+    )(c, self.place)
     self.norm = layers.RmsNorm(c.norm_epsilon)
     if not c.tied_head:
       self.head = layers.Embed(c.vocab_size, c.hidden_size)
@@ -205,6 +210,17 @@ class Llama(decoder.Decoder):
 
 
 Model = Llama
+
+# How weights are divided among devices; see `zofo_jax.mesh`.
+SHARDINGS = (
+  (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
+  (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),
+  (r"(attention/out|mlp/down)/kernel$", P(None, "model", "fsdp")),
+  (r"(attention/(query|key|value)|mlp/(gate|up))/bias$", P(None, "model")),
+  (r"(attention/out|mlp/down)/bias$", P()),
+  (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
+  (r"norm/scale$", P()),
+)
 
 
 def _windows(

@@ -13,6 +13,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
 from zofo_jax.models import caches, decoder, hf_config, layers
@@ -100,6 +101,7 @@ class Block(nn.Module):
   """One layer; the body of the scan."""
 
   config: OptConfig
+  place: decoder.PlaceFn
 
   @nn.compact
   def __call__(
@@ -110,6 +112,7 @@ class Block(nn.Module):
     """Runs one layer."""
     c = self.config
     x, cache = carry
+    x = self.place(x)
     attention_norm = layers.LayerNorm(
       affine=c.norm_affine, name="attention_norm"
     )
@@ -131,10 +134,12 @@ class Opt(decoder.Decoder):
   Attributes:
     config: shape and variant.
     remat: whether the backward pass recomputes each layer's inside.
+    place: how hidden states are divided among devices.
   """
 
   config: OptConfig
   remat: bool = False
+  place: decoder.PlaceFn = decoder.anywhere
 
   def setup(self) -> None:
     """Declares the parts."""
@@ -146,7 +151,7 @@ class Opt(decoder.Decoder):
       self.project_out = layers.Linear(c.embed_size, use_bias=False)
     self.layers = decoder.stack_layers(
       Block, c.num_layers, self.remat, (nn.broadcast,)
-    )(c)
+    )(c, self.place)
     if c.final_norm:
       self.norm = layers.LayerNorm(affine=c.norm_affine)
     if not c.tied_head:
@@ -185,6 +190,19 @@ class Opt(decoder.Decoder):
 
 
 Model = Opt
+
+# How weights are divided among devices; see `zofo_jax.mesh`.
+SHARDINGS = (
+  (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
+  (r"mlp/up/kernel$", P(None, "fsdp", "model")),
+  (r"(attention/out|mlp/down)/kernel$", P(None, "model", "fsdp")),
+  (r"(attention/(query|key|value)|mlp/up)/bias$", P(None, "model")),
+  (r"(attention/out|mlp/down)/bias$", P()),
+  (r"project_in/kernel$", P("fsdp", "model")),
+  (r"project_out/kernel$", P("model", "fsdp")),
+  (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
+  (r"norm/(scale|bias)$", P()),
+)
 
 
 def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
@@ -236,15 +254,15 @@ def hf_parameters(config: OptConfig) -> dict[str, tuple[str, bool]]:
     {path: (name, transposed)}: `{layer}` in a name stands for each layer of a
     stacked weight, and a transposed tensor is stored [out, in].
   """
-  decoder = "model.decoder."
-  block = decoder + "layers.{layer}."
+  root = "model.decoder."
+  block = root + "layers.{layer}."
   names = {
-    "embed/embedding": (decoder + "embed_tokens.weight", False),
-    "position_embed/embedding": (decoder + "embed_positions.weight", False),
+    "embed/embedding": (root + "embed_tokens.weight", False),
+    "position_embed/embedding": (root + "embed_positions.weight", False),
   }
   if config.embed_size != config.hidden_size:
-    names["project_in/kernel"] = (decoder + "project_in.weight", True)
-    names["project_out/kernel"] = (decoder + "project_out.weight", True)
+    names["project_in/kernel"] = (root + "project_in.weight", True)
+    names["project_out/kernel"] = (root + "project_out.weight", True)
   if not config.tied_head:
     names["head/embedding"] = ("lm_head.weight", False)
   norms = {
@@ -252,7 +270,7 @@ def hf_parameters(config: OptConfig) -> dict[str, tuple[str, bool]]:
     "layers/mlp_norm": block + "final_layer_norm",
   }
   if config.final_norm:
-    norms["norm"] = decoder + "final_layer_norm"
+    norms["norm"] = root + "final_layer_norm"
   if config.norm_affine:
     for ours, theirs in norms.items():
       names[f"{ours}/scale"] = (theirs + ".weight", False)

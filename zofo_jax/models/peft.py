@@ -17,7 +17,7 @@ import numpy as np
 import safetensors.numpy
 
 from zofo_jax import adapters, errors
-from zofo_jax.models import weights
+from zofo_jax.models import formats, weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = {"lora": "LORA", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
@@ -126,7 +126,7 @@ def load(
     raise errors.UserError(f"{folder} holds no weights: it has no {WEIGHTS}.")
   tensors = {
     name: tensor.read().astype(np.float32)
-    for name, tensor in weights.open_safetensors(folder / WEIGHTS).items()
+    for name, tensor in formats.open_safetensors(folder / WEIGHTS).items()
   }
   read = {
     "LORA": _read_lora,

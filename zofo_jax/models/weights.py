@@ -1,9 +1,9 @@
 """Weights of a Hugging Face checkpoint folder to and from our parameter tree.
 
 Reads safetensors (one file or several with an index), Flax's msgpack and
-PyTorch's .bin. Every format is seen as names of tensors in PyTorch's layout;
-tensors go one by one into stacked arrays allocated once, so that a load needs
-one copy of the weights beside the one in the file.
+PyTorch's .bin. Tensors go one by one into stacked arrays allocated once, so
+that a load needs one copy of the weights beside the one in the file; where the
+weights are divided among devices, only the parts that are here are read.
 """
 
 import functools
@@ -11,21 +11,17 @@ import json
 import os
 import pathlib
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
-import flax.serialization
 import flax.traverse_util
 import jax
-import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from zofo_jax import errors
-from zofo_jax.models import hub
+from zofo_jax.models import formats, hub
 
 # Buffers that some versions of transformers saved; they hold no weight.
 _BUFFERS = re.compile(
@@ -33,16 +29,14 @@ _BUFFERS = re.compile(
 )
 
 
-class Stored(NamedTuple):
-  """A tensor of a checkpoint that is not read yet.
+# Reads the part of a weight that an index names.
+ReadFn = Callable[[formats.Index], np.ndarray]
 
-  Attributes:
-    shape: its shape in PyTorch's layout, matrices [out, in].
-    read: returns it as an array of that shape in the file's dtype.
-  """
 
-  shape: tuple[int, ...]
-  read: Callable[[], np.ndarray]
+def _whole(path: str, shape: tuple[int, ...], read: ReadFn) -> np.ndarray:
+  """Makes a weight a NumPy array."""
+  del path
+  return read((slice(None),) * len(shape))
 
 
 def load(
@@ -50,6 +44,7 @@ def load(
   family: ModuleType,
   config: Any,
   dtype: Any,
+  make: Callable[[str, tuple[int, ...], ReadFn], Any] = _whole,
   *,
   pickle: bool = False,
 ) -> dict[str, Any]:
@@ -60,11 +55,12 @@ def load(
     family: module with `Model` and `hf_parameters`, such as `models.opt`.
     config: the family's configuration.
     dtype: of the returned weights, whatever the file has.
+    make: (path, shape, read) -> the weight, of which read(index) is a part.
     pickle: whether PyTorch's .bin, which is a pickle, may be opened.
 
   Returns:
-    base, nested dict of NumPy arrays: what `Model(config).init` returns under
-    "params", layers stacked on axis 0.
+    base, nested dict of what `make` returns, in the structure of what
+    `Model(config).init` returns under "params", layers stacked on axis 0.
 
   Raises:
     UserError: a file is broken, or its tensors are not this model's.
@@ -73,7 +69,7 @@ def load(
   expected = shapes(family, config)
   stored = {
     _short(name): (name, s)
-    for name, s in open_folder(folder, pickle=pickle).items()
+    for name, s in formats.open_folder(folder, pickle=pickle).items()
   }
   layout = list(_layout(family, config, expected))
   wanted = {_short(name) for _, parts in layout for _, name, _, _ in parts}
@@ -81,7 +77,7 @@ def load(
     full for short, (full, _) in stored.items() if short not in wanted
   ]
 
-  def find(name: str, shape: tuple[int, ...]) -> Stored:
+  def find(name: str, shape: tuple[int, ...]) -> formats.Stored:
     if _short(name) not in stored:
       raise errors.UserError(
         f"The weights in {folder} have no tensor {name}."
@@ -103,12 +99,34 @@ def load(
   _check_leftover(folder, leftover)
   flat = {}
   for path, tensors in plan:
-    flat[path] = np.empty(expected[path], dtype)
-    for index, transpose, tensor in tensors:
-      # Casting before the transposed write is twice as fast as within it.
-      value = tensor.read().astype(dtype, copy=False)
-      flat[path][index] = value.T if transpose else value
+    shape = expected[path]
+    read = functools.partial(_read, tensors, shape, dtype)
+    flat[path] = make(path, shape, read)
   return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _read(
+  tensors: list[tuple[Any, bool, formats.Stored]],
+  shape: tuple[int, ...],
+  dtype: Any,
+  index: formats.Index,
+) -> np.ndarray:
+  """Reads a part of a weight from its (layer or ..., transpose, tensor)s."""
+  bounds = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+  part = np.empty([len(bound) for bound in bounds], dtype)
+  for layer, transpose, tensor in tensors:
+    stacked = layer is not ...
+    if stacked and layer not in bounds[0]:
+      continue
+    inner = [slice(b.start, b.stop) for b in bounds[stacked:]]
+    inner = inner[::-1] if transpose else inner
+    lengths = tuple(s.stop - s.start for s in inner)
+    value = tensor.part(() if lengths == tensor.shape else tuple(inner))
+    # Casting before the transposed write is twice as fast as within it.
+    value = value.astype(dtype, copy=False)
+    place = layer - bounds[0].start if stacked else ...
+    part[place] = value.T if transpose else value
+  return part
 
 
 def save(
@@ -182,43 +200,6 @@ def shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
   return {path: leaf.shape for path, leaf in flat.items()}
 
 
-def open_folder(
-  folder: pathlib.Path, *, pickle: bool = False
-) -> dict[str, Stored]:
-  """Opens the weights of a folder without reading them, where possible.
-
-  Args:
-    folder: has weights in one of the formats above; the first is taken.
-    pickle: whether PyTorch's .bin, which is a pickle, may be opened.
-
-  Returns:
-    Every tensor by its name in the file, in PyTorch's naming and layout.
-
-  Raises:
-    UserError: there are no weights, or a file is missing or broken.
-  """
-  formats = {
-    hub.SAFETENSORS: open_safetensors,
-    hub.MSGPACK: _open_msgpack,
-    hub.TORCH: _open_torch,
-  }
-  names = hub.weights_format(folder)
-  if names is None:
-    raise errors.UserError(
-      f"{folder} has no weights: neither {', '.join(n for n, _ in formats)}."
-    )
-  if names == hub.TORCH and not pickle:
-    raise errors.UserError(
-      f"The weights in {folder} are pickles of PyTorch, which may hide code; "
-      "expected safetensors, or --config.model.pickle to read them, as weights "
-      "alone."
-    )
-  stored = {}
-  for path in _files(folder, names):
-    stored.update(formats[names](path))
-  return stored
-
-
 def _short(name: str) -> str:
   """Drops the prefixes that versions of a checkpoint differ in."""
   return re.sub(r"^(model\.)?(decoder\.)?", "", name)
@@ -247,105 +228,3 @@ def _check_leftover(folder: pathlib.Path, names: list[str]) -> None:
       f"The weights in {folder} have tensors that config.json has no place"
       f" for: {', '.join(names[:3])}{more}."
     )
-
-
-def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
-  """Returns the file of a format, or those that its index names."""
-  single, index_name = names
-  if (folder / single).is_file():
-    return [folder / single]
-  index = folder / index_name
-  try:
-    files = sorted(
-      set(json.loads(index.read_text("utf-8"))["weight_map"].values())
-    )
-  except (ValueError, KeyError, TypeError, AttributeError):
-    raise errors.UserError(
-      f"{index} is no index of weights; expected JSON with a weight_map."
-    ) from None
-  for file in files:
-    # The index comes from a stranger; it may name files beside it, no others.
-    if (
-      not isinstance(file, str)
-      or file in ("", ".", "..")
-      or re.search(r"[/\\:]", file)
-    ):
-      raise errors.UserError(
-        f"{index} names {file!r}, which is not a plain file name."
-      )
-    if not (folder / file).is_file():
-      raise errors.UserError(
-        f"{index} names {file}, which is not in that folder."
-      )
-  return [folder / file for file in files]
-
-
-def open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
-  """Maps one safetensors file into memory."""
-  try:
-    file = safetensors.safe_open(path, framework="np")
-  except (safetensors.SafetensorError, OSError) as error:
-    raise _broken(path, error) from error
-  return {
-    name: Stored(
-      tuple(file.get_slice(name).get_shape()),
-      functools.partial(file.get_tensor, name),
-    )
-    for name in file.keys()
-  }
-
-
-def _open_msgpack(path: pathlib.Path) -> dict[str, Stored]:
-  """Reads one file of Flax; its layout becomes PyTorch's."""
-  try:
-    tree = flax.serialization.msgpack_restore(path.read_bytes())
-    flat = flax.traverse_util.flatten_dict(tree.get("params", tree))
-  except (ValueError, TypeError, AttributeError) as error:
-    raise _broken(path, error) from error
-  stored = {}
-  for (*module, leaf), value in flat.items():
-    if leaf == "kernel":
-      value = value.T
-    leaf = "bias" if leaf == "bias" else "weight"
-    name = ".".join((*module, leaf))
-    stored[name] = Stored(value.shape, functools.partial(np.asarray, value))
-  return stored
-
-
-def _open_torch(path: pathlib.Path) -> dict[str, Stored]:
-  """Opens one file of PyTorch, weights only: no code in it is run."""
-  try:
-    import torch
-  except ImportError:
-    raise errors.UserError(
-      f"Reading {path} needs PyTorch, which is not installed;"
-      " run: pip install torch"
-    ) from None
-  try:
-    tensors = torch.load(
-      path,
-      map_location="cpu",
-      weights_only=True,
-      mmap=zipfile.is_zipfile(path),  # older files cannot be mapped
-    )
-    items = {name: (tuple(t.shape), t) for name, t in tensors.items()}
-  except Exception as error:  # torch, zip and pickle each have their own
-    raise _broken(path, error) from error
-
-  def read(tensor: Any) -> np.ndarray:
-    if tensor.dtype == torch.bfloat16:  # unknown to NumPy, so by its bits
-      return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
-
-  return {
-    name: Stored(shape, functools.partial(read, tensor))
-    for name, (shape, tensor) in items.items()
-  }
-
-
-def _broken(path: pathlib.Path, error: Exception) -> errors.UserError:
-  """Says that a file cannot be read."""
-  reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
-  return errors.UserError(
-    f"{path} is truncated or broken ({reason}); copy or download it again."
-  )

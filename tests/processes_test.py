@@ -1,0 +1,156 @@
+"""Several processes on this machine: one run, and mistakes that end them all.
+
+They are real ones, that speak over 127.0.0.1.
+"""
+
+import os
+import pathlib
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from zofo_jax import errors, processes, report
+
+LLAMA = pathlib.Path(__file__).parents[1] / "configs" / "llama.py"
+
+
+def free_port():
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    return free.getsockname()[1]
+
+
+def launch(cache, num_processes, *arguments, extra=None):
+  """Types a command in each of several processes; returns (code, errors)s."""
+  where = f"127.0.0.1:{free_port()}"
+  running = []
+  for index in range(num_processes):
+    joined = [
+      f"--distributed={where}",
+      f"--num_processes={num_processes}",
+      f"--process_id={index}",
+      "--timeout=60",
+    ]
+    command = [sys.executable, "-m", "zofo_jax.main", *map(str, arguments)]
+    command += joined if num_processes > 1 else []
+    command += (extra or {}).get(index, [])
+    environment = {
+      **os.environ,
+      "JAX_PLATFORMS": "cpu",
+      "JAX_NUM_CPU_DEVICES": str(8 // num_processes),
+      "JAX_COMPILATION_CACHE_DIR": str(cache),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+    running.append(
+      subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, text=True
+      )
+    )
+  try:
+    errors_of = [process.communicate(timeout=240)[1] for process in running]
+  finally:
+    for process in running:
+      process.kill()
+  return [
+    (process.returncode, text)
+    for process, text in zip(running, errors_of, strict=True)
+  ]
+
+
+def command_of(folder, model, rows):
+  return (
+    f"--config={LLAMA}:task=rotten_tomatoes",
+    f"--workdir={folder}",
+    f"--config.model.name={model}",
+    f"--config.data.dir={rows}",
+    "--config.data.num_lower=16",
+    "--config.data.num_upper=16",
+    "--config.data.num_selection=8",
+    "--config.data.num_test=8",
+    "--config.eval.batch_size=8",
+    "--config.lower.num_steps=1",
+    "--config.zo.learning_rate=1e-4",
+    "--config.mesh.fsdp=2",
+    "--config.mesh.model=2",
+    "--config.train.num_steps=4",
+    "--config.train.eval_every_steps=2",
+    "--config.ckpt.keep=2",
+  )
+
+
+def test_train_and_resume_on_other_processes(tmp_path, tiny_model, tiny_rows):
+  folder, cache = tmp_path / "run", tmp_path / "cache"
+  command = command_of(folder, tiny_model, tiny_rows)
+
+  def losses():
+    found = report.read_jsonl(folder / "metrics.jsonl")
+    steps = [row for row in found if "upper_loss" in row]
+    # One process writes, once.
+    assert [row["step"] for row in steps] == [1, 2, 3, 4]
+    names = ("upper_loss", "lower_loss", "objective")
+    return [[row[name] for name in names] for row in steps]
+
+  def go_on(num_processes):
+    for code, text in launch(cache, num_processes, *command):
+      assert code == 0, text
+    return losses()
+
+  whole = go_on(2)  # of four devices each
+  for num_processes in (1, 2):
+    shutil.rmtree(folder / "checkpoints" / "4")
+    again = go_on(num_processes)
+    assert again[:2] == whole[:2]
+    np.testing.assert_allclose(again, whole, rtol=1e-4, atol=1e-4)
+  assert (folder / "summary.json").exists() and (folder / "curves.png").exists()
+
+
+def test_processes_that_disagree(tmp_path, tiny_model, tiny_rows):
+  began = time.monotonic()
+  results = launch(
+    tmp_path / "cache",
+    2,
+    *command_of(tmp_path / "run", tiny_model, tiny_rows),
+    extra={1: ["--config.zo.eps=0.5"]},
+  )
+  for code, text in results:
+    assert code == 2
+    (line,) = [line for line in text.splitlines() if "zofo_jax:" in line]
+    assert "config.zo.eps: process 1 was given another" in line
+  assert time.monotonic() - began < 60
+
+
+def join(where, **options):
+  with pytest.raises(errors.UserError) as caught:
+    processes.join(where, **options)
+  return str(caught.value)
+
+
+def test_nobody_at_the_coordinator():
+  where = f"127.0.0.1:{free_port()}"
+  text = join(where, num_processes=2, process_id=1, timeout=1)
+  assert where in text and "did not answer" in text and "1 s" in text
+
+
+def test_a_process_that_does_not_come():
+  where = f"127.0.0.1:{free_port()}"
+  text = join(where, num_processes=3, process_id=0, timeout=1)
+  assert "of 3 processes 1, 2 did not come" in text
+
+
+@pytest.mark.parametrize(
+  "where, options, said",
+  [
+    ("localhost", {}, "expected auto or HOST:PORT; found 'localhost'"),
+    ("h:1", {"num_processes": 2}, "found None of 2"),
+    ("h:1", {"num_processes": 2, "process_id": 2}, "found 2 of 2"),
+    ("auto", {"process_id": 0}, "--process_id: 'auto' finds it itself"),
+  ],
+)
+def test_arguments_that_do_not_fit(where, options, said):
+  assert said in join(where, **options)

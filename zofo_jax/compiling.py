@@ -1,0 +1,183 @@
+"""A run's programs, compiled ahead of time for devices that need not be here.
+
+Compiled programs are asked for their memory, work and messages.
+"""
+
+import contextlib
+import os
+import re
+import time
+from typing import Any, NamedTuple
+
+import jax
+
+from zofo_jax import (
+  backbone,
+  bilevel,
+  costs,
+  errors,
+  hlo,
+  inner,
+  runs,
+  topologies,
+  zo,
+)
+from zofo_jax import mesh as mesh_lib
+
+
+def devices_of(topology: topologies.Topology) -> list[Any]:
+  """Returns the devices of a topology, or stand-ins that compile for it.
+
+  Raises:
+    UserError: the TPU compiler is not installed, or too few CPU devices.
+  """
+  if topology.kind == "cpu":
+    with contextlib.suppress(RuntimeError):  # devices were asked for before
+      jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    found = jax.devices("cpu")
+    if len(found) < topology.num_chips:
+      raise errors.UserError(
+        f"--topology: {topology.name} needs {topology.num_chips} devices; "
+        f"there are {len(found)}."
+      )
+    return found[: topology.num_chips]
+  from jax.experimental import topologies as jax_topologies
+
+  # The compiler's library would look for the TPU that is not here.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+  try:
+    described = jax_topologies.get_topology_desc(
+      platform="tpu", topology_name=topology.name
+    )
+  except Exception as error:  # jaxlib's own, of several types
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    raise errors.UserError(
+      f"--topology: {topology.name} needs the TPU compiler, from pip install "
+      f"'zofo-jax[tpu]' ({reason.rstrip('. ')})."
+    ) from error
+  return list(described.devices)
+
+
+def programs(run: runs.Run) -> dict[str, jax.stages.Lowered]:
+  """Lowers what is measured.
+
+  Returns:
+    `forward`: one loss of `upper.batch_size` rows; `zo`: a step of the backbone
+    on that loss alone; `lora`: a first-order step of an adapter on it;
+    `iteration`: an outer iteration of Bilevel-ZOFO.
+  """
+  config = run.config
+  state = run.abstract_state()
+  batch = costs.abstract_batch(config, run.model, run.mesh)
+  loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
+  places = jax.tree.map(lambda leaf: leaf.sharding, state)
+  whole = mesh_lib.everywhere(run.mesh)
+  sampler = runs.make_sampler(config.zo)
+  base_tx = runs.make_base_tx(config.zo)
+  tx = runs.make_optimizer(config.upper.optimizer, config.upper.learning_rate)
+
+  def zo_step(base, opt, adapter, rows, key):
+    objective = lambda base: loss_fn(base, adapter, rows, None)
+    estimated = zo.estimate(
+      objective,
+      base,
+      key,
+      config.zo.eps,
+      sampler=sampler,
+      estimator=runs.ESTIMATORS[config.zo.estimator],
+      num_directions=config.zo.num_directions,
+      map_fn=mesh_lib.map_directions(run.mesh),
+    )
+    return base_tx.update(base, opt, estimated, sampler, objective, key)
+
+  def lora_step(base, adapter, opt, rows, key):
+    rows = jax.tree.map(lambda leaf: leaf[None], rows)
+    return inner.minimize(loss_fn, base, adapter, opt, rows, key, tx=tx)
+
+  rows, key = batch.upper, state.key
+  adapter_opt = mesh_lib.with_shardings(
+    *_twice(jax.eval_shape(tx.init, state.upper), whole)
+  )
+  hparams = bilevel.BilevelHParams(config.zo.eps, config.penalty)
+  return {
+    "forward": jax.jit(loss_fn, static_argnums=3).lower(
+      state.base, state.upper, rows, None
+    ),
+    "zo": jax.jit(
+      zo_step,
+      donate_argnums=(0, 1),
+      out_shardings=(places.base, places.base_opt),
+    ).lower(state.base, state.base_opt, state.upper, rows, key),
+    "lora": jax.jit(
+      lora_step, donate_argnums=(1, 2), out_shardings=whole
+    ).lower(state.base, state.upper, adapter_opt, rows, key),
+    "iteration": run.jit_step().lower(state, batch, hparams),
+  }
+
+
+def _twice(tree: Any, place: Any) -> tuple[Any, Any]:
+  return tree, jax.tree.map(lambda _: place, tree)
+
+
+class Measured(NamedTuple):
+  """What a compiler says of a program, for one chip.
+
+  Attributes:
+    temp_bytes: temporaries.
+    total_bytes: arguments, temporaries, and results that are no argument.
+    flops: operations.
+    bytes_accessed: bytes read and written.
+    collective_bytes: what is received, by kind.
+    seconds: that it took to compile.
+    text: the compiled program.
+    problem: why it was not compiled: it does not fit.
+  """
+
+  temp_bytes: int = 0
+  total_bytes: int = 0
+  flops: float = 0.0
+  bytes_accessed: float = 0.0
+  collective_bytes: dict[str, int] | None = None
+  seconds: float = 0.0
+  text: str = ""
+  problem: str = ""
+
+
+_USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+
+
+def measure(lowered: jax.stages.Lowered) -> Measured:
+  """Compiles a program and reads what it needs."""
+  began = time.monotonic()
+  try:
+    compiled = lowered.compile()
+  except Exception as error:  # jaxlib's own
+    reason = str(error)
+    if "RESOURCE_EXHAUSTED" not in reason and "memory" not in reason.lower():
+      raise
+    used = _USED.search(reason)
+    power = " KMGT".index(used[2] or " ") if used else 0
+    total = int(float(used[1]) * 1024**power) if used else 0
+    return Measured(
+      total_bytes=total,
+      seconds=time.monotonic() - began,
+      problem=reason.splitlines()[0],
+    )
+  seconds = time.monotonic() - began
+  memory: Any = compiled.memory_analysis()
+  cost: Any = compiled.cost_analysis() or {}
+  text = compiled.as_text() or ""
+  return Measured(
+    temp_bytes=memory.temp_size_in_bytes,
+    total_bytes=memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes,
+    flops=cost.get("flops", 0.0),
+    bytes_accessed=cost.get("bytes accessed", 0.0),
+    collective_bytes=hlo.total_bytes(text),
+    seconds=seconds,
+    text=text,
+  )

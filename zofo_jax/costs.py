@@ -1,0 +1,209 @@
+"""What shapes alone tell of a run: its bytes a chip, and its operations."""
+
+import json
+import math
+import pathlib
+from typing import Any
+
+import jax
+import ml_collections
+
+from zofo_jax import (
+  backbone,
+  batches,
+  bilevel,
+  checks,
+  encode,
+  errors,
+  evaluate,
+  experiment,
+  models,
+  perturbed,
+  runs,
+  tasks,
+)
+from zofo_jax import mesh as mesh_lib
+from zofo_jax.models import known
+
+
+def abstract_batch(
+  config: ml_collections.ConfigDict,
+  model: backbone.Model,
+  mesh: mesh_lib.AnyMesh,
+) -> bilevel.BilevelBatch:
+  """Returns the shapes of an iteration's rows, of data.max_length tokens each.
+
+  Rows are of two options of one token, as those of SST-2.
+  """
+  length = experiment.row_length(config, model)
+  shape = batches.Shape(1, length, 1, 2, 2)
+  row = encode.EncodedRow((0,) * length, (length - 1,), ((0, 0, 0),))
+  example = encode.Example((row,), 0, (0,), (True, True), "")
+  one = batches.collate([example], shape, pad=0)
+
+  def rows(size, *lead):
+    return jax.tree.map(
+      lambda leaf: jax.ShapeDtypeStruct(
+        (*lead, size, *leaf.shape[1:]),
+        leaf.dtype,
+        sharding=mesh_lib.rows(mesh, len(lead)),
+      ),
+      one,
+    )
+
+  return bilevel.BilevelBatch(
+    lower=rows(config.lower.batch_size, config.lower.num_steps),
+    penalty=rows(config.upper.batch_size),
+    upper=rows(config.upper.batch_size),
+  )
+
+
+def make_run(
+  config: ml_collections.ConfigDict, mesh: mesh_lib.AnyMesh
+) -> runs.Run:
+  """Makes a run of a known model, or of a local folder's, without weights.
+
+  Args:
+    config: the run's config.
+    mesh: of real devices, of those of a topology, or a shape.
+
+  Raises:
+    UserError: the model's shape cannot be known here, or the config or its
+      mesh is wrong.
+  """
+  checks.check(config)
+  checks.check_mesh(config, mesh)
+  module, family = models.from_hf(
+    _hf_config(config.model.name),
+    remat=config.model.remat,
+    place=mesh_lib.place_states(mesh),
+  )
+  model = backbone.Model(module, family, pathlib.Path(), None)
+  return runs.Run(
+    config=config,
+    model=model,
+    task=tasks.get(config.data.task),
+    algorithm=runs.make_algorithm(
+      config,
+      backbone.make_loss_fn(config.loss, module),
+      map_fn=mesh_lib.map_directions(mesh),
+    ),
+    score_fn=evaluate.make_score_fn(backbone.make_log_probs_fn(module)),
+    mesh=mesh,
+  )
+
+
+def _hf_config(name: str) -> dict[str, Any]:
+  """Returns config.json of a known model or of a local folder."""
+  if name in known.CONFIGS:
+    return known.CONFIGS[name]
+  path = pathlib.Path(name).expanduser() / "config.json"
+  if not path.exists():
+    raise errors.UserError(
+      f"config.model.name: expected a folder with config.json or one of "
+      f"{', '.join(known.CONFIGS)}; found '{name}'."
+      f"{errors.nearest(name, known.CONFIGS)}"
+    )
+  return json.loads(path.read_text())
+
+
+def sizes(state: bilevel.BilevelState) -> dict[str, int]:
+  """Returns the bytes of the weights, and of the rest of a state, a chip."""
+  weights = _local_bytes(state.base)
+  return {"weights": weights, "optimizer": _local_bytes(state) - weights}
+
+
+def _local_bytes(tree: Any) -> int:
+  """Counts the bytes of a tree of shapes with shardings on one device."""
+
+  def one(leaf):
+    shape = leaf.sharding.shard_shape(leaf.shape)
+    size = leaf.dtype.itemsize  # a key's are those of its data
+    return math.prod(shape) * size
+
+  return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def estimate(
+  run: runs.Run, state: bilevel.BilevelState, mesh: mesh_lib.AnyMesh
+) -> dict[str, int]:
+  """Estimates the bytes a chip from shapes alone, as a plan names them.
+
+  A layer's activations are counted as if all lived at once, scores of
+  attention in float32; a backward pass keeps every product.
+
+  Args:
+    run: the run, on any mesh.
+    state: its shapes.
+    mesh: the grid in question.
+
+  Raises:
+    UserError: the mesh does not divide weights, rows or directions.
+  """
+  config = run.config
+  checks.check_mesh(config, mesh)
+  places = mesh_lib.state_shardings(mesh, state, run.model.family.SHARDINGS)
+  state = mesh_lib.with_shardings(state, places)
+  found, base = sizes(state), state.base
+  kernels = [
+    leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(base["layers"])
+    if perturbed.path_name(path).endswith("kernel")
+  ]
+  width = kernels[0].dtype.itemsize
+  length = experiment.row_length(config, run.model)
+  rows = config.upper.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
+  heads = run.model.module.config.num_heads
+  products = sum(leaf.shape[-1] for leaf in kernels) // mesh.shape["model"]
+  layer = rows * length * products * width
+  layer += 2 * rows * heads // mesh.shape["model"] * length**2 * 4
+  one_layer = sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) for leaf in kernels
+  )
+  depth = kernels[0].shape[0]
+  perturbed_layer = one_layer * mesh.shape["fsdp"] * (2 * width + 4)
+  forward = layer + one_layer * (mesh.shape["fsdp"] - 1) * width
+  # Two signs at once, of one loss and of three.
+  zo_temp = 2 * layer + perturbed_layer
+  kept = 1 if config.model.remat else products * width
+  backward = 2 * (rows * length * kept * depth + 2 * layer)
+  temp = max(3 * zo_temp, backward)
+  return found | {
+    "forward_temp": forward,
+    "zo_temp": zo_temp,
+    "iteration_temp": temp,
+    "total": sum(found.values()) + temp,
+  }
+
+
+def flops(run: runs.Run) -> float:
+  """Counts the operations of an iteration's products of matrices, all chips."""
+  batch = abstract_batch(run.config, run.model, run.mesh)
+  step = jax.make_jaxpr(run.algorithm.step)(
+    run.abstract_state(), batch, bilevel.BilevelHParams()
+  )
+  return _flops(step.jaxpr)
+
+
+def _flops(jaxpr: Any) -> float:
+  """Sums 2 m n k over dot_general, times the lengths of loops."""
+  total = 0.0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      (contracted, _), _ = equation.params["dimension_numbers"]
+      shape = equation.invars[0].aval.shape
+      inner_size = math.prod(shape[axis] for axis in contracted)
+      total += 2.0 * inner_size * math.prod(equation.outvars[0].aval.shape)
+      continue
+    inside = [
+      getattr(value, "jaxpr", value)
+      for param in equation.params.values()
+      for value in (param if isinstance(param, tuple | list) else (param,))
+      if hasattr(value, "eqns") or hasattr(value, "jaxpr")
+    ]
+    found = [_flops(one) for one in inside]
+    if equation.primitive.name == "cond":  # one of its branches
+      total += max(found)
+    else:
+      total += equation.params.get("length", 1) * sum(found)
+  return total

@@ -1,0 +1,87 @@
+"""Slices of accelerators by name: how many chips, and how much each holds."""
+
+import math
+import re
+from typing import NamedTuple
+
+from zofo_jax import errors
+
+_GIB = 2**30
+
+
+class Topology(NamedTuple):
+  """Devices that need not be here.
+
+  Attributes:
+    name: such as "v5p:4x4x4", "cpu:8" or "h100:8".
+    kind: what stands before the colon.
+    num_chips: how many.
+    chip_bytes: memory of one; None where that is the host's.
+    compiled: whether their own compiler can be asked.
+  """
+
+  name: str
+  kind: str
+  num_chips: int
+  chip_bytes: int | None
+  compiled: bool
+
+
+# Slices that can be had, the smallest first.
+_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_DEEP = (
+  *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
+)
+TPUS: dict[str, tuple[int, tuple[str, ...]]] = {
+  "v5e": (16 * _GIB, _FLAT),
+  "v6e": (32 * _GIB, _FLAT),
+  "v5p": (95 * _GIB, _DEEP),
+}
+GPUS = {
+  "l4": 24 * _GIB,
+  "a100-40gb": 40 * _GIB,
+  "a100": 80 * _GIB,
+  "h100": 80 * _GIB,
+  "h200": 141 * 10**9,
+  "b200": 180 * _GIB,
+}
+
+
+def find(name: str) -> Topology:
+  """Looks a topology up.
+
+  Args:
+    name: KIND:SHAPE, for instance "v5e:4x4", "cpu:8" or "h100:8".
+
+  Raises:
+    UserError: there is no such kind, or it has no such shape.
+  """
+  kind, _, shape = name.partition(":")
+  kinds = (*TPUS, *GPUS, "cpu")
+  if kind not in kinds:
+    raise errors.UserError(
+      f"--topology: expected KIND:SHAPE with one of {', '.join(kinds)}; found "
+      f"'{name}'.{errors.nearest(kind, kinds)}"
+    )
+  if kind in TPUS:
+    chip_bytes, shapes = TPUS[kind]
+    if shape not in shapes:
+      raise errors.UserError(
+        f"--topology: {kind} comes as {', '.join(shapes)}; found '{shape}'."
+        f"{errors.nearest(shape, shapes)}"
+      )
+    count = math.prod(int(n) for n in shape.split("x"))
+    return Topology(name, kind, count, chip_bytes, True)
+  if not re.fullmatch(r"[1-9]\d*", shape):
+    raise errors.UserError(
+      f"--topology: expected a number of devices after '{kind}:'; found "
+      f"'{shape}'."
+    )
+  return Topology(name, kind, int(shape), GPUS.get(kind), kind == "cpu")
+
+
+def slices(kind: str) -> list[Topology]:
+  """Returns all listed slices of a kind, the smallest first."""
+  if kind in TPUS:
+    return [find(f"{kind}:{shape}") for shape in TPUS[kind][1]]
+  return [find(f"{kind}:{2**i}") for i in range(8)]
