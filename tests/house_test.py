@@ -21,9 +21,9 @@ FILES = {
 FLOORS = (
   ("main",),
   ("modes",),
-  ("adapt",),
-  ("metatrain",),
-  ("saved", "train"),
+  ("adapt", "metatrain"),
+  ("metarun",),
+  ("saved", "train", "tuning"),
   ("loop",),
   ("runs",),
   ("objectives",),
