@@ -54,23 +54,14 @@ def load_targets(
   for member in members:
     splits = families.load_rows(config, member)
 
-    def encoded(found, mode, member=member):
-      return encode.encode_rows(
-        member.task,
-        found,
-        model.tokenizer,
-        mode,
-        max_length=experiment.row_length(config, model),
-        version=config.data.template,
-        long_rows="truncate",
-      )
-
     pool = [*splits.lower, *splits.upper]
     shots = [
-      encoded(_few(config, member, pool, seed), config.loss)
+      experiment.encode_trained(
+        config, model, member.task, _few(config, member, pool, seed)
+      )
       for seed in range(config.adapt.num_seeds)
     ]
-    test = encoded(splits.test, "classification")
+    test = experiment.encode_scored(config, model, member.task, splits.test)
     targets.append(Target(member, shots, test))
   return targets
 
