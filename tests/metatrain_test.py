@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from zofo_jax import (
   adapt,
   backbone,
+  batches,
   checkpoint,
   errors,
   experiment,
@@ -174,6 +175,36 @@ def test_where_stacks_start_does_not_matter(done, tiny_model):
     ).reshape(len(TRAINED), -1)
   ]
   assert len({leaf.tobytes() for leaf in drawn}) == 2 * len(TRAINED)
+
+
+def test_every_kind_of_adapter_has_an_axis_of_tasks(config):
+  config.command = "metatrain"
+  config.adapter.kind = "lora+prefix+prompt"
+  config.meta.train, config.meta.target = ("cr", "rotten_tomatoes"), ("mpqa",)
+  config.meta.num_tasks = 2
+  config.data.max_length = 32
+  family = metarun.make_family(config)
+  model = family.run.model
+  state = family.init(backbone.load_base(config, model))
+  examples = families.load_examples(config, model, family.members)
+  shape = families.common_shape([*map(experiment.train_shape, examples)])
+  each = [batches.collate(e.upper[:3], shape, pad=model.pad) for e in examples]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+  loss_fn = backbone.make_loss_fn(config.loss, model.module)
+  grad = jax.value_and_grad(lambda a, base, b: loss_fn(base, a, b, None))
+  together = jax.jit(jax.vmap(grad, (0, None, 0)))(
+    state.upper, state.base, stacked
+  )
+  alone = jax.jit(grad)
+  for i in range(2):
+    one = alone(family.adapter(state, i), state.base, each[i])
+    jax.tree.map(
+      lambda many, one, i=i: np.testing.assert_allclose(
+        many[i], one, rtol=1e-4, atol=1e-5
+      ),
+      together,
+      one,
+    )
 
 
 @pytest.fixture(scope="module")
