@@ -174,14 +174,15 @@ def table(outcome: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     outcome: as `assess` gives it, of every backbone.
 
   Returns:
-    Rows by target; few-shot is the mean over seeds, with its standard
-    deviation.
+    Rows by target; start is what is tuned, where a run gives it; few-shot is
+    the mean over seeds, with its standard deviation.
   """
   rows = [
     {
       "task": one["task"],
       "backbone": one["backbone"],
       "zero-shot": one["zero_shot"],
+      **({"start": one["start"]} if "start" in one else {}),
       "few-shot": float(np.mean(one["few_shot"])),
       "±": float(np.std(one["few_shot"])),
     }
@@ -191,9 +192,10 @@ def table(outcome: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
   rows.sort(key=lambda row: names.index(row["task"]))
   for name in dict.fromkeys(row["backbone"] for row in rows):
     own = [row for row in rows if row["backbone"] == name]
-    means = {
+    means: dict[str, float] = {
       column: float(np.mean([row[column] for row in own]))
-      for column in ("zero-shot", "few-shot")
+      for column in ("zero-shot", "start", "few-shot")
+      if column in own[0]
     }
     rows.append({"task": "mean", "backbone": name, **means})
   return rows
