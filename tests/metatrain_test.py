@@ -13,14 +13,16 @@ from jax.experimental.compilation_cache import compilation_cache
 from zofo_jax import (
   adapt,
   backbone,
+  batches,
   checkpoint,
   errors,
   experiment,
   families,
-  metatrain,
+  metarun,
   report,
   runs,
   tasks,
+  tuning,
 )
 from zofo_jax import config as config_lib
 from zofo_jax.tasks import groups
@@ -96,7 +98,7 @@ def done(start, tmp_path_factory):
 
 def arrays(folder, step):
   """Reads a checkpoint as {name: array}."""
-  family = metatrain.make_family(runs.read_config(epath.Path(folder)))
+  family = metarun.make_family(runs.read_config(epath.Path(folder)))
   with checkpoint.Checkpoints(folder / "checkpoints") as checkpoints:
     state, _ = checkpoints.restore(family.abstract_state(), step)
   state = state._replace(key=jax.random.key_data(state.key))
@@ -153,7 +155,7 @@ def test_a_run_resumed_on_the_host_is_the_same(done, start, tmp_path):
 
 
 def test_where_stacks_start_does_not_matter(done, tiny_model):
-  family = metatrain.make_family(runs.read_config(epath.Path(done)))
+  family = metarun.make_family(runs.read_config(epath.Path(done)))
   base = backbone.load_base(family.config, family.run.model)
   on_device = family.init(base)
   family.config.meta.on_host = True
@@ -175,6 +177,36 @@ def test_where_stacks_start_does_not_matter(done, tiny_model):
   assert len({leaf.tobytes() for leaf in drawn}) == 2 * len(TRAINED)
 
 
+def test_every_kind_of_adapter_has_an_axis_of_tasks(config):
+  config.command = "metatrain"
+  config.adapter.kind = "lora+prefix+prompt"
+  config.meta.train, config.meta.target = ("cr", "rotten_tomatoes"), ("mpqa",)
+  config.meta.num_tasks = 2
+  config.data.max_length = 32
+  family = metarun.make_family(config)
+  model = family.run.model
+  state = family.init(backbone.load_base(config, model))
+  examples = families.load_examples(config, model, family.members)
+  shape = families.common_shape([*map(experiment.train_shape, examples)])
+  each = [batches.collate(e.upper[:3], shape, pad=model.pad) for e in examples]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+  loss_fn = backbone.make_loss_fn(config.loss, model.module)
+  grad = jax.value_and_grad(lambda a, base, b: loss_fn(base, a, b, None))
+  together = jax.jit(jax.vmap(grad, (0, None, 0)))(
+    state.upper, state.base, stacked
+  )
+  alone = jax.jit(grad)
+  for i in range(2):
+    one = alone(family.adapter(state, i), state.base, each[i])
+    jax.tree.map(
+      lambda many, one, i=i: np.testing.assert_allclose(
+        many[i], one, rtol=1e-4, atol=1e-5
+      ),
+      together,
+      one,
+    )
+
+
 @pytest.fixture(scope="module")
 def lora(start, tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs") / "lora"
@@ -190,7 +222,7 @@ def test_baselines_move_what_they_should(lora, start, tmp_path, method):
   metrics = report.read_jsonl(folder / "metrics.jsonl")
   passes = {"lora": (4, 4), "full": (4, 4), "mezo": (4, 0)}[method]
   assert (metrics[0]["forward_passes"], metrics[0]["backward_passes"]) == passes
-  family, state = metatrain.load(folder)
+  family, state = metarun.load(folder)
   before = backbone.load_base(family.config, family.run.model)
   moved = {
     jax.tree_util.keystr(path): not np.array_equal(old, new)
@@ -251,15 +283,15 @@ def config(tiny_model, family_rows):
 def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
   members = families.members(config, config.adapt.tasks, "target", "x")
   run = runs.make_run(config, members[0].task)
-  targets = adapt.load_targets(config, run.model, members)
+  targets = tuning.load_targets(config, run.model, members)
   base = backbone.load_base(config, run.model)
-  together = adapt.tune(run, adapt.Backbone("base", base, {}), targets)
+  together = tuning.tune(run, tuning.Backbone("base", base, {}), targets)
   # The last of all, alone.
   config.adapt.num_seeds = 1
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   fresh = backbone.init_adapter(config, run.model, key, base)
   target = targets[1]._replace(shots=[targets[1].shots[1]])
-  alone = adapt.tune(run, adapt.Backbone("base", base, fresh), [target])
+  alone = tuning.tune(run, tuning.Backbone("base", base, fresh), [target])
   jax.tree.map(
     lambda many, one, start: (
       np.testing.assert_allclose(many[1, 1], one[0, 0], rtol=1e-3, atol=1e-6),
@@ -311,7 +343,7 @@ def test_metaicl_lists(config, tmp_path):
   (examples,) = families.load_examples(config, model, trained)
   assert isinstance(examples, experiment.Examples)
   assert len(examples.lower) > 0 and len(examples.test) == 8
-  (found,) = adapt.load_targets(config, model, target)
+  (found,) = tuning.load_targets(config, model, target)
   assert [len(shots) for shots in found.shots] == [3, 3]
   split.write_text('{"test": []}')
   with pytest.raises(errors.UserError, match=r"lists 'train' and 'test'"):
@@ -346,7 +378,7 @@ def test_mistakes(config, changes, expected):
     section, field = name.split(".")
     config[section][field] = value
   with pytest.raises(errors.UserError) as caught:
-    metatrain.make_family(config)
+    metarun.make_family(config)
   for part in expected:
     assert part in str(caught.value)
 

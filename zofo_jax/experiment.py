@@ -6,7 +6,7 @@ checked before any weight is read or anything is compiled.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -150,44 +150,63 @@ def load_examples(
     UserError: names the file and row that is wrong.
   """
   splits = load_rows(config, task)
-  version = config.data.template
-  long_rows = config.data.long_rows
-  context = context_length(config, model)
+  return Examples(
+    lower=encode_trained(config, model, task, splits.lower),
+    upper=encode_trained(config, model, task, splits.upper),
+    selection=encode_scored(config, model, task, splits.selection),
+    test=encode_scored(config, model, task, splits.test),
+  )
 
+
+def encode_trained(
+  config: ml_collections.ConfigDict,
+  model: backbone.Model,
+  task: tasks.Task,
+  found: Sequence[rows.Row],
+) -> list[encode.Example]:
+  """Encodes rows that are trained on.
+
+  Raises:
+    UserError: names the file and row that is wrong.
+  """
   # Accuracy compares the options, whatever the loss.
   compared = config.zo.objective == "accuracy"
-  train_mode: encode.Mode = "classification" if compared else config.loss
+  mode: encode.Mode = "classification" if compared else config.loss
+  return encode.encode_rows(
+    task,
+    found,
+    model.tokenizer,
+    mode,
+    max_length=row_length(config, model),
+    version=config.data.template,
+    long_rows=config.data.long_rows,
+  )
 
-  def train(found):
-    return encode.encode_rows(
-      task,
-      found,
-      model.tokenizer,
-      train_mode,
-      max_length=row_length(config, model),
-      version=version,
-      long_rows=long_rows,
-    )
 
-  def score(found):
-    if task.kind == "generation":
-      return load_questions(config, model, task, found)
-    dropped = long_rows == "drop"
-    return encode.encode_rows(
-      task,
-      found,
-      model.tokenizer,
-      "classification",
-      max_length=context if dropped else row_length(config, model),
-      version=version,
-      long_rows="error" if dropped else long_rows,
-    )
+def encode_scored(
+  config: ml_collections.ConfigDict,
+  model: backbone.Model,
+  task: tasks.Task,
+  found: Sequence[rows.Row],
+) -> list[Any]:
+  """Encodes rows that are answered; none is dropped for its length.
 
-  return Examples(
-    lower=train(splits.lower),
-    upper=train(splits.upper),
-    selection=score(splits.selection),
-    test=score(splits.test),
+  Raises:
+    UserError: names the file and row that is wrong.
+  """
+  if task.kind == "generation":
+    return load_questions(config, model, task, found)
+  long_rows = config.data.long_rows
+  dropped = long_rows == "drop"
+  context = context_length(config, model)
+  return encode.encode_rows(
+    task,
+    found,
+    model.tokenizer,
+    "classification",
+    max_length=context if dropped else row_length(config, model),
+    version=config.data.template,
+    long_rows="error" if dropped else long_rows,
   )
 
 

@@ -52,8 +52,8 @@ class BilevelBatch(NamedTuple):
 class BilevelHParams(NamedTuple):
   """Numbers that may change without a new compilation; float32, shape []."""
 
-  zo_eps: jax.Array | float = 1e-3
-  penalty: jax.Array | float = 1.0
+  zo_eps: jax.typing.ArrayLike = 1e-3
+  penalty: jax.typing.ArrayLike = 1.0
 
 
 class BilevelInfo(NamedTuple):
