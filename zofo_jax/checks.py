@@ -25,7 +25,7 @@ DTYPES = ("float32", "bfloat16")
 # Of the tasks' mean loss: bilevel; one adapter, or all weights, first order;
 # all weights zeroth order.
 METHODS = ("bilevel", "lora", "full", "mezo")
-COMMANDS = ("train", "metatrain", "adapt", "icl", "probe", "head")
+COMMANDS = ("train", "icl", "probe", "head", "metatrain", "adapt")
 
 CHOICES = {
   "command": COMMANDS,

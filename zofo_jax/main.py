@@ -35,14 +35,11 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
+from zofo_jax import checks, errors, guards, processes
 from zofo_jax import config as config_lib
-from zofo_jax import errors, guards, processes
 
-OF_A_CONFIG = ("train", "icl", "probe", "head", "metatrain", "adapt", "plan")
-COMMANDS = (
-  *("train", "evaluate", "predict", "icl", "probe", "head"),
-  *("metatrain", "adapt", "plan"),
-)
+OF_A_CONFIG = (*checks.COMMANDS, "plan")
+COMMANDS = ("train", "evaluate", "predict", *OF_A_CONFIG[1:])
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file of configs/, as FILE.py or FILE.py:name=value,..."
