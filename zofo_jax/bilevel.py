@@ -130,6 +130,27 @@ def _evaluate(terms, base, keys) -> jax.Array:
   return losses.astype(jnp.float32)
 
 
+def _gradient(loss_fns, batches, keys, point) -> tuple[jax.Array, list[Any]]:
+  """Losses at (base, adapter), float32 [2], and the adapter's gradient of each.
+
+  One after the other, so that one loss's activations exist at a time.
+  """
+  base, adapter = point
+
+  def one(loss_fn, batch, key):
+    return jax.value_and_grad(loss_fn, argnums=1)(base, adapter, batch, key)
+
+  if len(set(loss_fns)) == 1 and _alike(batches):
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+    losses, both = jax.lax.map(lambda x: one(loss_fns[0], *x), (stacked, keys))
+    grads = [jax.tree.map(lambda leaf, i=i: leaf[i], both) for i in range(2)]
+  else:
+    found = [one(*term) for term in zip(loss_fns, batches, keys, strict=True)]
+    losses = jnp.stack([loss for loss, _ in found])
+    grads = [grad for _, grad in found]
+  return losses.astype(jnp.float32), grads
+
+
 def _one_row(example: Any) -> Any:
   """Makes a batch of one example."""
   return jax.tree.map(lambda leaf: leaf[None], example)
@@ -199,17 +220,13 @@ def bilevel_step(
     tx=lower_tx,
   )
 
-  def upper_objective(adapter):
-    terms = (
-      (upper_loss_fn, adapter, batch.upper),
-      (lower_loss_fn, adapter, batch.penalty),
-    )
-    losses = _evaluate(terms, state.base, jax.random.split(upper_key, 2))
-    return losses[0] + penalty * losses[1], losses
-
-  (_, losses), grads = jax.value_and_grad(upper_objective, has_aux=True)(
-    state.upper
+  losses, grads = _gradient(
+    (upper_loss_fn, lower_loss_fn),
+    (batch.upper, batch.penalty),
+    jax.random.split(upper_key, 2),
+    (state.base, state.upper),
   )
+  grads = jax.tree.map(lambda f, g: (f + penalty * g).astype(f.dtype), *grads)
   updates, upper_opt = upper_tx.update(grads, state.upper_opt, state.upper)
   upper = optax.apply_updates(state.upper, updates)
 
