@@ -225,9 +225,9 @@ def test_choose():
 
 def test_every_checked_field_exists():
   fields = (
-    *checks._CHOICES,
-    *config_lib._POSITIVE,
-    *config_lib._NOT_NEGATIVE,
+    *checks.CHOICES,
+    *checks._POSITIVE,
+    *checks._NOT_NEGATIVE,
   )
   assert set(fields) <= DEFAULTS.keys()
   # Every number is checked, but for those that may be anything.
@@ -246,7 +246,7 @@ def test_every_checked_field_exists():
 
 
 @pytest.mark.parametrize(
-  "name", config_lib._POSITIVE + config_lib._NOT_NEGATIVE
+  "name", checks._POSITIVE + checks._NOT_NEGATIVE
 )
 def test_check_names_the_field(name):
   config = load("opt").get_config()

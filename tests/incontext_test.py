@@ -4,7 +4,7 @@ import logging
 
 import pytest
 
-from zofo_jax import encode, errors, incontext, rows, tasks
+from zofo_jax import encode, errors, incontext, questions, rows, tasks
 
 TASK = tasks.get("sst2")
 
@@ -130,3 +130,21 @@ def test_a_question_that_does_not_fit(tokenizer):
     asked(tokenizer, max_length=3)
   text = asked(tokenizer, max_length=3, truncate=True)
   assert "a bright cast It was".endswith(text) and text
+
+
+def test_what_all_rows_begin_with():
+  def example(tokens, *positions):
+    row = encode.EncodedRow(tuple(tokens), positions, ((0, 9, 0),))
+    return encode.Example((row,), 0, (0,), (True,), "row 1")
+
+  shared, rest = incontext.split_shared(
+    [example([1, 2, 3, 4, 5], 3, 4), example([1, 2, 3, 6, 5, 5], 4)]
+  )
+  assert shared == (1, 2, 3)
+  assert [e.rows[0].tokens for e in rest] == [(4, 5), (6, 5, 5)]
+  assert [e.rows[0].positions for e in rest] == [(0, 1), (1,)]
+  # The token that predicts is read with the row.
+  shared, rest = incontext.split_shared([example([1, 2], 1)] * 2)
+  assert shared == (1,) and rest[0].rows[0].positions == (0,)
+  ask = [questions.Question((1, 2), (), "1"), questions.Question((1,), (), "2")]
+  assert incontext.split_shared(ask) == ((), ask)

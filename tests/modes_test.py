@@ -2,12 +2,13 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 
 from zofo_jax import config as config_lib
-from zofo_jax import errors, modes
+from zofo_jax import errors, incontext, modes
 
 LLAMA = pathlib.Path(__file__).parents[1] / "configs" / "llama.py"
 
@@ -67,6 +68,37 @@ def test_sets_of_demonstrations_and_calibration(config, tmp_path):
     off, np.broadcast_to(off[:1], off.shape), atol=1e-4
   )
   assert abs(off[0, 0] - off[0, 1]) > 1e-3
+
+
+def test_demonstrations_are_read_once(config, tmp_path, monkeypatch):
+  """Scores are those of rows that hold them; a window forbids it."""
+  config.icl.num_shots = 4
+  seen, split = [], incontext.split_shared
+
+  def watched(examples):
+    seen.append(len(split(examples)[0]))
+    return split(examples)
+
+  found = []
+  for change in (watched, lambda examples: ((), examples)):
+    monkeypatch.setattr(incontext, "split_shared", change)
+    modes.icl(config, str(tmp_path))
+    found.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
+  np.testing.assert_allclose(*found, atol=2e-5)
+  assert seen[0] > 12
+  folder = tmp_path / "windowed"
+  shutil.copytree(config.model.name, folder)
+  fields = json.loads((folder / "config.json").read_text())
+  fields |= {"model_type": "mistral", "sliding_window": 8}
+  (folder / "config.json").write_text(json.dumps(fields))
+  config.model.name = str(folder)
+  windowed = []
+  for change in (watched, lambda examples: ((), examples)):
+    monkeypatch.setattr(incontext, "split_shared", change)
+    modes.icl(config, str(tmp_path))
+    windowed.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
+  np.testing.assert_allclose(*windowed, atol=2e-5)
+  assert np.abs(np.subtract(found[0], windowed[0])).max() > 1e-3
 
 
 def test_probe_and_head_learn(config, tmp_path):

@@ -5,6 +5,7 @@ spaces around it, and a separator follows it.
 """
 
 import bisect
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -120,3 +121,37 @@ def encode_rows(
       *(np.mean(shown), len(demonstrations), min(shown)),
     )
   return examples
+
+
+def split_shared(examples: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
+  """Takes what all rows of tokens begin with off them.
+
+  Args:
+    examples: encoded rows, or questions.
+
+  Returns:
+    The shared tokens, and the examples without them; where something is left
+    to be read, of each row at least the token that predicts first.
+  """
+  rows_of = [getattr(example, "rows", (example,)) for example in examples]
+  every = [row for some in rows_of for row in some]
+  columns = zip(*(row.tokens for row in every), strict=False)
+  same = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
+  count = min(
+    len(list(same)),
+    *(min(getattr(r, "positions", (len(r.tokens) - 1,))) for r in every),
+  )
+
+  def rest(row):
+    row = row._replace(tokens=row.tokens[count:])
+    if not hasattr(row, "positions"):
+      return row
+    return row._replace(positions=tuple(p - count for p in row.positions))
+
+  shorter = [
+    example._replace(rows=tuple(map(rest, example.rows)))
+    if hasattr(example, "rows")
+    else rest(example)
+    for example in examples
+  ]
+  return every[0].tokens[:count], shorter

@@ -5,6 +5,7 @@ new head. Each reads the config of a run, answers the same test rows, and may
 learn from the rows of D_p and D_f together.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
+  adapters,
   backbone,
   batches,
   calibrate,
@@ -62,7 +64,7 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   ]
   base = backbone.load_base(config, run.model, run.mesh)
   results = [
-    _calibrated(run, base, run.evaluate(base, {}, examples, "icl"), nulls)
+    _calibrated(run, base, _answered(run, base, examples, "icl"), nulls)
     for examples, nulls in encoded
   ]
   figures: dict[str, Any] = {
@@ -132,6 +134,16 @@ def _icl_examples(
   return encoded([task.prompt(row, version) for row in asked]), nulls
 
 
+def _answered(run, base, examples, label):
+  """Answers rows; demonstrations that all of them begin with are read once."""
+  shared, rest = incontext.split_shared(examples)
+  if not shared or not run.model.module.prefix_acts_as_tokens:
+    return run.evaluate(base, {}, examples, label)
+  read = jax.jit(functools.partial(adapters.prefix_of_tokens, run.model.module))
+  prefix = read(base, np.array(shared, np.int32))
+  return run.evaluate(base, prefix, rest, label)
+
+
 def _calibrated(run, base, result, nulls):
   """Takes off what questions without content score, if so configured."""
   if not nulls:
@@ -141,7 +153,7 @@ def _calibrated(run, base, result, nulls):
   for one in nulls:
     distinct = list({example.rows: example for example in one}.values())
     place = {example.rows: i for i, example in enumerate(distinct)}
-    found = run.evaluate(base, {}, distinct, "calibrate").scores
+    found = _answered(run, base, distinct, "calibrate").scores
     null_scores.append(found[[place[example.rows] for example in one]])
   if run.config.icl.calibration == "contextual":
     scores = calibrate.contextual(result.scores, np.stack(null_scores))

@@ -87,6 +87,11 @@ class Decoder(nn.Module):
   if it is not tied, `head`, and defines `_body`, `_finish` and `_cache_shape`.
   """
 
+  @property
+  def prefix_acts_as_tokens(self) -> bool:
+    """Tells whether tokens and the prefix made of them are one and the same."""
+    return True
+
   def _inputs(
     self, tokens_BxL: jax.Array, mask_BxL: jax.Array
   ) -> tuple[jax.Array, jax.Array]:

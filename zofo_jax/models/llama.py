@@ -170,6 +170,15 @@ class Llama(decoder.Decoder):
     if not c.tied_head:
       self.head = layers.Embed(c.vocab_size, c.hidden_size)
 
+  @property
+  def prefix_acts_as_tokens(self) -> bool:
+    """Tells whether tokens and the prefix made of them are one and the same.
+
+    A prefix is seen through every window, and its keys stay as they are where
+    dynamic NTK would turn them with the row's length.
+    """
+    return self.config.windows is None and self.config.rope.kind != "dynamic"
+
   def _body(
     self,
     x_BxLxE: jax.Array,
