@@ -87,7 +87,7 @@ def test_fields_and_flags():
   fields = re.findall(r"--config\.([\w.]+)=", README)
   assert fields and set(fields) <= FIELDS.keys()
   flags = set(re.findall(r"--(\w+)=", README))
-  assert flags <= {"config", "workdir", "input", "output"}
+  assert flags <= {"config", "workdir", "input", "output", "topology"}
 
 
 def test_links():

@@ -75,7 +75,7 @@ def load_model(
   module, family = models.from_hf(
     hf_config,
     remat=config.model.remat,
-    place=mesh_lib.place_states(mesh) if mesh else models.decoder.anywhere,
+    place=mesh_lib.place_states(mesh) if mesh else models.layers.anywhere,
   )
   tokenizer = encode.load_tokenizer(folder)
   vocab_size = module.config.vocab_size

@@ -133,15 +133,14 @@ def bilevel_step(
       tx=lower_tx,
     )
 
-    def objective(adapter):
-      both = (
-        (upper_loss_fn, adapter, rows.upper),
-        (lower_loss_fn, adapter, rows.penalty),
-      )
-      losses = terms.evaluate(both, state.base, jax.random.split(own[1], 2))
-      return losses[0] + penalty * losses[1], losses
-
-    (_, losses), grads = jax.value_and_grad(objective, has_aux=True)(upper)
+    both = (
+      (upper_loss_fn, upper, rows.upper),
+      (lower_loss_fn, upper, rows.penalty),
+    )
+    losses, grads = terms.gradients(
+      both, state.base, jax.random.split(own[1], 2)
+    )
+    grads = jax.tree.map(lambda f, g: (f + penalty * g).astype(f.dtype), *grads)
     upper, upper_opt, norm = inner.update(grads, upper_opt, upper, tx=upper_tx)
     found = (lower_loss, losses[0], losses[1], norm)
     return upper, upper_opt, lower, lower_opt, found

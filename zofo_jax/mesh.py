@@ -282,20 +282,22 @@ def on_rows(
   return call
 
 
-def place_states(mesh: AnyMesh) -> Callable[[jax.Array], jax.Array]:
-  """Makes what divides hidden states [B, ..., D] by rows alone.
+def place_states(mesh: AnyMesh) -> Callable[[jax.Array, bool], jax.Array]:
+  """Makes what divides states [B, ..., D] by rows, and within a layer by D.
 
   Without it they would be divided as the weights that they meet are, and the
   weights of an `fsdp` axis not gathered.
   """
   parts = math.prod(mesh.shape[name] for name in _ROWS)
 
-  def place(x):
+  def place(x, divided):
     if mesh.size == 1:
       return x
     # Examples of a direction each are a batch axis that is not seen here.
     alone = x.shape[0] % parts != 0
-    spec = P(P.UNCONSTRAINED if alone else _ROWS)
+    first = P.UNCONSTRAINED if alone else _ROWS
+    last = "model" if divided else None
+    spec = P(first, *[None] * (x.ndim - 2), last)
     # Within a group of directions the mesh is another.
     here = jax.sharding.get_abstract_mesh()
     return jax.lax.with_sharding_constraint(

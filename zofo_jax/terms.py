@@ -48,3 +48,42 @@ def evaluate(
       ]
     )
   return losses.astype(jnp.float32)
+
+
+def gradients(
+  terms: Sequence[Term], base: Any, keys: jax.Array
+) -> tuple[jax.Array, list[Any]]:
+  """Evaluates several losses at one backbone, and their adapters' gradients.
+
+  One after the other, so that one loss's activations exist at a time; terms of
+  one function and one shape by one program in a loop.
+
+  Args:
+    terms: a loss, its adapter and its batch each.
+    base: backbone parameters.
+    keys: typed PRNG keys, shape [terms].
+
+  Returns:
+    Losses, float32, shape [terms], and for each a tree like its adapter.
+  """
+  loss_fns, adapters, batches = zip(*terms, strict=True)
+
+  def one(loss_fn, adapter, batch, key):
+    return jax.value_and_grad(loss_fn, argnums=1)(base, adapter, batch, key)
+
+  if len(set(loss_fns)) == 1 and _alike(zip(adapters, batches)):
+    stack = lambda *leaves: jnp.stack(leaves)
+    stacked = (
+      jax.tree.map(stack, *adapters),
+      jax.tree.map(stack, *batches),
+      keys,
+    )
+    losses, each = jax.lax.map(lambda term: one(loss_fns[0], *term), stacked)
+    grads = [
+      jax.tree.map(lambda leaf, i=i: leaf[i], each) for i in range(len(terms))
+    ]
+  else:
+    found = [one(*term, key) for term, key in zip(terms, keys, strict=True)]
+    losses = jnp.stack([loss for loss, _ in found])
+    grads = [grad for _, grad in found]
+  return losses.astype(jnp.float32), grads

@@ -11,7 +11,7 @@ from typing import Any
 import flax.linen as nn
 
 from zofo_jax import errors
-from zofo_jax.models import decoder, llama, opt
+from zofo_jax.models import layers, llama, opt
 
 FAMILIES: dict[str, ModuleType] = {
   "opt": opt,
@@ -25,7 +25,7 @@ def from_hf(
   config: Mapping[str, Any],
   *,
   remat: bool = False,
-  place: decoder.PlaceFn = decoder.anywhere,
+  place: layers.PlaceFn = layers.anywhere,
 ) -> tuple[nn.Module, ModuleType]:
   """Makes the module that a config.json describes.
 

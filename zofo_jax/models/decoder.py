@@ -7,7 +7,6 @@ Shapes: B rows, L length, S slots of a cache, D width, E width of the
 embedding, P supervised positions (or virtual tokens), K targets, V vocabulary.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -17,14 +16,6 @@ import jax.numpy as jnp
 from zofo_jax import adapters, perturbed
 from zofo_jax.models import caches
 from zofo_jax.models.layers import token_positions
-
-# Says how hidden states [..., D] are divided among devices.
-PlaceFn = Callable[[jax.Array], jax.Array]
-
-
-def anywhere(x: jax.Array) -> jax.Array:
-  """Leaves it to the compiler."""
-  return x
 
 
 def stack_layers(
@@ -151,7 +142,7 @@ class Decoder(nn.Module):
   def _states(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
     """Runs the layers, without what they say of virtual tokens; [B, L, D]."""
     x, mask = self._inputs(tokens_BxL, mask_BxL)
-    x, _ = self._body(self.place(x), mask)
+    x, _ = self._body(self.place(x, False), mask)
     return x[:, x.shape[1] - tokens_BxL.shape[1] :]
 
   def __call__(

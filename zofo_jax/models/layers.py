@@ -31,6 +31,16 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
+# (states [B, ..., D], whether D is divided, as heads are) -> the same states,
+# divided among devices so.
+PlaceFn = Callable[[jax.Array, bool], jax.Array]
+
+
+def anywhere(x: jax.Array, divided: bool) -> jax.Array:
+  """Leaves it to the compiler where states lie."""
+  del divided
+  return x
+
 
 class Linear(nn.Module):
   """y = x W + b, plus the product of a LoRA adapter where there is one."""

@@ -68,6 +68,7 @@ class Attention(nn.Module):
   """Self-attention with rotary positions and grouped kv heads."""
 
   config: LlamaConfig
+  place: layers.PlaceFn
 
   @nn.compact
   def __call__(
@@ -82,6 +83,7 @@ class Attention(nn.Module):
 
     def heads(name: str, count: int) -> jax.Array:
       y = layers.Linear(count * c.head_dim, c.qkv_bias, name=name)(x)
+      y = self.place(y, True)
       return y.reshape(*x.shape[:2], count, c.head_dim)
 
     query = rope_lib.rotate(heads("query", c.num_heads), *rotations)
@@ -97,6 +99,7 @@ class Mlp(nn.Module):
   """down(act(gate(x)) * up(x))."""
 
   config: LlamaConfig
+  place: layers.PlaceFn
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -104,7 +107,7 @@ class Mlp(nn.Module):
     c = self.config
     gate = layers.Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
     up = layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x)
-    inside = layers.ACTIVATIONS[c.activation](gate) * up
+    inside = self.place(layers.ACTIVATIONS[c.activation](gate) * up, True)
     return layers.Linear(c.hidden_size, c.mlp_bias, name="down")(inside)
 
 
@@ -112,7 +115,7 @@ class Block(nn.Module):
   """One pre-norm layer; the body of the scan."""
 
   config: LlamaConfig
-  place: decoder.PlaceFn
+  place: layers.PlaceFn
 
   @nn.compact
   def __call__(
@@ -126,16 +129,16 @@ class Block(nn.Module):
     """Runs one layer; a window [] hides tokens further back."""
     c = self.config
     x, cache = carry
-    x = self.place(x)
+    x = self.place(x, False)
     if window is not None and distance_BxLxS is not None:
       allowed_Bx1xLxS = allowed_Bx1xLxS & (distance_BxLxS < window)[:, None]
     norm = layers.RmsNorm(c.norm_epsilon, name="attention_norm")
-    mixed, cache = Attention(c, name="attention")(
+    mixed, cache = Attention(c, self.place, name="attention")(
       norm(x), allowed_Bx1xLxS, rotations, cache
     )
     x = x + mixed
     norm = layers.RmsNorm(c.norm_epsilon, name="mlp_norm")
-    x = x + Mlp(c, name="mlp")(norm(x))
+    x = x + Mlp(c, self.place, name="mlp")(norm(x))
     return (x, cache), None
 
 
@@ -150,7 +153,7 @@ class Llama(decoder.Decoder):
 
   config: LlamaConfig
   remat: bool = False
-  place: decoder.PlaceFn = decoder.anywhere
+  place: layers.PlaceFn = layers.anywhere
 
   def setup(self) -> None:
     """Declares the parts."""

@@ -61,6 +61,7 @@ class Attention(nn.Module):
   """Self-attention."""
 
   config: OptConfig
+  place: layers.PlaceFn
 
   @nn.compact
   def __call__(
@@ -74,6 +75,7 @@ class Attention(nn.Module):
 
     def heads(name: str) -> jax.Array:
       y = layers.Linear(c.hidden_size, c.use_bias, name=name)(x)
+      y = self.place(y, True)
       return y.reshape(*x.shape[:2], c.num_heads, -1)
 
     query, key, value = heads("query"), heads("key"), heads("value")
@@ -87,13 +89,14 @@ class Mlp(nn.Module):
   """down(act(up(x)))."""
 
   config: OptConfig
+  place: layers.PlaceFn
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [..., D] to [..., D]."""
     c = self.config
     inside = layers.Linear(c.mlp_size, c.use_bias, name="up")(x)
-    inside = layers.ACTIVATIONS[c.activation](inside)
+    inside = self.place(layers.ACTIVATIONS[c.activation](inside), True)
     return layers.Linear(c.hidden_size, c.use_bias, name="down")(inside)
 
 
@@ -101,7 +104,7 @@ class Block(nn.Module):
   """One layer; the body of the scan."""
 
   config: OptConfig
-  place: decoder.PlaceFn
+  place: layers.PlaceFn
 
   @nn.compact
   def __call__(
@@ -112,13 +115,13 @@ class Block(nn.Module):
     """Runs one layer."""
     c = self.config
     x, cache = carry
-    x = self.place(x)
+    x = self.place(x, False)
     attention_norm = layers.LayerNorm(
       affine=c.norm_affine, name="attention_norm"
     )
     mlp_norm = layers.LayerNorm(affine=c.norm_affine, name="mlp_norm")
-    attention = Attention(c, name="attention")
-    mlp = Mlp(c, name="mlp")
+    attention = Attention(c, self.place, name="attention")
+    mlp = Mlp(c, self.place, name="mlp")
     if c.norm_before:
       mixed, cache = attention(attention_norm(x), allowed_Bx1xLxS, cache)
       x = x + mixed
@@ -139,7 +142,7 @@ class Opt(decoder.Decoder):
 
   config: OptConfig
   remat: bool = False
-  place: decoder.PlaceFn = decoder.anywhere
+  place: layers.PlaceFn = layers.anywhere
 
   def setup(self) -> None:
     """Declares the parts."""
