@@ -245,9 +245,7 @@ def test_every_checked_field_exists():
   }
 
 
-@pytest.mark.parametrize(
-  "name", checks._POSITIVE + checks._NOT_NEGATIVE
-)
+@pytest.mark.parametrize("name", checks._POSITIVE + checks._NOT_NEGATIVE)
 def test_check_names_the_field(name):
   config = load("opt").get_config()
   group, _, field = name.rpartition(".")
