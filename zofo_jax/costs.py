@@ -166,7 +166,8 @@ def estimate(
   # Two signs at once, of one loss and of three.
   zo_temp = 2 * layer + perturbed_layer
   # A backward pass holds up to twice what it keeps, by the TPU compiler.
-  kept = 1 if config.model.remat else products * width
+  hidden = run.model.module.config.hidden_size
+  kept = (hidden if config.model.remat else products) * width
   backward = 2 * (rows * length * kept * depth + 2 * layer)
   temp = max(3 * zo_temp, backward)
   return found | {
