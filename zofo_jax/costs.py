@@ -165,7 +165,9 @@ def estimate(
   forward = layer + one_layer * (mesh.shape["fsdp"] - 1) * width
   # Two signs at once, of one loss and of three.
   zo_temp = 2 * layer + perturbed_layer
-  kept = 1 if config.model.remat else products * width
+  # A backward pass holds up to twice what it keeps, by the TPU compiler.
+  hidden = run.model.module.config.hidden_size
+  kept = (hidden if config.model.remat else products) * width
   backward = 2 * (rows * length * kept * depth + 2 * layer)
   temp = max(3 * zo_temp, backward)
   return found | {

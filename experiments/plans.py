@@ -1,0 +1,74 @@
+"""Plans of many models on many slices, as one JSON file each and a table.
+
+  python experiments/plans.py --out experiments/plans [--only NAME]
+
+Needs the extra `tpu`; minutes a cell. A cell whose file exists is left alone.
+"""
+
+import argparse
+import importlib.util
+import json
+import pathlib
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parents[1]
+MODELS = {
+  **{f"opt-{s}": f"configs/opt.py:size={s}" for s in ("1.3b", "13b", "30b")},
+  "opt-66b": "configs/opt.py:size=66b",
+  **{f"llama-{s}": f"configs/llama.py:size={s}" for s in ("7b", "13b", "70b")},
+}
+SLICES = ("v5e:2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
+FIXED = (
+  "--config.model.dtype=bfloat16",
+  "--config.data.max_length=512",
+  "--config.lower.batch_size=16",
+  "--config.upper.batch_size=16",
+)
+
+
+def row(path):
+  """Returns a line of the table, in GB a chip."""
+  plan = json.loads(path.read_text())
+  size = plan["per_chip_bytes"]
+  lora = size["weights"] + size["optimizer"] + size["lora_temp"]
+  extra = (size["zo_temp"] - size["forward_temp"]) / size["weights"]
+  cells = [
+    path.stem,
+    *(f"{size[name] / 1e9:.2f}" for name in ("weights", "zo_temp", "total")),
+    f"{extra:.1%}",
+    f"{size['total'] / lora:.3f}",
+    "yes" if plan["fits"] else "no",
+    f"{plan['compile_seconds']:.0f}",
+  ]
+  return "| " + " | ".join(cells) + " |"
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--out", type=pathlib.Path, default=ROOT / "plans")
+  parser.add_argument("--only", default="")
+  arguments = parser.parse_args()
+  arguments.out.mkdir(parents=True, exist_ok=True)
+  if importlib.util.find_spec("libtpu") is None:
+    sys.exit("plans.py: needs the TPU compiler: pip install -e '.[tpu]'")
+  for model, config in MODELS.items():
+    for topology in SLICES:
+      name = f"{model}_{topology.replace(':', '-')}"
+      path = arguments.out / f"{name}.json"
+      if path.exists() or arguments.only not in name:
+        continue
+      command = [sys.executable, "-m", "zofo_jax.plan", f"--config={config}"]
+      subprocess.run(
+        [*command, *FIXED, f"--topology={topology}", f"--json={path}"],
+        cwd=ROOT,
+        check=False,
+      )
+  print("| cell | weights | zo temp | total | zo extra | / LoRA | fits | s |")
+  print("|" + " --- |" * 8)
+  for path in sorted(arguments.out.glob("*.json")):
+    print(row(path))
+
+
+if __name__ == "__main__":
+  main()
