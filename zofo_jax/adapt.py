@@ -156,21 +156,23 @@ def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     families.check_held_out(trained, members)
   run = runs.make_run(config, members[0].task)
   targets = tuning.load_targets(config, run.model, members)
-  outcome: list[dict[str, Any]] = []
-  for found in _backbones(config, run):
-    outcome += assess(run, found, targets)
-  result = {
+  folder = epath.Path(workdir)
+  result: dict[str, Any] = {
     "model": config.model.name,
     "runs": list(config.adapt.runs),
     "start": config.adapt.start,
     "shots": config.adapt.shots,
     "num_seeds": config.adapt.num_seeds,
-    "outcome": outcome,
+    "outcome": [],
   }
-  folder = epath.Path(workdir)
-  report.write_json(folder / "adapt.json", result)
+  for found in _backbones(config, run):
+    result["outcome"] += assess(run, found, targets)
+    # After each: what is known outlives a run that is stopped.
+    report.write_json(folder / "adapt.json", result)
+    del found  # one backbone at a time
   report.results_table(
-    table(outcome), title=f"{config.adapt.shots} rows a label, {folder}"
+    table(result["outcome"]),
+    title=f"{config.adapt.shots} rows a label, {folder}",
   )
   return result
 
