@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from zofo_jax import config as config_lib
 from zofo_jax import errors, report, rows, runs, tasks
-from zofo_jax.models import peft, weights
+from zofo_jax.models import formats, peft
 
 settings = hypothesis.settings(
   max_examples=300,
@@ -69,7 +69,7 @@ def test_safetensors(tmp_path, header, length, body):
   path.write_bytes(length.to_bytes(8, "little") + header + body)
 
   def read():
-    for stored in weights.open_safetensors(path).values():
+    for stored in formats.open_safetensors(path).values():
       stored.read()
 
   told(read)
@@ -85,7 +85,7 @@ def test_indices_and_adapters(tmp_path, content):
       path.write_bytes(content)
     else:
       path.write_text(json.dumps(content))
-  assert told(weights.open_folder, tmp_path)
+  assert told(formats.open_folder, tmp_path)
   assert told(peft.load, tmp_path, None, None)
 
 
@@ -99,7 +99,7 @@ def test_an_index_stays_in_its_folder(tmp_path, name):
   (inside / "model.safetensors.index.json").write_text(
     json.dumps({"weight_map": {"w": name}})
   )
-  assert "is not a plain file name" in told(weights.open_folder, inside)
+  assert "is not a plain file name" in told(formats.open_folder, inside)
 
 
 @hypothesis.given(content=anything)
@@ -132,4 +132,4 @@ def test_overrides(command_line, tmp_path, capsys, name, value):
 
 def test_a_pickle_is_asked_for(tmp_path):
   (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-  assert "are pickles of PyTorch" in told(weights.open_folder, tmp_path)
+  assert "are pickles of PyTorch" in told(formats.open_folder, tmp_path)
