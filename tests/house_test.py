@@ -30,7 +30,7 @@ FLOORS = (
   ("saved", "train", "tuning"),
   ("loop",),
   ("store",),
-  ("ledger",),
+  ("demonstrate", "ledger"),
   ("runs",),
   ("objectives",),
   ("families",),

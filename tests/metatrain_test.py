@@ -1,5 +1,6 @@
 """Meta-training and adaptation through the command line, on a tiny model."""
 
+import functools
 import json
 import pathlib
 import shutil
@@ -14,6 +15,7 @@ from zofo_jax import (
   adapt,
   backbone,
   batches,
+  bilevel,
   checkpoint,
   errors,
   experiment,
@@ -22,6 +24,7 @@ from zofo_jax import (
   report,
   runs,
   tasks,
+  train,
   tuning,
 )
 from zofo_jax import config as config_lib
@@ -128,6 +131,24 @@ def test_what_a_run_leaves(done):
   trained = [row["trained"] for row in summary["tasks"]]
   assert summary["test_mean"] == pytest.approx(np.mean(trained))
   assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(done, start, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(done, folder)
+  shutil.rmtree(folder / "checkpoints" / str(STEPS))
+  assert start(folder) == 0
+  one, other = arrays(done, STEPS), arrays(folder, STEPS)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  timed = ("seconds", "steps_per_second", "peak_rss_bytes")
+  steps = [
+    [
+      {name: row[name] for name in row if name not in timed}
+      for row in report.read_jsonl(each / "metrics.jsonl")
+    ]
+    for each in (done, folder)
+  ]
+  assert steps[0] == steps[1]
 
 
 def test_a_run_resumed_on_the_host_is_the_same(done, start, tmp_path):
@@ -247,7 +268,8 @@ def test_adaptation(done, lora, command_line, tmp_path, capsys):
   )
   assert code == 0
   shown = capsys.readouterr().out
-  for name in ("mpqa", "mean", "base", "meta", "lora", "zero-shot", "few-shot"):
+  columns = ("zero-shot", "in-context", "start", "few-shot", "±")
+  for name in ("mpqa", "mean", "base", "meta", "lora", *columns):
     assert name in shown
   found = json.loads((tmp_path / "new" / "adapt.json").read_text())
   base, meta, first_order = found["outcome"]
@@ -260,6 +282,8 @@ def test_adaptation(done, lora, command_line, tmp_path, capsys):
   assert "start" not in base and "start" in meta
   # Theta stood still there; here zero-shot is of the backbone alone.
   assert base["zero_shot"] == first_order["zero_shot"]
+  assert base["in_context"] == first_order["in_context"]
+  assert all(len(row["in_context"]) == 2 for row in found["outcome"])
   # A few rows of a task that one word decides are enough.
   assert min(base["few_shot"]) > 0.9
 
@@ -302,6 +326,41 @@ def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
     alone,
     fresh,
   )
+
+
+def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
+  config.command = "metatrain"
+  config.meta.train, config.meta.target = ("cr",), ("mpqa",)
+  config.meta.num_tasks = 1
+  config.data.max_length = 32
+  config.lower.num_steps = 2
+  config.lower.learning_rate = config.upper.learning_rate = 1e-3
+  config.zo.learning_rate = 1e-5
+  family = metarun.make_family(config)
+  model = family.model
+  (examples,) = families.load_examples(config, model, family.members)
+  shape = experiment.train_shape(examples)
+  many = family.init(backbone.load_base(config, model))
+  of_tasks = {name: getattr(many, name) for name in bilevel.OF_TASKS}
+  one = many._replace(**jax.tree.map(lambda leaf: leaf[0], of_tasks))
+  # Both as compiled programs.
+  alone = jax.jit(runs.make_run(config, family.members[0].task).algorithm.step)
+  together = jax.jit(family.run.algorithm.step)
+  hparams = runs.make_hparams(config)
+  lift = functools.partial(jax.tree.map, lambda leaf: np.asarray(leaf)[None])
+  for number in range(2):
+    batch = train.iteration_batch(config, examples, shape, model.pad, number)
+    one, info = alone(one, batch, hparams)
+    many, told = together(many, lift(batch), hparams)
+    np.testing.assert_array_equal(told.coefficients, info.coefficients)
+    np.testing.assert_array_equal(told.lower_loss[0], info.lower_loss)
+  jax.tree.map(np.testing.assert_array_equal, many.base, one.base)
+  for name in bilevel.OF_TASKS:
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      getattr(many, name),
+      lift(getattr(one, name)),
+    )
 
 
 # Names of tasks.

@@ -115,11 +115,11 @@ def test_one_task_is_the_single_task_step_bit_for_bit():
   lift = functools.partial(jax.tree.map, lambda leaf: leaf[None])
   state = without.init(key, _base(), upper, lower)
   many = with_axis.init(key, _base(), lift(upper), lift(lower))
-  # Not jitted: what a compiler fuses with the axis it may round otherwise.
+  alone, together = jax.jit(without.step), jax.jit(with_axis.step)
   for seed in range(2):
     batch = _batch(seed=seed)
-    state, info = without.step(state, batch, HPARAMS)
-    many, many_info = with_axis.step(many, lift(batch), HPARAMS)
+    state, info = alone(state, batch, HPARAMS)
+    many, many_info = together(many, lift(batch), HPARAMS)
   expected = state._replace(
     **{
       name: lift(getattr(state, name))

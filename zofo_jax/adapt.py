@@ -1,4 +1,8 @@
-"""Adaptation: new tasks from a few rows each, on meta-trained backbones."""
+"""Adaptation: new tasks from a few rows each, on meta-trained backbones.
+
+The same rows are shown to the backbone before a question (in context, nothing
+is trained) and train an adapter (few-shot).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,9 +15,12 @@ from etils import epath
 from zofo_jax import (
   backbone,
   batches,
+  demonstrate,
   errors,
   evaluate,
+  experiment,
   families,
+  incontext,
   metarun,
   report,
   runs,
@@ -33,10 +40,13 @@ def assess(
     targets: the tasks.
 
   Returns:
-    For each target its metric, the score of the bare backbone (`zero_shot`),
-    of the adapter that is tuned if there is one (`start`), and of each seed.
+    For each target its metric; the score of the bare backbone (`zero_shot`),
+    of the bare backbone that is shown each seed's rows (`in_context`), of the
+    adapter that is tuned if there is one (`start`), and of each seed's tuned
+    adapter (`few_shot`).
   """
   adapters = tuning.tune(run, found, targets)
+  base, seeds = found.base, range(run.config.adapt.num_seeds)
   shape = families.common_shape([batches.shape_of(t.test) for t in targets])
   # All seeds of a target answer its rows together: scores [B, O, seeds].
   log_probs_fn = backbone.make_log_probs_fn(run.model.module)
@@ -51,10 +61,24 @@ def assess(
     judged = run._replace(task=task).judge(target.test, scores)
     return judged.worth()[task.metric]
 
+  def in_context(target, seed):
+    own = run._replace(task=target.member.task)
+    few = target.shown[seed]
+    examples = demonstrate.encode_shown(
+      own,
+      incontext.draw(own.task, few, len(few), seed, balanced=False),
+      target.asked,
+      # All that the model can read: `data.max_length` is for one row.
+      max_length=experiment.context_length(run.config, run.model),
+    )
+    label = f"in context {own.task.name}"
+    found = demonstrate.answer(own, base, examples, label)
+    return found.worth()[own.task.metric]
+
   def answer(target, adapter, fn, label):
     return evaluate.score_options(
       fn,
-      found.base,
+      base,
       adapter,
       target.test,
       batch_size=run.config.eval.batch_size,
@@ -71,16 +95,14 @@ def assess(
       "metric": target.member.task.metric,
       "num_test_rows": len(target.test),
       "zero_shot": worth(target, answer(target, {}, run.score_fn, "zero-shot")),
+      "in_context": [in_context(target, seed) for seed in seeds],
     }
     if found.start:
       scores = answer(target, found.start, run.score_fn, "start")
       row["start"] = worth(target, scores)
     own = jax.tree.map(lambda leaf, i=i: leaf[i], adapters)
     scores = answer(target, own, score_fn, "few-shot")
-    row["few_shot"] = [
-      worth(target, scores[..., seed])
-      for seed in range(run.config.adapt.num_seeds)
-    ]
+    row["few_shot"] = [worth(target, scores[..., seed]) for seed in seeds]
     outcome.append(row)
   return outcome
 
@@ -133,7 +155,8 @@ def _check_runs(config: ml_collections.ConfigDict) -> None:
 def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Tunes adapters on target tasks' few rows, on each backbone.
 
-  Writes `adapt.json` and prints (target, backbone) x {zero-shot, few-shot}.
+  Writes `adapt.json` and prints (target, backbone) x {zero-shot, in-context,
+  few-shot}.
 
   Args:
     config: `config.adapt` is this command's; without tasks there, the targets
@@ -184,14 +207,15 @@ def table(outcome: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     outcome: as `assess` gives it, of every backbone.
 
   Returns:
-    Rows by target; start is what is tuned, where a run gives it; few-shot is
-    the mean over seeds, with its standard deviation.
+    Rows by target; start is what is tuned, where a run gives it; in-context
+    and few-shot are means over seeds, the latter with its standard deviation.
   """
   rows = [
     {
       "task": one["task"],
       "backbone": one["backbone"],
       "zero-shot": one["zero_shot"],
+      "in-context": float(np.mean(one["in_context"])),
       **({"start": one["start"]} if "start" in one else {}),
       "few-shot": float(np.mean(one["few_shot"])),
       "±": float(np.std(one["few_shot"])),
@@ -204,7 +228,7 @@ def table(outcome: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     own = [row for row in rows if row["backbone"] == name]
     means: dict[str, float] = {
       column: float(np.mean([row[column] for row in own]))
-      for column in ("zero-shot", "start", "few-shot")
+      for column in ("zero-shot", "in-context", "start", "few-shot")
       if column in own[0]
     }
     rows.append({"task": "mean", "backbone": name, **means})

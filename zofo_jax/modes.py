@@ -5,7 +5,6 @@ new head. Each reads the config of a run, answers the same test rows, and may
 learn from the rows of D_p and D_f together.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -15,18 +14,16 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
-  adapters,
   backbone,
   batches,
   calibrate,
-  encode,
+  demonstrate,
   errors,
   evaluate,
   experiment,
   incontext,
   losses,
   probe,
-  questions,
   report,
   rows,
   runs,
@@ -64,7 +61,9 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   ]
   base = backbone.load_base(config, run.model, run.mesh)
   results = [
-    _calibrated(run, base, _answered(run, base, examples, "icl"), nulls)
+    _calibrated(
+      run, base, demonstrate.answer(run, base, examples, "icl"), nulls
+    )
     for examples, nulls in encoded
   ]
   figures: dict[str, Any] = {
@@ -90,58 +89,16 @@ def _icl_examples(
   shown = incontext.draw(
     task, pool, config.icl.num_shots, seed, balanced=config.icl.balanced
   )
-  demonstrations = [
-    incontext.demonstration(task, row, version) for row in shown
-  ]
-
-  def encode_one(row, prompt, truncate):
-    if run.generate_fn is not None:
-      return questions.encode_question(
-        task,
-        row,
-        run.model.tokenizer,
-        max_length=experiment.question_length(config, run.model),
-        version=version,
-        truncate=truncate,
-        prompt=prompt,
-      )
-    return encode.encode(
-      task,
-      row,
-      run.model.tokenizer,
-      max_length=experiment.row_length(config, run.model),
-      version=version,
-      long_rows="truncate" if truncate else "error",
-      prompt=prompt,
-    )
-
-  def encoded(prompts):
-    return incontext.encode_rows(
-      asked,
-      prompts,
-      demonstrations,
-      encode_one,
-      separator=config.icl.separator,
-      truncate=config.data.long_rows == "truncate",
-    )
-
   nulls = [
-    encoded(
-      [calibrate.null_prompt(task, row, content, version) for row in asked]
+    demonstrate.encode_shown(
+      run,
+      shown,
+      asked,
+      [calibrate.null_prompt(task, row, content, version) for row in asked],
     )
     for content in calibrate.INPUTS.get(config.icl.calibration, ())
   ]
-  return encoded([task.prompt(row, version) for row in asked]), nulls
-
-
-def _answered(run, base, examples, label):
-  """Answers rows; demonstrations that all of them begin with are read once."""
-  shared, rest = incontext.split_shared(examples)
-  if not shared or not run.model.module.prefix_acts_as_tokens:
-    return run.evaluate(base, {}, examples, label)
-  read = jax.jit(functools.partial(adapters.prefix_of_tokens, run.model.module))
-  prefix = read(base, np.array(shared, np.int32))
-  return run.evaluate(base, prefix, rest, label)
+  return demonstrate.encode_shown(run, shown, asked), nulls
 
 
 def _calibrated(run, base, result, nulls):
@@ -153,7 +110,7 @@ def _calibrated(run, base, result, nulls):
   for one in nulls:
     distinct = list({example.rows: example for example in one}.values())
     place = {example.rows: i for i, example in enumerate(distinct)}
-    found = _answered(run, base, distinct, "calibrate").scores
+    found = demonstrate.answer(run, base, distinct, "calibrate").scores
     null_scores.append(found[[place[example.rows] for example in one]])
   if run.config.icl.calibration == "contextual":
     scores = calibrate.contextual(result.scores, np.stack(null_scores))

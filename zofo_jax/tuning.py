@@ -31,12 +31,16 @@ class Target(NamedTuple):
 
   Attributes:
     member: the task.
-    shots: the few rows of each seed.
-    test: rows to be answered.
+    shown: the few rows of each seed.
+    shots: the same, encoded.
+    asked: rows to be answered.
+    test: the same, encoded.
   """
 
   member: families.Member
+  shown: list[list[rows.Row]]
   shots: list[list[encode.Example]]
+  asked: list[rows.Row]
   test: list[encode.Example]
 
 
@@ -52,17 +56,16 @@ def load_targets(
   """
   targets = []
   for member in members:
-    splits = families.load_rows(config, member)
-
+    task, splits = member.task, families.load_rows(config, member)
     pool = [*splits.lower, *splits.upper]
-    shots = [
-      experiment.encode_trained(
-        config, model, member.task, _few(config, member, pool, seed)
-      )
-      for seed in range(config.adapt.num_seeds)
+    shown = [
+      _few(config, member, pool, seed) for seed in range(config.adapt.num_seeds)
     ]
-    test = experiment.encode_scored(config, model, member.task, splits.test)
-    targets.append(Target(member, shots, test))
+    shots = [
+      experiment.encode_trained(config, model, task, few) for few in shown
+    ]
+    test = experiment.encode_scored(config, model, task, splits.test)
+    targets.append(Target(member, shown, shots, splits.test, test))
   return targets
 
 
