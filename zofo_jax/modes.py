@@ -110,8 +110,10 @@ def _calibrated(run, base, result, nulls):
   for one in nulls:
     distinct = list({example.rows: example for example in one}.values())
     place = {example.rows: i for i, example in enumerate(distinct)}
-    found = demonstrate.answer(run, base, distinct, "calibrate").scores
-    null_scores.append(found[[place[example.rows] for example in one]])
+    # No answers: calibration is for options.
+    found: Any = demonstrate.answer(run, base, distinct, "calibrate")
+    chosen = [place[example.rows] for example in one]
+    null_scores.append(found.scores[chosen])
   if run.config.icl.calibration == "contextual":
     scores = calibrate.contextual(result.scores, np.stack(null_scores))
   else:
