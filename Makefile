@@ -40,8 +40,9 @@ metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones
 	    --config=configs/metademo.py:method=$$method \
 	    $(if $(DATA),--config.data.dir=$(DATA)) $(ARGS) || exit; \
 	done
-	$(BIN)/python -m zofo_jax.main --workdir=runs/metademo --config.data.num_test=60 \
-	  --config=configs/adapt.py:run=$(subst $(space),+,$(METHODS:%=runs/metademo/%))
+	$(BIN)/python -m zofo_jax.main --workdir=runs/metademo \
+	  --config=configs/adapt.py:run=$(subst $(space),+,$(METHODS:%=runs/metademo/%)) \
+	  --config.data.num_test=60
 
 test: $(VENV)/.full ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -18,7 +18,7 @@ MODELS = {
   "opt-66b": "configs/opt.py:size=66b",
   **{f"llama-{s}": f"configs/llama.py:size={s}" for s in ("7b", "13b", "70b")},
 }
-SLICES = ("v5e:2x4", "v5e:4x4", "v5p:2x2x4", "v6e:4x4")
+SLICES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 FIXED = (
   "--config.model.dtype=bfloat16",
   "--config.data.max_length=512",
@@ -30,15 +30,16 @@ FIXED = (
 def row(path):
   """Returns a line of the table, in GB a chip."""
   plan = json.loads(path.read_text())
-  size = plan["per_chip_bytes"]
-  lora = size["weights"] + size["optimizer"] + size["lora_temp"]
+  size, methods = plan["per_chip_bytes"], plan["method_bytes"]
   extra = (size["zo_temp"] - size["forward_temp"]) / size["weights"]
+  mesh = [f"{k} {v}" for k, v in plan["mesh"].items() if v > 1]
+  fits = "yes" if plan["fits"] else "no"
   cells = [
-    path.stem,
-    *(f"{size[name] / 1e9:.2f}" for name in ("weights", "zo_temp", "total")),
-    f"{extra:.1%}",
-    f"{size['total'] / lora:.3f}",
-    "yes" if plan["fits"] else "no",
+    *(path.stem.split("_")[0], plan["topology"], ", ".join(mesh)),
+    *(f"{n / 1e9:.2f}" for n in (size["weights"], *methods.values())),
+    f"{plan['chip_bytes'] / 1e9:.1f}, {fits}",
+    *(f"{extra:.1%}", f"{methods['bilevel'] / methods['lora']:.2f}"),
+    plan["smallest_slice"] or "none",
     f"{plan['compile_seconds']:.0f}",
   ]
   return "| " + " | ".join(cells) + " |"
@@ -64,8 +65,11 @@ def main():
         cwd=ROOT,
         check=False,
       )
-  print("| cell | weights | zo temp | total | zo extra | / LoRA | fits | s |")
-  print("|" + " --- |" * 8)
+  columns = (
+    *("model", "slice", "mesh", "weights", "bilevel", "MeZO", "LoRA", "full ≥"),
+    *("chip, fits", "zo extra", "/ LoRA", "smallest", "compile s"),
+  )
+  print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
   for path in sorted(arguments.out.glob("*.json")):
     print(row(path))
 

@@ -14,7 +14,10 @@ from zofo_jax import mesh as mesh_lib
 from zofo_jax.models import known, weights
 
 ROOT = pathlib.Path(__file__).parents[1]
-KEYS = {"weights", "optimizer", "forward_temp", "zo_temp", "iteration_temp"}
+KEYS = {
+  *("weights", "optimizer", "forward_temp", "zo_temp", "lora_temp"),
+  "iteration_temp",
+}
 # Parameters that the models' papers and cards name, in billions.
 SIZES = {
   "facebook/opt-125m": 0.125,
@@ -66,6 +69,10 @@ def test_an_estimate(tmp_path, capsys):
   assert json.loads(path.read_text()) == plan
   assert plan["estimate"] and plan["fits"]
   assert plan["per_chip_bytes"].keys() == KEYS | {"total"}
+  methods = plan["method_bytes"]
+  assert methods["mezo"] < methods["lora"] < methods["bilevel"]
+  # Weights, gradients and two moments.
+  assert methods["full"] > 4 * plan["per_chip_bytes"]["weights"]
   # The norms alone are whole on every chip.
   whole = 69.0e9 * 2 / 4
   assert plan["per_chip_bytes"]["weights"] == pytest.approx(whole, rel=0.01)
@@ -92,7 +99,7 @@ def test_a_compiled_plan(tmp_path, monkeypatch):
     config_of("tiny", **{"mesh.data": 2, "lower.num_steps": 2}), "cpu:2"
   )
   sizes = plan["per_chip_bytes"]
-  assert sizes.keys() == KEYS | {"lora_temp", "total"}
+  assert sizes.keys() == KEYS | {"total"}
   assert not plan["estimate"] and plan["fits"]
   rest = sizes["weights"] + sizes["optimizer"]
   assert rest < sizes["total"] < 2 * (rest + sizes["iteration_temp"])

@@ -126,6 +126,11 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
   assert not any(
     "base.layers" in path.read_text("latin-1") for path in weights.rglob("_*")
   )
+  with checkpoint.Checkpoints(done / "checkpoints") as checkpoints:
+    extra = checkpoints.restore_extra()
+  written = json.loads((done / "config.json").read_text())
+  assert extra["config"] == written and written["train"]["num_steps"] == STEPS
+  assert f'"jax": "{jax.__version__}"' in extra["ledger"].replace('":"', '": "')
   # The theta that was written and the one that the lines give.
   arguments = [f"--ledger={done / 'ledger.txt'}", f"--run={done}"]
   assert ledger_command.main(["verify", *arguments]) == 0

@@ -173,8 +173,30 @@ def estimate(
   return found | {
     "forward_temp": forward,
     "zo_temp": zo_temp,
+    "lora_temp": backward,
     "iteration_temp": temp,
     "total": sum(found.values()) + temp,
+  }
+
+
+def of_methods(size: dict[str, int]) -> dict[str, int]:
+  """Returns the bytes a chip of Bilevel-ZOFO and of what it is compared with.
+
+  Args:
+    size: bytes a chip, as a plan names them.
+
+  Returns:
+    `bilevel`; `mezo`: the weights and a zeroth-order step; `lora`: one adapter
+    of the two, its optimizer and a first-order step; `full`: all weights by
+    Adam, which is at least a gradient and two moments of the weights' own
+    dtype more than `lora`.
+  """
+  weights = size["weights"]
+  return {
+    "bilevel": size["total"],
+    "mezo": weights + size["zo_temp"],
+    "lora": weights + size["optimizer"] // 2 + size["lora_temp"],
+    "full": 4 * weights + size["lora_temp"],
   }
 
 

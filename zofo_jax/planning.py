@@ -30,6 +30,7 @@ def plan(
   Returns:
     What is in the file: `mesh`; `per_chip_bytes` of weights, optimizer (all
     other state), forward_temp, zo_temp, lora_temp, iteration_temp and total;
+    `method_bytes` of bilevel, mezo, lora and full (at least), see `costs`;
     `chip_bytes` and `fits`; `flops`, of the products of matrices, on all chips;
     `bytes_accessed`, the compiler's figure for one chip, which counts the body
     of a loop once; `collective_bytes` that a chip receives, by kind;
@@ -56,7 +57,9 @@ def plan(
       "estimate": True,
       "per_chip_bytes": costs.estimate(run, state, mesh),
     }
-  chip, total = topology.chip_bytes, found["per_chip_bytes"]["total"]
+  size = found["per_chip_bytes"]
+  chip, total = topology.chip_bytes, size["total"]
+  methods = costs.of_methods(size)
   plan = {
     "model": config.model.name,
     "dtype": config.model.dtype,
@@ -67,6 +70,7 @@ def plan(
     "fits": not found.get("problem") and total <= (chip or math.inf),
     "flops": costs.flops(run),
     **found,
+    "method_bytes": methods,
     "smallest_slice": _smallest(run, state, topology.kind),
   }
   if path:
@@ -167,12 +171,19 @@ def _show(plan: dict[str, Any]) -> None:
   """Prints a plan for people."""
   how = "estimated from shapes" if plan["estimate"] else "by the compiler"
   mesh = ", ".join(f"mesh.{k}={v}" for k, v in plan["mesh"].items())
-  rows = [
-    {"a chip": name, "GB": size / 1e9}
-    for name, size in plan["per_chip_bytes"].items()
-  ]
   report.results_table(
-    rows, title=f"{plan['model']} on {plan['topology']}, {how}"
+    [
+      {"a chip": name, "GB": size / 1e9}
+      for name, size in plan["per_chip_bytes"].items()
+    ],
+    title=f"{plan['model']} on {plan['topology']}, {how}",
+  )
+  report.results_table(
+    [
+      {"with": name, "GB a chip": size / 1e9}
+      for name, size in plan["method_bytes"].items()
+    ],
+    title="to compare with; full: at least",
   )
   if plan.get("collective_bytes"):
     report.results_table(

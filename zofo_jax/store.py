@@ -126,6 +126,7 @@ class Store:
       return None
     state, record = found
     text = record.pop("ledger")
+    record.pop("config", None)  # the run's own, which is checked by then
     path = self._folder / LEDGER
     if not path.exists() or not path.read_bytes().startswith(text.encode()):
       _say(f"'{path}' is damaged; it is written anew from the checkpoint.")
@@ -175,7 +176,11 @@ class Store:
       if step - last >= self._run.config.ckpt.base_every_steps:
         self._bases.save(step, {"base": state.base}, {})
       state = state._replace(base={})
-    extra = {**record, "ledger": self._writer.text()}
+    extra = {
+      **record,
+      "config": self._run.config.to_dict(),
+      "ledger": self._writer.text(),  # its header has the versions
+    }
     self.checkpoints.save(step, state, extra, metric=metric)
 
   def wait(self) -> None:
