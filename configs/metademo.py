@@ -56,4 +56,5 @@ def get_config(arg: str = ""):
   config.adapt.num_steps = 12
   config.adapt.learning_rate = 2e-3
   config.adapt.batch_size = 4
+  config.icl.num_shots = 8
   return config

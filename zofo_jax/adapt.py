@@ -1,7 +1,7 @@
 """Adaptation: new tasks from a few rows each, on meta-trained backbones.
 
-The same rows are shown to the backbone before a question (in context, nothing
-is trained) and train an adapter (few-shot).
+The same rows train an adapter (few-shot) and, up to `icl.num_shots` of them, are
+shown to the backbone before a question (in context; nothing is trained).
 """
 
 from collections.abc import Sequence
@@ -62,11 +62,12 @@ def assess(
     return judged.worth()[task.metric]
 
   def in_context(target, seed):
-    own = run._replace(task=target.member.task)
+    own, icl = run._replace(task=target.member.task), run.config.icl
     few = target.shown[seed]
+    count = min(len(few), icl.num_shots)
     examples = demonstrate.encode_shown(
       own,
-      incontext.draw(own.task, few, len(few), seed, balanced=False),
+      incontext.draw(own.task, few, count, seed, balanced=icl.balanced),
       target.asked,
       # All that the model can read: `data.max_length` is for one row.
       max_length=experiment.context_length(run.config, run.model),

@@ -1,4 +1,4 @@
-"""The README's code runs, and its commands name what exists."""
+"""README and documentation: code runs, commands name what exists."""
 
 import contextlib
 import importlib.util
@@ -8,6 +8,7 @@ import pydoc
 import re
 import shlex
 
+import absl.flags
 import jax
 import pytest
 
@@ -16,37 +17,61 @@ from zofo_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = {
+  str(path.relative_to(ROOT)): path.read_text()
+  for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+}
+EVERYTHING = "\n".join(PAGES.values())
 FIELDS = config_lib.flat(config_lib.base_config())
 
 
-def blocks(language):
-  return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def blocks(text):
+  return re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+
+
+def run_block(code, name):
+  out = io.StringIO()
+  # As it is for a reader: this project's own tests are stricter.
+  with contextlib.redirect_stdout(out), jax.numpy_rank_promotion("allow"):
+    exec(compile(code, name, "exec"), {"__name__": "page"})
+  return out.getvalue()
 
 
 def commands():
   """Returns every command that begins with python, whatever its lines."""
-  text = README.replace("\\\n", " ")
+  text = EVERYTHING.replace("\\\n", " ")
   return re.findall(r"(?:^|`)(python -m [^`\n]*)", text, re.M)
 
 
-def test_python_block():
-  (code,) = blocks("python")
+def test_the_readme_s_block():
+  (code,) = blocks(README)
   assert len(code.splitlines()) < 45
-  out = io.StringIO()
-  with contextlib.redirect_stdout(out), jax.numpy_rank_promotion("allow"):
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
   first, last = (
     [float(number) for number in re.findall(r"\d+\.\d+", line)]
-    for line in out.getvalue().splitlines()
+    for line in run_block(code, "README.md").splitlines()
   )
   assert len(first) == len(last) == 2
   for before, after in zip(first, last, strict=True):
     assert after < 0.5 * before
 
 
+@pytest.mark.parametrize(
+  "name, number",
+  [
+    (name, number)
+    for name, text in PAGES.items()
+    for number in range(len(blocks(text)))
+    if name != "README.md"
+  ],
+)
+def test_blocks_of_the_documentation(name, number):
+  # What they claim they assert.
+  run_block(blocks(PAGES[name])[number], f"{name}, block {number}")
+
+
 def test_make_targets():
   rules = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M))
-  named = set(re.findall(r"(?:^|`)make (\w+)", README, re.M))
+  named = set(re.findall(r"(?:^|`)make (\w+)", EVERYTHING, re.M))
   assert {"demo", "test"} <= named <= rules
   first = re.search(r"^```\n(.*?)^```", README, re.M | re.S)[1]
   assert [line.split("#")[0].split() for line in first.splitlines()] == [
@@ -70,7 +95,7 @@ def test_commands():
 
 
 def configs():
-  return sorted(set(re.findall(r"--config=([^\s`]+)", README)))
+  return sorted(set(re.findall(r"--config=([^\s`]+\.py[^\s`]*)", EVERYTHING)))
 
 
 @pytest.mark.parametrize("named", configs())
@@ -84,15 +109,18 @@ def test_configs(named):
 
 
 def test_fields_and_flags():
-  fields = re.findall(r"--config\.([\w.]+)=", README)
+  fields = re.findall(r"--config\.([\w.]+)=", EVERYTHING)
   assert fields and set(fields) <= FIELDS.keys()
-  flags = set(re.findall(r"--(\w+)=", README))
-  assert flags <= {"config", "workdir", "input", "output", "topology"}
+  text = " ".join(commands())
+  flags = set(re.findall(r"--(\w+)=", text)) - {"config"}
+  assert flags <= set(absl.flags.FLAGS) | {"json", "ledger", "run"}
 
 
 def test_links():
-  for target in re.findall(r"\]\(([^)#]+)\)", README):
-    assert target.startswith("https://") or (ROOT / target).is_file(), target
+  for name, text in PAGES.items():
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", text):
+      here = (ROOT / name).parent / target
+      assert target.startswith("https://") or here.is_file(), (name, target)
 
 
 def test_extras():
@@ -103,5 +131,5 @@ def test_extras():
 
 def test_import_names():
   """What the README calls is there."""
-  for path in re.findall(r"`(zofo_jax\.[\w.]+)`", README):
+  for path in re.findall(r"`(zofo_jax\.[\w.]+)`", EVERYTHING):
     assert pydoc.locate(path) is not None, path
