@@ -42,7 +42,7 @@ metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones
 	done
 	$(BIN)/python -m zofo_jax.main --workdir=runs/metademo \
 	  --config=configs/adapt.py:run=$(subst $(space),+,$(METHODS:%=runs/metademo/%)) \
-	  --config.data.num_test=32
+	  --config.data.num_test=40
 
 test: $(VENV)/.full ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)

@@ -1,7 +1,7 @@
 """Adaptation: new tasks from a few rows each, on meta-trained backbones.
 
-The same rows train an adapter (few-shot) and, up to `icl.num_shots` of them, are
-shown to the backbone before a question (in context; nothing is trained).
+The same rows train an adapter (few-shot) and, up to `icl.num_shots` of them,
+are shown to the backbone before a question (in context; nothing is trained).
 """
 
 from collections.abc import Sequence
@@ -16,6 +16,7 @@ from zofo_jax import (
   backbone,
   batches,
   demonstrate,
+  encode,
   errors,
   evaluate,
   experiment,
@@ -23,6 +24,7 @@ from zofo_jax import (
   incontext,
   metarun,
   report,
+  rows,
   runs,
   tuning,
 )
@@ -69,6 +71,10 @@ def assess(
       own,
       incontext.draw(own.task, few, count, seed, balanced=icl.balanced),
       target.asked,
+      [
+        _as_cut(own, row, example)
+        for row, example in zip(target.asked, target.test, strict=True)
+      ],
       # All that the model can read: `data.max_length` is for one row.
       max_length=experiment.context_length(run.config, run.model),
     )
@@ -106,6 +112,18 @@ def assess(
     row["few_shot"] = [worth(target, scores[..., seed]) for seed in seeds]
     outcome.append(row)
   return outcome
+
+
+def _as_cut(run: runs.Run, row: rows.Row, example: encode.Example) -> str:
+  """Returns a row's prompt as it was cut to `data.max_length`, if it was."""
+  prompt = run.task.prompt(row, run.config.data.template)
+  first = example.rows[0]
+  kept = run.model.tokenizer.decode(
+    first.tokens[: min(first.positions) + 1],
+    skip_special_tokens=True,
+    clean_up_tokenization_spaces=False,
+  )
+  return kept if prompt.endswith(kept) else prompt
 
 
 def _backbones(config: ml_collections.ConfigDict, run: runs.Run):
