@@ -6,6 +6,7 @@ They are real ones, that speak over 127.0.0.1.
 import os
 import pathlib
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ def free_port():
     return free.getsockname()[1]
 
 
-def launch(cache, num_processes, *arguments, extra=None):
+def launch(cache, num_processes, *arguments, extra=None, meanwhile=None):
   """Types a command in each of several processes; returns (code, errors)s."""
   where = f"127.0.0.1:{free_port()}"
   running = []
@@ -54,6 +55,8 @@ def launch(cache, num_processes, *arguments, extra=None):
       )
     )
   try:
+    if meanwhile:
+      meanwhile(running)
     errors_of = [process.communicate(timeout=400)[1] for process in running]
   finally:
     for process in running:
@@ -110,6 +113,51 @@ def test_train_and_resume_on_other_processes(tmp_path, tiny_model, tiny_rows):
     assert again[:2] == whole[:2]
     np.testing.assert_allclose(again, whole, rtol=1e-4, atol=1e-4)
   assert (folder / "summary.json").exists() and (folder / "curves.png").exists()
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_loses_nothing(tmp_path, tiny_model, tiny_rows):
+  cache, steps = tmp_path / "cache", 40
+
+  def go_on(name, **options):
+    folder = tmp_path / name
+    command = (
+      *command_of(folder, tiny_model, tiny_rows),
+      f"--config.train.num_steps={steps}",
+      f"--config.train.eval_every_steps={steps // 2}",
+      "--config.ckpt.base_every_steps=8",
+    )
+    return launch(cache, 2, *command, **options)
+
+  def signalled(running):
+    # Once it is under way, one of the two, and not the one that writes.
+    ledger, end = tmp_path / "stopped" / "ledger.txt", time.monotonic() + 300
+    while not ledger.exists() or len(ledger.read_bytes().splitlines()) < 6:
+      assert time.monotonic() < end and running[1].poll() is None
+      time.sleep(0.02)
+    running[1].send_signal(signal.SIGTERM)
+
+  assert [code for code, _ in go_on("whole")] == [0, 0]
+  stopped = go_on("stopped", meanwhile=signalled)
+  assert [code for code, _ in stopped] == [143, 143], stopped
+  assert "which is saved" in stopped[0][1]
+  lines = (tmp_path / "stopped" / "ledger.txt").read_bytes().splitlines()
+  assert 6 <= len(lines) < steps
+  assert [code for code, _ in go_on("stopped")] == [0, 0]
+  # Bit for bit: the coefficients of all steps, and what came of them.
+  whole, other = tmp_path / "whole", tmp_path / "stopped"
+  assert (whole / "ledger.txt").read_bytes() == (
+    other / "ledger.txt"
+  ).read_bytes()
+  clock = ("seconds", "rss_bytes")
+  rows = [
+    [
+      {name: row[name] for name in row if name not in clock}
+      for row in report.read_jsonl(folder / "metrics.jsonl")
+    ]
+    for folder in (whole, other)
+  ]
+  assert rows[0] == rows[1] and len(rows[0]) == steps + 2
 
 
 def test_processes_that_disagree(tmp_path, tiny_model, tiny_rows):

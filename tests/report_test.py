@@ -1,5 +1,6 @@
 """JSON lines, tables and pictures, on real files."""
 
+import html.parser
 import io
 import json
 import math
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
 import pytest
+from etils import epath
 
 from zofo_jax import errors, report
+from zofo_jax.report import __main__ as report_command
 
 
 def rows_of(path):
@@ -112,7 +115,7 @@ def test_write_json_replaces_in_one_piece(tmp_path, monkeypatch):
   def full(self, text):
     raise OSError(28, "No space left on device")
 
-  monkeypatch.setattr(type(report.epath.Path(path)), "write_text", full)
+  monkeypatch.setattr(type(epath.Path(path)), "write_text", full)
   with pytest.raises(OSError, match="No space"):
     report.write_json(path, {"accuracy": 0.75})
   assert json.loads(path.read_text()) == {"accuracy": 0.5, "n": 3}
@@ -169,3 +172,57 @@ def test_nothing_to_draw_is_told(tmp_path):
   (tmp_path / "metrics.jsonl").write_text("")
   with pytest.raises(errors.UserError, match="no row with a step"):
     report.plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+
+
+def make_run(folder, name, eps, *, ended=True):
+  run = folder / name
+  with report.JsonlWriter(run / "metrics.jsonl") as writer:
+    for step in range(1, 41):
+      row = {"step": step, "upper_loss": 1 / step, "seconds": step / 2}
+      writer.write({**row, "forward_passes": 3 * step})
+    writer.write({"step": 40, "selection_accuracy": 0.75})
+  report.write_json(run / "config.json", {"zo": {"eps": eps}, "seed": 0})
+  if ended:
+    report.write_json(run / "summary.json", {"test_accuracy": 0.8125})
+  return str(run)
+
+
+def test_a_page_compares_runs_and_needs_nothing_else(tmp_path, capsys):
+  runs = [
+    make_run(tmp_path, "one", 1e-3),
+    make_run(tmp_path, "<two>", 1e-2, ended=False),
+  ]
+  out = tmp_path / "new" / "page.html"
+  assert report_command.main([*runs, f"--out={out}"]) == 0
+  text = out.read_text()
+
+  class Reader(html.parser.HTMLParser):
+    def __init__(self):
+      super().__init__()
+      self.tags, self.words = [], []
+
+    def handle_starttag(self, tag, attributes):
+      self.tags.append(tag)
+      for name, value in attributes:
+        # All of the page is in the page.
+        assert name != "src" and not (name == "href" and value[0] != "#")
+
+    def handle_data(self, data):
+      self.words.append(data.strip())
+
+  reader = Reader()
+  reader.feed(text)
+  assert reader.tags.count("svg") == 2 and reader.tags.count("table") == 2
+  assert "script" not in reader.tags and "two" not in reader.tags
+  for word in ("one", "<two>", "0.8125", "zo.eps", "0.01", "0.001", "ended"):
+    assert word in reader.words, word
+  assert "seed" not in reader.words  # the same in both
+
+
+def test_a_page_of_no_run(tmp_path, capsys):
+  assert report_command.main([str(tmp_path)]) == 2
+  assert "holds no run" in capsys.readouterr().err
+  run = make_run(tmp_path, "one", 1e-3)
+  (tmp_path / "one" / "config.json").write_text("{")
+  assert report_command.main([run]) == 2
+  assert "config.json' is no JSON" in capsys.readouterr().err

@@ -28,6 +28,7 @@ from zofo_jax import (
 from zofo_jax import (
   config as config_lib,
 )
+from zofo_jax.report import curves
 
 LLAMA = pathlib.Path(__file__).parents[1] / "configs" / "llama.py"
 STEPS, EVAL_EVERY, INNER = 30, 10, 2
@@ -190,7 +191,7 @@ def test_metrics_have_what_the_picture_shows(done):
 
 
 def _plot_source():
-  source = pathlib.Path(report.__file__).read_text()
+  source = pathlib.Path(curves.__file__).read_text()
   return source.partition("def plot_curves")[2].partition("\ndef ")[0]
 
 

@@ -1,0 +1,43 @@
+"""Tables on the terminal; of several processes only the first prints."""
+
+from collections.abc import Mapping, Sequence
+from typing import IO, Any
+
+import numpy as np
+
+from zofo_jax import processes
+
+
+def results_table(
+  rows: Sequence[Mapping[str, Any]],
+  *,
+  title: str | None = None,
+  stream: IO[str] | None = None,
+) -> None:
+  """Prints a table whose columns are the names in the rows.
+
+  Args:
+    rows: one mapping a row; a name that a row lacks is left blank. Numbers with
+      a fraction get three digits after the point.
+    title: printed above.
+    stream: where to write; None for standard output.
+  """
+  if not processes.is_first():
+    return
+  from rich import console, table  # not needed by a run in a pod
+
+  names = list(dict.fromkeys(name for row in rows for name in row))
+  numeric = (int, float, np.number)
+  shown = table.Table(title=title, title_justify="left")
+  for name in names:
+    right = any(isinstance(row.get(name), numeric) for row in rows)
+    shown.add_column(name, justify="right" if right else "left")
+  for row in rows:
+    shown.add_row(*(_cell(row.get(name, "")) for name in names))
+  console.Console(file=stream).print(shown, markup=False, highlight=False)
+
+
+def _cell(value: Any) -> str:
+  if isinstance(value, float | np.floating):
+    return f"{value:.3f}"
+  return str(value)
