@@ -27,7 +27,7 @@ FLOORS = (
   ("export",),
   ("compiling",),
   ("costs",),
-  ("saved", "train", "tuning"),
+  ("saved", "sweep", "train", "tuning"),
   ("loop",),
   ("store",),
   ("demonstrate", "ledger"),

@@ -113,7 +113,13 @@ def test_fields_and_flags():
   assert fields and set(fields) <= FIELDS.keys()
   text = " ".join(commands())
   flags = set(re.findall(r"--(\w+)=", text)) - {"config"}
-  assert flags <= set(absl.flags.FLAGS) | {"json", "ledger", "run"}
+  assert flags <= set(absl.flags.FLAGS) | {
+    "jobs",
+    "json",
+    "ledger",
+    "run",
+    "sweep",
+  }
 
 
 def test_links():
