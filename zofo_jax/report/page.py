@@ -18,6 +18,8 @@ _BUDGETS = {
   "seconds": "seconds of training",
   "forward_passes": "forward passes over a batch",
 }
+# What selects a checkpoint, the first of these that there is.
+_SCORES = ("selection_mean", "selection_accuracy", "selection_token_f1")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem;
   margin: 2rem auto; padding: 0 1rem; color: #263238; background: #fff; }
@@ -121,10 +123,8 @@ def page(runs: Sequence[Found]) -> str:
   if differing := _differences(runs):
     parts += ["<h2>Where the configs differ</h2>", _table(differing)]
   parts += ["<h2>Loss on D_f</h2>", _picture(runs, "upper_loss")]
-  scores = sorted(
-    {n for run in runs for row in run.metrics for n in row if _is_score(n)}
-  )
-  if scores:
+  known = {name for run in runs for row in run.metrics for name in row}
+  if scores := [name for name in _SCORES if name in known]:
     parts += ["<h2>Selection rows</h2>", _picture(runs, scores[0])]
   body = "\n".join(parts)
   return (
@@ -134,10 +134,6 @@ def page(runs: Sequence[Found]) -> str:
     f"<title>{html.escape(title)}</title><style>{_STYLE}</style></head>\n"
     f"<body>\n{body}\n</body></html>\n"
   )
-
-
-def _is_score(name: str) -> bool:
-  return name.startswith("selection_") and not name.endswith(("_low", "_high"))
 
 
 def _results(run: Found) -> dict[str, Any]:
@@ -195,7 +191,7 @@ def _picture(runs: Sequence[Found], name: str) -> str:
           points.append((spent[budget], row[name]))
       if points:
         x, y = zip(*points, strict=True)
-        many = len(y) > 30
+        many = len(y) > 12
         axes.plot(
           x,
           curves.smooth(y) if many else y,
