@@ -117,7 +117,7 @@ def test_train_and_resume_on_other_processes(tmp_path, tiny_model, tiny_rows):
 
 @pytest.mark.slow
 def test_a_signal_to_one_process_loses_nothing(tmp_path, tiny_model, tiny_rows):
-  cache, steps = tmp_path / "cache", 40
+  cache, steps = tmp_path / "cache", 24
 
   def go_on(name, **options):
     folder = tmp_path / name
