@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import shutil
 from typing import Any, NamedTuple
 
 import jax
@@ -259,3 +260,40 @@ def test_a_foreign_folder_is_told(tmp_path):
       checkpoints.restore(make_state())
     with pytest.raises(errors.UserError, match="/4' is no checkpoint of"):
       checkpoints.restore_extra()
+
+
+@pytest.mark.parametrize("harm", ["cut", "empty", "flip", "gone"])
+def test_any_harm_to_any_file_is_noticed(tmp_path, harm):
+  save(tmp_path / "c", 1, 2)
+  whole = {
+    path.relative_to(tmp_path / "c")
+    for path in (tmp_path / "c" / "2").rglob("*")
+    if path.is_file() and path.stat().st_size
+  }
+  assert len(whole) > 5
+  for name in sorted(whole):
+    shutil.copytree(tmp_path / "c", tmp_path / "run" / "c")
+    path = tmp_path / "run" / "c" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 32
+    if harm == "gone":
+      path.unlink()
+    else:
+      changed = {"cut": content[: len(content) // 2], "empty": b""}
+      path.write_bytes(changed.get(harm, content))
+    for keep in (None, 2):  # to be read, and to go on
+      with checkpoint.Checkpoints(tmp_path / "run" / "c", keep=keep) as found:
+        assert found.latest_step() in (1, 2)
+        if found.latest_step() == 2:
+          try:
+            restored, _ = found.restore(jax.eval_shape(lambda: make_state(2)))
+          except checkpoint.DamagedError:
+            found.discard(2)
+          else:
+            # Only where the checksums themselves are gone, and all is well.
+            assert name.name == "checksums.json" and harm == "gone"
+            assert_identical(restored, make_state(2))
+            continue
+        restored, _ = found.restore(jax.eval_shape(lambda: make_state(1)))
+        assert_identical(restored, make_state(1))
+    shutil.rmtree(tmp_path / "run")

@@ -10,6 +10,7 @@ imports orbax.
 import hashlib
 import json
 import math
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent import futures
@@ -64,6 +65,10 @@ class Checkpoints:
     self._sound: set[int] = set()  # those whose checksums were compared
     self._damaged: set[int] = set()
     self._sealer = futures.ThreadPoolExecutor(1)
+    # To write, orbax reads the metrics of all checkpoints at once; none of them
+    # may be damaged.
+    if keep is not None:
+      self._set_aside_unreadable()
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
@@ -71,6 +76,7 @@ class Checkpoints:
         cleanup_tmp_directories=keep is not None,
         preservation_policy=(None if keep is None else _latest_and_best(keep)),
         best_fn=_worth,  # without it orbax does not write the metric
+        lightweight_initialize=keep is None,
       ),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
@@ -172,22 +178,17 @@ class Checkpoints:
         )
     self._sound.add(step)
 
-  def discard(self, step: int, into: epath.Path) -> None:
+  def discard(self, step: int) -> None:
     """Counts a checkpoint no more; moves it away if these are written to.
 
     Args:
-      step: which one.
-      into: folder that it goes to, under its number.
+      step: which one; it goes to `damaged`, under its number.
     """
     self._damaged.add(step)
     if self._keep is None:
       return
     if jax.process_index() == 0:
-      into.mkdir(parents=True, exist_ok=True)
-      place = into / str(step)
-      if place.exists():
-        place.rmtree()
-      (self.folder / str(step)).rename(place)
+      self._move_away(self.folder / str(step))
     multihost_utils.sync_global_devices(f"{self.folder} without {step}")
     self._manager.reload()
     self._damaged.discard(step)
@@ -281,8 +282,35 @@ class Checkpoints:
     beside.rename(folder / _SEAL)
 
   def _metric(self, step: int) -> float:
-    metrics = self._manager.metrics(step)
-    return -math.inf if metrics is None else _worth(metrics)
+    """Returns what a checkpoint is worth; the least where that is damaged."""
+    metric = _read_metric(self.folder / str(step))
+    return -math.inf if metric is None else metric
+
+  def _set_aside_unreadable(self) -> None:
+    """Moves checkpoints away whose metric cannot be read, and says so."""
+    if jax.process_index() == 0 and self.folder.is_dir():
+      for place in sorted(self.folder.iterdir()):
+        if place.name.isdigit() and _read_metric(place) is None:
+          print(
+            f"zofo_jax: The checkpoint '{place}' is damaged: its metric cannot "
+            f"be read. It is moved to '{self.damaged}'.",
+            file=sys.stderr,
+            flush=True,
+          )
+          self._move_away(place)
+    multihost_utils.sync_global_devices(f"{self.folder} is readable")
+
+  @property
+  def damaged(self) -> epath.Path:
+    """Folder beside this one that damaged checkpoints go to."""
+    return self.folder.parent / "damaged" / self.folder.name
+
+  def _move_away(self, place: epath.Path) -> None:
+    self.damaged.mkdir(parents=True, exist_ok=True)
+    target = self.damaged / place.name
+    if target.exists():
+      target.rmtree()
+    place.rename(target)
 
   def _existing(self, step: int | None) -> int:
     steps = self.steps()
@@ -339,6 +367,16 @@ def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
 def _digest(path: epath.Path) -> str:
   with path.open("rb") as file:
     return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _read_metric(folder: epath.Path) -> float | None:
+  """Reads the metric of a checkpoint; None where it is damaged."""
+  try:
+    return float(
+      _worth(json.loads((folder / "metrics" / "metrics").read_text()))
+    )
+  except (OSError, ValueError, TypeError, KeyError):
+    return None
 
 
 def _worth(metrics: Mapping[str, float]) -> float:

@@ -200,7 +200,7 @@ class Store:
         return self.restore(step)
       except checkpoint.DamagedError as error:
         _say(f"{error} The one before it is used, if there is any.")
-        self.checkpoints.discard(step, self._folder / "damaged" / "checkpoints")
+        self.checkpoints.discard(step)
     return None
 
   def restore(self, step: int) -> tuple[bilevel.BilevelState, dict[str, Any]]:
@@ -234,7 +234,7 @@ class Store:
         break
       except checkpoint.DamagedError as error:
         _say(f"{error} The one before it is used, or the model's weights.")
-        self._bases.discard(number, self._folder / "damaged" / "bases")
+        self._bases.discard(number)
     if base is None:
       base = ledger.load_start(
         self._run.config, self._run.model, found.header, self._run.mesh
