@@ -70,3 +70,15 @@ def test_mistakes(tmp_path, body, said):
     sweep.load(write(tmp_path, body), "runs")
   with pytest.raises(errors.UserError, match="expected a Python file"):
     sweep.load(str(tmp_path / "none.py"), "runs")
+
+
+def test_no_run_at_a_time(tmp_path, capsys):
+  path = write(tmp_path, "  yield {'seed': 1}\n")
+  arguments = [f"--sweep={path}", f"--workdir={tmp_path / 'runs'}"]
+  assert sweep.main([*arguments, "--jobs=0"]) == 2
+  assert "--jobs: expected 1 or more" in capsys.readouterr().err
+  folder = tmp_path / "runs" / "seed=1"
+  folder.mkdir(parents=True)
+  (folder / "summary.json").write_text("{")
+  assert sweep.main(arguments) == 2
+  assert "summary.json' is no JSON" in capsys.readouterr().err

@@ -125,7 +125,15 @@ def _run_one(cell: Cell) -> str:
 
 def _summary(cell: Cell) -> Mapping[str, Any]:
   path = cell.folder / "summary.json"
-  return json.loads(path.read_text()) if path.exists() else {}
+  if not path.exists():
+    return {}
+  try:
+    return json.loads(path.read_text())
+  except ValueError as error:
+    raise errors.UserError(
+      f"'{path}' is no JSON ({errors.first_line(error)}); without it the run "
+      "would be taken again."
+    ) from error
 
 
 def _row(cell: Cell, failed: str | None) -> dict[str, Any]:
@@ -155,15 +163,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   given, rest = parser.parse_known_args(arguments)
   try:
+    if given.jobs < 1:
+      raise errors.UserError(
+        f"--jobs: expected 1 or more runs at a time; found {given.jobs}."
+      )
     cells = load(given.sweep, given.workdir, rest)
+    if given.print:
+      for cell in cells:
+        print(shlex.join(["python", *cell.command[1:]]))
+      return 0
+    rows = run(cells, given.jobs)
   except errors.UserError as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return 2
-  if given.print:
-    for cell in cells:
-      print(shlex.join(["python", *cell.command[1:]]))
-    return 0
-  rows = run(cells, given.jobs)
   report.write_json(pathlib.Path(given.workdir) / "sweep.json", rows)
   shown = ("test_accuracy", "test_token_f1", "train_seconds", "failed")
   report.results_table(
