@@ -7,12 +7,11 @@ is sealed then: `checksums.json` has the SHA-256 of its files. No other module
 imports orbax.
 """
 
-import hashlib
 import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from concurrent import futures
 from typing import Any, Self
 
@@ -22,14 +21,10 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
-from zofo_jax import errors
+from zofo_jax import errors, seals
+from zofo_jax.seals import DamagedError as DamagedError
 
 _ITEMS = ("state", "extra")
-_SEAL = "checksums.json"
-
-
-class DamagedError(errors.UserError):
-  """A checkpoint that is not as it was written."""
 
 
 class Checkpoints:
@@ -162,20 +157,9 @@ class Checkpoints:
       DamagedError: names the file.
     """
     folder = self.folder / str(step)
-    if step in self._sound or not (folder / _SEAL).exists():
+    if step in self._sound or not seals.is_sealed(folder):
       return
-    try:
-      expected = dict(json.loads((folder / _SEAL).read_text()))
-    except (ValueError, TypeError) as error:
-      raise DamagedError(f"'{folder / _SEAL}' is damaged ({error}).") from error
-    for name, digest in expected.items():
-      if not (folder / name).is_file():
-        raise DamagedError(f"The checkpoint '{folder}' has lost '{name}'.")
-      if _digest(folder / name) != digest:
-        raise DamagedError(
-          f"The checkpoint '{folder}' is damaged: '{name}' is not as it was "
-          "written."
-        )
+    seals.check(folder)
     self._sound.add(step)
 
   def discard(self, step: int) -> None:
@@ -276,10 +260,7 @@ class Checkpoints:
     folder = self.folder / str(step)
     if jax.process_index() or not folder.exists():
       return
-    digests = {name: _digest(folder / name) for name in _files(folder)}
-    beside = folder / (_SEAL + ".tmp")
-    beside.write_text(json.dumps(digests, indent=2) + "\n")
-    beside.rename(folder / _SEAL)
+    seals.write(folder)
 
   def _metric(self, step: int) -> float:
     """Returns what a checkpoint is worth; the least where that is damaged."""
@@ -352,21 +333,6 @@ class Checkpoints:
         f"{wanted.get(leaf, 'no such leaf')}."
         + ("" if leaf in found else errors.nearest(leaf, found))
       )
-
-
-def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-  """Yields the names of all files in a folder, those in folders included."""
-  for path in sorted(folder.iterdir()):
-    name = prefix + path.name
-    if path.is_dir():
-      yield from _files(path, name + "/")
-    elif path.name not in (_SEAL, _SEAL + ".tmp"):
-      yield name
-
-
-def _digest(path: epath.Path) -> str:
-  with path.open("rb") as file:
-    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_metric(folder: epath.Path) -> float | None:
