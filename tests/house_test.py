@@ -44,7 +44,7 @@ FLOORS = (
   ("checks",),
   ("hlo", "mesh", "topologies"),
   ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
-  ("adapters", "guards", "progress", "recipes", "rows", "seals"),
+  ("adapters", "algorithms", "guards", "progress", "recipes", "rows", "seals"),
   # The core.
   ("multitask", "shared"),
   ("bilevel",),

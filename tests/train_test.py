@@ -14,6 +14,7 @@ from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
 from zofo_jax import (
+  algorithms,
   backbone,
   bilevel,
   checkpoint,
@@ -396,7 +397,7 @@ def test_every_choice_takes_a_step(direction, estimator, optimizer):
     with pytest.raises(errors.UserError, match="one direction"):
       checks.check(config)
     return
-  algorithm = runs.make_algorithm(config, loss_fn)
+  algorithm = algorithms.make_algorithm(config, loss_fn)
   x = jnp.ones((3, 4))
   state = jax.eval_shape(
     algorithm.init,

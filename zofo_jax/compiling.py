@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from zofo_jax import (
+  algorithms,
   backbone,
   bilevel,
   costs,
@@ -74,9 +75,11 @@ def programs(run: runs.Run) -> dict[str, jax.stages.Lowered]:
   loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
   whole = mesh_lib.everywhere(run.mesh)
-  sampler = runs.make_sampler(config.zo)
-  base_tx = runs.make_base_tx(config.zo)
-  tx = runs.make_optimizer(config.upper.optimizer, config.upper.learning_rate)
+  sampler = algorithms.make_sampler(config.zo)
+  base_tx = algorithms.make_base_tx(config.zo)
+  tx = algorithms.make_optimizer(
+    config.upper.optimizer, config.upper.learning_rate
+  )
 
   def zo_step(base, opt, adapter, rows, key):
     objective = lambda base: loss_fn(base, adapter, rows, None)
@@ -86,7 +89,7 @@ def programs(run: runs.Run) -> dict[str, jax.stages.Lowered]:
       key,
       config.zo.eps,
       sampler=sampler,
-      estimator=runs.ESTIMATORS[config.zo.estimator],
+      estimator=algorithms.ESTIMATORS[config.zo.estimator],
       num_directions=config.zo.num_directions,
       map_fn=mesh_lib.map_directions(run.mesh),
     )

@@ -9,6 +9,7 @@ import jax
 import ml_collections
 
 from zofo_jax import (
+  algorithms,
   backbone,
   batches,
   bilevel,
@@ -83,7 +84,7 @@ def make_run(
     config=config,
     model=model,
     task=tasks.get(config.data.task),
-    algorithm=runs.make_algorithm(
+    algorithm=algorithms.make_algorithm(
       config,
       backbone.make_loss_fn(config.loss, module),
       map_fn=mesh_lib.map_directions(mesh),

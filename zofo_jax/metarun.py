@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
+  algorithms,
   backbone,
   batches,
   bilevel,
@@ -38,17 +39,19 @@ def make_algorithm(
   """Makes the (init, step) pair of `config.meta.method`."""
   method = config.meta.method
   if method == "bilevel":
-    return runs.make_algorithm(config, loss_fn, probe_loss_fn, over_tasks=True)
+    return algorithms.make_algorithm(
+      config, loss_fn, probe_loss_fn, over_tasks=True
+    )
   if method == "mezo":
     return shared.make_zeroth_order_step(
       probe_loss_fn or loss_fn,
-      base_tx=runs.make_base_tx(config.zo),
-      sampler=runs.make_sampler(config.zo),
-      estimator=runs.ESTIMATORS[config.zo.estimator],
+      base_tx=algorithms.make_base_tx(config.zo),
+      sampler=algorithms.make_sampler(config.zo),
+      estimator=algorithms.ESTIMATORS[config.zo.estimator],
       num_directions=config.zo.num_directions,
       frame_steps=config.zo.frame_steps,
     )
-  tx = runs.make_level_tx(config, "lower")
+  tx = algorithms.make_level_tx(config, "lower")
   return shared.make_first_order_step(loss_fn, tx, whole=method == "full")
 
 
@@ -59,7 +62,7 @@ def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
     forward, backward = train_lib.passes(config)
     return count * forward, count * backward
   if config.meta.method == "mezo":
-    estimator = runs.ESTIMATORS[config.zo.estimator]
+    estimator = algorithms.ESTIMATORS[config.zo.estimator]
     points = config.zo.num_directions * estimator.evaluations
     return count * (estimator.shared + points), 0
   return count * steps, count * steps

@@ -9,6 +9,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
+  algorithms,
   backbone,
   errors,
   experiment,
@@ -17,7 +18,6 @@ from zofo_jax import (
   metarun,
   multitask,
   report,
-  runs,
 )
 from zofo_jax import mesh as mesh_lib
 from zofo_jax import progress as progress_lib
@@ -31,7 +31,7 @@ def _work(
   """Says what the loop does."""
   config, pad = family.config, family.run.model.pad
   meta, step_fn = config.meta, family.run.algorithm.step
-  hparams = runs.make_hparams(config)
+  hparams = algorithms.make_hparams(config)
   sizes = [len(each.lower) + len(each.upper) for each in examples]
   shape = families.common_shape(list(map(experiment.train_shape, examples)))
   of_tasks = meta.method == "bilevel"

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
+  algorithms,
   backbone,
   batches,
   calibrate,
@@ -225,7 +226,7 @@ def _train_head(run, table, tokens, known, hidden):
     "likelihood": losses.likelihood,
     "classification": losses.classification,
   }[config.loss]
-  tx = runs.make_optimizer("adam", config.head.learning_rate)
+  tx = algorithms.make_optimizer("adam", config.head.learning_rate)
   table = jnp.asarray(table, jnp.float32)
   trained = table if tokens is None else table[tokens]
   opt_state = tx.init(trained)

@@ -1,196 +1,31 @@
-"""A config turned into the functions of a run, for every command.
-
-Everything that the config says becomes an explicit argument here.
-"""
+"""A run: its model, task, algorithm and mesh, for every command."""
 
 import json
-import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
-import optax
 from etils import epath
 
 from zofo_jax import (
+  algorithms,
   backbone,
   batches,
   bilevel,
   checks,
-  directions,
   encode,
   errors,
   evaluate,
   experiment,
   generate,
-  inner,
   objectives,
-  outer,
-  perturbed,
-  sampler,
   tasks,
-  zo,
 )
 from zofo_jax import config as config_lib
 from zofo_jax import mesh as mesh_lib
-
-
-def make_schedule(
-  name: str, learning_rate: float, num_updates: int
-) -> optax.ScalarOrSchedule:
-  """Makes a learning rate: constant, or falling to 0 over the run's updates."""
-  if name == "linear":
-    return optax.linear_schedule(learning_rate, 0.0, num_updates)
-  if name == "cosine":
-    return optax.cosine_decay_schedule(learning_rate, num_updates)
-  return learning_rate
-
-
-def make_optimizer(
-  name: str, learning_rate: optax.ScalarOrSchedule, clip_norm: float = 0.0
-) -> optax.GradientTransformation:
-  """Makes an optax transformation whose learning rate lives in its state.
-
-  Args:
-    name: one of `config.OPTIMIZERS`.
-    learning_rate: a number, traced, so that it can change freely, or a
-      schedule.
-    clip_norm: largest global norm of the gradient; 0 for no limit.
-
-  Returns:
-    The transformation.
-  """
-  factory = {
-    "sgd": optax.sgd,
-    "momentum": lambda learning_rate: optax.sgd(learning_rate, momentum=0.9),
-    "adam": optax.adam,
-    "adamw": optax.adamw,
-  }[name]
-  tx = optax.inject_hyperparams(factory)(learning_rate=learning_rate)
-  if clip_norm:
-    tx = optax.chain(optax.clip_by_global_norm(clip_norm), tx)
-  return tx
-
-
-ESTIMATORS = {
-  "central": zo.central,
-  "forward": zo.forward,
-  "exact": zo.exact,
-}
-
-
-def make_sampler(zo_config: ml_collections.ConfigDict) -> sampler.Sampler:
-  """Makes the directions that `config.zo` asks for."""
-  kinds: dict[str, directions.Direction] = {
-    "gaussian": directions.Gaussian(),
-    "rademacher": directions.Rademacher(),
-    "low_rank": directions.LowRank(zo_config.rank),
-    "per_example": directions.PerExample(),
-    "sparse": directions.Sparse(threshold=zo_config.threshold),
-  }
-  return sampler.Sampler(
-    kinds[zo_config.direction],
-    select=lambda path: bool(re.search(zo_config.select, path)),
-    layers=tuple(zo_config.layers) or None,
-    lazy=True,
-  )
-
-
-def check_sampler(zo_config: ml_collections.ConfigDict, base: Any) -> None:
-  """Stops where `zo.select` or `zo.layers` name nothing that is there.
-
-  Args:
-    zo_config: `config.zo`.
-    base: the backbone's weights, or their shapes.
-
-  Raises:
-    UserError: says what there is.
-  """
-  shapes = {
-    perturbed.path_name(path): leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(base)
-  }
-  if not any(re.search(zo_config.select, path) for path in shapes):
-    raise errors.UserError(
-      f"config.zo.select: '{zo_config.select}' matches no weight; the weights "
-      f"are {', '.join(shapes)}."
-    )
-  stacked = [
-    shape
-    for path, shape in shapes.items()
-    if re.search(perturbed.STACKED, path)
-  ]
-  wrong = [i for i in zo_config.layers if i not in range(stacked[0][0])]
-  if wrong or len(set(zo_config.layers)) < len(zo_config.layers):
-    raise errors.UserError(
-      "config.zo.layers: expected different numbers from 0 to "
-      f"{stacked[0][0] - 1}; found {tuple(zo_config.layers)}."
-    )
-
-
-def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
-  """Makes the update of theta that `config.zo` asks for."""
-  scalings = [outer.clip(zo_config.clip)] if zo_config.clip else []
-  if zo_config.scaling != "none":
-    scale = {
-      "sign": outer.sign,
-      "std": outer.scale_by_std,
-      "running_rms": outer.scale_by_running_rms,
-    }[zo_config.scaling]
-    scalings.append(scale())
-  rate = zo_config.learning_rate
-  if zo_config.optimizer == "conservative":
-    return outer.conservative(rate)
-  if zo_config.optimizer == "sgd":
-    return outer.sgd(rate, *scalings, weight_decay=zo_config.weight_decay)
-  return outer.from_optax(make_optimizer(zo_config.optimizer, rate), *scalings)
-
-
-def make_level_tx(
-  config: ml_collections.ConfigDict, name: Literal["lower", "upper"]
-) -> optax.GradientTransformation:
-  """Makes the optimizer of s ("lower") or p ("upper"), for a whole run."""
-  level = config[name]
-  updates = config.lower.num_steps if name == "lower" else 1
-  rate = make_schedule(
-    level.schedule, level.learning_rate, config.train.num_steps * updates
-  )
-  return make_optimizer(level.optimizer, rate, level.clip_norm)
-
-
-def make_hparams(config: ml_collections.ConfigDict) -> bilevel.BilevelHParams:
-  """Makes the numbers that are traced."""
-  return bilevel.BilevelHParams(
-    zo_eps=float(config.zo.eps), penalty=float(config.penalty)
-  )
-
-
-def make_algorithm(
-  config: ml_collections.ConfigDict,
-  loss_fn: inner.LossFn,
-  probe_loss_fn: inner.LossFn | None = None,
-  *,
-  over_tasks: bool = False,
-  map_fn: zo.MapFn = jax.lax.map,
-) -> bilevel.BilevelAlgorithm:
-  """Makes the (init, step) pair that a config asks for."""
-  return bilevel.make_bilevel_step(
-    loss_fn,
-    probe_loss_fn=probe_loss_fn,
-    lower_tx=make_level_tx(config, "lower"),
-    upper_tx=make_level_tx(config, "upper"),
-    base_tx=make_base_tx(config.zo),
-    sampler=make_sampler(config.zo),
-    estimator=ESTIMATORS[config.zo.estimator],
-    num_directions=config.zo.num_directions,
-    per_example=config.zo.direction == "per_example",
-    frame_steps=config.zo.frame_steps,
-    over_tasks=over_tasks,
-    map_fn=map_fn,
-  )
 
 
 class Run(NamedTuple):
@@ -354,7 +189,7 @@ def make_run(
     config=config,
     model=model,
     task=task,
-    algorithm=make_algorithm(
+    algorithm=algorithms.make_algorithm(
       config,
       loss_fn,
       objectives.make_probe_loss_fn(
@@ -366,7 +201,7 @@ def make_run(
     mesh=mesh,
     generate_fn=generate_fn,
   )
-  check_sampler(config.zo, backbone.abstract_base(config, model))
+  algorithms.check_sampler(config.zo, backbone.abstract_base(config, model))
   run.abstract_state()  # adapters that fit nowhere are noticed here
   return run
 

@@ -11,6 +11,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
+  algorithms,
   backbone,
   batches,
   bilevel,
@@ -30,7 +31,7 @@ def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
   The penalised objective is three losses. Directions of a batch's examples
   count as one; a conservative update evaluates the objective three times more.
   """
-  estimator = runs.ESTIMATORS[config.zo.estimator]
+  estimator = algorithms.ESTIMATORS[config.zo.estimator]
   per_example = config.zo.direction == "per_example"
   num_directions = 1 if per_example else config.zo.num_directions
   points = estimator.shared + num_directions * estimator.evaluations
@@ -104,7 +105,7 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
   """Says what the loop does."""
   config = run.config
   step_fn = run.jit_step()
-  hparams = runs.make_hparams(config)
+  hparams = algorithms.make_hparams(config)
   shape = experiment.train_shape(examples)
 
   def start():

@@ -12,6 +12,7 @@ import ml_collections
 import numpy as np
 
 from zofo_jax import (
+  algorithms,
   backbone,
   batches,
   data,
@@ -132,7 +133,7 @@ def tune(run: runs.Run, found: Backbone, targets: Sequence[Target]) -> Any:
   """
   config, pad = run.config, run.model.pad
   options = config.adapt
-  tx = runs.make_optimizer(options.optimizer, options.learning_rate)
+  tx = algorithms.make_optimizer(options.optimizer, options.learning_rate)
   loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
   few = [shots for target in targets for shots in target.shots]
   shape = batches.shape_of([e for shots in few for e in shots], multiple=8)

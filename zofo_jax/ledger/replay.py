@@ -17,7 +17,14 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-from zofo_jax import backbone, checks, errors, moves, perturbed, runs
+from zofo_jax import (
+  algorithms,
+  backbone,
+  checks,
+  errors,
+  moves,
+  perturbed,
+)
 from zofo_jax import config as config_lib
 from zofo_jax import mesh as mesh_lib
 from zofo_jax.ledger import lines as lines_lib
@@ -151,7 +158,7 @@ def _step_fn(zo: str) -> Callable[..., Any]:
   return jax.jit(
     functools.partial(
       moves.apply,
-      sampler=runs.make_sampler(config.zo),
+      sampler=algorithms.make_sampler(config.zo),
       frame_steps=config.zo.frame_steps,
     ),
     donate_argnums=0,
