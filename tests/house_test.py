@@ -43,7 +43,8 @@ FLOORS = (
   ("beams",),
   ("checks",),
   ("hlo", "mesh", "topologies"),
-  ("assets", "checkpoint", "config", "data", "metrics", "models", "report"),
+  ("assets", "checkpoint", "data", "metrics", "models", "report"),
+  ("config",),
   ("adapters", "algorithms", "guards", "progress", "recipes", "rows", "seals"),
   # The core.
   ("multitask", "shared"),

@@ -5,6 +5,7 @@ A config is data: `train` turns it into explicit arguments, and nothing below
 `lower.num_steps`), `upper` trains p, `zo` moves theta, `penalty` is lambda.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -273,11 +274,13 @@ def unknown_field(argv: list[str]) -> str:
   return ""
 
 
-def flat(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, Any]:
-  """Returns {"zo.eps": 1e-3, ...}."""
+def flat(
+  config: ml_collections.ConfigDict | Mapping[str, Any], prefix: str = ""
+) -> dict[str, Any]:
+  """Returns {"zo.eps": 1e-3, ...}, of a config or of its JSON."""
   fields: dict[str, Any] = {}
   for name, value in config.items():
-    if isinstance(value, ml_collections.ConfigDict):
+    if isinstance(value, ml_collections.ConfigDict | Mapping):
       fields.update(flat(value, f"{prefix}{name}."))
     else:
       fields[f"{prefix}{name}"] = value

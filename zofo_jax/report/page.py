@@ -3,11 +3,12 @@
 import html
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from zofo_jax import config as config_lib
 from zofo_jax import errors
 from zofo_jax.report import curves
 from zofo_jax.report.lines import read_jsonl
@@ -71,7 +72,7 @@ def _find(folder: str, name: str) -> Found:
     name,
     metrics,
     _read(path / "summary.json"),
-    dict(_flat(_read(path / "config.json"))),
+    config_lib.flat(_read(path / "config.json")),
   )
 
 
@@ -85,16 +86,6 @@ def _read(path: epath.Path) -> dict[str, Any]:
       f"'{path}' is no JSON ({errors.first_line(error)})."
     ) from error
   return found if isinstance(found, dict) else {}
-
-
-def _flat(
-  tree: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      yield from _flat(value, f"{prefix}{name}.")
-    else:
-      yield f"{prefix}{name}", value
 
 
 def _names(folders: Sequence[str]) -> list[str]:
