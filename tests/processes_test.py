@@ -137,13 +137,15 @@ def test_a_signal_to_one_process_loses_nothing(tmp_path, tiny_model, tiny_rows):
       time.sleep(0.02)
     running[1].send_signal(signal.SIGTERM)
 
-  assert [code for code, _ in go_on("whole")] == [0, 0]
+  whole = go_on("whole")
+  assert [code for code, _ in whole] == [0, 0], whole
   stopped = go_on("stopped", meanwhile=signalled)
   assert [code for code, _ in stopped] == [143, 143], stopped
   assert "which is saved" in stopped[0][1]
   lines = (tmp_path / "stopped" / "ledger.txt").read_bytes().splitlines()
   assert 6 <= len(lines) < steps
-  assert [code for code, _ in go_on("stopped")] == [0, 0]
+  resumed = go_on("stopped")
+  assert [code for code, _ in resumed] == [0, 0], resumed
   # Bit for bit: the coefficients of all steps, and what came of them.
   whole, other = tmp_path / "whole", tmp_path / "stopped"
   assert (whole / "ledger.txt").read_bytes() == (

@@ -72,6 +72,11 @@ class Checkpoints:
         preservation_policy=(None if keep is None else _latest_and_best(keep)),
         best_fn=_worth,  # without it orbax does not write the metric
         lightweight_initialize=keep is None,
+        # Two folders may be written to at once; without it several processes
+        # would take the saves of one for those of the other.
+        multiprocessing_options=ocp.options.MultiprocessingOptions(
+          barrier_sync_key_prefix=self.folder.name
+        ),
       ),
       item_handlers={
         "state": ocp.StandardCheckpointHandler(),
