@@ -26,6 +26,12 @@ def free_port():
     return free.getsockname()[1]
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  """A folder of compiled programs, which the runs here have in common."""
+  return tmp_path_factory.mktemp("cache")
+
+
 def launch(cache, num_processes, *arguments, extra=None, meanwhile=None):
   """Types a command in each of several processes; returns (code, errors)s."""
   where = f"127.0.0.1:{free_port()}"
@@ -89,8 +95,10 @@ def command_of(folder, model, rows):
 
 
 @pytest.mark.slow
-def test_train_and_resume_on_other_processes(tmp_path, tiny_model, tiny_rows):
-  folder, cache = tmp_path / "run", tmp_path / "cache"
+def test_train_and_resume_on_other_processes(
+  cache, tmp_path, tiny_model, tiny_rows
+):
+  folder = tmp_path / "run"
   command = command_of(folder, tiny_model, tiny_rows)
 
   def losses():
@@ -116,8 +124,10 @@ def test_train_and_resume_on_other_processes(tmp_path, tiny_model, tiny_rows):
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_process_loses_nothing(tmp_path, tiny_model, tiny_rows):
-  cache, steps = tmp_path / "cache", 24
+def test_a_signal_to_one_process_loses_nothing(
+  cache, tmp_path, tiny_model, tiny_rows
+):
+  steps = 24
 
   def go_on(name, **options):
     folder = tmp_path / name
@@ -162,10 +172,10 @@ def test_a_signal_to_one_process_loses_nothing(tmp_path, tiny_model, tiny_rows):
   assert rows[0] == rows[1] and len(rows[0]) == steps + 2
 
 
-def test_processes_that_disagree(tmp_path, tiny_model, tiny_rows):
+def test_processes_that_disagree(cache, tmp_path, tiny_model, tiny_rows):
   began = time.monotonic()
   results = launch(
-    tmp_path / "cache",
+    cache,
     2,
     *command_of(tmp_path / "run", tiny_model, tiny_rows),
     extra={1: ["--config.zo.eps=0.5"]},
