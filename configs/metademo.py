@@ -15,7 +15,7 @@ from zofo_jax import config as config_lib
 # zeroth order.
 METHODS = {
   "bilevel": (20, 2e-3, 1e-7),
-  "lora": (60, 1e-3, 0.0),
+  "peft": (60, 1e-3, 0.0),
   "full": (40, 1e-5, 0.0),
   "mezo": (60, 0.0, 1e-7),
 }
@@ -29,7 +29,7 @@ def get_config(arg: str = ""):
   config = config_lib.base_config()
   config.command = "metatrain"
   config.model.name = str(assets.smollm2())
-  config.meta.method = args["method"]
+  config.method = args["method"]
   config.meta.train = ("short",)
   config.meta.target = ("short",)
   config.meta.num_tasks = 2

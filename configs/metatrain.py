@@ -3,7 +3,7 @@
   python -m zofo_jax.main --config=configs/metatrain.py:group=sentiment \
       --workdir=runs/meta
 
-`method=lora`, `full` or `mezo` is what it is compared with. Any list of tasks
+`method=peft`, `full` or `mezo` is what it is compared with. Any list of tasks
 will do: --config.meta.train="('sst2','cr')"; so will the lists of MetaICL,
 `meta.train` and `meta.target` both "('MetaICL/config/hr_to_lr.json',)" with
 --config.data.dir=MetaICL/data.
@@ -20,7 +20,7 @@ def get_config(arg: str = ""):
   config = config_lib.base_config()
   config.command = "metatrain"
   config.model.name = args["model"]
-  config.meta.method = args["method"]
+  config.method = args["method"]
   config.meta.train = (args["group"],)
   config.meta.target = (args["group"],)
   config.data.num_selection = 100

@@ -27,13 +27,22 @@ SIZES = {
 
 
 def get_config(arg: str = ""):
-  """Returns the config of `size=...,task=...,preset=...,adapter=...`."""
+  """Returns the config of `size=...,task=...,adapter=...,method=...`.
+
+  `method=mezo` and others are what Bilevel-ZOFO is compared with.
+  """
   args = config_lib.parse_arg(
-    arg, size="125m", task="sst2", preset="paper", adapter="lora"
+    arg,
+    size="125m",
+    task="sst2",
+    preset="paper",
+    adapter="lora",
+    method="bilevel",
   )
   config = config_lib.base_config()
   config.model.name = config_lib.choose("size", args["size"], SIZES)
   config.data.task = args["task"]
   config.adapter.kind = args["adapter"]
+  config.method = args["method"]
   config_lib.apply_preset(config, args["preset"])
   return config

@@ -104,12 +104,12 @@ def test_demo(monkeypatch, tmp_path):
   assert steps % every == 0
 
 
-@pytest.mark.parametrize("method", checks.METHODS)
+@pytest.mark.parametrize("method", checks.OVER_TASKS)
 def test_metademo(monkeypatch, tmp_path, method):
   monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
   config = load("metademo").get_config(f"method={method}")
   checks.check(config)
-  assert config.meta.method == method
+  assert config.method == method
   assert config.train.num_steps % config.train.eval_every_steps == 0
 
 

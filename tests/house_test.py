@@ -35,7 +35,7 @@ FLOORS = (
   ("objectives",),
   ("families",),
   ("evaluate", "experiment", "probe"),
-  ("backbone",),
+  ("backbone", "budget"),
   ("generate",),
   ("batches", "calibrate", "incontext", "questions"),
   ("encode",),
@@ -47,7 +47,7 @@ FLOORS = (
   ("config",),
   ("adapters", "algorithms", "guards", "progress", "recipes", "rows", "seals"),
   # The core.
-  ("multitask", "shared"),
+  ("baselines", "multitask"),
   ("bilevel",),
   ("terms",),
   ("inner", "losses", "outer", "state"),
@@ -63,8 +63,8 @@ FLOORS = (
 )
 CORE = set(
   """
-bilevel directions inner losses moves multitask noise outer perturbed sampler
-shared state terms zo
+baselines bilevel directions inner losses moves multitask noise outer perturbed
+sampler state terms zo
 """.split()
 )
 FLOOR_OF = {name: floor for floor, names in enumerate(FLOORS) for name in names}

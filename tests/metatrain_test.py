@@ -141,7 +141,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(done, start, tmp_path):
   assert start(folder) == 0
   one, other = arrays(done, STEPS), arrays(folder, STEPS)
   jax.tree.map(np.testing.assert_array_equal, one, other)
-  measured = ("seconds", "rss_bytes")
+  measured = ("seconds", "rss_bytes", "peak_rss_bytes")
   steps = [
     [
       {name: row[name] for name in row if name not in measured}
@@ -231,18 +231,18 @@ def test_every_kind_of_adapter_has_an_axis_of_tasks(config):
 
 @pytest.fixture(scope="module")
 def lora(start, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("runs") / "lora"
-  assert start(folder, method="lora", steps=2) == 0
+  folder = tmp_path_factory.mktemp("runs") / "peft"
+  assert start(folder, method="peft", steps=2) == 0
   return folder
 
 
-@pytest.mark.parametrize("method", ["lora", "full", "mezo"])
+@pytest.mark.parametrize("method", ["peft", "full", "mezo"])
 def test_baselines_move_what_they_should(lora, start, tmp_path, method):
-  folder = lora if method == "lora" else tmp_path / method
-  if method != "lora":
+  folder = lora if method == "peft" else tmp_path / method
+  if method != "peft":
     assert start(folder, method=method, steps=2) == 0
   metrics = report.read_jsonl(folder / "metrics.jsonl")
-  passes = {"lora": (4, 4), "full": (4, 4), "mezo": (4, 0)}[method]
+  passes = {"peft": (4, 4), "full": (4, 4), "mezo": (4, 0)}[method]
   assert (metrics[0]["forward_passes"], metrics[0]["backward_passes"]) == passes
   family, state = metarun.load(folder)
   before = backbone.load_base(family.config, family.run.model)
@@ -254,8 +254,8 @@ def test_baselines_move_what_they_should(lora, start, tmp_path, method):
       strict=True,
     )
   }
-  assert any(moved.values()) == (method != "lora")
-  assert bool(jax.tree.leaves(state.upper)) == (method == "lora")
+  assert any(moved.values()) == (method != "peft")
+  assert bool(jax.tree.leaves(state.upper)) == (method == "peft")
 
 
 def test_adaptation(done, lora, command_line, tmp_path, capsys):
@@ -270,14 +270,14 @@ def test_adaptation(done, lora, command_line, tmp_path, capsys):
   assert code == 0
   shown = capsys.readouterr().out
   columns = ("zero-shot", "in-context", "start", "few-shot", "±")
-  for name in ("mpqa", "mean", "base", "meta", "lora", *columns):
+  for name in ("mpqa", "mean", "base", "meta", "peft", *columns):
     assert name in shown
   found = json.loads((tmp_path / "new" / "adapt.json").read_text())
   base, meta, first_order = found["outcome"]
   assert [row["backbone"] for row in found["outcome"]] == [
     "base",
     "meta",
-    "lora",
+    "peft",
   ]
   assert all(len(row["few_shot"]) == 2 for row in found["outcome"])
   assert "start" not in base and "start" in meta
@@ -421,12 +421,13 @@ def test_metaicl_lists(config, tmp_path):
     ({"meta.train": ()}, ["config.meta.train", "found nothing"]),
     ({"meta.target": ("cr",)}, ["not trained on", "cr"]),
     ({"meta.num_tasks": 3}, ["at most the 2 tasks", "found 3"]),
-    ({"meta.method": "lor"}, ["meta.method", "Did you mean 'lora'"]),
-    ({"meta.method": "lora", "meta.on_host": True}, ["meta.on_host", "False"]),
+    ({"method": "pett"}, ["config.method", "Did you mean 'peft'"]),
+    ({"method": "peft", "meta.on_host": True}, ["meta.on_host", "False"]),
     (
-      {"meta.method": "mezo", "zo.direction": "per_example"},
+      {"method": "mezo", "zo.direction": "per_example"},
       ["zo.direction", "mezo"],
     ),
+    ({"method": "mezo_peft"}, ["config.method", "many tasks", "peft"]),
     ({"meta.size_power": -1.0}, ["meta.size_power", "0 or more"]),
   ],
 )
@@ -435,8 +436,7 @@ def test_mistakes(config, changes, expected):
   config.meta.train, config.meta.target = ("cr", "rotten_tomatoes"), ("mpqa",)
   config.meta.num_tasks = 2
   for name, value in changes.items():
-    section, field = name.split(".")
-    config[section][field] = value
+    config.update_from_flattened_dict({name: value})
   with pytest.raises(errors.UserError) as caught:
     metarun.make_family(config)
   for part in expected:

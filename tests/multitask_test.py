@@ -10,7 +10,7 @@ import pytest
 from jax.extend import core
 
 import zofo_jax as zofo
-from zofo_jax import directions, multitask, outer, sampler, shared, zo
+from zofo_jax import baselines, directions, multitask, outer, sampler, zo
 
 D, ROWS, T, M = 6, 4, 3, 3
 LAM = 2.0
@@ -328,7 +328,9 @@ def test_first_order_baselines_take_the_mean_gradient(whole):
     del key
     return _loss(base, adapter or {"a": jnp.zeros((D, 5))}, batch, None)
 
-  algorithm = shared.make_first_order_step(loss, optax.sgd(0.1), whole=whole)
+  algorithm = baselines.make_first_order_step(
+    loss, optax.sgd(0.1), whole=whole, over_tasks=True
+  )
   base, adapter = _base(), {} if whole else _adapters(1)
   state, info = jax.jit(algorithm.step)(
     algorithm.init(jax.random.key(0), base, adapter), batch, HPARAMS
@@ -362,9 +364,10 @@ def test_mezo_moves_theta_along_the_mean_loss():
     assert adapter == {} and key is None
     return _loss(base, {"a": jnp.zeros(())[None, None]}, batch, None)
 
-  algorithm = shared.make_zeroth_order_step(
+  algorithm = baselines.make_zeroth_order_step(
     loss,
-    base_tx=outer.sgd(1.0),
+    outer.sgd(1.0),
+    over_tasks=True,
     sampler=sampler.Sampler(directions.Rademacher()),
     estimator=zo.exact,
   )

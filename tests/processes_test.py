@@ -161,7 +161,7 @@ def test_a_signal_to_one_process_loses_nothing(
   assert (whole / "ledger.txt").read_bytes() == (
     other / "ledger.txt"
   ).read_bytes()
-  clock = ("seconds", "rss_bytes")
+  clock = ("seconds", "rss_bytes", "peak_rss_bytes")
   rows = [
     [
       {name: row[name] for name in row if name not in clock}

@@ -1,12 +1,12 @@
 """Bilevel-ZOFO in JAX: zeroth-order backbones, first-order adapters."""
 
 from zofo_jax import (
+  baselines,
   directions,
   losses,
   multitask,
   outer,
   perturbed,
-  shared,
   zo,
 )
 from zofo_jax.bilevel import (
@@ -29,6 +29,7 @@ __all__ = [
   "BilevelInfo",
   "BilevelState",
   "Sampler",
+  "baselines",
   "bilevel_step",
   "directions",
   "losses",
@@ -36,6 +37,5 @@ __all__ = [
   "multitask",
   "outer",
   "perturbed",
-  "shared",
   "zo",
 ]

@@ -11,6 +11,7 @@ import ml_collections
 import optax
 
 from zofo_jax import (
+  baselines,
   bilevel,
   directions,
   errors,
@@ -152,6 +153,16 @@ def make_hparams(config: ml_collections.ConfigDict) -> bilevel.BilevelHParams:
   )
 
 
+def moves_adapter(method: str) -> bool:
+  """Tells whether a method trains an adapter; else there is none."""
+  return method not in ("full", "mezo")
+
+
+def has_zeroth_order(method: str) -> bool:
+  """Tells whether a method takes steps from forward passes alone."""
+  return method not in ("full", "peft")
+
+
 def make_algorithm(
   config: ml_collections.ConfigDict,
   loss_fn: inner.LossFn,
@@ -160,18 +171,54 @@ def make_algorithm(
   over_tasks: bool = False,
   map_fn: zo.MapFn = jax.lax.map,
 ) -> bilevel.BilevelAlgorithm:
-  """Makes the (init, step) pair that a config asks for."""
-  return bilevel.make_bilevel_step(
-    loss_fn,
-    probe_loss_fn=probe_loss_fn,
-    lower_tx=make_level_tx(config, "lower"),
-    upper_tx=make_level_tx(config, "upper"),
-    base_tx=make_base_tx(config.zo),
-    sampler=make_sampler(config.zo),
-    estimator=ESTIMATORS[config.zo.estimator],
-    num_directions=config.zo.num_directions,
-    per_example=config.zo.direction == "per_example",
-    frame_steps=config.zo.frame_steps,
-    over_tasks=over_tasks,
-    map_fn=map_fn,
-  )
+  """Makes the (init, step) pair of `config.method`."""
+  zeroth_order: dict[str, Any] = {
+    "estimator": ESTIMATORS[config.zo.estimator],
+    "num_directions": config.zo.num_directions,
+    "frame_steps": config.zo.frame_steps,
+    "over_tasks": over_tasks,
+    "map_fn": map_fn,
+  }
+  if config.method == "bilevel":
+    return bilevel.make_bilevel_step(
+      loss_fn,
+      probe_loss_fn=probe_loss_fn,
+      lower_tx=make_level_tx(config, "lower"),
+      upper_tx=make_level_tx(config, "upper"),
+      base_tx=make_base_tx(config.zo),
+      sampler=make_sampler(config.zo),
+      per_example=config.zo.direction == "per_example",
+      **zeroth_order,
+    )
+
+  def peft(whole: bool = False) -> bilevel.BilevelAlgorithm:
+    tx = make_level_tx(config, "lower")
+    return baselines.make_first_order_step(
+      loss_fn, tx, whole=whole, over_tasks=over_tasks
+    )
+
+  def mezo(whole: bool = True) -> bilevel.BilevelAlgorithm:
+    # Adapters are small, and no model reads their parts lazily.
+    kind = make_sampler(config.zo)
+    return baselines.make_zeroth_order_step(
+      probe_loss_fn or loss_fn,
+      make_base_tx(config.zo),
+      whole=whole,
+      sampler=kind if whole else sampler.Sampler(kind.direction),
+      **zeroth_order,
+    )
+
+  num_first = config.train.num_first_steps
+  make = {
+    "peft": peft,
+    "full": lambda: peft(whole=True),
+    "mezo": mezo,
+    "mezo_peft": lambda: mezo(whole=False),
+    "peft_then_mezo": lambda: baselines.one_after_the_other(
+      peft(), mezo(), num_first
+    ),
+    "mezo_then_peft": lambda: baselines.one_after_the_other(
+      mezo(), peft(), num_first
+    ),
+  }
+  return make[config.method]()

@@ -22,14 +22,15 @@ ESTIMATORS = ("central", "forward", "exact")
 OBJECTIVES = ("loss", "accuracy", "token_f1")
 LOSSES = ("likelihood", "classification")
 DTYPES = ("float32", "bfloat16")
-# Of the tasks' mean loss: bilevel; one adapter, or all weights, first order;
-# all weights zeroth order.
-METHODS = ("bilevel", "lora", "full", "mezo")
+# Bilevel-ZOFO, and what it is compared with: an adapter or all weights by first
+# order, all weights or an adapter by zeroth order, and one after the other.
+OVER_TASKS = ("bilevel", "peft", "full", "mezo")
+METHODS = (*OVER_TASKS, "mezo_peft", "peft_then_mezo", "mezo_then_peft")
 COMMANDS = ("train", "icl", "probe", "head", "metatrain", "adapt")
 
 CHOICES = {
   "command": COMMANDS,
-  "meta.method": METHODS,
+  "method": METHODS,
   "adapt.start": ("mean", "fresh"),
   "adapt.optimizer": OPTIMIZERS,
   "loss": LOSSES,
@@ -67,6 +68,7 @@ _POSITIVE = (
   "data.num_test",
   "data.max_length",
   "train.num_steps",
+  "train.num_first_steps",
   "train.eval_every_steps",
   "meta.num_tasks",
   "adapt.shots",
@@ -135,7 +137,7 @@ def check(config: ml_collections.ConfigDict) -> None:
         f"config.{name}: expected 0 or more; found {fields[name]}."
       )
   _check_zo(config)
-  _check_meta(config)
+  _check_method(config)
   _check_own_task(config)
   _check_adapter(config)
   _check_generate(config.generate)
@@ -153,20 +155,36 @@ def check(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _check_meta(config: ml_collections.ConfigDict) -> None:
-  """Stops on fields that the method of meta-training would ignore."""
+def _check_method(config: ml_collections.ConfigDict) -> None:
+  """Stops on fields that a method would ignore."""
+  method = config.method
+  if "mezo" in method and config.zo.direction == "per_example":
+    raise errors.UserError(
+      "config.zo.direction: 'per_example' goes with method 'bilevel'; expected "
+      f"another with '{method}'."
+    )
+  if method == "mezo_peft" and (config.zo.select or config.zo.layers):
+    raise errors.UserError(
+      "config.zo.select: names weights of theta, as zo.layers does; expected "
+      "neither with method 'mezo_peft', which moves an adapter."
+    )
+  total = config.train.num_steps
+  if "_then_" in method and config.train.num_first_steps >= total:
+    raise errors.UserError(
+      f"config.train.num_first_steps: expected fewer than train.num_steps, "
+      f"{total}, with method '{method}'; found {config.train.num_first_steps}."
+    )
   if config.command != "metatrain":
     return
-  method = config.meta.method
-  if method == "mezo" and config.zo.direction == "per_example":
+  if method not in OVER_TASKS:
     raise errors.UserError(
-      "config.zo.direction: 'per_example' goes with meta.method 'bilevel'; "
-      "expected another with 'mezo'."
+      f"config.method: expected one of {', '.join(OVER_TASKS)} over many "
+      f"tasks; found '{method}'."
     )
   if method != "bilevel" and config.meta.on_host:
     raise errors.UserError(
-      "config.meta.on_host: only meta.method 'bilevel' has adapters of each "
-      f"task; expected False with '{method}'."
+      "config.meta.on_host: only method 'bilevel' has adapters of each task; "
+      f"expected False with '{method}'."
     )
   if config.data.prompt:
     raise errors.UserError(
@@ -272,7 +290,13 @@ def _check_ckpt(
   config: ml_collections.ConfigDict, fields: dict[str, Any]
 ) -> None:
   """Stops on a theta that no ledger rebuilds, and on fields there are not."""
-  optimizer = config.zo.optimizer
+  optimizer, method = config.zo.optimizer, config.method
+  if config.ckpt.base_every_steps and method in ("peft", "full", "mezo_peft"):
+    raise errors.UserError(
+      f"config.ckpt.base_every_steps: expected 0 with method '{method}', which "
+      "the ledger says nothing of; found "
+      f"{config.ckpt.base_every_steps}."
+    )
   if config.ckpt.base_every_steps and optimizer not in IN_PLACE:
     raise errors.UserError(
       "config.ckpt.base_every_steps: only zo.optimizer "

@@ -20,6 +20,7 @@ def base_config() -> ml_collections.ConfigDict:
   """Returns every field with its default; configs/*.py change some."""
   config = ml_collections.ConfigDict()
   config.command = "train"  # what main does with this, if it is not told
+  config.method = "bilevel"  # or what it is compared with; see README
   config.seed = 0
   config.penalty = 100.0  # lambda: weight of L(theta, p) - L(theta, s) on D_p
   config.loss = "likelihood"  # or "classification" over the label words
@@ -97,6 +98,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.data.seed = 0  # which rows are drawn
   config.data.num_lower = 666  # D_p
   config.data.num_upper = 334  # D_f
+  config.data.pooled = False  # D_p and D_f are both all of these rows
   config.data.num_selection = 500  # to choose a checkpoint; 0: D_f, as in [1]
   config.data.num_test = 1000
   config.data.max_length = 2048  # tokens a row, prompt and option
@@ -112,12 +114,12 @@ def base_config() -> ml_collections.ConfigDict:
 
   config.train = ml_collections.ConfigDict()
   config.train.num_steps = 500  # outer iterations
+  config.train.num_first_steps = 250  # of a method with _then_, the first part
   config.train.eval_every_steps = 50
   config.train.max_nonfinite = 10  # steps in a row that are not; 0: no limit
   config.train.max_loss_ratio = 0.0  # of D_f's mean to its start; 0: no limit
 
   config.meta = ml_collections.ConfigDict()  # command metatrain: many tasks
-  config.meta.method = "bilevel"  # or what it is compared with; see README
   config.meta.train = ("sentiment",)  # groups, tasks, or MetaICL's .json files
   config.meta.target = ("sentiment",)  # held out, for the command adapt
   config.meta.num_tasks = 4  # M, drawn for each outer iteration

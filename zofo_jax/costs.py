@@ -13,6 +13,7 @@ from zofo_jax import (
   backbone,
   batches,
   bilevel,
+  budget,
   checks,
   encode,
   errors,
@@ -204,31 +205,6 @@ def of_methods(size: dict[str, int]) -> dict[str, int]:
 def flops(run: runs.Run) -> float:
   """Counts the operations of an iteration's products of matrices, all chips."""
   batch = abstract_batch(run.config, run.model, run.mesh)
-  step = jax.make_jaxpr(run.algorithm.step)(
-    run.abstract_state(), batch, bilevel.BilevelHParams()
+  return budget.flops(
+    run.algorithm.step, run.abstract_state(), batch, bilevel.BilevelHParams()
   )
-  return _flops(step.jaxpr)
-
-
-def _flops(jaxpr: Any) -> float:
-  """Sums 2 m n k over dot_general, times the lengths of loops."""
-  total = 0.0
-  for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      (contracted, _), _ = equation.params["dimension_numbers"]
-      shape = equation.invars[0].aval.shape
-      inner_size = math.prod(shape[axis] for axis in contracted)
-      total += 2.0 * inner_size * math.prod(equation.outvars[0].aval.shape)
-      continue
-    inside = [
-      getattr(value, "jaxpr", value)
-      for param in equation.params.values()
-      for value in (param if isinstance(param, tuple | list) else (param,))
-      if hasattr(value, "eqns") or hasattr(value, "jaxpr")
-    ]
-    found = [_flops(one) for one in inside]
-    if equation.primitive.name == "cond":  # one of its branches
-      total += max(found)
-    else:
-      total += equation.params.get("length", 1) * sum(found)
-  return total

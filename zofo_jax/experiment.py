@@ -135,11 +135,15 @@ def load_examples(
 ) -> Examples:
   """Reads, divides and encodes the rows of a run.
 
+  D_p and D_f are the same rows, all of both, with `data.pooled` and for methods
+  with one level.
+
   Test and selection rows are never dropped for their length: those that do
   not fit `data.max_length` still count, up to the model's own context.
 
   Args:
-    config: the run's config; reads `config.data` and `config.loss`.
+    config: the run's config; reads `config.data`, `config.method` and
+      `config.loss`.
     model: gives the tokenizer and the longest row.
     task: the task.
 
@@ -150,9 +154,13 @@ def load_examples(
     UserError: names the file and row that is wrong.
   """
   splits = load_rows(config, task)
+  lower = encode_trained(config, model, task, splits.lower)
+  upper = encode_trained(config, model, task, splits.upper)
+  if config.data.pooled or config.method != "bilevel":
+    lower = upper = [*lower, *upper]
   return Examples(
-    lower=encode_trained(config, model, task, splits.lower),
-    upper=encode_trained(config, model, task, splits.upper),
+    lower=lower,
+    upper=upper,
     selection=encode_scored(config, model, task, splits.selection),
     test=encode_scored(config, model, task, splits.test),
   )

@@ -24,7 +24,7 @@ class Work(NamedTuple):
       losses, and whether no direction was finite.
     select: (state) -> what the selection rows say, and its worth: a checkpoint
       of the highest is kept.
-    passes: an iteration's (forward, backward) passes over one batch.
+    spent: (number of iterations) -> what they cost; see `budget`.
   """
 
   start: Callable[[], tuple[bilevel.BilevelState, dict[str, Any]]]
@@ -32,7 +32,7 @@ class Work(NamedTuple):
   told: Callable[[int, Any], dict[str, Any]]
   health: Callable[[Any], tuple[list[float], bool]]
   select: Callable[[bilevel.BilevelState], tuple[dict[str, float], float]]
-  passes: tuple[int, int]
+  spent: Callable[[int], dict[str, float]]
 
 
 def run(
@@ -96,7 +96,6 @@ def _iterate(trained, work, state, record, writer, store, signals):
     max_loss_ratio=options.max_loss_ratio,
   )
   start, total = int(state.step), options.num_steps
-  forward, backward = work.passes
   began = time.monotonic() - record["seconds"]
   pending: tuple[int, Any] | None = None
   with progress_lib.Progress(total, start=start) as progress:
@@ -114,9 +113,8 @@ def _iterate(trained, work, state, record, writer, store, signals):
           "step": step,
           **row,
           "seconds": time.monotonic() - began,
-          "forward_passes": forward * step,
-          "backward_passes": backward * step,
-          "rss_bytes": progress_lib.rss_bytes(),
+          **work.spent(step),
+          **progress_lib.memory(),
         }
       )
       store.append(step, info)

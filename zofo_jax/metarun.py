@@ -4,7 +4,6 @@ Meta-training, or what that is compared with: one adapter for all tasks, or all
 weights, trained on the tasks' mean loss.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,51 +20,11 @@ from zofo_jax import (
   bilevel,
   errors,
   families,
-  inner,
   objectives,
   runs,
-  shared,
 )
 from zofo_jax import mesh as mesh_lib
 from zofo_jax import store as store_lib
-from zofo_jax import train as train_lib
-
-
-def make_algorithm(
-  config: ml_collections.ConfigDict,
-  loss_fn: inner.LossFn,
-  probe_loss_fn: inner.LossFn | None = None,
-) -> bilevel.BilevelAlgorithm:
-  """Makes the (init, step) pair of `config.meta.method`."""
-  method = config.meta.method
-  if method == "bilevel":
-    return algorithms.make_algorithm(
-      config, loss_fn, probe_loss_fn, over_tasks=True
-    )
-  if method == "mezo":
-    return shared.make_zeroth_order_step(
-      probe_loss_fn or loss_fn,
-      base_tx=algorithms.make_base_tx(config.zo),
-      sampler=algorithms.make_sampler(config.zo),
-      estimator=algorithms.ESTIMATORS[config.zo.estimator],
-      num_directions=config.zo.num_directions,
-      frame_steps=config.zo.frame_steps,
-    )
-  tx = algorithms.make_level_tx(config, "lower")
-  return shared.make_first_order_step(loss_fn, tx, whole=method == "full")
-
-
-def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
-  """Counts an iteration's (forward, backward) passes over a task's batch."""
-  count, steps = config.meta.num_tasks, config.lower.num_steps
-  if config.meta.method == "bilevel":
-    forward, backward = train_lib.passes(config)
-    return count * forward, count * backward
-  if config.meta.method == "mezo":
-    estimator = algorithms.ESTIMATORS[config.zo.estimator]
-    points = config.zo.num_directions * estimator.evaluations
-    return count * (estimator.shared + points), 0
-  return count * steps, count * steps
 
 
 class Family(NamedTuple):
@@ -105,8 +64,9 @@ class Family(NamedTuple):
       key = jax.random.fold_in(key, i)
       return backbone.init_adapter(config, self.run.model, key, base)
 
-    if config.meta.method != "bilevel":
-      return init(step_key, base, adapter(upper_key, 0))
+    if config.method != "bilevel":
+      has_adapter = algorithms.moves_adapter(config.method)
+      return init(step_key, base, adapter(upper_key, 0) if has_adapter else {})
 
     def alone(i):
       lift = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)
@@ -159,13 +119,13 @@ class Family(NamedTuple):
 
   def adapter(self, state: bilevel.BilevelState, task: int) -> Any:
     """Returns the adapter that a trained task is answered with."""
-    if self.config.meta.method != "bilevel":
+    if self.config.method != "bilevel":
       return state.upper
     return jax.tree.map(lambda leaf: leaf[task], state.upper)
 
   def mean_adapter(self, state: bilevel.BilevelState) -> Any:
     """Returns what a new task may start from; {} where there is no adapter."""
-    if self.config.meta.method != "bilevel":
+    if self.config.method != "bilevel":
       return state.upper
     return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), state.upper)
 
@@ -210,27 +170,15 @@ def make_family(config: ml_collections.ConfigDict) -> Family:
       config, config.meta.target, "target", "meta.target"
     )
     families.check_held_out(members, targets)
-  if config.ckpt.base_every_steps and config.meta.method in ("lora", "full"):
-    raise errors.UserError(
-      "config.ckpt.base_every_steps: only meta.method 'bilevel' and 'mezo' can "
-      f"be taken again from the ledger; expected 0 with '{config.meta.method}'."
-    )
   run = runs.make_run(config, members[0].task)
   module, tokenizer = run.model.module, run.model.tokenizer
-  algorithm = make_algorithm(
+  algorithm = algorithms.make_algorithm(
     config,
     backbone.make_loss_fn(config.loss, module),
     objectives.make_probe_loss_fn(config.zo.objective, module, tokenizer),
+    over_tasks=True,
   )
   return Family(run._replace(algorithm=algorithm), members)
-
-
-def health(info: Any) -> tuple[list[float], bool]:
-  """Returns an iteration's losses, and whether no direction was finite."""
-  if isinstance(info, bilevel.BilevelInfo):
-    return train_lib.health(info)
-  losses = [float(loss) for loss in np.ravel(info.upper_loss)]
-  return losses, not all(map(math.isfinite, losses))
 
 
 def load(workdir: str) -> tuple[Family, bilevel.BilevelState]:

@@ -11,6 +11,7 @@ from etils import epath
 from zofo_jax import (
   algorithms,
   backbone,
+  budget,
   errors,
   experiment,
   families,
@@ -34,7 +35,7 @@ def _work(
   hparams = algorithms.make_hparams(config)
   sizes = [len(each.lower) + len(each.upper) for each in examples]
   shape = families.common_shape(list(map(experiment.train_shape, examples)))
-  of_tasks = meta.method == "bilevel"
+  of_tasks = config.method == "bilevel"
 
   def drawn(number):
     return multitask.sample_tasks(
@@ -75,12 +76,13 @@ def _work(
     return take_step(state, tasks, batch)
 
   def told(number, info):
-    row = {**info._asdict(), "tasks": drawn(number)}
-    del row["move"]  # the ledger's
-    for name in ("lower_loss", "upper_loss"):
-      if name in row:
-        row[name] = float(np.mean(row[name]))
-    return row
+    return {**train_lib.told(info), "tasks": drawn(number)}
+
+  of_row = train_lib.row_flops(family.run, examples[0], shape)
+
+  def spent(count):
+    found = budget.spent(config, count, meta.num_tasks)
+    return {**found._asdict(), "flops": of_row * found.forward_equivalents}
 
   def start():
     base = backbone.load_base(config, family.model, family.mesh)
@@ -113,9 +115,9 @@ def _work(
     start=start,
     step=step,
     told=told,
-    health=metarun.health,
+    health=train_lib.health,
     select=select,
-    passes=metarun.passes(config),
+    spent=spent,
   )
 
 
@@ -143,7 +145,8 @@ def metatrain(
   folder = epath.Path(workdir)
   store_lib.check_config(config, folder)
   examples = families.load_examples(config, family.run.model, family.members)
-  state, record = loop.run(family, folder, _work(family, examples))
+  work = _work(family, examples)
+  state, record = loop.run(family, folder, work)
   found = family.evaluate(state, [each.test for each in examples], "test")
   table = []
   for i, member in enumerate(family.members):
@@ -157,9 +160,8 @@ def metatrain(
         "trained": found[i][metric],
       }
     )
-  forward, backward = metarun.passes(config)
   summary: dict[str, Any] = {
-    "method": config.meta.method,
+    "method": config.method,
     "model": config.model.name,
     **{
       f"{name}_mean": float(np.mean([row[text] for row in table]))
@@ -168,15 +170,14 @@ def metatrain(
     "tasks": table,
     "best_step": int(state.step),
     "num_outer_steps": config.train.num_steps,
-    "forward_passes": forward * config.train.num_steps,
-    "backward_passes": backward * config.train.num_steps,
+    **work.spent(config.train.num_steps),
     "train_seconds": record["seconds"],
     "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }
   report.write_json(folder / "summary.json", summary)
   report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
   report.results_table(
-    table, title=f"{config.meta.method}: the tasks trained on, own test rows"
+    table, title=f"{config.method}: the tasks trained on, own test rows"
   )
   print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
   return summary

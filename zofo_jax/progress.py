@@ -127,13 +127,29 @@ def rss_bytes() -> int:
   return peak_rss_bytes() if now is None else now
 
 
-def device_bytes() -> int | None:
-  """Returns the memory used on the fullest local device, if any tells."""
+def device_bytes(which: str = "bytes_in_use") -> int | None:
+  """Returns the memory used on the fullest local device, if any tells.
+
+  Args:
+    which: "bytes_in_use", or "peak_bytes_in_use".
+  """
   import jax  # a reader of metrics has no use for devices
 
   stats = [device.memory_stats() for device in jax.local_devices()]
-  used = [s["bytes_in_use"] for s in stats if s and "bytes_in_use" in s]
+  used = [s[which] for s in stats if s and which in s]
   return max(used) if used else None
+
+
+def memory() -> dict[str, int]:
+  """Returns what a log line says of memory, in bytes.
+
+  The process's resident size, now and at most; the fullest device's at most,
+  where devices tell.
+  """
+  found = {"rss_bytes": rss_bytes(), "peak_rss_bytes": peak_rss_bytes()}
+  if (peak := device_bytes("peak_bytes_in_use")) is not None:
+    found["peak_device_bytes"] = peak
+  return found
 
 
 @functools.cache

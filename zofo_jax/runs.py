@@ -69,6 +69,8 @@ class Run(NamedTuple):
     upper_key, lower_key, step_key = jax.random.split(key, 3)
 
     def start(adapter_key: jax.Array) -> Any:
+      if not algorithms.moves_adapter(self.config.method):
+        return {}
       if adapter is not None:
         return jax.tree.map(jnp.array, adapter)  # each its own: donated
       return backbone.init_adapter(self.config, self.model, adapter_key, base)

@@ -3,6 +3,7 @@
 The one program of an outer iteration is jitted here.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -13,8 +14,10 @@ from etils import epath
 from zofo_jax import (
   algorithms,
   backbone,
+  baselines,
   batches,
   bilevel,
+  budget,
   experiment,
   loop,
   processes,
@@ -23,21 +26,6 @@ from zofo_jax import (
 )
 from zofo_jax import progress as progress_lib
 from zofo_jax import store as store_lib
-
-
-def passes(config: ml_collections.ConfigDict) -> tuple[int, int]:
-  """Counts an iteration's (forward, backward) passes over one batch.
-
-  The penalised objective is three losses. Directions of a batch's examples
-  count as one; a conservative update evaluates the objective three times more.
-  """
-  estimator = algorithms.ESTIMATORS[config.zo.estimator]
-  per_example = config.zo.direction == "per_example"
-  num_directions = 1 if per_example else config.zo.num_directions
-  points = estimator.shared + num_directions * estimator.evaluations
-  points += 3 * (config.zo.optimizer == "conservative")
-  inner_steps = config.lower.num_steps
-  return inner_steps + 2 + 3 * points, inner_steps + 2
 
 
 def iteration_batch(
@@ -90,15 +78,52 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     store_lib.check_config(config, folder)
     examples = experiment.load_examples(config, run.model, run.task)
     store_lib.make_folder(folder / "checkpoints")
-  state, record = loop.run(run, folder, _work(run, examples))
-  return _finish(run, examples, state, record, folder)
+  work = _work(run, examples)
+  state, record = loop.run(run, folder, work)
+  return _finish(run, examples, state, record, folder, work.spent)
 
 
-def health(info: bilevel.BilevelInfo) -> tuple[list[float], bool]:
-  """Returns an iteration's losses, and whether no direction was finite."""
-  losses = [*np.ravel(info.lower_loss), *np.ravel(info.upper_loss)]
+def health(
+  info: bilevel.BilevelInfo | baselines.BaselineInfo,
+) -> tuple[list[float], bool]:
+  """Returns an iteration's losses, and whether it moved nothing for its NaN."""
+  losses = [float(loss) for loss in np.ravel(info.upper_loss)]
+  if isinstance(info, baselines.BaselineInfo):
+    return losses, not all(map(math.isfinite, losses))
   dropped = int(info.num_nonfinite) == np.size(info.coefficients)
-  return [float(loss) for loss in losses], dropped
+  return [*map(float, np.ravel(info.lower_loss)), *losses], dropped
+
+
+def row_flops(
+  run: runs.Run, examples: experiment.Examples, shape: batches.Shape
+) -> float:
+  """Counts the operations of a row's forward pass with the run's adapter."""
+  config, model = run.config, run.model
+  loss_fn = backbone.make_loss_fn(config.loss, model.module)
+  base, adapter = backbone.abstract_base(config, model), {}
+  if algorithms.moves_adapter(config.method):
+    adapter = jax.eval_shape(
+      lambda base: backbone.init_adapter(
+        config, model, jax.random.key(0), base
+      ),
+      base,
+    )
+  return budget.flops(
+    lambda *trees: loss_fn(trees[0], trees[1], trees[2], None),
+    base,
+    adapter,
+    batches.collate(examples.upper[:1], shape, pad=model.pad),
+  )
+
+
+def told(info: bilevel.BilevelInfo | baselines.BaselineInfo) -> dict[str, Any]:
+  """Returns what `metrics.jsonl` is told of an iteration."""
+  row = info._asdict()
+  del row["move"]  # the ledger's
+  for name in ("lower_loss", "upper_loss"):
+    if name in row:
+      row[name] = float(np.mean(row[name]))
+  return row
 
 
 def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
@@ -118,10 +143,11 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
     batch = iteration_batch(config, examples, shape, run.model.pad, number)
     return step_fn(state, run.put(batch), hparams)
 
-  def told(_, info):
-    row = info._asdict() | {"lower_loss": float(info.lower_loss.mean())}
-    del row["move"]  # the ledger's
-    return row
+  of_row = row_flops(run, examples, shape)
+
+  def spent(count):
+    found = budget.spent(config, count)
+    return {**found._asdict(), "flops": of_row * found.forward_equivalents}
 
   def select(state):
     result = run.evaluate(
@@ -133,46 +159,47 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
   return loop.Work(
     start=start,
     step=step,
-    told=told,
+    told=lambda _, info: told(info),
     health=health,
     select=select,
-    passes=passes(config),
+    spent=spent,
   )
 
 
-def _finish(run, examples, state, record, folder) -> dict[str, Any]:
+def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
   """Tests p and s, and writes the table, the picture and the summary."""
   config = run.config
   worth = {"zero_shot": record["zero_shot"]}
-  for name, adapter in (("test", state.upper), ("test_s", state.lower)):
+  adapters = {"test": state.upper}
+  if state.lower:
+    adapters["test_s"] = state.lower
+  for name, adapter in adapters.items():
     result = run.evaluate(state.base, adapter, examples.test, name)
     worth[name] = result.worth()
-  forward, backward = passes(config)
   num_steps = config.train.num_steps
   summary: dict[str, Any] = {
     "task": run.task.name,
     "model": config.model.name,
+    "method": config.method,
     **{f"zero_shot_{k}": v for k, v in worth["zero_shot"].items()},
     **{f"test_{k}": v for k, v in worth["test"].items()},
-    **{f"test_{k}_s": v for k, v in worth["test_s"].items()},
+    **{f"test_{k}_s": v for k, v in worth.get("test_s", {}).items()},
     "num_test_rows": len(examples.test),
     "best_step": int(state.step),
     "num_outer_steps": num_steps,
     "num_inner_steps": num_steps * config.lower.num_steps,
-    "forward_passes": forward * num_steps,
-    "backward_passes": backward * num_steps,
+    **spent(num_steps),
     "nonfinite_steps": record["guard"].get("nonfinite", 0),
     "train_seconds": record["seconds"],
     "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }
   report.write_json(folder / "summary.json", summary)
   report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+  names = {"zero_shot": "zero-shot", "test": config.method}
+  if config.method == "bilevel":
+    names |= {"test": "adapter p, kept", "test_s": "adapter s, auxiliary"}
   report.results_table(
-    [
-      {"model": "zero-shot", **worth["zero_shot"]},
-      {"model": "adapter p, kept", **worth["test"]},
-      {"model": "adapter s, auxiliary", **worth["test_s"]},
-    ],
+    [{"model": text, **worth[name]} for name, text in names.items()],
     title=f"{run.task.name}: {len(examples.test)} test rows, never trained on",
   )
   if processes.is_first():
