@@ -31,7 +31,13 @@ from zofo_jax import config as config_lib
 from zofo_jax.ledger import __main__ as ledger_command
 
 STEPS = 8
-CLOCK = ("seconds", "rss_bytes", "train_seconds", "peak_rss_bytes")
+CLOCK = (
+  "seconds",
+  "compile_seconds",
+  "rss_bytes",
+  "train_seconds",
+  "peak_rss_bytes",
+)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,6 +17,8 @@ class Work(NamedTuple):
 
   Attributes:
     start: () -> the state at step 0, and figures to remember.
+    compile: (state, number of the iteration) -> None; makes `step`'s program,
+      which is no part of the training time.
     step: (state, number of the iteration) -> (state, info), not waited for.
     told: (number of the iteration, info on the host) -> what `metrics.jsonl`
       is told; `lower_loss` and `upper_loss` are shown.
@@ -28,6 +30,7 @@ class Work(NamedTuple):
   """
 
   start: Callable[[], tuple[bilevel.BilevelState, dict[str, Any]]]
+  compile: Callable[[bilevel.BilevelState, int], None]
   step: Callable[[bilevel.BilevelState, int], tuple[bilevel.BilevelState, Any]]
   told: Callable[[int, Any], dict[str, Any]]
   health: Callable[[Any], tuple[list[float], bool]]
@@ -96,6 +99,11 @@ def _iterate(trained, work, state, record, writer, store, signals):
     max_loss_ratio=options.max_loss_ratio,
   )
   start, total = int(state.step), options.num_steps
+  if start < total:
+    began = time.monotonic()
+    work.compile(state, start)
+    compiling = record.get("compile_seconds", 0.0)
+    record["compile_seconds"] = compiling + time.monotonic() - began
   began = time.monotonic() - record["seconds"]
   pending: tuple[int, Any] | None = None
   with progress_lib.Progress(total, start=start) as progress:

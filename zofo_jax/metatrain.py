@@ -1,6 +1,5 @@
 """Meta-training: many tasks' adapters, and a backbone that they share."""
 
-import functools
 from typing import Any
 
 import jax
@@ -49,20 +48,13 @@ def _work(
     return multitask.put(state, tasks, moved), info
 
   places = jax.tree.map(lambda leaf: leaf.sharding, family.on_device())
-  everywhere = mesh_lib.everywhere(family.mesh)
-  jit = functools.partial(
-    jax.jit, donate_argnums=0, out_shardings=(places, everywhere)
+  jitted = jax.jit(
+    step_fn if meta.on_host else on_device,
+    donate_argnums=0,
+    out_shardings=(places, mesh_lib.everywhere(family.mesh)),
   )
-  if meta.on_host:
-    jitted = jit(step_fn)
 
-    def take_step(state, tasks, batch):
-      moved, info = jitted(multitask.take(state, tasks), batch, hparams)
-      return multitask.put(state, tasks, moved), info
-  else:
-    take_step = jit(on_device)
-
-  def step(state, number):
+  def arguments(state, number):
     tasks = drawn(number)
     each = [
       train_lib.iteration_batch(config, examples[i], shape, pad, number)
@@ -73,7 +65,18 @@ def _work(
     if meta.weight_power:
       weights = np.asarray(sizes, np.float32)[tasks] ** meta.weight_power
       batch = batch._replace(weights=weights.astype(np.float32))
-    return take_step(state, tasks, batch)
+    if meta.on_host:
+      return multitask.take(state, tasks), batch, hparams
+    return state, tasks, batch
+
+  def step(state, number):
+    moved, info = jitted(*arguments(state, number))
+    if meta.on_host:
+      moved = multitask.put(state, drawn(number), moved)
+    return moved, info
+
+  def compile_step(state, number):
+    jitted.lower(*arguments(state, number)).compile()
 
   def told(number, info):
     return {**train_lib.told(info), "tasks": drawn(number)}
@@ -113,6 +116,7 @@ def _work(
 
   return loop.Work(
     start=start,
+    compile=compile_step,
     step=step,
     told=told,
     health=train_lib.health,
@@ -172,6 +176,7 @@ def metatrain(
     "num_outer_steps": config.train.num_steps,
     **work.spent(config.train.num_steps),
     "train_seconds": record["seconds"],
+    "compile_seconds": record["compile_seconds"],
     "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }
   report.write_json(folder / "summary.json", summary)

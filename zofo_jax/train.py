@@ -139,9 +139,17 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
     zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
     return state, {"zero_shot": zero_shot.worth()}
 
+  def batch(number):
+    return run.put(
+      iteration_batch(config, examples, shape, run.model.pad, number)
+    )
+
   def step(state, number):
-    batch = iteration_batch(config, examples, shape, run.model.pad, number)
-    return step_fn(state, run.put(batch), hparams)
+    return step_fn(state, batch(number), hparams)
+
+  def compile_step(state, number):
+    # The jitted function finds this program again.
+    step_fn.lower(state, batch(number), hparams).compile()
 
   of_row = row_flops(run, examples, shape)
 
@@ -158,12 +166,23 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
 
   return loop.Work(
     start=start,
+    compile=compile_step,
     step=step,
     told=lambda _, info: told(info),
     health=health,
     select=select,
     spent=spent,
   )
+
+
+def best_selection(folder: epath.Path) -> dict[str, float]:
+  """Returns the highest scores on the selection rows, by which one chooses."""
+  found: dict[str, float] = {}
+  for row in report.read_jsonl(folder / "metrics.jsonl"):
+    for name, score in row.items():
+      if name.startswith("selection_"):
+        found[name] = max(score, found.get(name, score))
+  return found
 
 
 def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
@@ -184,6 +203,7 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
     **{f"zero_shot_{k}": v for k, v in worth["zero_shot"].items()},
     **{f"test_{k}": v for k, v in worth["test"].items()},
     **{f"test_{k}_s": v for k, v in worth.get("test_s", {}).items()},
+    **best_selection(folder),
     "num_test_rows": len(examples.test),
     "best_step": int(state.step),
     "num_outer_steps": num_steps,
@@ -191,6 +211,7 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
     **spent(num_steps),
     "nonfinite_steps": record["guard"].get("nonfinite", 0),
     "train_seconds": record["seconds"],
+    "compile_seconds": record["compile_seconds"],
     "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }
   report.write_json(folder / "summary.json", summary)

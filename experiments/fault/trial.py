@@ -18,7 +18,13 @@ ROOT = pathlib.Path(__file__).parents[2]
 STEPS, EVAL_EVERY, BASE_EVERY, MAX_NONFINITE = 20, 4, 8, 2
 # By process: what writes down what it says.
 _KEEPERS: dict[int, subprocess.Popen] = {}
-SCRATCH = ("seconds", "rss_bytes", "train_seconds", "peak_rss_bytes")
+SCRATCH = (
+  "seconds",
+  "compile_seconds",
+  "rss_bytes",
+  "train_seconds",
+  "peak_rss_bytes",
+)
 
 
 def make_config(home: pathlib.Path, rare: bool) -> ml_collections.ConfigDict:

@@ -1,0 +1,121 @@
+"""Bilevel-ZOFO and what it is compared with, on one task, for equal work.
+
+  python -m zofo_jax.main --config=configs/compare.py:task=sst2,method=mezo \
+      --config.data.dir=DIR --workdir=runs/mezo
+
+`python experiments/single_task.py` runs the table. The work of a run is counted
+in forward-equivalents (`zofo_jax.budget`) and is the same for every method but
+MeZO's, whose runs are twice as long. `size=opt-1.3b` is the same comparison on
+an accelerator, with the work of the paper's runs.
+
+Learning rates were chosen on the selection rows of SST-2 and COPA, seed 100, by
+the same number of trials for each method (experiments/README.md).
+"""
+
+from typing import NamedTuple
+
+from zofo_jax import assets, budget
+from zofo_jax import config as config_lib
+
+
+class Size(NamedTuple):
+  """A model and the work of a run.
+
+  Attributes:
+    name: hub id; None for SmolLM2-135M as `zofo_jax.assets` makes it.
+    rows: forward-equivalents of a run.
+    batch_size: rows of a batch.
+    counts: rows to train on (D_p and D_f), to select by and to test on.
+  """
+
+  name: str | None
+  rows: int
+  batch_size: int
+  counts: tuple[int, int, int, int]
+
+
+SIZES = {
+  "smollm2-135m": Size(None, 960, 8, (400, 200, 64, 200)),
+  "opt-1.3b": Size("facebook/opt-1.3b", 400_000, 16, (666, 334, 500, 1000)),
+}
+
+# Tokens of a row that is trained on; longer ones are passed over.
+LENGTHS = {"sst2": 40, "copa": 24, "trec": 32, "wic": 48, "cb": 80, "rte": 80}
+
+# Learning rates: of an adapter or of all weights by first order, and of what
+# moves by zeroth order; its radius.
+RATES = {
+  "bilevel": (2e-3, 1e-6, 1e-3),
+  "bilevel_pooled": (2e-3, 1e-6, 1e-3),
+  "bilevel_still": (2e-3, 0.0, 1e-3),  # the outer level stands still
+  "peft": (2e-3, 0.0, 1e-3),
+  "full": (2e-5, 0.0, 1e-3),
+  "mezo": (0.0, 1e-6, 1e-3),
+  "mezo_peft": (0.0, 1e-3, 1e-2),
+  "peft_then_mezo": (2e-3, 1e-6, 1e-3),
+  "mezo_then_peft": (2e-3, 1e-6, 1e-3),
+}
+
+
+def get_config(arg: str = ""):
+  """Returns the config of `task=...,method=...,adapter=...,seed=...` and more.
+
+  `template` is the version of the task's prompt.
+  """
+  args = config_lib.parse_arg(
+    arg,
+    size="smollm2-135m",
+    task="sst2",
+    method="bilevel",
+    adapter="lora",
+    seed="0",
+    template="0",
+  )
+  for name, table in (("size", SIZES), ("method", RATES)):
+    config_lib.choose(name, args[name], dict.fromkeys(table, ""))
+  size, method = SIZES[args["size"]], args["method"]
+  first_order, zeroth_order, eps = RATES[method]
+  config = config_lib.base_config()
+  config.model.name = size.name or str(assets.smollm2())
+  config.method = method.partition("_")[0] if "bilevel" in method else method
+  config.adapter.kind = args["adapter"]
+  config.seed = config.data.seed = int(args["seed"])
+  config.data.task = args["task"]
+  config.data.template = int(args["template"])
+  config.data.pooled = method == "bilevel_pooled"
+  for name, count in zip(
+    ("lower", "upper", "selection", "test"), size.counts, strict=True
+  ):
+    config.data[f"num_{name}"] = count
+  config.data.max_length = LENGTHS.get(args["task"], 128)
+  config.data.long_rows = "drop"
+  if args["task"] not in ("copa", "record", "squad", "drop"):  # as MeZO
+    config.loss = "classification"
+  config.penalty = 1.0
+  config.lower.num_steps = 1
+  config.lower.batch_size = size.batch_size
+  config.upper.batch_size = size.batch_size
+  config.lower.learning_rate = config.upper.learning_rate = first_order
+  config.lower.schedule = config.upper.schedule = "cosine"
+  if config.method == "bilevel":
+    config.upper.batch_size = size.batch_size // 2
+  elif "mezo" in config.method:
+    config.upper.batch_size = 2 * size.batch_size
+  config.zo.learning_rate = zeroth_order
+  config.zo.eps = eps
+  rows = size.rows * (2 if config.method in ("mezo", "mezo_peft") else 1)
+  _spend(config, rows)
+  return config
+
+
+def _spend(config, rows: int) -> None:
+  """Makes a run as long as its work allows; half of it for either part."""
+  first, _, second = config.method.partition("_then_")
+  share = rows // 2 if second else rows
+  steps = [
+    max(1, share // budget.passes(config, method).forward_equivalents)
+    for method in filter(None, (first, second))
+  ]
+  config.train.num_steps = sum(steps)
+  config.train.num_first_steps = steps[0]
+  config.train.eval_every_steps = -(-sum(steps) // 5)

@@ -1,0 +1,168 @@
+"""Tasks x methods x seeds, each cell a run of configs/compare.py.
+
+  python experiments/single_task.py --data DIR [--jobs 2] [--out runs/compare]
+  python experiments/single_task.py --data DIR --search
+
+A cell that has ended is not run again, one that has not goes on. Every cell has
+`--threads` threads, so that its numbers and its seconds do not depend on how
+many run beside it. What is in --out goes to --results, a JSON line a cell.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from zofo_jax import report, sweep
+
+ROOT = pathlib.Path(__file__).parents[1]
+TASKS = ("sst2", "copa", "wic", "trec", "cb", "rte")
+METHODS = ("peft", "bilevel", "mezo")
+SEEDS = (0, 1, 2)
+# Trials of the search, three for each method.
+SEARCH: dict[str, list[dict[str, float]]] = {
+  "peft": [{"lower.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)],
+  "bilevel": [
+    {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), first)}
+    | {"zo.learning_rate": zeroth}
+    for first, zeroth in ((2e-3, 1e-6), (2e-3, 1e-5), (4e-3, 1e-6))
+  ],
+  "mezo": [{"zo.learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5)],
+}
+SEARCH_SEED = 100
+CURVE = ("step", "seconds", "forward_equivalents", "flops")
+
+
+def make_cell(
+  out: pathlib.Path,
+  data: str,
+  choice: dict[str, Any],
+  fields: dict[str, Any] | None = None,
+) -> sweep.Cell:
+  """Returns a run of configs/compare.py.
+
+  Args:
+    out: folder of all runs.
+    data: folder of rows.
+    choice: what follows the colon in --config.
+    fields: of the config, changed.
+  """
+  fields = fields or {}
+  text = ",".join(f"{name}={value}" for name, value in choice.items())
+  more = [f"{k.split('.')[-1]}={v}" for k, v in fields.items()]
+  folder = out / ",".join([text, *dict.fromkeys(more)])
+  command = [
+    *(sys.executable, "-m", "zofo_jax.main"),
+    *(f"--config={ROOT / 'configs/compare.py'}:{text}", f"--workdir={folder}"),
+    f"--config.data.dir={data}",
+    *(f"--config.{name}={value}" for name, value in fields.items()),
+  ]
+  return sweep.Cell(folder, choice | fields, command)
+
+
+def of_table(given: argparse.Namespace) -> Iterator[sweep.Cell]:
+  """Yields the cells of the table, a seed of all tasks after the other."""
+  for seed in given.seeds:
+    for task in given.tasks:
+      for method in given.methods:
+        choice = {"size": given.size, "task": task, "method": method}
+        choice |= {"adapter": given.adapter, "seed": seed}
+        choice |= {"template": given.template}
+        yield make_cell(given.out, given.data, choice)
+
+
+def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
+  """Yields the trials from which learning rates are chosen."""
+  for task in given.tasks:
+    for method in given.methods:
+      for fields in SEARCH[method]:
+        choice = {"size": given.size, "task": task, "method": method}
+        choice |= {"adapter": given.adapter, "seed": SEARCH_SEED}
+        yield make_cell(given.out, given.data, choice, fields)
+
+
+def result(folder: pathlib.Path) -> dict[str, Any]:
+  """Returns a finished cell's choice, numbers and curve."""
+  choice = dict(part.split("=", 1) for part in folder.name.split(","))
+  rows = report.read_jsonl(folder / "metrics.jsonl")
+  spent: dict[str, Any] = {}
+  curve = []
+  for row in rows:
+    spent |= {name: row[name] for name in CURVE if name in row}
+    scores = [k for k in row if k.startswith("selection_")]
+    if scores:
+      curve.append({**spent, **{name: row[name] for name in scores}})
+  summary = json.loads((folder / "summary.json").read_text())
+  return {
+    **choice,
+    **summary,
+    "model": pathlib.Path(summary["model"]).name,
+    "curve": curve,
+    "losses": _losses(rows),
+    **json.loads((folder / "machine.json").read_text()),
+  }
+
+
+def _losses(rows: list[dict[str, Any]]) -> list[float]:
+  return [round(r["upper_loss"], 4) for r in rows if "upper_loss" in r]
+
+
+def machine() -> dict[str, Any]:
+  """Returns what a cell is run by."""
+  git = subprocess.run(
+    ["git", "rev-parse", "--short", "HEAD"],
+    capture_output=True,
+    text=True,
+    cwd=ROOT,
+    check=False,
+  )
+  return {"commit": git.stdout.strip(), "cores": os.cpu_count()}
+
+
+def main() -> None:
+  """Runs what is missing, and writes the results."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--data", required=True, help="folder of rows")
+  parser.add_argument("--out", type=pathlib.Path)
+  parser.add_argument("--results", type=pathlib.Path)
+  parser.add_argument("--search", action="store_true")
+  parser.add_argument("--size", default="smollm2-135m")
+  parser.add_argument("--adapter", default="lora")
+  parser.add_argument("--template", type=int, default=0)
+  parser.add_argument("--tasks", nargs="+", default=TASKS)
+  parser.add_argument("--methods", nargs="+", default=METHODS)
+  parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+  parser.add_argument("--jobs", type=int, default=1)
+  parser.add_argument("--threads", type=int, default=1)
+  given = parser.parse_args()
+  name = "search" if given.search else "single_task"
+  given.out = given.out or ROOT / "runs" / name
+  results = given.results or ROOT / "experiments/results" / f"{name}.jsonl"
+  given.out.mkdir(parents=True, exist_ok=True)
+  os.environ["NPROC"] = str(given.threads)  # of XLA's pools
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.out / "cache"))
+  cells = list((of_search if given.search else of_table)(given))
+  for cell in cells:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    if not (cell.folder / "machine.json").exists():
+      report.write_json(cell.folder / "machine.json", machine())
+  rows = sweep.run(cells, given.jobs)
+  ended = sorted(path.parent for path in given.out.glob("*/summary.json"))
+  report.write_lines(results, map(result, ended))
+  shown = ("task", "method", "seed", "selection_accuracy", "test_accuracy")
+  shown += ("train_seconds", "failed", "zo.learning_rate")
+  shown += ("lower.learning_rate",)
+  report.results_table(
+    [{k: row[k] for k in shown if k in row} for row in rows],
+    title=f"{len(ended)} cells in {results}",
+  )
+
+
+if __name__ == "__main__":
+  main()
