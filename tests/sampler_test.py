@@ -256,3 +256,27 @@ def test_no_layer_may_move():
   for moved in (new, read):
     jax.tree.map(np.testing.assert_array_equal, moved["layers"], tree["layers"])
     assert np.all(np.asarray(moved["embed"]) != np.asarray(tree["embed"]))
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@kinds
+def test_a_table_by_blocks_of_rows_is_the_table_at_once(
+  kind, dtype, count, monkeypatch
+):
+  # Two blocks and a rest; on CPU the whole is written at once.
+  monkeypatch.setattr(perturbed, "BLOCK", 64)
+  tree = {"table": jnp.asarray(np.random.default_rng(1).normal(size=(150, 6)))}
+  tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
+  arguments = (tree, _keys(count), jnp.linspace(0.5, 1.0, count))
+  options = {"decay": 0.1, "rounding_key": jax.random.key(5)}
+  add = sampler_lib.Sampler(kind).add
+  at_once = jax.jit(add)(*arguments, **options)
+
+  def default(*operands, default, **branches):
+    del branches
+    return default(*operands)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", default)
+  by_blocks = jax.jit(add)(*arguments, **options)
+  np.testing.assert_array_equal(at_once["table"], by_blocks["table"])

@@ -49,6 +49,11 @@ class Direction(Protocol):
     """
     return True
 
+  @property
+  def joins(self) -> bool:
+    """Whether `combine` has a way of its own; here not."""
+    return False
+
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
@@ -156,6 +161,11 @@ class LowRank(Direction):
     """Whether the factors of all layers together are small."""
     return self.rank <= 8
 
+  @property
+  def joins(self) -> bool:
+    """Whether `combine` has a way of its own; here so."""
+    return True
+
   def _scale(self) -> np.float32:
     return np.float32(self.rank**-0.5)
 
@@ -227,6 +237,11 @@ class PerExample(Direction):
   def elementwise(self) -> bool:
     """Whether the shared kind is."""
     return self.shared.elementwise
+
+  @property
+  def joins(self) -> bool:
+    """Whether `combine` has a way of its own; here so."""
+    return True
 
   def _shared(
     self, frame: jax.Array, shape: Shape, rows: Rows | None = None

@@ -21,8 +21,8 @@ import numpy as np
 from zofo_jax import directions, noise
 
 STACKED = r"(^|/)layers/"
-# Rows that exist at a time of a table that is perturbed whole.
-_BLOCK = 4096
+# Rows that exist at a time of a table that is perturbed or written whole.
+BLOCK = 4096
 
 
 class Key(NamedTuple):
@@ -168,16 +168,16 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
     logits = dot_transposed(x, block(weight, start, rows))
     return jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
 
-  whole, rest = divmod(size, _BLOCK)
+  whole, rest = divmod(size, BLOCK)
   total = jnp.full(x.shape[:-1], -jnp.inf)
   if whole:  # A loop of no turns is still traced.
     total = jax.lax.fori_loop(
       0,
       whole,
-      lambda i, total: add_block(total, i * _BLOCK, _BLOCK),
+      lambda i, total: add_block(total, i * BLOCK, BLOCK),
       total,
     )
-  return add_block(total, whole * _BLOCK, rest) if rest else total
+  return add_block(total, whole * BLOCK, rest) if rest else total
 
 
 def materialize(tree: Any) -> Any:

@@ -85,7 +85,8 @@ class Sampler:
     """Returns (1 - decay) tree + sum_q weights[q] * z(keys[q]).
 
     Written so that a donated `tree` is updated in place: the temporaries are at
-    most one layer in float32, whatever the number of directions.
+    most one layer, or some rows of a table, in float32, whatever the number of
+    directions.
 
     Args:
       tree: pytree of weights, any float dtype.
@@ -101,12 +102,13 @@ class Sampler:
       A tree like `tree`; leaves that are not selected come back untouched.
     """
 
-    def new(stored, leaf_keys, round_key):
+    def new(stored, leaf_keys, round_key, part=None):
       block = stored.astype(jnp.float32)
       if stored.ndim > 1:
         block = block - decay * block
-      block = block + self._sum(stored, leaf_keys, weights)
-      return _round(block, stored.dtype, round_key)
+      block = block + self._sum(stored, leaf_keys, weights, part)
+      rows = None if part is None else part[1]
+      return _round(block, stored.dtype, round_key, rows)
 
     def add_leaf(leaf, leaf_keys, round_key):
       if leaf_keys is None:
@@ -121,8 +123,8 @@ class Sampler:
     Zero where `add` would leave the weights untouched; arguments as there.
     """
 
-    def new(stored, leaf_keys, _):
-      return self._sum(stored, leaf_keys, weights)
+    def new(stored, leaf_keys, _, part=None):
+      return self._sum(stored, leaf_keys, weights, part)
 
     def write_leaf(leaf, leaf_keys, _):
       zeros = jnp.zeros(leaf.shape, jnp.float32)
@@ -156,7 +158,15 @@ class Sampler:
   def _write(self, new, leaf, into, leaf_keys, round_key):
     """Returns `into` with new(weights, keys, rounding key) in moving layers."""
     if leaf_keys.own.ndim == 2:  # no layers
-      return new(leaf, leaf_keys, round_key)
+      several = leaf_keys.own.shape[0] > 1
+      joined = several and self.direction.joins
+      if leaf.ndim != 2 or leaf.shape[0] <= perturbed.BLOCK or joined:
+        return new(leaf, leaf_keys, round_key)
+      return jax.lax.platform_dependent(
+        *(leaf, into, leaf_keys, round_key),
+        cpu=lambda leaf, _, *keys: new(leaf, *keys),
+        default=functools.partial(self._write_rows, new, into is leaf),
+      )
     whole = self.layers is None and leaf_keys.own.shape[0] == 1
     if whole and self.direction.elementwise:
 
@@ -174,6 +184,24 @@ class Sampler:
     return self._write_layers(
       new, into is leaf, leaf, into, leaf_keys, round_key
     )
+
+  def _write_rows(self, new, in_place, leaf, into, leaf_keys, round_key):
+    """Returns what `_write` does, a block of a table's rows at a time."""
+
+    def write(start, size, table):
+      rows = noise.Block(start, size)
+      stored = jax.lax.dynamic_slice_in_dim(
+        table if in_place else leaf, start, size
+      )
+      block = new(stored, leaf_keys, round_key, (leaf.shape, rows))
+      return jax.lax.dynamic_update_slice_in_dim(table, block, start, 0)
+
+    size = perturbed.BLOCK
+    count, rest = divmod(leaf.shape[0], size)
+    into = jax.lax.fori_loop(
+      0, count, lambda i, table: write(i * size, size, table), into
+    )
+    return write(count * size, rest, into) if rest else into
 
   def _write_layers(self, new, in_place, leaf, into, leaf_keys, round_key):
     """Returns what `_write` does, a layer at a time; in place, into is leaf."""
@@ -194,18 +222,22 @@ class Sampler:
 
     return jax.lax.fori_loop(0, len(moving), write_layer, into)
 
-  def _sum(self, stored, keys, weights):
-    """sum_q weights[q] z(keys[q]) for one layer's weights, float32."""
+  def _sum(self, stored, keys, weights, part=None):
+    """sum_q weights[q] z(keys[q]) for one layer's weights, float32.
+
+    `stored` may be a part: (shape of the whole, which rows of it).
+    """
+    whole, rows = part or (stored.shape, None)
     if weights.shape[0] == 1:
       only = jax.tree.map(lambda k: k[0], keys)
-      z = self.direction.draw(only, stored.shape)
+      z = self.direction.draw(only, whole, rows)
       return self.direction.restrict(weights[0] * z, stored)
-    combined = self.direction.combine(keys, weights, stored.shape)
+    combined = self.direction.combine(keys, weights, whole)
     if combined is None:
 
       def add_one(q, total):
         key = jax.tree.map(lambda k: k[q], keys)
-        return total + weights[q] * self.direction.draw(key, stored.shape)
+        return total + weights[q] * self.direction.draw(key, whole, rows)
 
       zero = jnp.zeros(stored.shape, jnp.float32)
       combined = jax.lax.fori_loop(0, weights.shape[0], add_one, zero)
@@ -240,8 +272,16 @@ def _at(stack, layer, axis=0):
   return jax.lax.dynamic_index_in_dim(stack, layer, axis, keepdims=False)
 
 
-def _round(block: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:
-  """Rounds float32 to a dtype: to nearest, or stochastically from a key."""
+def _round(
+  block: jax.Array,
+  dtype: Any,
+  key: jax.Array | None,
+  rows: noise.Block | None = None,
+) -> jax.Array:
+  """Rounds float32 to a dtype: to nearest, or stochastically from a key.
+
+  `rows` says which rows of a leaf the block is.
+  """
   nearest = block.astype(dtype)
   if key is None or nearest.dtype == block.dtype:
     return nearest
@@ -251,5 +291,5 @@ def _round(block: jax.Array, dtype: Any, key: jax.Array | None) -> jax.Array:
   side = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
   other = jnp.nextafter(nearest, side)
   gap = jnp.abs(other.astype(jnp.float32) - nearest.astype(jnp.float32))
-  uniform = directions.draw_matrix(noise.uniform, key, block.shape)
+  uniform = directions.draw_matrix(noise.uniform, key, block.shape, rows)
   return jnp.where(uniform * gap < jnp.abs(error), other, nearest)
