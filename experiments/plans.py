@@ -39,6 +39,8 @@ def row(path):
     *(f"{n / 1e9:.2f}" for n in (size["weights"], *methods.values())),
     f"{plan['chip_bytes'] / 1e9:.1f}, {fits}",
     *(f"{extra:.1%}", f"{methods['bilevel'] / methods['lora']:.2f}"),
+    f"{plan['remat_temp_bytes']['off'] / 1e9:.2f}",
+    f"{plan['remat_temp_bytes']['on'] / 1e9:.2f}",
     plan["smallest_slice"] or "none",
     f"{plan['compile_seconds']:.0f}",
   ]
@@ -67,7 +69,8 @@ def main():
       )
   columns = (
     *("model", "slice", "mesh", "weights", "bilevel", "MeZO", "LoRA", "full ≥"),
-    *("chip, fits", "zo extra", "/ LoRA", "smallest", "compile s"),
+    *("chip, fits", "zo extra", "/ LoRA", "backward", "remat"),
+    *("smallest", "compile s"),
   )
   print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
   for path in sorted(arguments.out.glob("*.json")):

@@ -1,6 +1,7 @@
 """A grid of devices: what lies where, and the same numbers on every one."""
 
 import functools
+from typing import NamedTuple
 
 import flax.traverse_util
 import jax
@@ -324,3 +325,29 @@ def test_each_weight_is_gathered_once_a_pass():
   kernels = size((layers["attention"], layers["mlp"]))
   assert sum(n * times for _, n, times in gathered if times > 1) == kernels
   assert sum(n * times for _, n, times in gathered) < size(base) * 1.01
+
+
+class _Chip(NamedTuple):
+  """What arranging asks of a TPU's chip."""
+
+  id: int
+  coords: tuple[int, int, int]
+  platform: str = "tpu"
+  device_kind: str = "TPU v6 lite"
+  process_index: int = 0
+  core_on_chip: int = 0
+
+
+def test_an_axis_may_be_a_part_of_a_torus(monkeypatch):
+  chips = [_Chip(i, (i % 4, i // 4, 0)) for i in range(16)]
+  kept = []
+  monkeypatch.setattr(
+    jax.sharding, "Mesh", lambda grid, names, **_: kept.append(grid) or grid
+  )
+  sizes = {"pert": 1, "data": 8, "fsdp": 1, "model": 2}
+  grid = mesh_lib.make(sizes, chips)
+  assert grid.shape == (1, 8, 1, 2)
+  assert sorted(chip.id for chip in grid.ravel()) == list(range(16))
+  for pair in grid.reshape(8, 2):  # neighbours exchange most
+    far = np.abs(np.subtract(pair[0].coords, pair[1].coords)).sum()
+    assert far == 1

@@ -74,12 +74,8 @@ def programs(run: runs.Run) -> dict[str, jax.stages.Lowered]:
   batch = costs.abstract_batch(config, run.model, run.mesh)
   loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
-  whole = mesh_lib.everywhere(run.mesh)
   sampler = algorithms.make_sampler(config.zo)
   base_tx = algorithms.make_base_tx(config.zo)
-  tx = algorithms.make_optimizer(
-    config.upper.optimizer, config.upper.learning_rate
-  )
 
   def zo_step(base, opt, adapter, rows, key):
     objective = lambda base: loss_fn(base, adapter, rows, None)
@@ -95,14 +91,7 @@ def programs(run: runs.Run) -> dict[str, jax.stages.Lowered]:
     )
     return base_tx.update(base, opt, estimated, sampler, objective, key)
 
-  def lora_step(base, adapter, opt, rows, key):
-    rows = jax.tree.map(lambda leaf: leaf[None], rows)
-    return inner.minimize(loss_fn, base, adapter, opt, rows, key, tx=tx)
-
   rows, key = batch.upper, state.key
-  adapter_opt = mesh_lib.with_shardings(
-    *_twice(jax.eval_shape(tx.init, state.upper), whole)
-  )
   hparams = bilevel.BilevelHParams(config.zo.eps, config.penalty)
   return {
     "forward": jax.jit(loss_fn, static_argnums=3).lower(
@@ -113,11 +102,30 @@ def programs(run: runs.Run) -> dict[str, jax.stages.Lowered]:
       donate_argnums=(0, 1),
       out_shardings=(places.base, places.base_opt),
     ).lower(state.base, state.base_opt, state.upper, rows, key),
-    "lora": jax.jit(
-      lora_step, donate_argnums=(1, 2), out_shardings=whole
-    ).lower(state.base, state.upper, adapter_opt, rows, key),
+    "lora": first_order_program(run),
     "iteration": run.jit_step().lower(state, batch, hparams),
   }
+
+
+def first_order_program(run: runs.Run) -> jax.stages.Lowered:
+  """Lowers a first-order step of an adapter on `upper.batch_size` rows."""
+  config, state = run.config, run.abstract_state()
+  rows = costs.abstract_batch(config, run.model, run.mesh).upper
+  loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
+  whole = mesh_lib.everywhere(run.mesh)
+  tx = algorithms.make_optimizer(
+    config.upper.optimizer, config.upper.learning_rate
+  )
+
+  def step(base, adapter, opt, rows, key):
+    rows = jax.tree.map(lambda leaf: leaf[None], rows)
+    return inner.minimize(loss_fn, base, adapter, opt, rows, key, tx=tx)
+
+  opt = mesh_lib.with_shardings(
+    *_twice(jax.eval_shape(tx.init, state.upper), whole)
+  )
+  jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=whole)
+  return jitted.lower(state.base, state.upper, opt, rows, state.key)
 
 
 def _twice(tree: Any, place: Any) -> tuple[Any, Any]:
@@ -132,9 +140,10 @@ class Measured(NamedTuple):
     total_bytes: arguments, temporaries, and results that are no argument.
     flops: operations.
     bytes_accessed: bytes read and written.
-    collective_bytes: what is received, by kind.
+    collective_bytes: what is received, by kind; None where the compiled program
+      cannot be read.
     seconds: that it took to compile.
-    text: the compiled program.
+    text: the compiled program; "" likewise.
     problem: why it was not compiled: it does not fit.
   """
 
@@ -146,6 +155,16 @@ class Measured(NamedTuple):
   seconds: float = 0.0
   text: str = ""
   problem: str = ""
+
+
+def _text(compiled: jax.stages.Compiled) -> str:
+  """Returns a compiled program's text, if jaxlib can read what it is."""
+  try:
+    return compiled.as_text() or ""
+  except jax.errors.JaxRuntimeError:
+    # The TPU compiler's asynchronous copies of several operands, which this
+    # jaxlib does not know (v5p and v6e, jaxlib 0.10.2 with libtpu 0.0.52).
+    return ""
 
 
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
@@ -171,7 +190,7 @@ def measure(lowered: jax.stages.Lowered) -> Measured:
   seconds = time.monotonic() - began
   memory: Any = compiled.memory_analysis()
   cost: Any = compiled.cost_analysis() or {}
-  text = compiled.as_text() or ""
+  text = _text(compiled)
   return Measured(
     temp_bytes=memory.temp_size_in_bytes,
     total_bytes=memory.argument_size_in_bytes
@@ -180,7 +199,7 @@ def measure(lowered: jax.stages.Lowered) -> Measured:
     - memory.alias_size_in_bytes,
     flops=cost.get("flops", 0.0),
     bytes_accessed=cost.get("bytes accessed", 0.0),
-    collective_bytes=hlo.total_bytes(text),
+    collective_bytes=hlo.total_bytes(text) if text else None,
     seconds=seconds,
     text=text,
   )

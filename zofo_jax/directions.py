@@ -50,6 +50,11 @@ class Direction(Protocol):
     return True
 
   @property
+  def exact(self) -> bool:
+    """Whether every float dtype holds the numbers of z; here not."""
+    return False
+
+  @property
   def joins(self) -> bool:
     """Whether `combine` has a way of its own; here not."""
     return False
@@ -133,7 +138,12 @@ class Gaussian(Direction):
 
 @dataclasses.dataclass(frozen=True)
 class Rademacher(Direction):
-  """z uniform on {-1, +1}^d; exact in every dtype, 64 elements a draw."""
+  """z uniform on {-1, +1}^d, 64 elements a draw."""
+
+  @property
+  def exact(self) -> bool:
+    """Whether every float dtype holds the numbers of z; here so."""
+    return True
 
   def draw(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
@@ -312,6 +322,11 @@ class Sparse(Direction):
   def dear(self) -> bool:
     """Whether the dense kind is."""
     return self.dense.dear
+
+  @property
+  def exact(self) -> bool:
+    """Whether every float dtype holds the dense kind's numbers."""
+    return self.dense.exact
 
   @property
   def elementwise(self) -> bool:

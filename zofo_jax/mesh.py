@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -86,9 +87,11 @@ def make(
       f"config.mesh: takes {size} devices; expected all {len(found)}, since "
       "several processes hold them."
     )
-  return jax.make_mesh(
-    shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=found[:size]
+  # An axis may be a part of a torus's: 8 x 2 chips of a slice of 4 x 4.
+  grid = mesh_utils.create_device_mesh(
+    shape, found[:size], allow_split_physical_axes=True
   )
+  return jax.sharding.Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract(

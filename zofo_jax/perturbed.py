@@ -10,6 +10,7 @@ Keys: direction -> leaf path -> layer (of stacked leaves) -> element.
 """
 
 import dataclasses
+import functools
 import re
 import zlib
 from typing import Any, NamedTuple
@@ -114,20 +115,44 @@ def block(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
   return weight.add(_draw(weight, noise.Block(start, size)), stored)
 
 
-def dot(x: jax.Array, weight: Any) -> jax.Array:
-  """Multiplies x [..., in] by a weight [in, out]."""
+def _form_after(
+  weight: Perturbed, before: Any, narrow: bool = False
+) -> jax.Array:
+  """Reads a whole weight when something is there, and not earlier.
+
+  XLA would form all of a layer's matrices at once. On CPU it does not, and is
+  quicker unhindered. If `narrow`, both parts of the sum, which serve all signs,
+  are kept as narrow as they are; XLA:TPU would keep them in float32.
+  """
+  key, _ = jax.lax.optimization_barrier((weight.key, before))
+  weight = dataclasses.replace(weight, key=key)
+  if not narrow:
+    return value(weight)
+  stored, z = weight.value, _draw(weight)
+  if weight.direction.exact:
+    z = z.astype(stored.dtype)
+  stored, z = jax.lax.optimization_barrier((stored, z))
+  return weight.add(z.astype(jnp.float32), stored)
+
+
+def dot(x: jax.Array, weight: Any, after: jax.Array | None = None) -> jax.Array:
+  """Multiplies x [..., in] by a weight [in, out].
+
+  Args:
+    x: [..., in].
+    weight: [in, out], perturbed or not.
+    after: what is there before a perturbed weight is formed, beside x.
+  """
   if not is_perturbed(weight):
     return x @ weight
   product = weight.direction.product(x, weight.key, weight.shape)
   if product is None:
-    # Not before x is there: XLA would form all of a layer's matrices at once.
-    # On CPU it does not, and is quicker unhindered.
-    key = jax.lax.platform_dependent(
-      *(weight.key, jax.lax.stop_gradient(x)),
-      cpu=lambda key, x: key,
-      default=lambda key, x: jax.lax.optimization_barrier((key, x))[0],
+    return x @ jax.lax.platform_dependent(
+      *(weight, jax.lax.stop_gradient((x, after))),
+      cpu=lambda weight, _: value(weight),
+      tpu=functools.partial(_form_after, narrow=True),
+      default=_form_after,
     )
-    return x @ value(dataclasses.replace(weight, key=key))
   # In float32: a scale rounded to bfloat16 is another step than is divided by.
   shift = weight.scale * product.astype(jnp.float32)
   return ((x @ weight.value).astype(jnp.float32) + shift).astype(x.dtype)

@@ -30,10 +30,12 @@ def plan(
   Returns:
     What is in the file: `mesh`; `per_chip_bytes` of weights, optimizer (all
     other state), forward_temp, zo_temp, lora_temp, iteration_temp and total;
-    `method_bytes` of bilevel, mezo, lora and full (at least), see `costs`;
+    `remat_temp_bytes` of a first-order step, `off` and `on`, where it is not an
+    estimate; `method_bytes` of bilevel, mezo, lora and full (at least), see `costs`;
     `chip_bytes` and `fits`; `flops`, of the products of matrices, on all chips;
     `bytes_accessed`, the compiler's figure for one chip, which counts the body
-    of a loop once; `collective_bytes` that a chip receives, by kind;
+    of a loop once; `collective_bytes` that a chip receives, by kind, None where
+    jaxlib cannot read the compiled program;
     `compile_seconds`; `smallest_slice` and whether figures are an `estimate`.
 
   Raises:
@@ -137,6 +139,11 @@ def _compiled(run: runs.Run) -> dict[str, Any]:
   """Asks the compiler."""
   lowered = compiling.programs(run)
   measured = {name: compiling.measure(one) for name, one in lowered.items()}
+  other = compiling.measure(compiling.first_order_program(_other_remat(run)))
+  by_remat = {
+    run.config.model.remat: measured["lora"].temp_bytes,
+    not run.config.model.remat: other.temp_bytes,
+  }
   whole = measured["iteration"]
   return {
     "estimate": False,
@@ -145,11 +152,19 @@ def _compiled(run: runs.Run) -> dict[str, Any]:
       **{f"{k}_temp": one.temp_bytes for k, one in measured.items()},
       "total": whole.total_bytes,
     },
+    "remat_temp_bytes": {"off": by_remat[False], "on": by_remat[True]},
     "bytes_accessed": whole.bytes_accessed,
     "collective_bytes": whole.collective_bytes,
     "compile_seconds": whole.seconds,
     "problem": whole.problem,
   }
+
+
+def _other_remat(run: runs.Run) -> runs.Run:
+  """Returns the run with the other choice of `model.remat`."""
+  config = run.config.copy_and_resolve_references()
+  config.model.remat = not config.model.remat
+  return costs.make_run(config, run.mesh)
 
 
 def _smallest(
@@ -191,6 +206,12 @@ def _show(plan: dict[str, Any]) -> None:
         {"a chip receives": k, "GB an iteration": v / 1e9}
         for k, v in plan["collective_bytes"].items()
       ]
+    )
+  if remat := plan.get("remat_temp_bytes"):
+    print(
+      f"Temporaries of a first-order step: {remat['off'] / 1e9:.2f} GB without "
+      f"model.remat, {remat['on'] / 1e9:.2f} GB with it; it is "
+      f"{'on' if plan['remat'] else 'off'}."
     )
   chip = plan["chip_bytes"]
   of = f" of {chip / 1e9:.1f} GB" if chip else ""

@@ -49,10 +49,10 @@ class Linear(nn.Module):
   use_bias: bool = True
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [..., in] to [..., features]."""
+  def __call__(self, x: jax.Array, after: jax.Array | None = None) -> jax.Array:
+    """Maps [..., in] to [..., features]; `after` as for `perturbed.dot`."""
     kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
-    y = perturbed.dot(x, kernel)
+    y = perturbed.dot(x, kernel, after)
     if self.use_bias:
       bias = perturbed.value(
         self.param("bias", nn.initializers.zeros, (self.features,))

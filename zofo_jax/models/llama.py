@@ -81,14 +81,18 @@ class Attention(nn.Module):
     """Mixes tokens [B, L, D] with those that they may see."""
     c = self.config
 
-    def heads(name: str, count: int) -> jax.Array:
-      y = layers.Linear(count * c.head_dim, c.qkv_bias, name=name)(x)
+    def heads(
+      name: str, count: int, after: jax.Array | None = None
+    ) -> jax.Array:
+      y = layers.Linear(count * c.head_dim, c.qkv_bias, name=name)(x, after)
       y = self.place(y, True)
       return y.reshape(*x.shape[:2], count, c.head_dim)
 
-    query = rope_lib.rotate(heads("query", c.num_heads), *rotations)
-    key = rope_lib.rotate(heads("key", c.num_kv_heads), *rotations)
-    value = heads("value", c.num_kv_heads)
+    query = heads("query", c.num_heads)
+    key = heads("key", c.num_kv_heads, query)
+    value = heads("value", c.num_kv_heads, key)
+    query = rope_lib.rotate(query, *rotations)
+    key = rope_lib.rotate(key, *rotations)
     key, value, cache = caches.remember(cache, key, value)
     seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
     out = layers.attend(query, *seen)
@@ -106,7 +110,7 @@ class Mlp(nn.Module):
     """Maps [..., D] to [..., D]."""
     c = self.config
     gate = layers.Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
-    up = layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x)
+    up = layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x, gate)
     inside = self.place(layers.ACTIVATIONS[c.activation](gate) * up, True)
     return layers.Linear(c.hidden_size, c.mlp_bias, name="down")(inside)
 

@@ -73,12 +73,14 @@ class Attention(nn.Module):
     """Mixes tokens [B, L, D] with those that they may see."""
     c = self.config
 
-    def heads(name: str) -> jax.Array:
-      y = layers.Linear(c.hidden_size, c.use_bias, name=name)(x)
+    def heads(name: str, after: jax.Array | None = None) -> jax.Array:
+      y = layers.Linear(c.hidden_size, c.use_bias, name=name)(x, after)
       y = self.place(y, True)
       return y.reshape(*x.shape[:2], c.num_heads, -1)
 
-    query, key, value = heads("query"), heads("key"), heads("value")
+    query = heads("query")
+    key = heads("key", query)
+    value = heads("value", key)
     key, value, cache = caches.remember(cache, key, value)
     seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
     out = layers.attend(query, *seen)
