@@ -23,15 +23,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 TASKS = ("sst2", "copa", "wic", "trec", "cb", "rte")
 METHODS = ("peft", "bilevel", "mezo")
 SEEDS = (0, 1, 2)
-# Trials of the search, three for each method.
+# Trials of the search, five for each method.
+_FIRST = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+_ZEROTH = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 SEARCH: dict[str, list[dict[str, float]]] = {
-  "peft": [{"lower.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)],
+  "peft": [{"lower.learning_rate": rate} for rate in _FIRST],
   "bilevel": [
     {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), first)}
     | {"zo.learning_rate": zeroth}
-    for first, zeroth in ((2e-3, 1e-6), (2e-3, 1e-5), (4e-3, 1e-6))
+    for first, zeroth in (
+      *((2e-3, 1e-6), (4e-3, 1e-6)),
+      *((2e-3, 1e-5), (2e-3, 3e-5), (2e-3, 1e-4)),
+    )
   ],
-  "mezo": [{"zo.learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5)],
+  "mezo": [{"zo.learning_rate": rate} for rate in _ZEROTH],
 }
 SEARCH_SEED = 100
 CURVE = ("step", "seconds", "forward_equivalents", "flops")

@@ -45,7 +45,8 @@ FLOORS = (
   ("hlo", "mesh", "topologies"),
   ("assets", "checkpoint", "data", "metrics", "models", "report"),
   ("config",),
-  ("adapters", "algorithms", "guards", "progress", "recipes", "rows", "seals"),
+  ("adapters", "algorithms", "guards", "profiling", "progress", "recipes"),
+  ("rows", "seals", "trackers"),
   # The core.
   ("baselines", "multitask"),
   ("bilevel",),

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from zofo_jax import config as config_lib
-from zofo_jax import errors
+from zofo_jax import errors, trackers
 from zofo_jax import mesh as mesh_lib
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -106,6 +106,7 @@ _NOT_NEGATIVE = (
   "head.learning_rate",
   "generate.temperature",
   "generate.top_k",
+  "train.profile_steps",
   "train.max_nonfinite",
   "train.max_loss_ratio",
   "ckpt.base_every_steps",
@@ -138,6 +139,7 @@ def check(config: ml_collections.ConfigDict) -> None:
       )
   _check_zo(config)
   _check_method(config)
+  _check_trackers(config.train.trackers)
   _check_own_task(config)
   _check_adapter(config)
   _check_generate(config.generate)
@@ -153,6 +155,17 @@ def check(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       "config.model.name: expected a hub id or a local folder; found nothing."
     )
+
+
+def _check_trackers(names: Any) -> None:
+  """Stops on dashboards that are not known."""
+  for name in names:
+    if name not in trackers.PACKAGES:
+      raise errors.UserError(
+        "config.train.trackers: expected some of "
+        f"{', '.join(trackers.PACKAGES)}, as ('tensorboard',); found {name!r}."
+        f"{errors.nearest(str(name), trackers.PACKAGES)}"
+      )
 
 
 def _check_method(config: ml_collections.ConfigDict) -> None:

@@ -5,6 +5,9 @@ A config is data: `train` turns it into explicit arguments, and nothing below
 `lower.num_steps`), `upper` trains p, `zo` moves theta, `penalty` is lambda.
 """
 
+import inspect
+import re
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -116,6 +119,8 @@ def base_config() -> ml_collections.ConfigDict:
   config.train.num_steps = 500  # outer iterations
   config.train.num_first_steps = 250  # of a method with _then_, the first part
   config.train.eval_every_steps = 50
+  config.train.trackers = ()  # of tensorboard, wandb, mlflow
+  config.train.profile_steps = 0  # traced into WORKDIR/profile; 0: none
   config.train.max_nonfinite = 10  # steps in a row that are not; 0: no limit
   config.train.max_loss_ratio = 0.0  # of D_f's mean to its start; 0: no limit
 
@@ -274,6 +279,46 @@ def unknown_field(argv: list[str]) -> str:
       near = errors.nearest(name, [f"config.{other}" for other in known])
       return f"--{name}: there is no such field.{near}"
   return ""
+
+
+def described() -> dict[str, str]:
+  """Returns what the comments of `base_config` say of its fields."""
+  found: dict[str, str] = {}
+  for line in inspect.getsource(base_config).splitlines():
+    match = re.match(r"  config\.([\w.]+) = (.*?)(?:  # (.*))?$", line)
+    if match:
+      found[match[1]] = match[3] or ""
+  return found
+
+
+def shown(config: ml_collections.ConfigDict) -> str:
+  """Writes every field as an argument, with what it is and what is changed.
+
+  Returns:
+    Lines such as `--config.zo.eps=0.01  # default: 0.001`.
+  """
+  defaults, notes = flat(base_config()), described()
+  lines: list[str] = []
+  section = ""
+  fields = flat(config)
+  for name in filter(fields.__contains__, notes):  # in the order of the source
+    value = fields[name]
+    first = name.partition(".")[0] if "." in name else ""
+    if first != section:
+      section = first
+      about = f": {notes[first]}" if notes.get(first) else ""
+      lines += ["", f"# {first}{about}"]
+    about = notes.get(name, "")
+    if value != defaults[name]:
+      about = f"[default {defaults[name]!r}] {about}".strip()
+    text = f"--config.{name}={_quoted(value)}"
+    lines.append(f"{text:<44}  # {about}" if about else text)
+  return "\n".join(lines).strip()
+
+
+def _quoted(value: Any) -> str:
+  """Writes a value as a shell takes it."""
+  return "" if value is None else shlex.quote(str(value))
 
 
 def flat(

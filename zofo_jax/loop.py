@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 from etils import epath
 
-from zofo_jax import bilevel, errors, guards, report
+from zofo_jax import bilevel, errors, guards, profiling, report, trackers
+from zofo_jax import config as config_lib
 from zofo_jax import progress as progress_lib
 from zofo_jax import store as store_lib
 
@@ -71,6 +72,7 @@ def run(
 def _run(trained, folder, work, store):
   """Goes on from the latest checkpoint, or from the beginning."""
   writer = report.JsonlWriter(folder / "metrics.jsonl")
+  options = trained.config.train
   resumed = store.resume()
   if resumed is None:
     writer.truncate_after(-1)
@@ -81,8 +83,22 @@ def _run(trained, folder, work, store):
     state, record = resumed
     writer.truncate_after(int(state.step))
   store_lib.write_config(trained.config, folder)
-  with writer, guards.Signals() as signals:
-    state = _iterate(trained, work, state, record, writer, store, signals)
+  told = trackers.Trackers(
+    options.trackers,
+    folder,
+    config_lib.flat(trained.config),
+    int(state.step),
+  )
+
+  def write(row):
+    writer.write(row)
+    told.write(row)
+
+  profile = profiling.Profile(folder / "profile", options.profile_steps)
+  with writer, told, profile, guards.Signals() as signals:
+    state = _iterate(
+      trained, work, state, record, write, store, signals, profile
+    )
   store.wait()
   if store.checkpoints.best_step() != int(state.step):
     del state  # one backbone at a time
@@ -90,7 +106,7 @@ def _run(trained, folder, work, store):
   return state, record
 
 
-def _iterate(trained, work, state, record, writer, store, signals):
+def _iterate(trained, work, state, record, write, store, signals, profile):
   """Takes the remaining outer iterations; returns the state."""
   options = trained.config.train
   guard = guards.Guard(
@@ -116,7 +132,7 @@ def _iterate(trained, work, state, record, writer, store, signals):
       step, info = pending[0], jax.device_get(pending[1])
       pending = None
       row = work.told(step - 1, info)
-      writer.write(
+      write(
         {
           "step": step,
           **row,
@@ -137,7 +153,8 @@ def _iterate(trained, work, state, record, writer, store, signals):
       store.save(state, record, **worth)
 
     for step in range(start, total):
-      state, info = work.step(state, step)
+      with profile.of(step - start):
+        state, info = work.step(state, step)
       problem, number = flush(), signals.due(step)
       pending = (step + 1, info)
       evaluates = (step + 1) % options.eval_every_steps == 0
@@ -154,7 +171,7 @@ def _iterate(trained, work, state, record, writer, store, signals):
       if evaluates:
         found, worth = work.select(state)
         scores = {f"selection_{name}": v for name, v in found.items()}
-        writer.write({"step": step + 1, **scores})
+        write({"step": step + 1, **scores})
         save(metric=worth)
         # Evaluation is no part of the training time.
         began = time.monotonic() - record["seconds"]

@@ -22,7 +22,8 @@ Without devices or weights, whether a run fits (also python -m zofo_jax.plan):
   python -m zofo_jax.main plan --config=configs/opt.py:size=13b \
       --topology=v5e:4x4 --json=PLAN.json
 
-Any field of the config can be set: --config.zo.eps=1e-2. Exit code 2 means a
+Any field of the config can be set: --config.zo.eps=1e-2; --print_config lists
+them all, with what they mean and what a config changes. Exit code 2 means a
 mistake in the command, its config or its files, told in one sentence; 143 or
 130 that SIGTERM or SIGINT came: the state is saved, the same command goes on.
 
@@ -46,6 +47,9 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Folder of the run: checkpoints, metrics, summary."
+)
+_PRINT_CONFIG = flags.DEFINE_bool(
+  "print_config", False, "Print every field of the config, and do nothing."
 )
 _DISTRIBUTED = flags.DEFINE_string(
   "distributed",
@@ -114,7 +118,7 @@ def _help() -> str:
   described = [
     f"  --{flag.name}: {flags.FLAGS[flag.name].help}"
     for flag in (
-      *(_CONFIG, _WORKDIR, _INPUT, _OUTPUT),
+      *(_CONFIG, _PRINT_CONFIG, _WORKDIR, _INPUT, _OUTPUT),
       *(_TOPOLOGY, _JSON),
       *(_DISTRIBUTED, _NUM_PROCESSES, _PROCESS_ID, _TIMEOUT),
     )
@@ -170,6 +174,11 @@ def _run(argv: list[str]) -> None:
     print(_help())
     return
   command = _parse(argv)
+  if _PRINT_CONFIG.value:
+    _need_config()
+    print(config_lib.shown(_CONFIG.value))
+    checks.check(_CONFIG.value)
+    return
   if command == "plan":
     _plan()
     return
@@ -204,6 +213,8 @@ def main(argv: Sequence[str] | None = None) -> int:
   except errors.UserError as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return 2
+  except BrokenPipeError:  # such as of `--print_config | head`
+    sys.stdout = None
   except guards.InterruptedRun as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return error.code

@@ -30,8 +30,8 @@ def plan(
   Returns:
     What is in the file: `mesh`; `per_chip_bytes` of weights, optimizer (all
     other state), forward_temp, zo_temp, lora_temp, iteration_temp and total;
-    `remat_temp_bytes` of a first-order step, `off` and `on`, where it is not an
-    estimate; `method_bytes` of bilevel, mezo, lora and full (at least), see `costs`;
+    `remat_temp_bytes` of a first-order step, `off` and `on`, unless estimated;
+    `method_bytes` of bilevel, mezo, lora and full (at least), see `costs`;
     `chip_bytes` and `fits`; `flops`, of the products of matrices, on all chips;
     `bytes_accessed`, the compiler's figure for one chip, which counts the body
     of a loop once; `collective_bytes` that a chip receives, by kind, None where

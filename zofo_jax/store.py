@@ -275,7 +275,9 @@ def check_config(config: Any, folder: epath.Path) -> None:
   before = config_lib.flat(runs.read_config(folder))
   now = config_lib.flat(config)
   allowed = {"ckpt.may_change", *config.ckpt.may_change} - set(_NEVER)
+  # What no number depends on.
   allowed |= {name for name in now if name.startswith("mesh.")}
+  allowed |= {"train.trackers", "train.profile_steps"}
   different = {
     name
     for name in before.keys() | now.keys()
