@@ -3,6 +3,7 @@
 They are real ones, that speak over 127.0.0.1.
 """
 
+import json
 import os
 import pathlib
 import shutil
@@ -216,3 +217,55 @@ def test_a_process_that_does_not_come():
 )
 def test_arguments_that_do_not_fit(where, options, said):
   assert said in join(where, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["icl", "probe", "head", "squad"])
+def test_what_two_processes_answer(command, cache, tmp_path, tiny_model):
+  # The same as one process says, of the same eight devices.
+  rows = tmp_path / "rows"
+  rows.mkdir()
+  words = ("good", "bad")
+  lines = [
+    {
+      "text": f"number {i} was {words[i % 2]}",
+      "label": i % 2,
+      "said": words[i % 2],
+    }
+    for i in range(96)
+  ]
+  for split in ("train", "validation"):
+    report.write_lines(
+      rows / f"{split}.jsonl", lines[: 24 if split == "validation" else None]
+    )
+  generated = command == "squad"
+  declared = ["--config.data.task=mine", "--config.data.prompt={text}. It was"]
+  declared += (
+    ["--config.data.label=said", "--config.generate.max_new_tokens=3"]
+    if generated
+    else ["--config.data.options=(' bad', ' good')"]
+  )
+  found = []
+  for num_processes in (1, 2):
+    folder = tmp_path / str(num_processes)
+    arguments = [
+      *([] if generated else [command]),
+      *command_of(folder, tiny_model, rows),
+      *declared,
+      "--config.icl.num_shots=2",
+      "--config.head.num_steps=4",
+      "--config.train.num_steps=2",
+    ]
+    for code, text in launch(cache, num_processes, *arguments):
+      assert code == 0, text
+    (name,) = {"summary", command} & {p.stem for p in folder.glob("*.json")}
+    found.append(json.loads((folder / f"{name}.json").read_text()))
+  scores = [
+    {
+      k: v
+      for k, v in one.items()
+      if isinstance(v, float) and "second" not in k and "flops" not in k
+    }
+    for one in found
+  ]
+  assert scores[0] and scores[0] == pytest.approx(scores[1], abs=1e-6)

@@ -19,6 +19,7 @@ from zofo_jax import (
   errors,
   hlo,
   inner,
+  progress,
   runs,
   topologies,
   zo,
@@ -193,10 +194,7 @@ def measure(lowered: jax.stages.Lowered) -> Measured:
   text = _text(compiled)
   return Measured(
     temp_bytes=memory.temp_size_in_bytes,
-    total_bytes=memory.argument_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes,
+    total_bytes=progress.program_bytes(compiled) or 0,
     flops=cost.get("flops", 0.0),
     bytes_accessed=cost.get("bytes accessed", 0.0),
     collective_bytes=hlo.total_bytes(text) if text else None,

@@ -18,8 +18,8 @@ class Work(NamedTuple):
 
   Attributes:
     start: () -> the state at step 0, and figures to remember.
-    compile: (state, number of the iteration) -> None; makes `step`'s program,
-      which is no part of the training time.
+    compile: (state, number of the iteration) -> `step`'s program, which its
+      first call finds; the training time is without it.
     step: (state, number of the iteration) -> (state, info), not waited for.
     told: (number of the iteration, info on the host) -> what `metrics.jsonl`
       is told; `lower_loss` and `upper_loss` are shown.
@@ -31,7 +31,7 @@ class Work(NamedTuple):
   """
 
   start: Callable[[], tuple[bilevel.BilevelState, dict[str, Any]]]
-  compile: Callable[[bilevel.BilevelState, int], None]
+  compile: Callable[[bilevel.BilevelState, int], jax.stages.Compiled]
   step: Callable[[bilevel.BilevelState, int], tuple[bilevel.BilevelState, Any]]
   told: Callable[[int, Any], dict[str, Any]]
   health: Callable[[Any], tuple[list[float], bool]]
@@ -117,7 +117,8 @@ def _iterate(trained, work, state, record, write, store, signals, profile):
   start, total = int(state.step), options.num_steps
   if start < total:
     began = time.monotonic()
-    work.compile(state, start)
+    program = work.compile(state, start)
+    record["program_bytes"] = progress_lib.program_bytes(program)
     compiling = record.get("compile_seconds", 0.0)
     record["compile_seconds"] = compiling + time.monotonic() - began
   began = time.monotonic() - record["seconds"]

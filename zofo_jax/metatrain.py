@@ -76,7 +76,7 @@ def _work(
     return moved, info
 
   def compile_step(state, number):
-    jitted.lower(*arguments(state, number)).compile()
+    return jitted.lower(*arguments(state, number)).compile()
 
   def told(number, info):
     return {**train_lib.told(info), "tasks": drawn(number)}
@@ -177,6 +177,7 @@ def metatrain(
     **work.spent(config.train.num_steps),
     "train_seconds": record["seconds"],
     "compile_seconds": record["compile_seconds"],
+    "program_bytes": record["program_bytes"],
     "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }
   report.write_json(folder / "summary.json", summary)

@@ -140,6 +140,22 @@ def device_bytes(which: str = "bytes_in_use") -> int | None:
   return max(used) if used else None
 
 
+def program_bytes(program: Any) -> int | None:
+  """Returns what a compiled program needs on a device, if the compiler tells.
+
+  Its arguments, temporaries, and results that take no argument's place.
+  """
+  found = program.memory_analysis()
+  if found is None:
+    return None
+  return (
+    found.argument_size_in_bytes
+    + found.temp_size_in_bytes
+    + found.output_size_in_bytes
+    - found.alias_size_in_bytes
+  )
+
+
 def memory() -> dict[str, int]:
   """Returns what a log line says of memory, in bytes.
 

@@ -148,8 +148,7 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
     return step_fn(state, batch(number), hparams)
 
   def compile_step(state, number):
-    # The jitted function finds this program again.
-    step_fn.lower(state, batch(number), hparams).compile()
+    return step_fn.lower(state, batch(number), hparams).compile()
 
   of_row = row_flops(run, examples, shape)
 
@@ -212,6 +211,7 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
     "nonfinite_steps": record["guard"].get("nonfinite", 0),
     "train_seconds": record["seconds"],
     "compile_seconds": record["compile_seconds"],
+    "program_bytes": record["program_bytes"],
     "peak_rss_bytes": progress_lib.peak_rss_bytes(),
   }
   report.write_json(folder / "summary.json", summary)
