@@ -128,36 +128,48 @@ def machine() -> dict[str, Any]:
   return {"commit": git.stdout.strip(), "cores": os.cpu_count()}
 
 
+def add_common(
+  parser: argparse.ArgumentParser, out: pathlib.Path | None
+) -> None:
+  """Adds the flags that every comparison has."""
+  parser.add_argument("--data", required=True, help="folder of rows")
+  parser.add_argument("--out", type=pathlib.Path, default=out)
+  parser.add_argument("--size", default="smollm2-135m")
+  parser.add_argument("--adapter", default="lora")
+  parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
+  parser.add_argument("--jobs", type=int, default=1)
+  parser.add_argument("--threads", type=int, default=1)
+
+
+def run(
+  cells: list[sweep.Cell], given: argparse.Namespace
+) -> list[dict[str, Any]]:
+  """Runs the cells that have not ended; returns a row for each."""
+  os.environ["NPROC"] = str(given.threads)  # of XLA's pools
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.out / "cache"))
+  for cell in cells:
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    if not (cell.folder / "machine.json").exists():
+      report.write_json(cell.folder / "machine.json", machine())
+  return sweep.run(cells, given.jobs)
+
+
 def main() -> None:
   """Runs what is missing, and writes the results."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  parser.add_argument("--data", required=True, help="folder of rows")
-  parser.add_argument("--out", type=pathlib.Path)
+  add_common(parser, None)
   parser.add_argument("--results", type=pathlib.Path)
   parser.add_argument("--search", action="store_true")
-  parser.add_argument("--size", default="smollm2-135m")
-  parser.add_argument("--adapter", default="lora")
   parser.add_argument("--template", type=int, default=0)
   parser.add_argument("--tasks", nargs="+", default=TASKS)
   parser.add_argument("--methods", nargs="+", default=METHODS)
-  parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
-  parser.add_argument("--jobs", type=int, default=1)
-  parser.add_argument("--threads", type=int, default=1)
   given = parser.parse_args()
   name = "search" if given.search else "single_task"
   given.out = given.out or ROOT / "runs" / name
   results = given.results or ROOT / "experiments/results" / f"{name}.jsonl"
-  given.out.mkdir(parents=True, exist_ok=True)
-  os.environ["NPROC"] = str(given.threads)  # of XLA's pools
-  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.out / "cache"))
-  cells = list((of_search if given.search else of_table)(given))
-  for cell in cells:
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    if not (cell.folder / "machine.json").exists():
-      report.write_json(cell.folder / "machine.json", machine())
-  rows = sweep.run(cells, given.jobs)
+  rows = run(list((of_search if given.search else of_table)(given)), given)
   ended = sorted(path.parent for path in given.out.glob("*/summary.json"))
   report.write_lines(results, map(result, ended))
   shown = ("task", "method", "seed", "selection_accuracy", "test_accuracy")

@@ -18,6 +18,7 @@ import pytest
 
 from zofo_jax import errors, processes, report
 
+LONG, LONG_WHY = os.environ.get("ZOFO_LONG_TESTS"), "needs ZOFO_LONG_TESTS=1"
 LLAMA = pathlib.Path(__file__).parents[1] / "configs" / "llama.py"
 
 
@@ -220,7 +221,16 @@ def test_arguments_that_do_not_fit(where, options, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", ["icl", "probe", "head", "squad"])
+@pytest.mark.parametrize(
+  "command",
+  [
+    "head",
+    *(
+      pytest.param(name, marks=pytest.mark.skipif(not LONG, reason=LONG_WHY))
+      for name in ("icl", "probe", "squad")
+    ),
+  ],
+)
 def test_what_two_processes_answer(command, cache, tmp_path, tiny_model):
   # The same as one process says, of the same eight devices.
   rows = tmp_path / "rows"

@@ -5,6 +5,8 @@ import io
 import json
 import math
 import pathlib
+import shutil
+import subprocess
 
 import jax.numpy as jnp
 import matplotlib.image
@@ -217,6 +219,41 @@ def test_a_page_compares_runs_and_needs_nothing_else(tmp_path, capsys):
   for word in ("one", "<two>", "0.8125", "zo.eps", "0.01", "0.001", "ended"):
     assert word in reader.words, word
   assert "seed" not in reader.words  # the same in both
+
+
+BROWSER = next(
+  filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None
+)
+
+
+@pytest.mark.skipif(not BROWSER, reason="needs Chromium")
+def test_a_browser_shows_the_page(tmp_path):
+  runs = [make_run(tmp_path, "one", 1e-3), make_run(tmp_path, "two", 1e-2)]
+  page = tmp_path / "page.html"
+  assert report_command.main([*runs, f"--out={page}"]) == 0
+  picture = tmp_path / "page.png"
+  options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+  options += [
+    f"--user-data-dir={tmp_path / 'profile'}",
+    "--window-size=1200,1600",
+  ]
+  for more in (["--dump-dom"], [f"--screenshot={picture}"]):
+    shown = subprocess.run(
+      [BROWSER, *options, *more, page.as_uri()],
+      capture_output=True,
+      text=True,
+      timeout=120,
+    )
+    assert shown.returncode == 0, shown.stderr
+    if "--dump-dom" in more:  # as the browser understood it
+      assert shown.stdout.count("<svg") == 2
+      assert shown.stdout.count("<table") == 2
+  pixels = matplotlib.image.imread(picture)[..., :3]
+  assert pixels.shape[:2] == (1600, 1200)
+  # A table above and curves in the first two colours of matplotlib below.
+  for colour in ("#1f77b4", "#ff7f0e"):
+    wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    assert (np.abs(pixels - wanted).max(-1) < 0.02).sum() > 20, colour
 
 
 def test_a_page_of_no_run(tmp_path, capsys):

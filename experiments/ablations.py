@@ -1,0 +1,122 @@
+"""One choice of Bilevel-ZOFO changed at a time, on one task.
+
+  python experiments/ablations.py --data DIR [--task sst2] [--only lambda,T]
+
+Each cell is a run of configs/compare.py with one field changed, for as many
+forward-equivalents as the table's; cells that have ended are left alone. Writes
+`ablations.jsonl` and `ablations.png` to --results.
+"""
+
+import argparse
+import importlib.util
+import pathlib
+import statistics
+from typing import Any
+
+from matplotlib import figure
+
+from zofo_jax import budget, report, sweep
+from zofo_jax.tasks import get
+
+ROOT = pathlib.Path(__file__).parents[1]
+FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
+  "lambda": ("penalty", (0.1, 1.0, 10.0, 100.0)),
+  "T": ("lower.num_steps", (1, 2, 4, 8)),
+  "directions": ("zo.num_directions", (1, 2, 4)),
+  "eps": ("zo.eps", (1e-4, 1e-3, 1e-2)),
+  "sides": ("zo.estimator", ("central", "forward", "exact")),
+  "kind": (
+    "zo.direction",
+    ("rademacher", "gaussian", "low_rank", "per_example", "sparse"),
+  ),
+  "update": ("zo.optimizer", ("sgd", "momentum", "adam")),
+  "rate": ("zo.learning_rate", (0.0, 1e-6, 1e-5, 1e-4)),
+  "template": ("data.template", (0, 1)),
+}
+
+
+def _module(path: pathlib.Path) -> Any:
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  assert spec is not None and spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def num_steps(choice: dict[str, Any], field: str, value: Any) -> int:
+  """Returns how many iterations cost what the table's runs cost."""
+  compare = _module(ROOT / "configs/compare.py")
+  text = ",".join(f"{k}={v}" for k, v in choice.items())
+  config = compare.get_config(text)
+  rows = budget.passes(config, config.method).forward_equivalents
+  whole = rows * config.train.num_steps
+  with config.unlocked():
+    config.update_from_flattened_dict({field: value})
+  each = budget.passes(config, config.method).forward_equivalents
+  return max(1, whole // each)
+
+
+def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+  """Draws the test score over each choice, mean and range over seeds."""
+  names = list(dict.fromkeys(r["ablation"] for r in results))
+  fig = figure.Figure(figsize=(3 * len(names), 3), layout="constrained")
+  panels = fig.subplots(1, len(names), squeeze=False, sharey=True)[0]
+  for axes, name in zip(panels, names, strict=True):
+    rows = [r for r in results if r["ablation"] == name]
+    values = [v for v in FIELDS[name][1] if any(r["value"] == v for r in rows)]
+    scores = [
+      [r[f"test_{get(r['task']).metric}"] for r in rows if r["value"] == value]
+      for value in values
+    ]
+    means = [statistics.fmean(each) for each in scores]
+    ranges = [
+      [m - min(s) for m, s in zip(means, scores, strict=True)],
+      [max(s) - m for m, s in zip(means, scores, strict=True)],
+    ]
+    axes.errorbar(list(map(str, values)), means, ranges, fmt="o-", capsize=3)
+    axes.set_title(name)
+    axes.tick_params(axis="x", rotation=45)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+  panels[0].set_ylabel("test score")
+  fig.savefig(path, dpi=120)
+
+
+def main() -> None:
+  """Runs what is missing, and writes the results."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  single = _module(ROOT / "experiments/single_task.py")
+  single.add_common(parser, ROOT / "runs/ablations")
+  default = ROOT / "experiments/results"
+  parser.add_argument("--results", type=pathlib.Path, default=default)
+  parser.add_argument("--task", default="sst2")
+  parser.add_argument("--only", default=",".join(FIELDS))
+  given = parser.parse_args()
+  cells: dict[tuple[str, Any, int], sweep.Cell] = {}
+  for name in given.only.split(","):
+    field, values = FIELDS[name]
+    for seed in given.seeds:
+      for value in values:
+        choice = {"size": given.size, "task": given.task, "method": "bilevel"}
+        choice |= {"adapter": given.adapter, "seed": seed}
+        steps = num_steps(choice, field, value)
+        fields = {field: value, "train.num_steps": steps}
+        fields["train.eval_every_steps"] = -(-steps // 5)
+        cells[name, value, seed] = single.make_cell(
+          given.out, given.data, choice, fields
+        )
+  single.run(list(cells.values()), given)
+  results = [
+    {**single.result(cell.folder), "ablation": name, "value": value}
+    for (name, value, _), cell in cells.items()
+    if (cell.folder / "summary.json").exists()
+  ]
+  report.write_lines(given.results / "ablations.jsonl", results)
+  if results:
+    draw(results, given.results / "ablations.png")
+
+
+if __name__ == "__main__":
+  main()

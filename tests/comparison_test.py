@@ -1,0 +1,141 @@
+"""The comparison's cells, and what is claimed from them."""
+
+import argparse
+import json
+import pathlib
+import runpy
+import sys
+
+import pytest
+
+from zofo_jax import budget, checks, report
+
+ROOT = pathlib.Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "experiments"
+
+
+@pytest.fixture(scope="module")
+def single():
+  return runpy.run_path(str(EXPERIMENTS / "single_task.py"))
+
+
+@pytest.fixture(scope="module")
+def claimed():
+  return runpy.run_path(str(EXPERIMENTS / "report.py"))
+
+
+@pytest.fixture
+def compare(monkeypatch, tmp_path):
+  from zofo_jax import assets
+
+  monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
+  return runpy.run_path(str(ROOT / "configs" / "compare.py"))
+
+
+def test_every_method_has_the_same_work(compare):
+  size = compare["SIZES"]["smollm2-135m"]
+  for method in compare["RATES"]:
+    config = compare["get_config"](f"method={method}")
+    checks.check(config)
+    spent = budget.spent(config, config.train.num_steps).forward_equivalents
+    allowed = size.rows * (2 if method in ("mezo", "mezo_peft") else 1)
+    # Whole iterations, and no more than the work allows.
+    assert 0.93 * allowed < spent <= allowed, method
+    every = config.train.eval_every_steps
+    assert 4 <= -(-config.train.num_steps // every) <= 6
+
+
+def cell(method, seed, scores, *, test, template=0, seconds=1.0, **more):
+  curve = [
+    {"seconds": seconds * (i + 1), "selection_accuracy": score}
+    for i, score in enumerate(scores)
+  ]
+  return {
+    **{"task": "sst2", "method": method, "seed": str(seed)},
+    **{"template": str(template), "curve": curve, "test_accuracy": test},
+    **{"zero_shot_accuracy": 0.5, "train_seconds": 9.0},
+    **{"peak_rss_bytes": 3e9, "program_bytes": 2e9},
+    **more,
+  }
+
+
+@pytest.fixture
+def cells():
+  return [
+    cell("mezo", 0, [0.5, 0.6, 0.6], test=0.6, program_bytes=1e9),
+    cell("mezo", 1, [0.5, 0.5, 0.7], test=0.7, program_bytes=1e9),
+    cell("mezo", 0, [0.5, 0.5, 0.5], test=0.5, template=1),
+    cell("peft", 0, [0.7, 0.8, 0.9], test=0.9),
+    cell("peft", 1, [0.7, 0.8, 0.9], test=0.8),
+    cell("bilevel", 0, [0.6, 0.8, 0.9], test=0.94, seconds=0.25),
+    cell("bilevel", 1, [0.4, 0.5, 0.6], test=0.80, seconds=0.25),
+    cell("bilevel", 0, [0.6, 0.8, 0.9], test=0.91, template=1),
+  ]
+
+
+def test_claims(claimed, cells):
+  found = claimed["claims"](cells)
+  # MeZO is at its best after 2 s, Bilevel-ZOFO there after 0.25 s; or never.
+  assert found["time_to_mezo_best_ratio"]["by_task"] == {"sst2": [8.0, 0.0]}
+  assert found["time_to_mezo_best_ratio"]["value"] == 4.0
+  assert found["time_to_mezo_best_ratio"]["met"]
+  gain = found["accuracy_gain_over_lora"]
+  assert gain["value"] == pytest.approx(0.02) and gain["seeds"] == ["0", "1"]
+  assert gain["interval"] == pytest.approx([0.0, 0.04])
+  assert found["peak_memory_over_lora"]["value"] == 1.0
+  assert found["peak_memory_over_mezo"]["value"] == 2.0
+  assert not found["peak_memory_over_mezo"]["met"]
+  # 0.03 between our two prompts, 0.1 between MeZO's.
+  spread = found["prompt_spread_over_mezo"]
+  assert spread["value"] == pytest.approx(0.3) and spread["met"]
+
+
+def test_what_was_not_run_is_not_claimed(claimed, cells):
+  found = claimed["claims"]([c for c in cells if c["method"] == "bilevel"])
+  assert set(found.values()) == {None}
+
+
+def test_report_writes_all(claimed, cells, tmp_path, monkeypatch, capsys):
+  report.write_lines(tmp_path / "single_task.jsonl", cells)
+  for one in cells:  # the pictures' other axis
+    for point in one["curve"]:
+      point["forward_equivalents"] = 8
+  report.write_lines(tmp_path / "single_task.jsonl", cells)
+  monkeypatch.setattr(sys, "argv", ["report.py", f"--results={tmp_path}"])
+  claimed["main"]()
+  shown = capsys.readouterr().out
+  assert "| mezo | 0.650 ± 0.071 (2) | 0.650 | 9 | 3.00 |" in shown
+  assert (tmp_path / "table.md").read_text() in shown
+  found = json.loads((tmp_path / "claims.json").read_text())
+  assert found["accuracy_gain_over_lora"]["tasks"] == ["sst2"]
+  for name in ("curves.png", "memory.png"):
+    assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_cells_are_distinct_and_can_be_read_again(single, tmp_path):
+  given = argparse.Namespace(
+    **{"out": tmp_path, "data": "rows", "size": "smollm2-135m"},
+    **{"adapter": "lora", "template": 0, "seeds": (0, 1)},
+    **{"tasks": ("sst2", "cb"), "methods": ("peft", "mezo", "bilevel")},
+  )
+  table = list(single["of_table"](given))
+  search = list(single["of_search"](given))
+  assert len({cell.folder for cell in table}) == 12
+  assert len({cell.folder for cell in search}) == 30
+  for one in (table[0], search[-1]):
+    one.folder.mkdir()
+    lines = [
+      {"step": 1, "seconds": 2.0, "upper_loss": 0.5, "flops": 1.0},
+      {"step": 1, "selection_accuracy": 0.7},
+    ]
+    report.write_lines(one.folder / "metrics.jsonl", lines)
+    summary = {"model": "a/b", "test_accuracy": 0.8}
+    report.write_json(one.folder / "summary.json", summary)
+    report.write_json(one.folder / "machine.json", {"commit": "abc"})
+    found = single["result"](one.folder)
+    assert found["curve"] == [
+      {"step": 1, "seconds": 2.0, "flops": 1.0, "selection_accuracy": 0.7}
+    ]
+    assert found["losses"] == [0.5] and found["commit"] == "abc"
+    for name in ("task", "method", "seed"):
+      assert found[name] == str(one.fields[name])
