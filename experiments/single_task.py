@@ -84,7 +84,9 @@ def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
   """Yields the trials from which learning rates are chosen."""
   for task in given.tasks:
     for method in given.methods:
-      for fields in SEARCH[method]:
+      for number, fields in enumerate(SEARCH[method]):
+        if given.trials and number not in given.trials:
+          continue
         choice = {"size": given.size, "task": task, "method": method}
         choice |= {"adapter": given.adapter, "seed": SEARCH_SEED}
         yield make_cell(given.out, given.data, choice, fields)
@@ -162,6 +164,7 @@ def main() -> None:
   add_common(parser, None)
   parser.add_argument("--results", type=pathlib.Path)
   parser.add_argument("--search", action="store_true")
+  parser.add_argument("--trials", nargs="+", type=int, help="of the search")
   parser.add_argument("--template", type=int, default=0)
   parser.add_argument("--tasks", nargs="+", default=TASKS)
   parser.add_argument("--methods", nargs="+", default=METHODS)

@@ -116,7 +116,11 @@ def test_cells_are_distinct_and_can_be_read_again(single, tmp_path):
   given = argparse.Namespace(
     **{"out": tmp_path, "data": "rows", "size": "smollm2-135m"},
     **{"adapter": "lora", "template": 0, "seeds": (0, 1)},
-    **{"tasks": ("sst2", "cb"), "methods": ("peft", "mezo", "bilevel")},
+    **{
+      "trials": None,
+      "tasks": ("sst2", "cb"),
+      "methods": ("peft", "mezo", "bilevel"),
+    },
   )
   table = list(single["of_table"](given))
   search = list(single["of_search"](given))

@@ -127,7 +127,7 @@ def test_adapt_is_of_its_first_run(tmp_path):
 
 def test_files():
   assert [path.stem for path in FILES] == [
-    *("adapt", "demo", "llama", "metademo", "metatrain", "opt")
+    *("adapt", "compare", "demo", "llama", "metademo", "metatrain", "opt")
   ]
 
 
