@@ -45,8 +45,10 @@ def devices_of(topology: topologies.Topology) -> list[Any]:
     return found[: topology.num_chips]
   from jax.experimental import topologies as jax_topologies
 
-  # The compiler's library would look for the TPU that is not here.
+  # The compiler's library would look for the TPU that is not here, and would
+  # be one process's alone.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
   try:
