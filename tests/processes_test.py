@@ -221,16 +221,8 @@ def test_arguments_that_do_not_fit(where, options, said):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-  "command",
-  [
-    "head",
-    *(
-      pytest.param(name, marks=pytest.mark.skipif(not LONG, reason=LONG_WHY))
-      for name in ("icl", "probe", "squad")
-    ),
-  ],
-)
+@pytest.mark.skipif(not LONG, reason=LONG_WHY)
+@pytest.mark.parametrize("command", ["icl", "probe", "head", "squad"])
 def test_what_two_processes_answer(command, cache, tmp_path, tiny_model):
   # The same as one process says, of the same eight devices.
   rows = tmp_path / "rows"
