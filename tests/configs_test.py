@@ -4,11 +4,12 @@ import importlib.util
 import json
 import pathlib
 import re
+import shlex
 
 import pytest
 from etils import epath
 
-from zofo_jax import assets, checks, errors, recipes, runs, tasks
+from zofo_jax import arguments, assets, checks, errors, recipes, runs, tasks
 from zofo_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -282,7 +283,7 @@ def test_check_names_the_field(name):
 def test_flat_and_unknown_field():
   assert DEFAULTS["zo.eps"] == 1e-3 and DEFAULTS["seed"] == 0
   assert DEFAULTS["model.name"] is None
-  find = config_lib.unknown_field
+  find = arguments.unknown_field
   assert find(["x", "--config.zo.eps=1", "--workdir=y"]) == ""
   assert find(["--config.lora.rnk=4"]) == (
     "--config.lora.rnk: there is no such field. Did you mean "
@@ -302,7 +303,7 @@ def test_flat_and_unknown_field():
   ],
 )
 def test_file_of(argv, file):
-  assert config_lib.file_of(argv) == file
+  assert arguments.file_of(argv) == file
 
 
 def test_saved_config_survives_a_round_trip(tmp_path):
@@ -365,3 +366,25 @@ def test_positions_that_adapters_take():
     taken[config.adapter.kind] = config_lib.num_virtual(config)
   assert list(taken.values()) == [0, 5, 10, 15]
   assert config_lib.adapter_kinds(config) == ("lora", "prefix", "prompt")
+
+
+def test_print_config_is_every_field_as_an_argument(command_line, capsys):
+  opt = f"--config={ROOT / 'configs' / 'opt.py'}:task=rte"
+  assert command_line(opt, "--config.zo.eps=0.01", "--print_config") == 0
+  lines = capsys.readouterr().out.splitlines()
+  found = {}
+  for line in lines:
+    (argument, *about) = shlex.split(line, comments=True) or [""]
+    assert not about
+    if argument:
+      name, _, value = argument.removeprefix("--config.").partition("=")
+      assert name not in found
+      found[name] = value
+  config = config_lib.base_config()
+  assert found.keys() == config_lib.flat(config).keys()
+  assert found["zo.eps"] == "0.01" and found["data.task"] == "rte"
+  (line,) = [line for line in lines if "zo.eps=" in line]
+  assert line.endswith("# [default 0.001]")
+  # What a comment in the source says, here too.
+  assert "# of low_rank directions" in "".join(lines)
+  assert "# zo: theta, zeroth order" in lines

@@ -36,7 +36,7 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from zofo_jax import checks, errors, guards, processes
+from zofo_jax import arguments, checks, errors, guards, processes
 from zofo_jax import config as config_lib
 
 OF_A_CONFIG = (*checks.COMMANDS, "plan")
@@ -88,17 +88,17 @@ def _parse(argv: list[str]) -> str:
     raise errors.UserError(f"{error}.") from error
   except AttributeError as error:
     raise errors.UserError(
-      config_lib.unknown_field(argv)
-      or f"--config: {config_lib.file_of(argv)} is broken: {error}."
+      arguments.unknown_field(argv)
+      or f"--config: {arguments.file_of(argv)} is broken: {error}."
     ) from error
   except (ValueError, TypeError, LookupError, SyntaxError) as error:
     # Raised by ml_collections where a field's name or value is no Python.
     raise errors.UserError(
-      config_lib.unknown_field(argv) or f"--config: {errors.first_line(error)}."
+      arguments.unknown_field(argv) or f"--config: {errors.first_line(error)}."
     ) from error
   except OSError as error:
     raise errors.UserError(
-      f"--config: no such file as '{config_lib.file_of(argv)}'; there are "
+      f"--config: no such file as '{arguments.file_of(argv)}'; there are "
       "configs/demo.py, configs/opt.py and configs/llama.py."
     ) from error
   if len(rest) > 1 or (rest and rest[0] not in COMMANDS):
@@ -176,7 +176,7 @@ def _run(argv: list[str]) -> None:
   command = _parse(argv)
   if _PRINT_CONFIG.value:
     _need_config()
-    print(config_lib.shown(_CONFIG.value))
+    print(arguments.shown(_CONFIG.value))
     checks.check(_CONFIG.value)
     return
   if command == "plan":
