@@ -31,16 +31,22 @@ def row(path):
   """Returns a line of the table, in GB a chip."""
   plan = json.loads(path.read_text())
   size, methods = plan["per_chip_bytes"], plan["method_bytes"]
-  extra = (size["zo_temp"] - size["forward_temp"]) / size["weights"]
   mesh = [f"{k} {v}" for k, v in plan["mesh"].items() if v > 1]
-  fits = "yes" if plan["fits"] else "no"
+  name = [path.stem.split("_")[0], plan["topology"], ", ".join(mesh)]
+  chip = f"{plan['chip_bytes'] / 1e9:.1f}"
+  if plan.get("problem"):  # the compiler says only that it does not fit
+    gaps = [""] * 3
+    cells = [*name, f"{size['weights'] / 1e9:.2f}", "too much", *gaps]
+    cells += [f"{chip}, no", *gaps, "", plan["smallest_slice"] or "none", ""]
+    return "| " + " | ".join(cells) + " |"
+  extra = (size["zo_temp"] - size["forward_temp"]) / size["weights"]
+  remat = plan["remat_temp_bytes"]
   cells = [
-    *(path.stem.split("_")[0], plan["topology"], ", ".join(mesh)),
+    *name,
     *(f"{n / 1e9:.2f}" for n in (size["weights"], *methods.values())),
-    f"{plan['chip_bytes'] / 1e9:.1f}, {fits}",
+    f"{chip}, {'yes' if plan['fits'] else 'no'}",
     *(f"{extra:.1%}", f"{methods['bilevel'] / methods['lora']:.2f}"),
-    f"{plan['remat_temp_bytes']['off'] / 1e9:.2f}",
-    f"{plan['remat_temp_bytes']['on'] / 1e9:.2f}",
+    *(f"{remat[name] / 1e9:.2f}" for name in ("off", "on")),
     plan["smallest_slice"] or "none",
     f"{plan['compile_seconds']:.0f}",
   ]
@@ -49,7 +55,9 @@ def row(path):
 
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
-  parser.add_argument("--out", type=pathlib.Path, default=ROOT / "plans")
+  parser.add_argument(
+    "--out", type=pathlib.Path, default=ROOT / "experiments/plans"
+  )
   parser.add_argument("--only", default="")
   arguments = parser.parse_args()
   arguments.out.mkdir(parents=True, exist_ok=True)
