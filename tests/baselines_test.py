@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import pathlib
 
 import jax
@@ -209,6 +210,9 @@ def test_a_run_of_every_method(
   assert found["accuracy"] == summary["test_accuracy"]
 
 
+@pytest.mark.skipif(
+  "ZOFO_LONG_TESTS" not in os.environ, reason="needs ZOFO_LONG_TESTS=1"
+)
 def test_a_resumed_run_of_two_parts_is_the_uninterrupted_one(
   command_line, tmp_path, tiny_model, tiny_rows
 ):

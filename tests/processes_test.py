@@ -126,6 +126,7 @@ def test_train_and_resume_on_other_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not LONG, reason=LONG_WHY)
 def test_a_signal_to_one_process_loses_nothing(
   cache, tmp_path, tiny_model, tiny_rows
 ):
