@@ -135,6 +135,9 @@ def test_the_command(command_line, capsys):
   assert "--topology: expected devices" in capsys.readouterr().err
   assert command_line("plan", opt, "--topology=h200:2") == 0
   assert "facebook/opt-13b" in capsys.readouterr().out
+  # More devices than rows: the weights are divided.
+  assert command_line("plan", opt, "--topology=h200:64") == 0
+  assert "mesh.data=64" not in capsys.readouterr().out
 
 
 @pytest.mark.skipif(

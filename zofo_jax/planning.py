@@ -44,11 +44,12 @@ def plan(
   topology = topologies.find(name)
   devices = compiling.devices_of(topology) if topology.compiled else None
   config = _settled(config)
-  mesh = mesh_lib.abstract(config.mesh, topology.num_chips)
+  one = dict.fromkeys(mesh_lib.AXES, 1)
+  chosen = dict(config.mesh) == {**one, "data": -1}
+  # To choose a mesh nothing need fit the default one, which all rows divide.
+  mesh = mesh_lib.abstract(one if chosen else config.mesh, topology.num_chips)
   run = costs.make_run(config, mesh)
   state = run.abstract_state()
-  default = {**dict.fromkeys(mesh_lib.AXES, 1), "data": -1}
-  chosen = dict(config.mesh) == default
   if chosen:
     mesh = mesh_lib.abstract(choose(run, state, topology), topology.num_chips)
   if devices:
