@@ -46,7 +46,7 @@ def shown(config: ml_collections.ConfigDict) -> str:
   """Writes every field as an argument, with what it is and what is changed.
 
   Returns:
-    Lines such as `--config.zo.eps=0.01  # default: 0.001`.
+    Lines such as `--config.zo.eps=0.01  # [default 0.001]`.
   """
   defaults, notes = config_lib.flat(config_lib.base_config()), described()
   lines: list[str] = []

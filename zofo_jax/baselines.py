@@ -6,6 +6,7 @@ the other. All descend the loss L(theta, p) itself, on one set of rows; over
 many tasks the mean of their losses, with nothing that is a task's own.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,18 +52,23 @@ def mean_loss(loss_fn: inner.LossFn, weights: jax.Array | None) -> inner.LossFn:
   return mean
 
 
-def _start(key, base, upper, base_opt=(), upper_opt=()):
-  """Returns a state without s."""
-  return bilevel.BilevelState(
-    step=jnp.zeros([], jnp.int32),
-    base=base,
-    upper=upper,
-    lower={},
-    base_opt=base_opt,
-    upper_opt=upper_opt,
-    lower_opt=(),
-    key=key,
-  )
+def _make_init(opt_init: Callable[[Any], Any], whole: bool) -> Any:
+  """Makes init(key, base, adapter) of what moves one of the two; without s."""
+
+  def init(key, base, adapter, unused=None):
+    del unused
+    return bilevel.BilevelState(
+      step=jnp.zeros([], jnp.int32),
+      base=base,
+      upper=adapter,
+      lower={},
+      base_opt=opt_init(base) if whole else (),
+      upper_opt=() if whole else opt_init(adapter),
+      lower_opt=(),
+      key=key,
+    )
+
+  return init
 
 
 def make_first_order_step(
@@ -100,12 +106,6 @@ def make_first_order_step(
     ([0.25, 0.25], [1.0])
   """
 
-  def init(key, base, adapter, unused=None):
-    del unused
-    if whole:
-      return _start(key, base, adapter, base_opt=tx.init(base))
-    return _start(key, base, adapter, upper_opt=tx.init(adapter))
-
   def step(state, batch, hparams):
     del hparams
     loss, rows = loss_fn, batch.lower
@@ -132,7 +132,7 @@ def make_first_order_step(
     info = BaselineInfo(losses, jnp.zeros([0], jnp.float32))
     return state._replace(step=state.step + 1), info
 
-  return bilevel.BilevelAlgorithm(init, step)
+  return bilevel.BilevelAlgorithm(_make_init(tx.init, whole), step)
 
 
 def make_zeroth_order_step(
@@ -167,12 +167,6 @@ def make_zeroth_order_step(
     The algorithm: init(key, base, adapter), and step.
   """
   transform = outer.as_outer(tx)
-
-  def init(key, base, adapter, unused=None):
-    del unused
-    if whole:
-      return _start(key, base, adapter, base_opt=transform.init(base))
-    return _start(key, base, adapter, upper_opt=transform.init(adapter))
 
   def step(state, batch, hparams):
     loss = mean_loss(loss_fn, batch.weights) if over_tasks else loss_fn
@@ -209,7 +203,7 @@ def make_zeroth_order_step(
       state = state._replace(upper=moved, upper_opt=opt_state)
     return state._replace(step=state.step + 1), info
 
-  return bilevel.BilevelAlgorithm(init, step)
+  return bilevel.BilevelAlgorithm(_make_init(transform.init, whole), step)
 
 
 def one_after_the_other(
