@@ -4,9 +4,10 @@
       --config.data.dir=DIR --workdir=runs/mezo
 
 `python experiments/single_task.py` runs the table. The work of a run is counted
-in forward-equivalents (`zofo_jax.budget`) and is the same for every method but
-MeZO's, whose runs are twice as long. `size=opt-1.3b` is the same comparison on
-an accelerator, with the work of the paper's runs.
+in forward-equivalents (`zofo_jax.budget`) and is the same for every method;
+where rows are long they are fewer, so that it is also the same in tokens.
+`size=opt-1.3b` is the same comparison on an accelerator, with the work of the
+paper's runs.
 
 Learning rates of `bilevel`, `peft` and `mezo` were chosen on the selection rows
 of SST-2 and COPA, seed 100, by the same number of trials each
@@ -24,7 +25,7 @@ class Size(NamedTuple):
 
   Attributes:
     name: hub id; None for SmolLM2-135M as `zofo_jax.assets` makes it.
-    rows: forward-equivalents of a run.
+    rows: forward-equivalents of a run, of rows of up to 40 tokens.
     batch_size: rows of a batch.
     counts: rows to train on (D_p and D_f), to select by and to test on.
   """
@@ -104,8 +105,7 @@ def get_config(arg: str = ""):
     config.upper.batch_size = 2 * size.batch_size
   config.zo.learning_rate = zeroth_order
   config.zo.eps = eps
-  rows = size.rows * (2 if config.method in ("mezo", "mezo_peft") else 1)
-  _spend(config, rows)
+  _spend(config, size.rows * 40 // max(40, config.data.max_length))
   return config
 
 

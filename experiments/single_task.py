@@ -5,7 +5,8 @@
 
 A cell that has ended is not run again, one that has not goes on. Every cell has
 `--threads` threads, so that its numbers and its seconds do not depend on how
-many run beside it. What is in --out goes to --results, a JSON line a cell.
+many run beside it. What is in --out joins what is in --results already, a JSON
+line a cell; cells that are there are not run either.
 """
 
 import argparse
@@ -105,6 +106,7 @@ def result(folder: pathlib.Path) -> dict[str, Any]:
       curve.append({**spent, **{name: row[name] for name in scores}})
   summary = json.loads((folder / "summary.json").read_text())
   return {
+    "cell": folder.name,
     **choice,
     **summary,
     "model": pathlib.Path(summary["model"]).name,
@@ -172,15 +174,21 @@ def main() -> None:
   name = "search" if given.search else "single_task"
   given.out = given.out or ROOT / "runs" / name
   results = given.results or ROOT / "experiments/results" / f"{name}.jsonl"
-  rows = run(list((of_search if given.search else of_table)(given)), given)
-  ended = sorted(path.parent for path in given.out.glob("*/summary.json"))
-  report.write_lines(results, map(result, ended))
+  known = {}
+  if results.exists():
+    known = {row["cell"]: row for row in report.read_jsonl(results)}
+  cells = list((of_search if given.search else of_table)(given))
+  rows = run([c for c in cells if c.folder.name not in known], given)
+  for path in given.out.glob("*/summary.json"):
+    known[path.parent.name] = result(path.parent)
+  rows += [known[c.folder.name] for c in cells if c.folder.name in known]
+  report.write_lines(results, [known[name] for name in sorted(known)])
   shown = ("task", "method", "seed", "selection_accuracy", "test_accuracy")
   shown += ("train_seconds", "failed", "zo.learning_rate")
   shown += ("lower.learning_rate",)
   report.results_table(
     [{k: row[k] for k in shown if k in row} for row in rows],
-    title=f"{len(ended)} cells in {results}",
+    title=f"{len(known)} cells in {results}",
   )
 
 

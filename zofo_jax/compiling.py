@@ -96,14 +96,16 @@ def programs(run: runs.Run) -> dict[str, jax.stages.Lowered]:
 
   rows, key = batch.upper, state.key
   hparams = bilevel.BilevelHParams(config.zo.eps, config.penalty)
+  options = mesh_lib.compiler_options(run.mesh)
   return {
-    "forward": jax.jit(loss_fn, static_argnums=3).lower(
-      state.base, state.upper, rows, None
-    ),
+    "forward": jax.jit(
+      loss_fn, static_argnums=3, compiler_options=options
+    ).lower(state.base, state.upper, rows, None),
     "zo": jax.jit(
       zo_step,
       donate_argnums=(0, 1),
       out_shardings=(places.base, places.base_opt),
+      compiler_options=options,
     ).lower(state.base, state.base_opt, state.upper, rows, key),
     "lora": first_order_program(run),
     "iteration": run.jit_step().lower(state, batch, hparams),
@@ -127,7 +129,12 @@ def first_order_program(run: runs.Run) -> jax.stages.Lowered:
   opt = mesh_lib.with_shardings(
     *_twice(jax.eval_shape(tx.init, state.upper), whole)
   )
-  jitted = jax.jit(step, donate_argnums=(1, 2), out_shardings=whole)
+  jitted = jax.jit(
+    step,
+    donate_argnums=(1, 2),
+    out_shardings=whole,
+    compiler_options=mesh_lib.compiler_options(run.mesh),
+  )
   return jitted.lower(state.base, state.upper, opt, rows, state.key)
 
 

@@ -266,6 +266,37 @@ def put_rows(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
   return jax.tree.map(put, batch)
 
 
+def compiler_options(mesh: AnyMesh) -> dict[str, Any]:
+  """Returns what XLA is told of a step, by the mesh's kind of device.
+
+  On CPUs operations come one after another. Side by side, as by default there,
+  the losses of an iteration have their temporaries at once: 378 MB against 243
+  for SmolLM2-135M and 8 rows of 40 tokens, in the same time, as one operation
+  already takes all cores.
+  """
+  if mesh.devices.flat[0].platform != "cpu":
+    return {}
+  return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+
+
+def jit_step(
+  step: Callable[..., Any], mesh: AnyMesh, places: Any
+) -> jax.stages.Wrapped:
+  """Jits a step: its state is donated and stays where it is.
+
+  Args:
+    step: (state, ...) -> (state, info).
+    mesh: the grid.
+    places: shardings of the state.
+  """
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(places, everywhere(mesh)),
+    compiler_options=compiler_options(mesh),
+  )
+
+
 def on_rows(
   fn: Callable[..., Any], mesh: AnyMesh, num_whole: int
 ) -> Callable[..., Any]:

@@ -48,10 +48,8 @@ def _work(
     return multitask.put(state, tasks, moved), info
 
   places = jax.tree.map(lambda leaf: leaf.sharding, family.on_device())
-  jitted = jax.jit(
-    step_fn if meta.on_host else on_device,
-    donate_argnums=0,
-    out_shardings=(places, mesh_lib.everywhere(family.mesh)),
+  jitted = mesh_lib.jit_step(
+    step_fn if meta.on_host else on_device, family.mesh, places
   )
 
   def arguments(state, number):

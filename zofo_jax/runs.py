@@ -91,11 +91,7 @@ class Run(NamedTuple):
   def jit_step(self) -> jax.stages.Wrapped:
     """Jits the step for the mesh; the state is donated."""
     places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-    return jax.jit(
-      self.algorithm.step,
-      donate_argnums=0,
-      out_shardings=(places, mesh_lib.everywhere(self.mesh)),
-    )
+    return mesh_lib.jit_step(self.algorithm.step, self.mesh, places)
 
   def put(
     self, batch: bilevel.BilevelBatch, axis: int = 0
