@@ -186,6 +186,15 @@ def _names(cells: Iterable[Cell], name: str) -> list[str]:
   return list(dict.fromkeys(cell[name] for cell in cells))
 
 
+def read(path: pathlib.Path) -> list[Cell]:
+  """Reads cells; those with another adapter are of another method."""
+  cells = report.read_jsonl(path)
+  for cell in cells:
+    if (adapter := cell.get("adapter", "lora")) != "lora":
+      cell["method"] = f"{cell['method']}, {adapter}"
+  return cells
+
+
 def _group(
   cells: Iterable[Cell], task: str, method: str, template: str = "0"
 ) -> list[Cell]:
@@ -222,7 +231,8 @@ def table(cells: Sequence[Cell]) -> str:
         if method
         else [c for c in cells if c["task"] == task]
       )
-      scores = [c[pattern.format(score_name(c))] for c in group]
+      named = [(c, pattern.format(score_name(c))) for c in group]
+      scores = [c[name] for c, name in named if name in c]
       if not scores:
         shown.append("")
         continue
@@ -233,7 +243,8 @@ def table(cells: Sequence[Cell]) -> str:
       spent += group
     mean = f"{statistics.fmean(means):.3f}" if len(means) == len(tasks) else ""
     cost = ["", ""]
-    if method:
+    spent = [c for c in spent if "train_seconds" in c]
+    if method and spent:
       cost = [
         f"{statistics.median(c['train_seconds'] for c in spent):.0f}",
         f"{statistics.median(c['peak_rss_bytes'] for c in spent) / 1e9:.2f}",
@@ -304,14 +315,15 @@ def main() -> None:
   default = ROOT / "experiments/results"
   parser.add_argument("--results", type=pathlib.Path, default=default)
   folder = parser.parse_args().results
-  cells = report.read_jsonl(folder / "single_task.jsonl")
+  cells = read(folder / "single_task.jsonl")
   if not cells:
     raise SystemExit(f"report.py: {folder}/single_task.jsonl has no cells.")
   found = claims(cells)
   report.write_json(folder / "claims.json", found)
   (folder / "table.md").write_text(table(cells))
-  draw_curves(cells, folder / "curves.png")
-  draw_memory(cells, folder / "memory.png")
+  trained = [cell for cell in cells if "curve" in cell]
+  draw_curves(trained, folder / "curves.png")
+  draw_memory(trained, folder / "memory.png")
   print(table(cells))
   print(json.dumps(found, indent=2))
 

@@ -10,6 +10,7 @@ line a cell; cells that are there are not run either.
 """
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -23,6 +24,7 @@ from zofo_jax import report, sweep
 ROOT = pathlib.Path(__file__).parents[1]
 TASKS = ("sst2", "copa", "wic", "trec", "cb", "rte")
 METHODS = ("peft", "bilevel", "mezo")
+IN_CONTEXT = "icl"  # a mode of the command line, and no method of training
 SEEDS = (0, 1, 2)
 # Trials of the search, five for each method.
 _FIRST = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
@@ -61,13 +63,17 @@ def make_cell(
   text = ",".join(f"{name}={value}" for name, value in choice.items())
   more = [f"{k.split('.')[-1]}={v}" for k, v in fields.items()]
   folder = out / ",".join([text, *dict.fromkeys(more)])
+  mode, summary = [], "summary.json"
+  if choice["method"] == IN_CONTEXT:
+    mode, summary = [IN_CONTEXT], f"{IN_CONTEXT}.json"
+    text = text.replace(f"method={IN_CONTEXT}", "method=peft")  # of no effect
   command = [
-    *(sys.executable, "-m", "zofo_jax.main"),
+    *(sys.executable, "-m", "zofo_jax.main", *mode),
     *(f"--config={ROOT / 'configs/compare.py'}:{text}", f"--workdir={folder}"),
     f"--config.data.dir={data}",
     *(f"--config.{name}={value}" for name, value in fields.items()),
   ]
-  return sweep.Cell(folder, choice | fields, command)
+  return sweep.Cell(folder, choice | fields, command, summary)
 
 
 def of_table(given: argparse.Namespace) -> Iterator[sweep.Cell]:
@@ -96,6 +102,11 @@ def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
 def result(folder: pathlib.Path) -> dict[str, Any]:
   """Returns a finished cell's choice, numbers and curve."""
   choice = dict(part.split("=", 1) for part in folder.name.split(","))
+  machine = json.loads((folder / "machine.json").read_text())
+  if choice["method"] == IN_CONTEXT:
+    scores = json.loads((folder / f"{IN_CONTEXT}.json").read_text())
+    scores = {f"test_{k}": v for k, v in scores.items()}
+    return {"cell": folder.name, **choice, **scores, **machine}
   rows = report.read_jsonl(folder / "metrics.jsonl")
   spent: dict[str, Any] = {}
   curve = []
@@ -107,12 +118,12 @@ def result(folder: pathlib.Path) -> dict[str, Any]:
   summary = json.loads((folder / "summary.json").read_text())
   return {
     "cell": folder.name,
-    **choice,
     **summary,
+    **choice,
     "model": pathlib.Path(summary["model"]).name,
     "curve": curve,
     "losses": _losses(rows),
-    **json.loads((folder / "machine.json").read_text()),
+    **machine,
   }
 
 
@@ -176,10 +187,12 @@ def main() -> None:
   results = given.results or ROOT / "experiments/results" / f"{name}.jsonl"
   known = {}
   if results.exists():
-    known = {row["cell"]: row for row in report.read_jsonl(results)}
+    rows = report.read_jsonl(results)
+    known = {row.get("cell", str(i)): row for i, row in enumerate(rows)}
   cells = list((of_search if given.search else of_table)(given))
   rows = run([c for c in cells if c.folder.name not in known], given)
-  for path in given.out.glob("*/summary.json"):
+  ends = (given.out.glob(f"*/{name}.json") for name in ("summary", IN_CONTEXT))
+  for path in itertools.chain(*ends):
     known[path.parent.name] = result(path.parent)
   rows += [known[c.folder.name] for c in cells if c.folder.name in known]
   report.write_lines(results, [known[name] for name in sorted(known)])

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from zofo_jax import budget, checks, report
+from zofo_jax import budget, checks, report, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -142,3 +142,44 @@ def test_cells_are_distinct_and_can_be_read_again(single, tmp_path):
     assert found["losses"] == [0.5] and found["commit"] == "abc"
     for name in ("task", "method", "seed"):
       assert found[name] == str(one.fields[name])
+
+
+def test_cells_that_are_known_are_left_alone(single, tmp_path, monkeypatch):
+  asked = []
+
+  def run(cells, jobs):
+    for one in cells:
+      asked.append(one.folder.name)
+      scores = {"accuracy": 0.5, "num_shots": 8}
+      summary = {"model": "a/b", "method": "bilevel", "test_accuracy": 0.8}
+      summary = scores if one.summary == "icl.json" else summary
+      report.write_json(one.folder / one.summary, summary)
+      (one.folder / "metrics.jsonl").touch()
+    return []
+
+  monkeypatch.setattr(sweep, "run", run)
+  monkeypatch.setenv("NPROC", "1")
+  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
+  arguments = ["single_task.py", "--data=rows", "--tasks", "sst2", "--seeds=0"]
+  results = tmp_path / "cells.jsonl"
+  arguments += [f"--results={results}", "--methods", "icl", "bilevel_still"]
+  for out in ("one", "two"):
+    monkeypatch.setattr(sys, "argv", [*arguments, f"--out={tmp_path / out}"])
+    single["main"]()
+  assert len(asked) == 2
+  found = {row["method"]: row for row in report.read_jsonl(results)}
+  # The choice's name, of which the run knows but a part.
+  assert found["bilevel_still"]["test_accuracy"] == 0.8
+  assert found["icl"]["test_accuracy"] == 0.5
+
+
+def test_adapters_are_told_apart(claimed, cells, tmp_path):
+  other = cells[0] | {"adapter": "prefix"}
+  asked = {"task": "sst2", "method": "icl", "seed": "0", "test_accuracy": 0.61}
+  report.write_lines(tmp_path / "cells.jsonl", [*cells, other, asked])
+  found = claimed["read"](tmp_path / "cells.jsonl")
+  assert found[-2]["method"] == f"{cells[0]['method']}, prefix"
+  assert claimed["claims"](found) == claimed["claims"](cells)
+  table = claimed["table"](found)
+  assert f"| {cells[0]['method']}, prefix |" in table
+  assert "| icl | 0.610 (1) | 0.610 |  |  |" in table

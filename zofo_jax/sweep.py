@@ -31,11 +31,13 @@ class Cell(NamedTuple):
     folder: its own, named after its fields.
     fields: what differs from the sweep's config.
     command: what runs it.
+    summary: the file in its folder by which it has ended.
   """
 
   folder: pathlib.Path
   fields: dict[str, Any]
   command: list[str]
+  summary: str = "summary.json"
 
 
 def load(path: str, workdir: str, arguments: Sequence[str] = ()) -> list[Cell]:
@@ -124,7 +126,7 @@ def _run_one(cell: Cell) -> str:
 
 
 def _summary(cell: Cell) -> Mapping[str, Any]:
-  path = cell.folder / "summary.json"
+  path = cell.folder / cell.summary
   if not path.exists():
     return {}
   try:
