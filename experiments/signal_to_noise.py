@@ -2,10 +2,17 @@
 
   python experiments/signal_to_noise.py --data DIR [--task sst2]
 
-At the pretrained weights of SmolLM2-135M, on one batch: the cosine between an
-estimate c z and the gradient g of `jax.grad`, the error of c against the exact
-derivative along z, and the most that a step along either takes off the loss of
-that batch, over a grid of step lengths. Averages over directions; writes
+At the pretrained weights of SmolLM2-135M, on one batch. For each kind of
+direction z, averaged over directions:
+
+  cosine      of z with the gradient g of `jax.grad`
+  error       of the central difference c against the exact slope <g, z>
+  step_batch  the most that a step along c z takes off the loss of this batch,
+  step_other  and what the same step takes off another batch's
+
+over a grid of lengths; and the same for the gradient itself, for the sum of all
+directions drawn, and for `guided`: what a first-order step of a fresh LoRA
+changes in the weights, the part of g that the inner level knows already. Writes
 `signal_to_noise.json` to --results.
 """
 
@@ -18,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax import (
+  adapters,
   backbone,
   batches,
   directions,
@@ -36,13 +44,23 @@ KINDS = {
   "sparse": directions.Sparse(),
 }
 # Lengths of a step, over the length of theta.
-LENGTHS = np.geomspace(1e-4, 1e-1, 7)
+LENGTHS = np.geomspace(1e-5, 1e-1, 9)
 
 
 def dot(one, other):
   """Returns the inner product of two trees, float32."""
   parts = jax.tree.map(lambda a, b: jnp.vdot(a, b), one, other)
-  return sum(jax.tree.leaves(parts))
+  return float(sum(jax.tree.leaves(parts)))
+
+
+def guided(config, model, base, loss_fn, rows, length):
+  """Returns what a step of a fresh LoRA takes off the weights, of a length."""
+  adapter = backbone.init_adapter(config, model, jax.random.key(0), base)
+  slope = jax.grad(lambda a: loss_fn(base, a, rows, None))(adapter)
+  # B is zero, so that the weights are linear in the step.
+  scale = length / np.sqrt(dot(slope, slope))
+  moved = jax.tree.map(lambda a, s: a - scale * s, adapter, slope)
+  return jax.tree.map(jnp.subtract, base, adapters.merge_lora(base, moved))
 
 
 def main():
@@ -55,7 +73,7 @@ def main():
   parser.add_argument("--data", required=True)
   parser.add_argument("--task", default="sst2")
   parser.add_argument("--rows", type=int, default=16)
-  parser.add_argument("--directions", type=int, default=2)
+  parser.add_argument("--directions", type=int, default=4)
   parser.add_argument("--eps", type=float, default=1e-3)
   given = parser.parse_args()
   compare = runpy.run_path(str(ROOT / "configs/compare.py"))
@@ -65,7 +83,7 @@ def main():
   examples = experiment.load_examples(config, run.model, run.task)
   base = backbone.load_base(config, run.model, run.mesh)
   loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
-  rows = [
+  here, there = [
     batches.collate(
       examples.lower[i * given.rows : (i + 1) * given.rows],
       experiment.train_shape(examples),
@@ -73,75 +91,74 @@ def main():
     )
     for i in range(2)
   ]
-  loss = jax.jit(lambda base, rows: loss_fn(base, {}, rows, None))
-  value, g = jax.jit(jax.value_and_grad(loss))(base, rows[0])
-  before = float(loss(base, rows[1]))
-  norm_g, norm_theta = (float(jnp.sqrt(dot(t, t))) for t in (g, base))
-  size = sum(leaf.size for leaf in jax.tree.leaves(base))
+
+  def loss(base, rows):
+    return loss_fn(base, {}, rows, None)
 
   @jax.jit
   def moved(base, tree, step, rows):
-    shifted = jax.tree.map(lambda w, d: w - step * d, base, tree)
-    return loss_fn(shifted, {}, rows, None)
+    """Returns the loss after a step against a tree."""
+    return loss(jax.tree.map(lambda w, d: w - step * d, base, tree), rows)
 
-  def most(tree, norm):
-    """Returns the most taken off the batch's loss and another batch's."""
-    steps = LENGTHS * norm_theta / norm
-    after = [float(moved(base, tree, step, rows[0])) for step in steps]
+  value, g = jax.jit(jax.value_and_grad(loss))(base, here)
+  value, elsewhere = float(value), float(jax.jit(loss)(base, there))
+  norm_g, norm_theta = (np.sqrt(dot(t, t)) for t in (g, base))
+  size = sum(leaf.size for leaf in jax.tree.leaves(base))
+
+  def most(tree, sign=1.0):
+    """Returns a tree's cosine with g, and the best step against it."""
+    norm = np.sqrt(dot(tree, tree))
+    steps = sign * LENGTHS * norm_theta / norm
+    after = [float(moved(base, tree, step, here)) for step in steps]
     best = int(np.argmin(after))
-    other = float(before - moved(base, tree, steps[best], rows[1]))
     return {
-      "batch": float(value) - after[best],
-      "other": other,
-      "length": float(LENGTHS[best]),
+      "cosine": abs(dot(g, tree)) / (norm_g * norm),
+      "step_batch": value - after[best],
+      "step_other": elsewhere - float(moved(base, tree, steps[best], there)),
+      "step_length": float(LENGTHS[best]),
     }
 
   found = {
     "task": given.task,
     "rows": given.rows,
+    "directions": given.directions,
     "weights": size,
-    "loss": float(value),
+    "loss": value,
     "gradient_norm": norm_g,
     "theta_norm": norm_theta,
     "eps": given.eps,
-    "gradient_step": most(g, norm_g),
-    "kinds": {},
+    # Of a direction that knows nothing: sqrt(2 / (pi d)).
+    "cosine_expected": float(np.sqrt(2 / (np.pi * size))),
+    "kinds": {"gradient": most(g)},
   }
+
+  def tell(name, numbers):
+    found["kinds"][name] = numbers
+    print(name, numbers, flush=True)
+    report.write_json(given.results / "signal_to_noise.json", found)
+
+  length = 1e-2 * norm_theta
+  tell("guided", most(guided(config, run.model, base, loss_fn, here, length)))
   for name, kind in KINDS.items():
-    every = []
+    every, total = [], jax.tree.map(jnp.zeros_like, base)
     for number in range(given.directions):
       own, frame = jax.random.split(jax.random.key(number))
       key = perturbed.Key(own, frame)
       z = sampler.Sampler(kind).write(
         base, key._replace(own=own[None]), jnp.ones(1)
       )
-      norm_z = float(jnp.sqrt(dot(z, z)))
-      exact = float(dot(g, z))
-      ends = [
-        float(moved(base, z, sign * given.eps, rows[0])) for sign in (-1, 1)
-      ]
+      exact = dot(g, z)
+      ends = [float(moved(base, z, s * given.eps, here)) for s in (-1, 1)]
       c = (ends[0] - ends[1]) / (2 * given.eps)
-      down = jax.tree.map(lambda leaf, c=c: np.sign(c) * leaf, z)
-      every.append(
-        {
-          "cosine": abs(exact) / (norm_g * norm_z),
-          "error": abs(c - exact) / abs(exact),
-          "coefficient": abs(c),
-          **{f"step_{k}": v for k, v in most(down, norm_z).items()},
-        }
-      )
+      total = jax.tree.map(lambda t, d, c=c: t + c * d, total, z)
+      error = abs(c - exact) / abs(exact)
+      every.append({**most(z, np.sign(c)), "error": error})
     means = {k: float(np.mean([e[k] for e in every])) for k in every[0]}
-    # Of a direction that knows nothing: sqrt(2 / (pi d)).
-    means["cosine_expected"] = float(np.sqrt(2 / (np.pi * size)))
-    means["steps_for_one_gradient_step"] = (
-      found["gradient_step"]["batch"] / means["step_batch"]
-    )
-    found["kinds"][name] = means
-    print(name, means, flush=True)
-  report.write_json(given.results / "signal_to_noise.json", found)
+    tell(name, means)
+    tell(f"{name}, all together", most(total))
   report.results_table(
-    [{"kind": name, **means} for name, means in found["kinds"].items()],
-    title=f"{given.task}: one gradient step takes off {found['gradient_step']}",
+    [{"kind": name, **numbers} for name, numbers in found["kinds"].items()],
+    title=f"{given.task}: loss {value:.3f} here, {elsewhere:.3f} elsewhere",
   )
 
 

@@ -5,10 +5,18 @@ random weights, a folder of rows whose label one word decides, and the command
 line as a function.
 """
 
+import os
 import pathlib
 import runpy
 import sys
 import warnings
+
+# Programs here are compiled for a call or two: LLVM's dear passes do not pay.
+# For the processes that tests start as well; read when jax is imported.
+os.environ.setdefault(
+  "XLA_FLAGS",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import jax
 import pytest

@@ -101,7 +101,9 @@ def run(cells: Sequence[Cell], jobs: int) -> list[dict[str, Any]]:
   failed: dict[pathlib.Path, str] = {}
   with (
     futures.ThreadPoolExecutor(jobs) as pool,
-    progress_lib.Progress(len(cells), "sweep") as bar,
+    progress_lib.Progress(
+      len(cells), "sweep", unit="runs", start=len(cells) - len(open_cells)
+    ) as bar,
   ):
     bar.update(len(cells) - len(open_cells))
     ends = {pool.submit(_run_one, cell): cell for cell in open_cells}
