@@ -276,7 +276,7 @@ def compiler_options(mesh: AnyMesh) -> dict[str, Any]:
   """
   if mesh.devices.flat[0].platform != "cpu":
     return {}
-  return {"xla_cpu_enable_concurrency_optimized_scheduler": False}
+  return {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 
 
 def jit_step(
