@@ -54,8 +54,6 @@ def launch(cache, num_processes, *arguments, extra=None, meanwhile=None):
       "JAX_NUM_CPU_DEVICES": str(8 // num_processes),
       "JAX_COMPILATION_CACHE_DIR": str(cache),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0 "
-      "--xla_llvm_disable_expensive_passes=true",
     }
     running.append(
       subprocess.Popen(
