@@ -4,12 +4,11 @@ import importlib.util
 import json
 import pathlib
 import re
-import shlex
 
 import pytest
 from etils import epath
 
-from zofo_jax import arguments, assets, checks, errors, recipes, runs, tasks
+from zofo_jax import assets, checks, errors, recipes, runs, tasks
 from zofo_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -214,177 +213,8 @@ def test_reference_preset_of_another_adapter():
     load("opt").get_config(arg + "lora+prompt")
 
 
-@pytest.mark.parametrize(
-  "arg, expected",
-  [
-    ("", {"size": "s", "task": "t"}),
-    ("task=rte", {"size": "s", "task": "rte"}),
-    ("size=1.3b,task=cb", {"size": "1.3b", "task": "cb"}),
-    ("task=cb,,size=a=b,", {"size": "a=b", "task": "cb"}),
-  ],
-)
-def test_parse_arg(arg, expected):
-  assert config_lib.parse_arg(arg, size="s", task="t") == expected
-
-
-@pytest.mark.parametrize(
-  "arg, expected",
-  [
-    ("tsk=rte", "there is no 'tsk' to choose; choose from size, task. Did"),
-    ("rte", "expected name=value, found 'rte'"),
-    ("task=rte,1.3b", "expected name=value, found '1.3b'"),
-  ],
-)
-def test_parse_arg_mistakes(arg, expected):
-  with pytest.raises(errors.UserError) as caught:
-    config_lib.parse_arg(arg, size="s", task="t")
-  assert f"--config=...:{arg}: {expected}" in str(caught.value)
-
-
-def test_choose():
-  assert config_lib.choose("size", "a", {"a": "x"}) == "x"
-  with pytest.raises(errors.UserError, match=r"no size 'smal'.*mean 'small'"):
-    config_lib.choose("size", "smal", {"small": "x", "large": "y"})
-
-
-def test_every_checked_field_exists():
-  fields = (
-    *checks.CHOICES,
-    *checks._POSITIVE,
-    *checks._NOT_NEGATIVE,
-  )
-  assert set(fields) <= DEFAULTS.keys()
-  # Every number is checked, but for those that may be anything.
-  numbers = {
-    name
-    for name, value in DEFAULTS.items()
-    if isinstance(value, int | float) and not isinstance(value, bool)
-  }
-  numbers = {name for name in numbers if not name.startswith("mesh.")}
-  assert numbers - set(fields) == {
-    "seed",
-    "data.seed",
-    "data.template",
-    "lora.alpha",
-    "generate.length_penalty",
-  }
-
-
-@pytest.mark.parametrize("name", checks._POSITIVE + checks._NOT_NEGATIVE)
-def test_check_names_the_field(name):
-  config = load("opt").get_config()
-  group, _, field = name.rpartition(".")
-  part = config[group] if group else config
-  part[field] = type(part[field])(-1)
-  with pytest.raises(errors.UserError, match=rf"config\.{name}: .*-1"):
-    checks.check(config)
-
-
-def test_flat_and_unknown_field():
-  assert DEFAULTS["zo.eps"] == 1e-3 and DEFAULTS["seed"] == 0
-  assert DEFAULTS["model.name"] is None
-  find = arguments.unknown_field
-  assert find(["x", "--config.zo.eps=1", "--workdir=y"]) == ""
-  assert find(["--config.lora.rnk=4"]) == (
-    "--config.lora.rnk: there is no such field. Did you mean "
-    "'config.lora.rank'?"
-  )
-  assert find(["--config.qqqq=4"]).startswith("--config.qqqq: there is no ")
-
-
-@pytest.mark.parametrize(
-  "argv, file",
-  [
-    (["--config=a/b.py"], "a/b.py"),
-    (["-config=a.py:size=1"], "a.py"),
-    (["train", "--config", "a.py:size=1", "--x"], "a.py"),
-    (["--config"], ""),
-    (["--config.zo.eps=1"], ""),
-  ],
-)
-def test_file_of(argv, file):
-  assert arguments.file_of(argv) == file
-
-
 def test_saved_config_survives_a_round_trip(tmp_path):
   config = load("opt").get_config("task=cb,preset=reference")
   (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
   again = runs.read_config(epath.Path(tmp_path))
   assert config_lib.flat(again) == config_lib.flat(config)
-
-
-@pytest.mark.parametrize(
-  "field, changes",
-  [
-    ("zo.scaling", {"scaling": "std", "estimator": "exact"}),
-    ("zo.num_directions", {"direction": "per_example", "num_directions": 2}),
-    ("zo.optimizer", {"optimizer": "conservative", "num_directions": 2}),
-    ("zo.optimizer", {"optimizer": "conservative", "direction": "per_example"}),
-    ("zo.optimizer", {"optimizer": "conservative", "scaling": "sign"}),
-    ("zo.optimizer", {"optimizer": "conservative", "clip": 1.0}),
-    ("zo.objective", {"objective": "accuracy", "estimator": "exact"}),
-    ("zo.optimizer", {"optimizer": "adamw", "select": "norm"}),
-    ("zo.optimizer", {"optimizer": "adamw", "layers": (0,)}),
-    ("zo.weight_decay", {"weight_decay": 0.1, "optimizer": "adam"}),
-  ],
-)
-def test_no_choice_is_ignored(field, changes):
-  config = config_lib.base_config()
-  config.model.name = "somewhere"
-  checks.check(config)
-  config.zo.update(changes)
-  with pytest.raises(errors.UserError, match=rf"^config\.{field}: "):
-    checks.check(config)
-
-
-@pytest.mark.parametrize(
-  "changes, words",
-  [
-    ({"adapter.kind": "lra"}, r"adapter\.kind: .*'lra'.*mean 'lora'"),
-    ({"adapter.kind": "lora+prefx"}, r"'lora\+prefx'.*mean 'prefix'"),
-    ({"adapter.kind": "lora+lora"}, r"each once.*'lora\+lora'"),
-    ({"adapter.kind": ""}, r"adapter\.kind: .*found ''"),
-    ({"lora.dropout": 1.0}, r"lora\.dropout: .*less than 1; found 1"),
-    ({"prefix.init": "token"}, r"prefix\.init: .*mean 'tokens'"),
-    ({"prefix.projection": 8}, r"prefix\.projection: .*'random'"),
-    ({"prompt.init": "text"}, r"prompt\.text: expected words"),
-    ({"prompt.text": "Good?"}, r"prompt\.text: .*only then; found 'Good\?'"),
-  ],
-)
-def test_adapters_that_there_are_not(changes, words):
-  config = config_lib.base_config()
-  config.model.name = "somewhere"
-  config.update_from_flattened_dict(changes)
-  with pytest.raises(errors.UserError, match=words):
-    checks.check(config)
-
-
-def test_positions_that_adapters_take():
-  config = config_lib.base_config()
-  taken = {}
-  for config.adapter.kind in ("lora", "prefix", "prompt", "prompt+lora+prefix"):
-    taken[config.adapter.kind] = config_lib.num_virtual(config)
-  assert list(taken.values()) == [0, 5, 10, 15]
-  assert config_lib.adapter_kinds(config) == ("lora", "prefix", "prompt")
-
-
-def test_print_config_is_every_field_as_an_argument(command_line, capsys):
-  opt = f"--config={ROOT / 'configs' / 'opt.py'}:task=rte"
-  assert command_line(opt, "--config.zo.eps=0.01", "--print_config") == 0
-  lines = capsys.readouterr().out.splitlines()
-  found = {}
-  for line in lines:
-    (argument, *about) = shlex.split(line, comments=True) or [""]
-    assert not about
-    if argument:
-      name, _, value = argument.removeprefix("--config.").partition("=")
-      assert name not in found
-      found[name] = value
-  config = config_lib.base_config()
-  assert found.keys() == config_lib.flat(config).keys()
-  assert found["zo.eps"] == "0.01" and found["data.task"] == "rte"
-  (line,) = [line for line in lines if "zo.eps=" in line]
-  assert line.endswith("# [default 0.001]")
-  # What a comment in the source says, here too.
-  assert "# of low_rank directions" in "".join(lines)
-  assert "# zo: theta, zeroth order" in lines
