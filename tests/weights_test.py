@@ -12,7 +12,7 @@ import pytest
 import safetensors.numpy
 
 from zofo_jax import errors
-from zofo_jax.models import llama, opt, weights
+from zofo_jax.models import formats, llama, opt, weights
 
 LLAMA = {
   "model_type": "llama",
@@ -155,6 +155,14 @@ def test_bfloat16_saves(tmp_path):
   base = random_base(llama, config, ml_dtypes.bfloat16)
   weights.save(tmp_path, llama, config, base)
   assert_same(weights.load(tmp_path, llama, config, ml_dtypes.bfloat16), base)
+
+
+def test_a_file_may_be_read_by_whom_any_file_may(tmp_path):
+  written, other = tmp_path / "a.safetensors", tmp_path / "other"
+  formats.write_safetensors(written, {"x": np.zeros(3)})
+  other.touch()
+  assert written.stat().st_mode == other.stat().st_mode
+  assert set(tmp_path.iterdir()) == {written, other}
 
 
 @pytest.mark.parametrize("extra_root", [(), ("params",)])

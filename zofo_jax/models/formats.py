@@ -6,10 +6,11 @@ one by one, and of safetensors only the parts that are asked for.
 
 import functools
 import json
+import os
 import pathlib
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.serialization
@@ -17,6 +18,7 @@ import flax.traverse_util
 import ml_dtypes
 import numpy as np
 import safetensors
+import safetensors.numpy
 
 from zofo_jax import errors
 from zofo_jax.models import hub
@@ -107,6 +109,20 @@ def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
         f"{index} names {file}, which is not in that folder."
       )
   return [folder / file for file in files]
+
+
+def write_safetensors(
+  path: pathlib.Path, tensors: Mapping[str, np.ndarray]
+) -> None:
+  """Writes a file that transformers and peft take, whole or not at all."""
+  temporary = path.with_name(f".{path.name}")
+  temporary.touch()
+  mode = temporary.stat().st_mode  # as any file's; safetensors' own is 0600
+  # transformers refuses a file that does not say what it was made for.
+  metadata = {"format": "pt"}
+  safetensors.numpy.save_file(dict(tensors), temporary, metadata=metadata)
+  temporary.chmod(mode)
+  os.replace(temporary, path)
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, Stored]:

@@ -14,7 +14,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from zofo_jax import adapters, errors
 from zofo_jax.models import formats, weights
@@ -84,10 +83,9 @@ def save(
     place = folder if len(by_kind) == 1 else folder / kind
     place.mkdir(parents=True, exist_ok=True)
     (place / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
-    safetensors.numpy.save_file(
-      {name: np.ascontiguousarray(t) for name, t in tensors.items()},
+    formats.write_safetensors(
       place / WEIGHTS,
-      metadata={"format": "pt"},
+      {name: np.ascontiguousarray(t) for name, t in tensors.items()},
     )
 
 

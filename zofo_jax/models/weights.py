@@ -8,7 +8,6 @@ weights are divided among devices, only the parts that are here are read.
 
 import functools
 import json
-import os
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,6 @@ from typing import Any
 import flax.traverse_util
 import jax
 import numpy as np
-import safetensors.numpy
 
 from zofo_jax import errors
 from zofo_jax.models import formats, hub
@@ -176,10 +174,7 @@ def save(
       value = np.asarray(flat[path][index])
       values[name] = np.ascontiguousarray(value.T if transpose else value)
       weight_map[name] = file
-    temporary = folder / f".{file}"
-    # transformers refuses a file that does not say what it was made for.
-    safetensors.numpy.save_file(values, temporary, metadata={"format": "pt"})
-    os.replace(temporary, folder / file)
+    formats.write_safetensors(folder / file, values)
   # Of two formats side by side one would be stale.
   if len(shards) == 1:
     (folder / index_name).unlink(missing_ok=True)
