@@ -112,7 +112,7 @@ def main():
     after = [float(moved(base, tree, step, here)) for step in steps]
     best = int(np.argmin(after))
     return {
-      "cosine": abs(dot(g, tree)) / (norm_g * norm),
+      "cosine": float(abs(dot(g, tree)) / (norm_g * norm)),
       "step_batch": value - after[best],
       "step_other": elsewhere - float(moved(base, tree, steps[best], there)),
       "step_length": float(LENGTHS[best]),
@@ -124,12 +124,12 @@ def main():
     "directions": given.directions,
     "weights": size,
     "loss": value,
-    "gradient_norm": norm_g,
-    "theta_norm": norm_theta,
+    "gradient_norm": float(norm_g),
+    "theta_norm": float(norm_theta),
     "eps": given.eps,
     # Of a direction that knows nothing: sqrt(2 / (pi d)).
     "cosine_expected": float(np.sqrt(2 / (np.pi * size))),
-    "kinds": {"gradient": most(g)},
+    "kinds": {},
   }
 
   def tell(name, numbers):
@@ -137,6 +137,7 @@ def main():
     print(name, numbers, flush=True)
     report.write_json(given.results / "signal_to_noise.json", found)
 
+  tell("gradient", most(g))
   length = 1e-2 * norm_theta
   tell("guided", most(guided(config, run.model, base, loss_fn, here, length)))
   for name, kind in KINDS.items():
