@@ -102,11 +102,11 @@ def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
 def result(folder: pathlib.Path) -> dict[str, Any]:
   """Returns a finished cell's choice, numbers and curve."""
   choice = dict(part.split("=", 1) for part in folder.name.split(","))
-  machine = json.loads((folder / "machine.json").read_text())
+  by = json.loads((folder / "machine.json").read_text())
   if choice["method"] == IN_CONTEXT:
     scores = json.loads((folder / f"{IN_CONTEXT}.json").read_text())
     scores = {f"test_{k}": v for k, v in scores.items()}
-    return {"cell": folder.name, **choice, **scores, **machine}
+    return {"cell": folder.name, **choice, **scores, **by}
   rows = report.read_jsonl(folder / "metrics.jsonl")
   spent: dict[str, Any] = {}
   curve = []
@@ -123,7 +123,7 @@ def result(folder: pathlib.Path) -> dict[str, Any]:
     "model": pathlib.Path(summary["model"]).name,
     "curve": curve,
     "losses": _losses(rows),
-    **machine,
+    **by,
   }
 
 
