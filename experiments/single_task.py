@@ -187,14 +187,14 @@ def main() -> None:
   results = given.results or ROOT / "experiments/results" / f"{name}.jsonl"
   known = {}
   if results.exists():
-    rows = report.read_jsonl(results)
-    known = {row.get("cell", str(i)): row for i, row in enumerate(rows)}
+    lines = report.read_jsonl(results)
+    known = {line.get("cell", str(i)): line for i, line in enumerate(lines)}
   cells = list((of_search if given.search else of_table)(given))
-  rows = run([c for c in cells if c.folder.name not in known], given)
+  left = [known[c.folder.name] for c in cells if c.folder.name in known]
+  rows = [*left, *run([c for c in cells if c.folder.name not in known], given)]
   ends = (given.out.glob(f"*/{name}.json") for name in ("summary", IN_CONTEXT))
   for path in itertools.chain(*ends):
     known[path.parent.name] = result(path.parent)
-  rows += [known[c.folder.name] for c in cells if c.folder.name in known]
   report.write_lines(results, [known[name] for name in sorted(known)])
   shown = ("task", "method", "seed", "selection_accuracy", "test_accuracy")
   shown += ("train_seconds", "failed", "zo.learning_rate")

@@ -155,9 +155,12 @@ def test_cells_that_are_known_are_left_alone(single, tmp_path, monkeypatch):
       summary = scores if one.summary == "icl.json" else summary
       report.write_json(one.folder / one.summary, summary)
       (one.folder / "metrics.jsonl").touch()
-    return []
+    return [one.fields for one in cells]
 
   monkeypatch.setattr(sweep, "run", run)
+  tables = []
+  show = lambda rows, title: tables.append(rows)
+  monkeypatch.setattr(report, "results_table", show)
   monkeypatch.setenv("NPROC", "1")
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
   arguments = ["single_task.py", "--data=rows", "--tasks", "sst2", "--seeds=0"]
@@ -167,6 +170,8 @@ def test_cells_that_are_known_are_left_alone(single, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*arguments, f"--out={tmp_path / out}"])
     single["main"]()
   assert len(asked) == 2
+  # Each cell once, whether it was run or left alone.
+  assert [len(rows) for rows in tables] == [2, 2]
   found = {row["method"]: row for row in report.read_jsonl(results)}
   # The choice's name, of which the run knows but a part.
   assert found["bilevel_still"]["test_accuracy"] == 0.8

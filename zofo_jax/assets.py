@@ -124,7 +124,8 @@ def convert_gguf(source: pathlib.Path, folder: pathlib.Path) -> None:
     ) from None
   import rich.console
   import rich.progress
-  import safetensors.numpy
+
+  from zofo_jax.models import formats
 
   reader = gguf.GGUFReader(source)
   metadata = {name: f.contents() for name, f in reader.fields.items()}
@@ -155,9 +156,7 @@ def convert_gguf(source: pathlib.Path, folder: pathlib.Path) -> None:
       value = unpermute(value, heads[part])
     prefix = f"model.layers.{block[1]}." if block else ""
     tensors[f"{prefix}{_TENSORS[part]}.weight"] = value.astype(DTYPE)
-  safetensors.numpy.save_file(
-    tensors, folder / "model.safetensors", metadata={"format": "pt"}
-  )
+  formats.write_safetensors(folder / "model.safetensors", tensors)
   _write_json(folder / "config.json", config)
   _write_tokenizer(metadata, folder)
 
