@@ -26,17 +26,35 @@ TASKS = ("sst2", "copa", "wic", "trec", "cb", "rte")
 METHODS = ("peft", "bilevel", "mezo")
 IN_CONTEXT = "icl"  # a mode of the command line, and no method of training
 SEEDS = (0, 1, 2)
-# Trials of the search, five for each method.
+# Trials of the search. The first five of each method are of a batch of 8 rows,
+# T = 1 and p kept; the others have s kept, small batches, or both.
 _FIRST = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
 _ZEROTH = (3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
 SEARCH: dict[str, list[dict[str, float]]] = {
-  "peft": [{"lower.learning_rate": rate} for rate in _FIRST],
+  "peft": [
+    *({"lower.learning_rate": rate} for rate in _FIRST),
+    *(
+      {"lower.learning_rate": rate, "lower.batch_size": 4}
+      | {"train.num_steps": 120, "train.eval_every_steps": 60}
+      for rate in (2e-3, 4e-3)
+    ),
+  ],
   "bilevel": [
     {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), first)}
     | {"zo.learning_rate": zeroth}
     for first, zeroth in (
       *((2e-3, 1e-6), (4e-3, 1e-6)),
       *((2e-3, 1e-5), (2e-3, 3e-5), (2e-3, 1e-4)),
+    )
+  ]
+  + [
+    {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), rate)}
+    | {"keep": "s", "lower.batch_size": 4, "lower.num_steps": inner}
+    | {"train.num_steps": steps, "train.eval_every_steps": -(-steps // 2)}
+    | {"zo.learning_rate": zeroth}
+    for rate, inner, steps, zeroth in (
+      *((2e-3, 10, 8, 1e-6), (4e-3, 10, 8, 1e-6)),
+      *((2e-3, 19, 5, 1e-6), (4e-3, 19, 5, 1e-6), (4e-3, 19, 5, 1e-5)),
     )
   ],
   "mezo": [{"zo.learning_rate": rate} for rate in _ZEROTH],
@@ -96,6 +114,8 @@ def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
           continue
         choice = {"size": given.size, "task": task, "method": method}
         choice |= {"adapter": given.adapter, "seed": SEARCH_SEED}
+        if number >= 5:  # Chosen by more rows, and tested on hardly any.
+          fields = fields | {"data.num_selection": 128, "data.num_test": 16}
         yield make_cell(given.out, given.data, choice, fields)
 
 

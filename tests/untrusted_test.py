@@ -103,6 +103,7 @@ def test_an_index_stays_in_its_folder(tmp_path, name):
 
 
 @hypothesis.given(content=anything)
+@hypothesis.example(content={"seed": {}})
 @settings
 def test_configs_of_runs(tmp_path, content):
   (tmp_path / "config.json").write_text(json.dumps(content))

@@ -31,6 +31,7 @@ COMMANDS = ("train", "icl", "probe", "head", "metatrain", "adapt")
 CHOICES = {
   "command": COMMANDS,
   "method": METHODS,
+  "keep": ("p", "s"),
   "adapt.start": ("mean", "fresh"),
   "adapt.optimizer": OPTIMIZERS,
   "loss": LOSSES,
@@ -186,6 +187,13 @@ def _check_method(config: ml_collections.ConfigDict) -> None:
     raise errors.UserError(
       f"config.train.num_first_steps: expected fewer than train.num_steps, "
       f"{total}, with method '{method}'; found {config.train.num_first_steps}."
+    )
+  if config.keep == "s" and (
+    method != "bilevel" or config.command in ("metatrain", "adapt")
+  ):
+    raise errors.UserError(
+      "config.keep: only method 'bilevel' on one task can keep 's'; expected "
+      f"'p' with method '{method}' and command '{config.command}'."
     )
   if config.command != "metatrain":
     return

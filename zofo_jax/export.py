@@ -25,8 +25,8 @@ def export(run_folder: str, folder: str, what: str) -> None:
     run_folder: folder of the run.
     folder: written to; created if it does not exist.
     what: "base": theta, with the configuration and the tokenizer, for
-      transformers. "adapter": p, for PEFT on that base. "merged": theta with
-      p folded in, for transformers.
+      transformers. "adapter": p, or what `config.keep` says, for PEFT on
+      that base. "merged": theta with it folded in, for transformers.
 
   Raises:
     UserError: there is no run, p cannot be merged, or nothing can be written.
@@ -47,13 +47,13 @@ def export(run_folder: str, folder: str, what: str) -> None:
         place,
         run.model.family,
         run.model.module.config,
-        state.upper,
+        run.kept(state),
         model_name=run.config.model.name,
       )
     else:
       base = state.base
       if what == "merged":
-        base = adapters.merge_lora(base, state.upper)
+        base = adapters.merge_lora(base, run.kept(state))
       backbone.save_base(place, run.config, run.model, base)
   except OSError as error:
     raise errors.UserError(

@@ -148,7 +148,8 @@ def find_score(name: str) -> Score:
     found = importlib.import_module(module_name)
   except (ImportError, ValueError) as error:
     raise errors.UserError(
-      f"config.zo.objective: cannot import the module of '{name}' ({error})."
+      f"config.zo.objective: cannot import the module of '{name}' "
+      f"({errors.first_line(error)})."
     ) from error
   function = getattr(found, function_name, None)
   if not callable(function):

@@ -155,7 +155,9 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   try:
     rows = parquet.read_table(path).to_pylist()
   except (OSError, ValueError) as error:
-    raise errors.UserError(f"{path}: not a Parquet file ({error}).") from error
+    raise errors.UserError(
+      f"{path}: not a Parquet file ({errors.first_line(error)})."
+    ) from error
   yield from enumerate(rows, 1)
 
 

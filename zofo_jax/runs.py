@@ -103,6 +103,10 @@ class Run(NamedTuple):
       upper=mesh_lib.put_rows(self.mesh, batch.upper, axis=axis),
     )
 
+  def kept(self, state: bilevel.BilevelState) -> Any:
+    """Returns the adapter that selects, predicts and is exported."""
+    return state.lower if self.config.keep == "s" else state.upper
+
   def judge(
     self, examples: Sequence[encode.Example], scores: np.ndarray
   ) -> evaluate.Evaluation:
@@ -220,5 +224,7 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
     with config.unlocked():
       config.update(json.loads(path.read_text()))
   except (ValueError, TypeError, AttributeError) as error:
-    raise errors.UserError(f"{path}: not a run's config ({error}).") from error
+    raise errors.UserError(
+      f"{path}: not a run's config ({errors.first_line(error)})."
+    ) from error
   return config

@@ -70,7 +70,7 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
     run = find(folder)
     examples = experiment.load_examples(run.config, run.model, run.task).test
   state = restore(run, folder)
-  result = run.evaluate(state.base, state.upper, examples, "test")
+  result = run.evaluate(state.base, run.kept(state), examples, "test")
   evaluation: dict[str, Any] = {
     "task": run.task.name,
     "step": int(state.step),
@@ -80,7 +80,9 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   }
   report.write_json(folder / "evaluation.json", evaluation)
   report.write_lines(folder / "predictions.jsonl", result.lines())
-  report.results_table([evaluation], title=f"{folder}, adapter p")
+  report.results_table(
+    [evaluation], title=f"{folder}, adapter {run.config.keep}"
+  )
   return evaluation
 
 
@@ -105,7 +107,7 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
     asked = rows.load(run.task, source, "train", labelled=False)
     encoded = _encoded(run, asked)
   state = restore(run, folder)
-  result = run.evaluate(state.base, state.upper, encoded, "predict")
+  result = run.evaluate(state.base, run.kept(state), encoded, "predict")
   if isinstance(result, evaluate.Answers):
     answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
   else:

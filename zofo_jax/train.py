@@ -158,7 +158,7 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
 
   def select(state):
     result = run.evaluate(
-      state.base, state.upper, examples.selection, "selection"
+      state.base, run.kept(state), examples.selection, "selection"
     )
     worth = result.worth()
     return worth, worth[run.task.metric]
@@ -188,9 +188,13 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
   """Tests p and s, and writes the table, the picture and the summary."""
   config = run.config
   worth = {"zero_shot": record["zero_shot"]}
-  adapters = {"test": state.upper}
+  # The other adapter's scores have its letter.
+  adapters, other = {"test": run.kept(state)}, ""
   if state.lower:
-    adapters["test_s"] = state.lower
+    other, of_other = ("s", state.lower)
+    if config.keep == "s":
+      other, of_other = ("p", state.upper)
+    adapters[f"test_{other}"] = of_other
   for name, adapter in adapters.items():
     result = run.evaluate(state.base, adapter, examples.test, name)
     worth[name] = result.worth()
@@ -199,9 +203,12 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
     "task": run.task.name,
     "model": config.model.name,
     "method": config.method,
+    "keep": config.keep,
     **{f"zero_shot_{k}": v for k, v in worth["zero_shot"].items()},
     **{f"test_{k}": v for k, v in worth["test"].items()},
-    **{f"test_{k}_s": v for k, v in worth.get("test_s", {}).items()},
+    **{
+      f"test_{k}_{other}": v for k, v in worth.get(f"test_{other}", {}).items()
+    },
     **best_selection(folder),
     "num_test_rows": len(examples.test),
     "best_step": int(state.step),
@@ -218,7 +225,10 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
   report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
   names = {"zero_shot": "zero-shot", "test": config.method}
   if config.method == "bilevel":
-    names |= {"test": "adapter p, kept", "test_s": "adapter s, auxiliary"}
+    names |= {
+      "test": f"adapter {config.keep}, kept",
+      f"test_{other}": f"adapter {other}",
+    }
   report.results_table(
     [{"model": text, **worth[name]} for name, text in names.items()],
     title=f"{run.task.name}: {len(examples.test)} test rows, never trained on",

@@ -87,7 +87,7 @@ def config_of(header: dict[str, Any], where: str) -> ml_collections.ConfigDict:
     checks.check(config)
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise errors.UserError(
-      f"'{where}' line 1: not the header of a run ({error})."
+      f"'{where}' line 1: not the header of a run ({errors.first_line(error)})."
     ) from error
   return config
 

@@ -187,7 +187,8 @@ def _call(function: Callable[[Fields], Any], row: rows.Row) -> Any:
     ) from error
   except (TypeError, AttributeError, IndexError) as error:
     raise errors.UserError(
-      f"{row.where}: a column is not of the kind this task reads ({error})."
+      f"{row.where}: a column is not of the kind this task reads "
+      f"({errors.first_line(error)})."
     ) from error
 
 
