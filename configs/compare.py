@@ -47,9 +47,9 @@ LENGTHS = {"sst2": 40, "copa": 24, "trec": 32, "wic": 48, "cb": 80, "rte": 80}
 # Learning rates: of an adapter or of all weights by first order, and of what
 # moves by zeroth order; its radius.
 RATES = {
-  "bilevel": (2e-3, 1e-4, 1e-3),
-  "bilevel_pooled": (2e-3, 1e-4, 1e-3),
-  "bilevel_still": (2e-3, 0.0, 1e-3),  # the outer level stands still
+  "bilevel": (4e-3, 1e-6, 1e-3),
+  "bilevel_pooled": (4e-3, 1e-6, 1e-3),
+  "bilevel_still": (4e-3, 0.0, 1e-3),  # theta stands still
   "peft": (4e-3, 0.0, 1e-3),
   "full": (2e-5, 0.0, 1e-3),
   "mezo": (0.0, 3e-5, 1e-3),
@@ -100,7 +100,10 @@ def get_config(arg: str = ""):
   config.lower.learning_rate = config.upper.learning_rate = first_order
   config.lower.schedule = config.upper.schedule = "cosine"
   if config.method == "bilevel":
-    config.upper.batch_size = size.batch_size // 2
+    # As the paper's runs: T = 10 or more, after which s is what is tested.
+    config.keep = "s"
+    config.lower.num_steps = 10
+    config.lower.batch_size = config.upper.batch_size = size.batch_size // 2
   elif "mezo" in config.method:
     config.upper.batch_size = 2 * size.batch_size
   config.zo.learning_rate = zeroth_order
@@ -119,4 +122,4 @@ def _spend(config, rows: int) -> None:
   ]
   config.train.num_steps = sum(steps)
   config.train.num_first_steps = steps[0]
-  config.train.eval_every_steps = -(-sum(steps) // 5)
+  config.train.eval_every_steps = max(1, round(sum(steps) / 8))

@@ -209,7 +209,7 @@ def _group(
 def table(cells: Sequence[Cell]) -> str:
   """Returns test scores as Markdown: mean ± spread over seeds, a row a method.
 
-  For Bilevel-ZOFO adapter p, and s in a row of its own.
+  For Bilevel-ZOFO the adapter that is kept, and the other in a row of its own.
   """
   tasks = _names(cells, "task")
   lines = [
@@ -219,10 +219,12 @@ def table(cells: Sequence[Cell]) -> str:
   rows: list[tuple[str, str, str]] = [("zero-shot", "", "zero_shot_{}")]
   for method in _names(cells, "method"):
     rows.append((method, method, "test_{}"))
-    if any(
-      cell["method"] == method and "test_accuracy_s" in cell for cell in cells
-    ):
-      rows.append((f"{method}, s", method, "test_{}_s"))
+    group = [cell for cell in cells if cell["method"] == method]
+    rows += [
+      (f"{method}, {letter}", method, "test_{}_" + letter)
+      for letter in ("p", "s")
+      if any(f"test_accuracy_{letter}" in cell for cell in group)
+    ]
   for text, method, pattern in rows:
     shown, means, spent = [], [], []
     for task in tasks:

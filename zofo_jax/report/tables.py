@@ -18,7 +18,7 @@ def results_table(
 
   Args:
     rows: one mapping a row; a name that a row lacks is left blank. Numbers with
-      a fraction get three digits after the point.
+      a fraction get three digits after the point, those of a tuple as well.
     title: printed above.
     stream: where to write; None for standard output.
   """
@@ -40,4 +40,6 @@ def results_table(
 def _cell(value: Any) -> str:
   if isinstance(value, float | np.floating):
     return f"{value:.3f}"
+  if isinstance(value, tuple):  # an interval
+    return " to ".join(map(_cell, value))
   return str(value)
