@@ -16,12 +16,13 @@ from typing import Any
 from matplotlib import figure
 
 from zofo_jax import budget, report, sweep
+from zofo_jax import config as config_lib
 from zofo_jax.tasks import get
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
   "lambda": ("penalty", (0.1, 1.0, 10.0, 100.0)),
-  "T": ("lower.num_steps", (1, 2, 4, 8)),
+  "T": ("lower.num_steps", (1, 5, 10, 20)),
   "directions": ("zo.num_directions", (1, 2, 4)),
   "eps": ("zo.eps", (1e-4, 1e-3, 1e-2)),
   "sides": ("zo.estimator", ("central", "forward", "exact")),
@@ -43,42 +44,67 @@ def _module(path: pathlib.Path) -> Any:
   return module
 
 
-def num_steps(choice: dict[str, Any], field: str, value: Any) -> int:
-  """Returns how many iterations cost what the table's runs cost."""
+def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
+  """Returns the fields of a cell that costs what the table's runs cost.
+
+  Args:
+    choice: of configs/compare.py.
+    field: that is changed.
+    value: to this; a cell whose value is the config's own changes nothing, and
+      is the same for every field.
+  """
   compare = _module(ROOT / "configs/compare.py")
   text = ",".join(f"{k}={v}" for k, v in choice.items())
   config = compare.get_config(text)
+  if config_lib.flat(config)[field] == value:
+    return {}
   rows = budget.passes(config, config.method).forward_equivalents
   whole = rows * config.train.num_steps
   with config.unlocked():
     config.update_from_flattened_dict({field: value})
   each = budget.passes(config, config.method).forward_equivalents
-  return max(1, whole // each)
+  steps = max(1, whole // each)
+  every = max(1, round(steps / 4))
+  return {
+    **{field: value, "train.num_steps": steps},
+    "train.eval_every_steps": every,
+  }
 
 
 def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
-  """Draws the test score over each choice, mean and range over seeds."""
+  """Draws test scores over each choice, mean and range over seeds.
+
+  Of the adapter that is kept, and of p, dashed.
+  """
   names = list(dict.fromkeys(r["ablation"] for r in results))
   fig = figure.Figure(figsize=(3 * len(names), 3), layout="constrained")
   panels = fig.subplots(1, len(names), squeeze=False, sharey=True)[0]
   for axes, name in zip(panels, names, strict=True):
     rows = [r for r in results if r["ablation"] == name]
     values = [v for v in FIELDS[name][1] if any(r["value"] == v for r in rows)]
-    scores = [
-      [r[f"test_{get(r['task']).metric}"] for r in rows if r["value"] == value]
-      for value in values
-    ]
-    means = [statistics.fmean(each) for each in scores]
-    ranges = [
-      [m - min(s) for m, s in zip(means, scores, strict=True)],
-      [max(s) - m for m, s in zip(means, scores, strict=True)],
-    ]
-    axes.errorbar(list(map(str, values)), means, ranges, fmt="o-", capsize=3)
+    for ending, look in (("", "o-"), ("_p", "o--")):
+      scores = [
+        [
+          r[f"test_{get(r['task']).metric}{ending}"]
+          for r in rows
+          if r["value"] == value
+        ]
+        for value in values
+      ]
+      means = [statistics.fmean(each) for each in scores]
+      ranges = [
+        [m - min(s) for m, s in zip(means, scores, strict=True)],
+        [max(s) - m for m, s in zip(means, scores, strict=True)],
+      ]
+      label = "p" if ending else "s, kept"
+      ticks = list(map(str, values))
+      axes.errorbar(ticks, means, ranges, fmt=look, capsize=3, label=label)
     axes.set_title(name)
     axes.tick_params(axis="x", rotation=45)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
   panels[0].set_ylabel("test score")
+  panels[0].legend(frameon=False)
   fig.savefig(path, dpi=120)
 
 
@@ -101,13 +127,10 @@ def main() -> None:
       for value in values:
         choice = {"size": given.size, "task": given.task, "method": "bilevel"}
         choice |= {"adapter": given.adapter, "seed": seed}
-        steps = num_steps(choice, field, value)
-        fields = {field: value, "train.num_steps": steps}
-        fields["train.eval_every_steps"] = -(-steps // 5)
         cells[name, value, seed] = single.make_cell(
-          given.out, given.data, choice, fields
+          given.out, given.data, choice, changes(choice, field, value)
         )
-  single.run(list(cells.values()), given)
+  single.run(list({c.folder: c for c in cells.values()}.values()), given)
   results = [
     {**single.result(cell.folder), "ablation": name, "value": value}
     for (name, value, _), cell in cells.items()

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from zofo_jax import budget, checks, report, sweep
+from zofo_jax import config as config_lib
 
 ROOT = pathlib.Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "experiments"
@@ -190,3 +191,29 @@ def test_adapters_are_told_apart(claimed, cells, tmp_path):
   table = claimed["table"](found)
   assert f"| {cells[0]['method']}, prefix |" in table
   assert "| icl | 0.610 (1) | 0.610 |  |  |" in table
+
+
+def test_ablations_cost_what_the_table_costs(compare, tmp_path):
+  ablations = runpy.run_path(str(EXPERIMENTS / "ablations.py"))
+  choice = {"size": "smollm2-135m", "task": "sst2", "method": "bilevel"}
+  size = compare["SIZES"]["smollm2-135m"]
+  # As the table has it: one cell for all fields.
+  assert ablations["changes"](choice, "lower.num_steps", 10) == {}
+  for name, (field, values) in ablations["FIELDS"].items():
+    for value in values:
+      config = compare["get_config"]("task=sst2")
+      config.update_from_flattened_dict(
+        ablations["changes"](choice, field, value)
+      )
+      assert config_lib.flat(config)[field] == value, name
+      checks.check(config)
+      spent = budget.spent(config, config.train.num_steps).forward_equivalents
+      assert 0.7 * size.rows < spent <= size.rows, (name, value)
+
+  cells = [
+    {"ablation": "T", "value": value, "task": "sst2", "test_accuracy": score}
+    | {"test_accuracy_p": 0.5}
+    for value, score in ((1, 0.7), (10, 0.8), (10, 0.9))
+  ]
+  ablations["draw"](cells, tmp_path / "ablations.png")
+  assert (tmp_path / "ablations.png").stat().st_size > 0
