@@ -195,14 +195,14 @@ def read(path: pathlib.Path) -> list[Cell]:
   return cells
 
 
-def _group(
-  cells: Iterable[Cell], task: str, method: str, template: str = "0"
-) -> list[Cell]:
+def _group(cells: Iterable[Cell], task: str, method: str = "") -> list[Cell]:
+  """Returns a task's cells with prompt 0, of a method or of all."""
   return [
     cell
     for cell in cells
-    if (cell["task"], cell["method"]) == (task, method)
-    and cell.get("template", "0") == template
+    if cell["task"] == task
+    and cell["method"] == (method or cell["method"])
+    and cell.get("template", "0") == "0"
   ]
 
 
@@ -228,11 +228,7 @@ def table(cells: Sequence[Cell]) -> str:
   for text, method, pattern in rows:
     shown, means, spent = [], [], []
     for task in tasks:
-      group = (
-        _group(cells, task, method)
-        if method
-        else [c for c in cells if c["task"] == task]
-      )
+      group = _group(cells, task, method)
       named = [(c, pattern.format(score_name(c))) for c in group]
       scores = [c[name] for c, name in named if name in c]
       if not scores:

@@ -64,7 +64,8 @@ def cells():
   return [
     cell("mezo", 0, [0.5, 0.6, 0.6], test=0.6, program_bytes=1e9),
     cell("mezo", 1, [0.5, 0.5, 0.7], test=0.7, program_bytes=1e9),
-    cell("mezo", 0, [0.5, 0.5, 0.5], test=0.5, template=1),
+    cell("mezo", 0, [0.5, 0.5, 0.5], test=0.5, template=1)
+    | {"zero_shot_accuracy": 0.1},
     cell("peft", 0, [0.7, 0.8, 0.9], test=0.9),
     cell("peft", 1, [0.7, 0.8, 0.9], test=0.8),
     cell("bilevel", 0, [0.6, 0.8, 0.9], test=0.94, seconds=0.25),
@@ -106,6 +107,7 @@ def test_report_writes_all(claimed, cells, tmp_path, monkeypatch, capsys):
   claimed["main"]()
   shown = capsys.readouterr().out
   assert "| mezo | 0.650 ± 0.071 (2) | 0.650 | 9 | 3.00 |" in shown
+  assert "| zero-shot | 0.500 | 0.500 |" in shown
   assert "| bilevel, p | 0.550 (1) | 0.550 |" in shown
   assert (tmp_path / "table.md").read_text() in shown
   found = json.loads((tmp_path / "claims.json").read_text())
