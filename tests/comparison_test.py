@@ -219,3 +219,12 @@ def test_ablations_cost_what_the_table_costs(compare, tmp_path):
   ]
   ablations["draw"](cells, tmp_path / "ablations.png")
   assert (tmp_path / "ablations.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize("best", [-0.8, 0.0, 0.3])
+def test_the_least_of_a_parabola(best):
+  least = runpy.run_path(str(EXPERIMENTS / "guided.py"))["least"]
+  bowl = [2 * (x - best) ** 2 + 1 for x in (-0.5, 0.0, 0.5)]
+  assert least(bowl) == pytest.approx(best)
+  assert least([0.0, 5.0, 10.0]) == -1.0  # a line: as far as one may
+  assert least([-value - x for value, x in zip(bowl, (0, 0, 9))]) == 1.0

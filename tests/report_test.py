@@ -134,7 +134,8 @@ def test_table_has_a_row_for_each():
   stream = io.StringIO()
   report.results_table(
     [
-      {"weights": "zero-shot", "accuracy": 0.61234, "rows": 400},
+      {"weights": "zero-shot", "accuracy": 0.61234, "rows": 400}
+      | {"interval": (0.5, 0.71234)},
       {"weights": "adapter [p]", "accuracy": np.float32(0.875), "note": "kept"},
     ],
     title="Test rows never used before",
@@ -143,6 +144,7 @@ def test_table_has_a_row_for_each():
   text = stream.getvalue()
   for part in ("zero-shot", "0.612", "400", "adapter [p]", "0.875", "kept"):
     assert part in text
+  assert "0.500 to 0.712" in text
   assert "Test rows never used before" in text
 
 
