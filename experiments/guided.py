@@ -8,12 +8,13 @@ some. Here theta moves along
   D = W(s after its T steps) - W(s before), W(s) = theta with s folded in,
 
 and how far is measured, by forward passes alone: G at theta - D / 2, theta and
-theta + D / 2, and the least of the parabola through them, within a whole D.
+theta + D / 2, and the least of the parabola through them, within --most of D.
 All else is configs/compare.py's Bilevel-ZOFO with theta standing still, and as
 many iterations as the same work allows. Writes `guided.jsonl` to --results.
 """
 
 import argparse
+import itertools
 import pathlib
 import runpy
 import time
@@ -37,20 +38,20 @@ ROOT = pathlib.Path(__file__).parents[1]
 HALF = 0.5  # of D: the radius of the difference
 
 
-def least(values):
+def least(values, most=1.0):
   """Returns where the parabola through values at -1/2, 0, 1/2 is least.
 
-  Between -1 and 1; where it bends down, the lower of these two.
+  Between -most and most; where it bends down, the lower of these two.
   """
   left, middle, right = values
   slope = (right - left) / (2 * HALF)
   bend = (right - 2 * middle + left) / HALF**2
   if bend <= 0:
-    return -float(np.sign(slope))
-  return float(np.clip(-slope / bend, -1.0, 1.0))
+    return -most * float(np.sign(slope))
+  return float(np.clip(-slope / bend, -most, most))
 
 
-def run_one(task, seed, data):
+def run_one(task, seed, data, most):
   """Trains one cell; returns its scores and the lengths of its steps."""
   compare = runpy.run_path(str(ROOT / "configs/compare.py"))
   config = compare["get_config"](
@@ -100,7 +101,7 @@ def run_one(task, seed, data):
       float(objective(state.base, before, p, state.lower, batch, length))
       for length in (-HALF, 0.0, HALF)
     ]
-    lengths.append(least(values))
+    lengths.append(least(values, most))
     base = move(state.base, before, state.lower, lengths[-1])
     state = state._replace(base=base)
   seconds = time.monotonic() - began
@@ -111,7 +112,8 @@ def run_one(task, seed, data):
     for name, adapter in (("p", state.upper), ("s", state.lower), ("bare", {}))
   }
   return {
-    **{"task": task, "seed": seed, "num_steps": config.train.num_steps},
+    **{"task": task, "seed": seed, "most": most},
+    "num_steps": config.train.num_steps,
     **{**scores, "lengths": lengths, "seconds": seconds},
   }
 
@@ -126,14 +128,16 @@ def main():
   parser.add_argument("--data", required=True)
   parser.add_argument("--tasks", nargs="+", default=("sst2", "trec"))
   parser.add_argument("--seeds", nargs="+", type=int, default=(0, 1, 2))
+  parser.add_argument("--most", nargs="+", type=float, default=(1.0, 0.1))
   given = parser.parse_args()
   path = given.results / "guided.jsonl"
   found = report.read_jsonl(path) if path.exists() else []
-  for task in given.tasks:
-    for seed in given.seeds:
-      if not any((c["task"], c["seed"]) == (task, seed) for c in found):
-        found.append(run_one(task, seed, given.data))
-        report.write_lines(path, found)
+  known = {(c["task"], c["seed"], c["most"]) for c in found}
+  for cell in itertools.product(given.tasks, given.seeds, given.most):
+    if cell not in known:
+      task, seed, most = cell
+      found.append(run_one(task, seed, given.data, most))
+      report.write_lines(path, found)
   report.results_table(
     [{k: c[k] for k in c if k != "lengths"} for c in found],
     title=f"{len(found)} cells in {path}",
