@@ -58,14 +58,10 @@ def run_one(task, seed, data, most):
     f"task={task},method=bilevel_still,seed={seed}"
   )
   config.data.dir = data
-  whole = (
-    budget.passes(config, "bilevel").forward_equivalents
-    * config.train.num_steps
-  )
-  # Three points in the place of two.
   each = budget.passes(config, "bilevel").forward_equivalents
-  each += 3 * config.upper.batch_size
-  config.train.num_steps = whole // each
+  whole = each * config.train.num_steps
+  # Three points, of three losses each, in the place of two.
+  config.train.num_steps = whole // (each + 3 * config.upper.batch_size)
   run = runs.make_run(config)
   examples = experiment.load_examples(config, run.model, run.task)
   shape = experiment.train_shape(examples)

@@ -189,12 +189,10 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
   config = run.config
   worth = {"zero_shot": record["zero_shot"]}
   # The other adapter's scores have its letter.
-  adapters, other = {"test": run.kept(state)}, ""
+  adapters = {"test": run.kept(state)}
+  other = "p" if config.keep == "s" else "s"
   if state.lower:
-    other, of_other = ("s", state.lower)
-    if config.keep == "s":
-      other, of_other = ("p", state.upper)
-    adapters[f"test_{other}"] = of_other
+    adapters[f"test_{other}"] = {"p": state.upper, "s": state.lower}[other]
   for name, adapter in adapters.items():
     result = run.evaluate(state.base, adapter, examples.test, name)
     worth[name] = result.worth()
