@@ -3,16 +3,18 @@
   python experiments/ablations.py --data DIR [--task sst2] [--only lambda,T]
 
 Each cell is a run of configs/compare.py with one field changed, for as many
-forward-equivalents as the table's; cells that have ended are left alone. Writes
-`ablations.jsonl` and `ablations.png` to --results.
+forward-equivalents as the table's; cells that have ended, or are in --results,
+are left alone. Writes `ablations.jsonl`, and `ablations.png` of what --only
+names, to --results.
 """
 
 import argparse
-import importlib.util
 import pathlib
+import runpy
 import statistics
 from typing import Any
 
+import single_task
 from matplotlib import figure
 
 from zofo_jax import budget, report, sweep
@@ -21,7 +23,7 @@ from zofo_jax.tasks import get
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
-  "lambda": ("penalty", (0.1, 1.0, 10.0, 100.0)),
+  "lambda": ("penalty", (1.0, 10.0, 100.0)),
   "T": ("lower.num_steps", (1, 5, 10, 20)),
   "directions": ("zo.num_directions", (1, 2, 4)),
   "eps": ("zo.eps", (1e-4, 1e-3, 1e-2)),
@@ -36,14 +38,6 @@ FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def _module(path: pathlib.Path) -> Any:
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  assert spec is not None and spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
 def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
   """Returns the fields of a cell that costs what the table's runs cost.
 
@@ -53,9 +47,9 @@ def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
     value: to this; a cell whose value is the config's own changes nothing, and
       is the same for every field.
   """
-  compare = _module(ROOT / "configs/compare.py")
+  compare = runpy.run_path(str(ROOT / "configs/compare.py"))
   text = ",".join(f"{k}={v}" for k, v in choice.items())
-  config = compare.get_config(text)
+  config = compare["get_config"](text)
   if config_lib.flat(config)[field] == value:
     return {}
   rows = budget.passes(config, config.method).forward_equivalents
@@ -113,8 +107,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
-  single = _module(ROOT / "experiments/single_task.py")
-  single.add_common(parser, ROOT / "runs/ablations")
+  single_task.add_common(parser, ROOT / "runs/ablations")
   default = ROOT / "experiments/results"
   parser.add_argument("--results", type=pathlib.Path, default=default)
   parser.add_argument("--task", default="sst2")
@@ -127,18 +120,30 @@ def main() -> None:
       for value in values:
         choice = {"size": given.size, "task": given.task, "method": "bilevel"}
         choice |= {"adapter": given.adapter, "seed": seed}
-        cells[name, value, seed] = single.make_cell(
+        cells[name, value, seed] = single_task.make_cell(
           given.out, given.data, choice, changes(choice, field, value)
         )
-  single.run(list({c.folder: c for c in cells.values()}.values()), given)
-  results = [
-    {**single.result(cell.folder), "ablation": name, "value": value}
+  path = given.results / "ablations.jsonl"
+  known = single_task.read(path)
+  single_task.run(
+    list(
+      {
+        c.folder: c for c in cells.values() if c.folder.name not in known
+      }.values()
+    ),
+    given,
+  )
+  for cell in cells.values():
+    if (cell.folder / "summary.json").exists():
+      known[cell.folder.name] = single_task.result(cell.folder)
+  report.write_lines(path, [known[name] for name in sorted(known)])
+  found = [
+    {**known[cell.folder.name], "ablation": name, "value": value}
     for (name, value, _), cell in cells.items()
-    if (cell.folder / "summary.json").exists()
+    if cell.folder.name in known
   ]
-  report.write_lines(given.results / "ablations.jsonl", results)
-  if results:
-    draw(results, given.results / "ablations.png")
+  if found:
+    draw(found, given.results / "ablations.png")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from bench import timing
+
 from zofo_jax import report, sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -119,6 +121,12 @@ def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
         yield make_cell(given.out, given.data, choice, fields)
 
 
+def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
+  """Returns the results of a file, by the names of their cells, if any."""
+  lines = report.read_jsonl(path) if path.exists() else []
+  return {line.get("cell", str(i)): line for i, line in enumerate(lines)}
+
+
 def result(folder: pathlib.Path) -> dict[str, Any]:
   """Returns a finished cell's choice, numbers and curve."""
   choice = dict(part.split("=", 1) for part in folder.name.split(","))
@@ -160,7 +168,11 @@ def machine() -> dict[str, Any]:
     cwd=ROOT,
     check=False,
   )
-  return {"commit": git.stdout.strip(), "cores": os.cpu_count()}
+  named = timing.machine()
+  return {
+    "commit": git.stdout.strip(),
+    **{name: named[name] for name in ("processor", "cores")},
+  }
 
 
 def add_common(
@@ -181,6 +193,7 @@ def run(
 ) -> list[dict[str, Any]]:
   """Runs the cells that have not ended; returns a row for each."""
   os.environ["NPROC"] = str(given.threads)  # of XLA's pools
+  os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.out / "cache"))
   for cell in cells:
     cell.folder.mkdir(parents=True, exist_ok=True)
@@ -205,10 +218,7 @@ def main() -> None:
   name = "search" if given.search else "single_task"
   given.out = given.out or ROOT / "runs" / name
   results = given.results or ROOT / "experiments/results" / f"{name}.jsonl"
-  known = {}
-  if results.exists():
-    lines = report.read_jsonl(results)
-    known = {line.get("cell", str(i)): line for i, line in enumerate(lines)}
+  known = read(results)
   cells = list((of_search if given.search else of_table)(given))
   left = [known[c.folder.name] for c in cells if c.folder.name in known]
   rows = [*left, *run([c for c in cells if c.folder.name not in known], given)]
