@@ -6,6 +6,7 @@ import pathlib
 import runpy
 import sys
 
+import claims
 import pytest
 
 from zofo_jax import budget, checks, report, sweep
@@ -76,7 +77,7 @@ def cells():
 
 
 def test_claims(claimed, cells):
-  found = claimed["claims"](cells)
+  found = claims.answers(cells)
   # MeZO is at its best after 2 s, Bilevel-ZOFO there after 0.25 s; or never.
   assert found["time_to_mezo_best_ratio"]["by_task"] == {"sst2": [8.0, 0.0]}
   assert found["time_to_mezo_best_ratio"]["value"] == 4.0
@@ -93,7 +94,7 @@ def test_claims(claimed, cells):
 
 
 def test_what_was_not_run_is_not_claimed(claimed, cells):
-  found = claimed["claims"]([c for c in cells if c["method"] == "bilevel"])
+  found = claims.answers([c for c in cells if c["method"] == "bilevel"])
   assert set(found.values()) == {None}
 
 
@@ -167,6 +168,7 @@ def test_cells_that_are_known_are_left_alone(single, tmp_path, monkeypatch):
   show = lambda rows, title: tables.append(rows)
   monkeypatch.setattr(report, "results_table", show)
   monkeypatch.setenv("NPROC", "1")
+  monkeypatch.setenv("GLIBC_TUNABLES", "")
   monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
   arguments = ["single_task.py", "--data=rows", "--tasks", "sst2", "--seeds=0"]
   results = tmp_path / "cells.jsonl"
@@ -189,10 +191,32 @@ def test_adapters_are_told_apart(claimed, cells, tmp_path):
   report.write_lines(tmp_path / "cells.jsonl", [*cells, other, asked])
   found = claimed["read"](tmp_path / "cells.jsonl")
   assert found[-2]["method"] == f"{cells[0]['method']}, prefix"
-  assert claimed["claims"](found) == claimed["claims"](cells)
+  assert claims.answers(found) == claims.answers(cells)
   table = claimed["table"](found)
   assert f"| {cells[0]['method']}, prefix |" in table
   assert "| icl | 0.610 (1) | 0.610 |  |  |" in table
+
+
+def test_methods_of_some_tasks_have_a_table_of_their_own(claimed):
+  cells = [
+    cell("peft", 0, [0.5], test=0.8),
+    cell("peft", 0, [0.5], test=0.6) | {"task": "rte"},
+    cell("full", 0, [0.5], test=0.7, processor="another", train_seconds=99.0),
+  ]
+  whole, others = claimed["tables"](cells).split("\n\n")
+  assert "| rte |" in whole and "full" not in whole
+  assert "| rte |" not in others
+  assert "| peft | 0.800 (1) | 0.800 | 9 | 3.00 |" in others
+  # Another machine's seconds say nothing beside these.
+  assert "| full | 0.700 (1) | 0.700 |  |  |" in others
+
+
+def test_cells_of_two_machines_are_not_compared():
+  cells = [
+    cell("peft", 0, [0.5], test=0.8),
+    cell("bilevel", 0, [0.5], test=0.7, processor="another"),
+  ]
+  assert claims.answers(cells)["accuracy_gain_over_lora"] is None
 
 
 def test_ablations_cost_what_the_table_costs(compare, tmp_path):
