@@ -4,6 +4,7 @@ One uninterrupted run with theta apart from its checkpoints is what the others
 must come to; programs are compiled once and cached.
 """
 
+import ast
 import json
 import os
 import pathlib
@@ -13,6 +14,7 @@ import signal
 import jax
 import numpy as np
 import pytest
+import safetensors
 from etils import epath
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -126,12 +128,18 @@ def flip(path):
   path.write_bytes(content)
 
 
+def arrays_of(folder):
+  """Returns the first parts of the names of a checkpoint's arrays."""
+  found = json.loads((folder / "state" / "_METADATA").read_text())
+  paths = (ast.literal_eval(name) for name in found["tree_metadata"])
+  return {path[0] for path in paths if len(path) > 1}
+
+
 def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
   assert sorted(p.name for p in (done / "bases").iterdir()) == ["4", "8"]
-  weights = done / "checkpoints" / "4" / "state"
-  assert not any(
-    "base.layers" in path.read_text("latin-1") for path in weights.rglob("_*")
-  )
+  assert {"upper", "lower"} <= arrays_of(done / "checkpoints" / "4")
+  assert "base" not in arrays_of(done / "checkpoints" / "4")
+  assert arrays_of(done / "bases" / "4") == {"base"}
   with checkpoint.Checkpoints(done / "checkpoints") as checkpoints:
     extra = checkpoints.restore_extra()
   written = json.loads((done / "config.json").read_text())
@@ -345,3 +353,28 @@ def test_export_says_what_is_wrong(done, tmp_path, capsys):
   pathlib.Path(tmp_path / "full" / "file").write_text("")
   assert call(done, tmp_path / "full", "--what=base") == 2
   assert "is not empty" in capsys.readouterr().err
+
+
+def test_an_adapters_run_never_writes_theta(
+  config, tmp_path, tiny_model, monkeypatch, capsys
+):
+  alone = config.copy_and_resolve_references()
+  alone.method, alone.ckpt.base_every_steps = "peft", 0
+  train.train(alone, str(tmp_path / "done"))
+  written = arrays_of(tmp_path / "done" / "checkpoints" / "8")
+  assert "upper" in written and "base" not in written
+  stopped_at(monkeypatch, alone, tmp_path / "run", 6)
+  train.train(alone, str(tmp_path / "run"))
+  assert states(tmp_path / "run") == states(tmp_path / "done")
+  assert steady(tmp_path / "run") == steady(tmp_path / "done")
+  found = states(tmp_path / "run")
+  # Theta is what the model's own file has.
+  (file,) = tiny_model.glob("*.safetensors")
+  with safetensors.safe_open(file, "numpy") as opened:
+    names = {n: opened.get_tensor(n).tobytes() for n in opened.keys()}
+  stored = found[8, ".base['embed']['embedding']"]
+  assert stored in names.values()
+  arguments = [f"--ledger={tmp_path / 'run/ledger.txt'}"]
+  arguments += [f"--run={tmp_path / 'run'}"]
+  assert ledger_command.main(["verify", *arguments]) == 2
+  assert "a run that moves theta" in capsys.readouterr().err

@@ -158,6 +158,11 @@ def moves_adapter(method: str) -> bool:
   return method not in ("full", "mezo")
 
 
+def moves_base(method: str) -> bool:
+  """Tells whether a method moves theta; else an adapter alone."""
+  return method not in ("mezo_peft", "peft")
+
+
 def has_zeroth_order(method: str) -> bool:
   """Tells whether a method takes steps from forward passes alone."""
   return method not in ("full", "peft")

@@ -8,8 +8,8 @@ from typing import Any
 
 import ml_collections
 
+from zofo_jax import algorithms, errors, trackers
 from zofo_jax import config as config_lib
-from zofo_jax import errors, trackers
 from zofo_jax import mesh as mesh_lib
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
@@ -312,17 +312,19 @@ def _check_ckpt(
 ) -> None:
   """Stops on a theta that no ledger rebuilds, and on fields there are not."""
   optimizer, method = config.zo.optimizer, config.method
-  if config.ckpt.base_every_steps and method in ("peft", "full", "mezo_peft"):
+  rarely = config.ckpt.base_every_steps
+  if rarely and not (
+    algorithms.moves_base(method) and algorithms.has_zeroth_order(method)
+  ):
     raise errors.UserError(
-      f"config.ckpt.base_every_steps: expected 0 with method '{method}', which "
-      "the ledger says nothing of; found "
-      f"{config.ckpt.base_every_steps}."
+      f"config.ckpt.base_every_steps: expected 0 with method '{method}', whose "
+      f"theta the ledger says nothing of; found {rarely}."
     )
-  if config.ckpt.base_every_steps and optimizer not in IN_PLACE:
+  if rarely and optimizer not in IN_PLACE:
     raise errors.UserError(
       "config.ckpt.base_every_steps: only zo.optimizer "
       f"{' or '.join(IN_PLACE)} can be taken again from the ledger; expected 0 "
-      f"with '{optimizer}'; found {config.ckpt.base_every_steps}."
+      f"with '{optimizer}'; found {rarely}."
     )
   for name in config.ckpt.may_change:
     if name not in fields:

@@ -3,7 +3,8 @@
 With `ckpt.base_every_steps` a checkpoint holds all but theta, which lies rarely
 in `bases/`; it is rebuilt from the newest of those, or from the model's own
 weights, and the ledger. The ledger up to a checkpoint is in the checkpoint too,
-so that damage to the file `ledger.txt` loses nothing.
+so that damage to the file `ledger.txt` loses nothing. Where an adapter alone is
+trained, theta is the model's own weights and is never written.
 """
 
 import math
@@ -17,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import (
+  algorithms,
   backbone,
   bilevel,
   checkpoint,
@@ -88,6 +90,9 @@ class Store:
     self.checkpoints = checkpoint.Checkpoints(
       folder / "checkpoints", keep=keep if write else None
     )
+    # Whether checkpoints hold all but theta.
+    self._apart = bool(run.config.ckpt.base_every_steps)
+    self._apart |= not algorithms.moves_base(run.config.method)
     self._bases: checkpoint.Checkpoints | None = None
     if run.config.ckpt.base_every_steps:
       self._bases = checkpoint.Checkpoints(
@@ -175,6 +180,7 @@ class Store:
       last = self._bases.latest_step() or 0
       if step - last >= self._run.config.ckpt.base_every_steps:
         self._bases.save(step, {"base": state.base}, {})
+    if self._apart:
       state = state._replace(base={})
     extra = {
       **record,
@@ -211,19 +217,23 @@ class Store:
       DamagedError: it is not as it was written.
     """
     abstract = self._run.abstract_state()
-    if self._bases is None:
-      state, extra = self.checkpoints.restore(abstract, step)
-    else:
-      abstract = abstract._replace(base={})
-      state, extra = self.checkpoints.restore(abstract, step)
-      where = f"{self.checkpoints.folder / str(step)}, ledger"
-      found = ledger.parse(extra["ledger"].encode(), where)
-      state = state._replace(base=self._theta(step, found, where))
-    return state, extra
+    if not self._apart:
+      return self.checkpoints.restore(abstract, step)
+    abstract = abstract._replace(base={})
+    state, extra = self.checkpoints.restore(abstract, step)
+    where = f"{self.checkpoints.folder / str(step)}, ledger"
+    found = ledger.parse(extra["ledger"].encode(), where)
+    base = self._theta(step, found, where)
+    return state._replace(base=base), extra
+
+  def _start(self, found: ledger.Ledger) -> Any:
+    run = self._run
+    return ledger.load_start(run.config, run.model, found.header, run.mesh)
 
   def _theta(self, step: int, found: ledger.Ledger, where: str) -> Any:
     """Rebuilds theta from the newest sound base at or before a step."""
-    assert self._bases is not None
+    if self._bases is None:
+      return self._start(found)
     start, base = 0, None
     earlier = [number for number in self._bases.steps() if number <= step]
     for number in reversed(earlier):
@@ -236,9 +246,7 @@ class Store:
         _say(f"{error} The one before it is used, or the model's weights.")
         self._bases.discard(number)
     if base is None:
-      base = ledger.load_start(
-        self._run.config, self._run.model, found.header, self._run.mesh
-      )
+      base = self._start(found)
     return ledger.advance(base, found.header, found.lines[start:step], where)
 
 

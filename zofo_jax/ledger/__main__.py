@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from zofo_jax import backbone, checkpoint, errors, runs
+from zofo_jax import algorithms, backbone, checkpoint, errors, runs
 from zofo_jax.ledger import lines as lines_lib
 from zofo_jax.ledger import replay as replay_lib
 
@@ -121,6 +121,11 @@ def verify(path: str, base: str | None, to: int | None, folder: str) -> None:
     UserError: they differ, or the checkpoint holds no theta.
   """
   run = runs.make_run(runs.read_config(epath.Path(folder)))
+  if not algorithms.moves_base(run.config.method):
+    raise errors.UserError(
+      f"--run: expected a run that moves theta; '{folder}' is of method "
+      f"'{run.config.method}', whose checkpoints do not hold it."
+    )
   rare = bool(run.config.ckpt.base_every_steps)
   abstract: Any = run.abstract_state()
   place = epath.Path(folder) / ("bases" if rare else "checkpoints")
