@@ -38,8 +38,10 @@ SEARCH: dict[str, list[dict[str, float]]] = {
     *(
       {"lower.learning_rate": rate, "lower.batch_size": 4}
       | {"train.num_steps": 120, "train.eval_every_steps": 60}
-      for rate in (2e-3, 4e-3)
+      for rate in (2e-3, 4e-3, 1e-3)
     ),
+    {"lower.learning_rate": 4e-3, "lower.batch_size": 16}
+    | {"train.num_steps": 30, "train.eval_every_steps": 15},
   ],
   "bilevel": [
     {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), first)}
@@ -56,10 +58,20 @@ SEARCH: dict[str, list[dict[str, float]]] = {
     | {"zo.learning_rate": zeroth}
     for rate, inner, steps, zeroth in (
       *((2e-3, 10, 8, 1e-6), (4e-3, 10, 8, 1e-6)),
-      *((2e-3, 19, 5, 1e-6), (4e-3, 19, 5, 1e-6), (4e-3, 19, 5, 1e-5)),
+      *((2e-3, 19, 5, 1e-6), (4e-3, 19, 5, 1e-6)),
     )
   ],
-  "mezo": [{"zo.learning_rate": rate} for rate in _ZEROTH],
+  "mezo": [
+    *({"zo.learning_rate": rate} for rate in _ZEROTH),
+    *(
+      {"zo.learning_rate": rate, "upper.batch_size": 8}
+      | {"train.num_steps": 60, "train.eval_every_steps": 30}
+      for rate in (3e-5, 1e-5)
+    ),
+    {"zo.learning_rate": 3e-5, "zo.eps": 1e-2},
+    {"zo.learning_rate": 1e-4, "zo.num_directions": 4, "upper.batch_size": 8}
+    | {"train.num_steps": 15, "train.eval_every_steps": 8},
+  ],
 }
 SEARCH_SEED = 100
 CURVE = ("step", "seconds", "forward_equivalents", "flops")
