@@ -4,14 +4,16 @@
 
 Each cell is a run of configs/compare.py with one field changed, for as many
 forward-equivalents as the table's; cells that have ended, or are in --results,
-are left alone. Writes `ablations.jsonl`, and `ablations.png` of what --only
-names, to --results.
+are left alone. Writes `ablations.jsonl`, `ablations.md` and `ablations.png` of
+all that is known to --results.
 """
 
 import argparse
+import itertools
 import pathlib
 import runpy
 import statistics
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import single_task
@@ -65,33 +67,59 @@ def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
   }
 
 
-def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
+def scores(
+  results: Sequence[dict[str, Any]], name: str
+) -> dict[Any, dict[str, list[float]]]:
+  """Returns a choice's values -> {"s, kept": test scores, "p": test scores}."""
+  found: dict[Any, dict[str, list[float]]] = {}
+  for value in FIELDS[name][1]:
+    rows = [r for r in results if (r["ablation"], r["value"]) == (name, value)]
+    if rows:
+      found[value] = {
+        label: [r[f"test_{get(r['task']).metric}{ending}"] for r in rows]
+        for label, ending in (("s, kept", ""), ("p", "_p"))
+      }
+  return found
+
+
+def table(results: Sequence[dict[str, Any]]) -> str:
+  """Returns mean test scores and their ranges over seeds as Markdown."""
+  lines = ["| choice | value | s, kept | p | seeds |", "|" + " --- |" * 5]
+  for name in FIELDS:
+    for value, found in scores(results, name).items():
+      shown = [
+        f"{statistics.fmean(x):.3f}"
+        + (f" ({min(x):.3f} to {max(x):.3f})" if len(x) > 1 else "")
+        for x in found.values()
+      ]
+      cells = [name, value, *shown, len(found["p"])]
+      lines.append(f"| {' | '.join(map(str, cells))} |")
+  return "\n".join(lines) + "\n"
+
+
+def draw(results: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   """Draws test scores over each choice, mean and range over seeds.
 
   Of the adapter that is kept, and of p, dashed.
   """
-  names = list(dict.fromkeys(r["ablation"] for r in results))
-  fig = figure.Figure(figsize=(3 * len(names), 3), layout="constrained")
-  panels = fig.subplots(1, len(names), squeeze=False, sharey=True)[0]
-  for axes, name in zip(panels, names, strict=True):
-    rows = [r for r in results if r["ablation"] == name]
-    values = [v for v in FIELDS[name][1] if any(r["value"] == v for r in rows)]
-    for ending, look in (("", "o-"), ("_p", "o--")):
-      scores = [
-        [
-          r[f"test_{get(r['task']).metric}{ending}"]
-          for r in rows
-          if r["value"] == value
-        ]
-        for value in values
-      ]
-      means = [statistics.fmean(each) for each in scores]
+  of_names = {
+    name: found for name in FIELDS if (found := scores(results, name))
+  }
+  columns = min(5, len(of_names))
+  rows = -(-len(of_names) // columns)
+  fig = figure.Figure(figsize=(3 * columns, 3 * rows), layout="constrained")
+  panels = fig.subplots(rows, columns, squeeze=False, sharey=True).ravel()
+  for axes in panels[len(of_names) :]:
+    axes.set_axis_off()
+  for axes, (name, found) in zip(panels, of_names.items(), strict=False):
+    ticks = list(map(str, found))
+    for label, look in (("s, kept", "o-"), ("p", "o--")):
+      each = [values[label] for values in found.values()]
+      means = [statistics.fmean(x) for x in each]
       ranges = [
-        [m - min(s) for m, s in zip(means, scores, strict=True)],
-        [max(s) - m for m, s in zip(means, scores, strict=True)],
+        [m - min(x) for m, x in zip(means, each, strict=True)],
+        [max(x) - m for m, x in zip(means, each, strict=True)],
       ]
-      label = "p" if ending else "s, kept"
-      ticks = list(map(str, values))
       axes.errorbar(ticks, means, ranges, fmt=look, capsize=3, label=label)
     axes.set_title(name)
     axes.tick_params(axis="x", rotation=45)
@@ -100,6 +128,22 @@ def draw(results: list[dict[str, Any]], path: pathlib.Path) -> None:
   panels[0].set_ylabel("test score")
   panels[0].legend(frameon=False)
   fig.savefig(path, dpi=120)
+
+
+def make_cells(
+  given: argparse.Namespace, names: Iterable[str], seeds: Iterable[int]
+) -> dict[tuple[str, Any, int], sweep.Cell]:
+  """Returns (choice, value, seed) -> its cell; some choices share one."""
+  found = {}
+  for name, seed in itertools.product(names, seeds):
+    field, values = FIELDS[name]
+    for value in values:
+      choice = {"size": given.size, "task": given.task, "method": "bilevel"}
+      choice |= {"adapter": given.adapter, "seed": seed}
+      found[name, value, seed] = single_task.make_cell(
+        given.out, given.data, choice, changes(choice, field, value)
+      )
+  return found
 
 
 def main() -> None:
@@ -113,37 +157,24 @@ def main() -> None:
   parser.add_argument("--task", default="sst2")
   parser.add_argument("--only", default=",".join(FIELDS))
   given = parser.parse_args()
-  cells: dict[tuple[str, Any, int], sweep.Cell] = {}
-  for name in given.only.split(","):
-    field, values = FIELDS[name]
-    for seed in given.seeds:
-      for value in values:
-        choice = {"size": given.size, "task": given.task, "method": "bilevel"}
-        choice |= {"adapter": given.adapter, "seed": seed}
-        cells[name, value, seed] = single_task.make_cell(
-          given.out, given.data, choice, changes(choice, field, value)
-        )
   path = given.results / "ablations.jsonl"
   known = single_task.read(path)
-  single_task.run(
-    list(
-      {
-        c.folder: c for c in cells.values() if c.folder.name not in known
-      }.values()
-    ),
-    given,
-  )
-  for cell in cells.values():
-    if (cell.folder / "summary.json").exists():
-      known[cell.folder.name] = single_task.result(cell.folder)
+  asked = make_cells(given, given.only.split(","), given.seeds)
+  left = {c.folder: c for c in asked.values() if c.folder.name not in known}
+  single_task.run(list(left.values()), given)
+  for folder in left:
+    if (folder / "summary.json").exists():
+      known[folder.name] = single_task.result(folder)
   report.write_lines(path, [known[name] for name in sorted(known)])
+  seeds = sorted({int(line["seed"]) for line in known.values()})
   found = [
     {**known[cell.folder.name], "ablation": name, "value": value}
-    for (name, value, _), cell in cells.items()
+    for (name, value, _), cell in make_cells(given, FIELDS, seeds).items()
     if cell.folder.name in known
   ]
   if found:
     draw(found, given.results / "ablations.png")
+    (given.results / "ablations.md").write_text(table(found))
 
 
 if __name__ == "__main__":

@@ -243,6 +243,10 @@ def test_ablations_cost_what_the_table_costs(compare, tmp_path):
     | {"test_accuracy_p": 0.5}
     for value, score in ((1, 0.7), (10, 0.8), (10, 0.9))
   ]
+  assert ablations["table"](cells).splitlines()[2:] == [
+    "| T | 1 | 0.700 | 0.500 | 1 |",
+    "| T | 10 | 0.850 (0.800 to 0.900) | 0.500 (0.500 to 0.500) | 2 |",
+  ]
   ablations["draw"](cells, tmp_path / "ablations.png")
   assert (tmp_path / "ablations.png").stat().st_size > 0
 
