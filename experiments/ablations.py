@@ -70,7 +70,10 @@ def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
 def scores(
   results: Sequence[dict[str, Any]], name: str
 ) -> dict[Any, dict[str, list[float]]]:
-  """Returns a choice's values -> {"s, kept": test scores, "p": test scores}."""
+  """Returns a choice's values -> {"s, kept": test scores, "p": test scores}.
+
+  Nothing where there is but one value.
+  """
   found: dict[Any, dict[str, list[float]]] = {}
   for value in FIELDS[name][1]:
     rows = [r for r in results if (r["ablation"], r["value"]) == (name, value)]
@@ -79,7 +82,7 @@ def scores(
         label: [r[f"test_{get(r['task']).metric}{ending}"] for r in rows]
         for label, ending in (("s, kept", ""), ("p", "_p"))
       }
-  return found
+  return found if len(found) > 1 else {}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
