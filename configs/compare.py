@@ -9,8 +9,8 @@ where rows are long they are fewer, so that it is also the same in tokens.
 `size=opt-1.3b` is the same comparison on an accelerator, with the work of the
 paper's runs.
 
-Learning rates of `bilevel`, `peft` and `mezo` were chosen on the selection rows
-of SST-2 and COPA, seed 100, by the same number of trials each
+Learning rates of `bilevel`, `peft` and `mezo` were chosen on selection rows of
+seed 100, by nine trials each on SST-2 and some on COPA and TREC
 (experiments/README.md); those of the others follow from them or are usual ones.
 """
 
