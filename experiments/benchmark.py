@@ -163,7 +163,7 @@ def metatrain(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
 def _resident(side: str, work: workload.Work) -> dict[str, Any]:
   """Gives the peak of a run over a toy's, and the bytes of the backbone."""
   name = next(n for n, other in workload.WORKS.items() if other is work)
-  whole, toy = memory.measure(side, name), memory.measure(side, "toy")
+  whole, toy = memory.measure(side, name), memory.measure(side, name, "toy")
   return timing.bytes_ratio(
     whole["peak_bytes"] - toy["peak_bytes"], whole["base_bytes"]
   )
@@ -241,7 +241,10 @@ def _parse() -> argparse.Namespace:
   parser.add_argument("--only", default="", help="fields, by commas")
   parser.add_argument("--repeats", type=int, default=5, help="pairs")
   parser.add_argument(
-    "--tiny", action="store_true", help="try the benchmark itself out"
+    "--work",
+    choices=workload.WORKS,
+    default="full",
+    help="sizes: large for a GPU, tiny to try the benchmark itself out",
   )
   args = parser.parse_args()
   args.only = [name for name in args.only.split(",") if name]
@@ -261,7 +264,7 @@ def _parse() -> argparse.Namespace:
 def main() -> None:
   """Measures the fields that are asked for."""
   args = _parse()
-  work = workload.TINY if args.tiny else workload.FULL
+  work = workload.WORKS[args.work]
   wanted = args.only or list(FIELDS)
   has_torch = importlib.util.find_spec("torch") is not None
   left_out = [name for name in wanted if FIELDS[name].torch and not has_torch]
@@ -272,6 +275,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
+    # Both frameworks live on one GPU, and take of it what they need.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   results: Results = {}
   about = {"machine": timing.machine(), "versions": timing.versions()}
   for group, measure in GROUPS.items():

@@ -156,6 +156,8 @@ def result(folder: pathlib.Path) -> dict[str, Any]:
     if scores:
       curve.append({**spent, **{name: row[name] for name in scores}})
   summary = json.loads((folder / "summary.json").read_text())
+  if summary.get("device", "cpu") != "cpu":
+    by |= {"processor": summary["device"]}
   return {
     "cell": folder.name,
     **summary,

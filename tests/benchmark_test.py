@@ -7,6 +7,9 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import launches
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -34,7 +37,7 @@ def test_it_writes_the_fields_that_are_asked_for(tmp_path):
   sizes = ["temp_over_params.step"]
   path = tmp_path / "results.json"
   done = run(
-    "--tiny",
+    "--work=tiny",
     "--repeats=2",
     f"--json={path}",
     f"--only={','.join(times + sizes)}",
@@ -67,3 +70,37 @@ def test_it_says_what_is_wrong(tmp_path, argument, message):
   done = run(f"--json={tmp_path / 'results.json'}", argument)
   assert done.returncode == 2
   assert message in done.stderr
+
+
+PROGRAM = """HloModule made_up
+
+%turn (state: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %state = (s32[], f32[8]{0}) parameter(0)
+  %i = s32[] get-tuple-element(%state), index=0
+  %x = f32[8]{0} get-tuple-element(%state), index=1
+  %j = s32[] fusion(%i), kind=kLoop, calls=%next
+  %begun = ((f32[8]{0}), f32[8]{0}) fusion-start(%x), kind=kLoop, calls=%twice
+  %y = f32[8]{0} fusion-done(%begun)
+  ROOT %new = (s32[], f32[8]{0}) tuple(%j, %y)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %first = (s32[], f32[8]{0}) fusion(%x), kind=kLoop, calls=%make
+  %loop = (s32[], /*index=1*/f32[8]{0}) while(%first), condition=%goes_on, \
+body=%turn, backend_config={"known_trip_count":{"n":"5"}}
+  ROOT %out = f32[8]{0} get-tuple-element(%loop), index=1
+}
+"""
+
+
+def test_kernels_are_counted_for_every_turn_of_a_loop():
+  assert launches.launches(PROGRAM) == 1 + 5 * 2
+  with pytest.raises(ValueError, match="unknown length: turn"):
+    launches.launches(PROGRAM.replace("known_trip_count", "guessed"))
+
+
+def test_kernels_of_a_compiled_program():
+  double = lambda x: jax.lax.fori_loop(0, 7, lambda _, x: jnp.sin(x @ x), x)
+  text = jax.jit(double).lower(jnp.ones((64, 64))).compile().as_text()
+  assert launches.launches(text) >= 7 * 2

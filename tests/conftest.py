@@ -23,7 +23,8 @@ import pytest
 
 from zofo_jax import config as config_lib
 
-jax.config.update("jax_platforms", "cpu")
+# Tests of one device run on others, too: ZOFO_TEST_PLATFORM=cuda
+jax.config.update("jax_platforms", os.environ.get("ZOFO_TEST_PLATFORM", "cpu"))
 # Sharding is tested on one machine: eight devices in one process.
 jax.config.update("jax_num_cpu_devices", 8)
 # Broadcasting between different ranks is written out, or it is a mistake.

@@ -57,6 +57,16 @@ def test_looped_cipher_gives_the_same_bits():
   np.testing.assert_array_equal([e[1] for e in each], np.ravel(alone))
 
 
+@pytest.mark.parametrize(
+  "platform, loops", [("cpu", True), ("tpu", True), ("cuda", False)]
+)
+def test_loops_only_where_they_cost_no_launches(platform, loops):
+  draw = jax.jit(lambda key: noise.rademacher(key, noise.Block(0, 128), 8))
+  text = draw.trace(KEY).lower(lowering_platforms=(platform,)).as_text()
+  assert ("stablehlo.while" in text) == loops
+  assert ("optimization_barrier" in text) != loops
+
+
 def test_fold_in_gives_distinct_keys():
   count = jnp.arange(200, dtype=jnp.uint32)
   keys = noise.fold_in(KEY, count[:, None], count[None, :])

@@ -247,6 +247,20 @@ def test_a_donated_tree_is_written_in_place(kind, count):
   assert memory.temp_size_in_bytes < 0.5 * leaf.nbytes
 
 
+@pytest.mark.parametrize(
+  "platform, loops", [("cpu", False), ("cuda", False), ("tpu", True)]
+)
+def test_layers_are_written_at_once_or_one_by_one(platform, loops):
+  sampler, keys = sampler_lib.Sampler(directions.Gaussian()), _keys(1)
+  tree = {"layers": {"kernel": jnp.zeros((24, 256, 512))}}
+  lowered = (
+    jax.jit(lambda tree, c: sampler.add(tree, keys, c))
+    .trace(tree, jnp.ones(1))
+    .lower(lowering_platforms=(platform,))
+  )
+  assert ("dynamic_update_slice" in lowered.as_text()) == loops
+
+
 def test_no_layer_may_move():
   tree, keys = _tree(), _keys(1)
   sampler = sampler_lib.Sampler(RADEMACHER, layers=())

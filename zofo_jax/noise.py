@@ -6,6 +6,7 @@ An element's bits depend on the key and its (row, column) alone: any slice, any
 sharding and any order of evaluation give the same numbers.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,8 +100,7 @@ def shared(
   """Returns threefry2x32(key, high, low), or `finish` of it, from memory.
 
   For numbers that many elements share: XLA merges what it can with its use, and
-  would compute them anew for each of these elements, but never reaches into a
-  loop. Also quicker to compile.
+  would compute them anew for each of these elements.
 
   Args:
     key: as for `threefry2x32`; so are `high` and `low`.
@@ -110,6 +110,25 @@ def shared(
 
   Returns:
     The two words, or what `finish` makes of them.
+  """
+
+  def at_once(key, high, low):
+    words = threefry2x32(key, high, low)
+    return jax.lax.optimization_barrier(finish(*words) if finish else words)
+
+  return jax.lax.platform_dependent(
+    *(key, high, low),
+    cuda=at_once,
+    rocm=at_once,
+    default=functools.partial(_looped, finish=finish),
+  )
+
+
+def _looped(key, high, low, finish):
+  """Returns what `shared` does, by a loop, which XLA never reaches into.
+
+  For where barriers are gone before XLA merges. On a GPU they are not, and each
+  turn would be launched by itself. Also quicker to compile.
   """
   schedule = jnp.stack(_schedule(key))
   rotations = jnp.array(_ROTATIONS, jnp.uint32)

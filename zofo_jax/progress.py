@@ -159,10 +159,14 @@ def program_bytes(program: Any) -> int | None:
 def memory() -> dict[str, int]:
   """Returns what a log line says of memory, in bytes.
 
-  The process's resident size, now and at most; the fullest device's at most,
-  where devices tell.
+  The process's resident size now, and `peaks`.
   """
-  found = {"rss_bytes": rss_bytes(), "peak_rss_bytes": peak_rss_bytes()}
+  return {"rss_bytes": rss_bytes(), **peaks()}
+
+
+def peaks() -> dict[str, int]:
+  """Returns the most that the process held and, if it tells, a device."""
+  found = {"peak_rss_bytes": peak_rss_bytes()}
   if (peak := device_bytes("peak_bytes_in_use")) is not None:
     found["peak_device_bytes"] = peak
   return found

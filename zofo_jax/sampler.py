@@ -174,11 +174,13 @@ class Sampler:
         axes = (0, 1, None if round_key is None else 0)
         return jax.vmap(new, axes)(leaf, leaf_keys, round_key)
 
-      # On CPU one pass over the memory, which XLA takes in place and in
-      # parallel; elsewhere it would need as much again.
+      # One pass over the memory, in parallel and in place but on TPU, which
+      # would need as much again.
       return jax.lax.platform_dependent(
         *(leaf, into, leaf_keys, round_key),
         cpu=at_once,
+        cuda=at_once,
+        rocm=at_once,
         default=functools.partial(self._write_layers, new, into is leaf),
       )
     return self._write_layers(

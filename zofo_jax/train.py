@@ -217,7 +217,8 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
     "train_seconds": record["seconds"],
     "compile_seconds": record["compile_seconds"],
     "program_bytes": record["program_bytes"],
-    "peak_rss_bytes": progress_lib.peak_rss_bytes(),
+    "device": jax.devices()[0].device_kind,
+    **progress_lib.peaks(),
   }
   report.write_json(folder / "summary.json", summary)
   report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")

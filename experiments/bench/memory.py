@@ -1,7 +1,8 @@
 """A whole bilevel run in a process of its own, for its peak memory.
 
-`python memory.py {ours,theirs} {full,tiny,toy}` prints JSON: the most that was
-ever resident, and the bytes of the backbone.
+`python memory.py {ours,theirs} {full,large,tiny} [toy]` prints JSON: the most
+that was ever held, and the bytes of the backbone. On a GPU that is what the
+framework allocated there, else what was resident.
 """
 
 import json
@@ -12,7 +13,7 @@ import sys
 NUM_ITERATIONS = 3
 
 
-def peak_bytes() -> int:
+def resident_peak_bytes() -> int:
   """Returns the most memory that this process ever held (Linux)."""
   # Not getrusage, whose peak counts the process that started this one.
   for line in pathlib.Path("/proc/self/status").read_text().splitlines():
@@ -21,18 +22,18 @@ def peak_bytes() -> int:
   raise RuntimeError("No VmHWM in /proc/self/status; expected Linux.")
 
 
-def measure(side: str, work: str) -> dict[str, int]:
+def measure(side: str, *work: str) -> dict[str, int]:
   """Runs this file and returns what it prints.
 
   Args:
     side: "ours" or "theirs".
-    work: a name in `workload.WORKS`.
+    *work: a name in `workload.WORKS`; "toy" after it for next to no model.
 
   Returns:
     {"peak_bytes": ..., "base_bytes": ...}.
   """
   done = subprocess.run(
-    [sys.executable, __file__, side, work],
+    [sys.executable, __file__, side, *work],
     check=True,
     stdout=subprocess.PIPE,
     text=True,
@@ -40,18 +41,21 @@ def measure(side: str, work: str) -> dict[str, int]:
   return json.loads(done.stdout.splitlines()[-1])
 
 
-def main(side: str, name: str) -> None:
+def main(side: str, name: str, model: str = "") -> None:
   """Runs a few iterations of one side."""
   sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
   from bench import workload
 
   work = workload.WORKS[name]
+  if model == "toy":
+    work = workload.toy(work)
   if side == "ours":
     from bench import ours
 
     run = ours.make_bilevel(work)
     for _ in range(NUM_ITERATIONS):
       run.iteration()
+    on_device = ours.device_peak_bytes()
   else:
     from bench import theirs
 
@@ -59,7 +63,9 @@ def main(side: str, name: str) -> None:
     for _ in range(NUM_ITERATIONS):
       run.inner()
       run.outer()
-  print(json.dumps({"peak_bytes": peak_bytes(), "base_bytes": run.base_bytes}))
+    on_device = theirs.device_peak_bytes()
+  peak = resident_peak_bytes() if on_device is None else on_device
+  print(json.dumps({"peak_bytes": peak, "base_bytes": run.base_bytes}))
 
 
 if __name__ == "__main__":

@@ -22,9 +22,10 @@ DIRECTIONS = {
   "low_rank": zofo.directions.LowRank(rank=4),
   "gaussian": zofo.directions.Gaussian(),
 }
+_RATE = 1e-7
 
 
-def _llama(sizes: workload.Decoder) -> llama.Llama:
+def llama_module(sizes: workload.Decoder) -> llama.Llama:
   config = llama.LlamaConfig(
     vocab_size=sizes.vocab_size,
     hidden_size=sizes.hidden_size,
@@ -52,20 +53,25 @@ def _opt(sizes: workload.Decoder) -> opt.Opt:
   return opt.Opt(config)
 
 
-def _random_base(module: Any) -> Any:
-  """Makes float32 weights, one host copy of a leaf at a time."""
+def _random_base(module: Any, dtype: str) -> Any:
+  """Makes weights, one host copy of a leaf at a time."""
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   shapes = jax.eval_shape(module.init, jax.random.key(0), *[ids] * 5)["params"]
   rng = np.random.default_rng(0)
 
   def leaf(path, shape):
     if zofo.perturbed.path_name(path).endswith("scale"):
-      return jnp.ones(shape.shape, jnp.float32)
+      return jnp.ones(shape.shape, dtype)
     values = rng.standard_normal(shape.shape, np.float32)
     values *= 0.02
-    return jnp.array(values)
+    return jnp.asarray(values, dtype)
 
   return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def device_peak_bytes() -> int | None:
+  """Returns the most that was allocated on the device; None on a CPU."""
+  return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def num_bytes(tree: Any) -> int:
@@ -73,7 +79,7 @@ def num_bytes(tree: Any) -> int:
   return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _batch(rows: workload.Rows) -> losses.Batch:
+def make_batch(rows: workload.Rows) -> losses.Batch:
   """Makes a batch whose loss is -log p of each row's target."""
   count = len(rows.tokens)
   zeros = np.zeros((count, 1, 1), np.int32)
@@ -108,8 +114,24 @@ class Zo(NamedTuple):
   base_bytes: int
 
 
+def zo_step(
+  loss: Callable[[Any, losses.Batch], jax.Array],
+  direction: zofo.directions.Direction,
+) -> Callable[..., tuple[Any, Any]]:
+  """Makes a central estimate along one direction with SGD in place."""
+  sampler = zofo.Sampler(direction, lazy=True)
+  sgd = zofo.outer.sgd(_RATE)
+
+  def step(base, state, batch, key):
+    objective = lambda base: loss(base, batch)
+    found = zofo.zo.estimate(objective, base, key, 1e-3, sampler=sampler)
+    return sgd.update(base, state, found, sampler, objective, key)
+
+  return step
+
+
 def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
-  """Compiles a central estimate along one direction with SGD in place.
+  """Compiles the step of each kind.
 
   Args:
     work: the sizes.
@@ -118,31 +140,21 @@ def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
   Returns:
     The step of each kind; all share one set of weights.
   """
-  module = _llama(work.llama)
+  module = llama_module(work.llama)
   rows = workload.full_rows(work.llama_rows, work.llama.vocab_size)
-  batch = _batch(rows)
+  batch = make_batch(rows)
   loss_fn = backbone.make_loss_fn("likelihood", module)
-  sgd = zofo.outer.sgd(1e-7)
-  base = _random_base(module)
-  held = {"base": base, "state": sgd.init(base), "step": 0}
+  base = _random_base(module, work.dtype)
+  state = zofo.outer.sgd(_RATE).init(base)
+  held = {"base": base, "state": state, "step": 0}
 
   def loss(base, batch):
     return loss_fn(base, {}, batch, None)
 
-  def make_step(direction):
-    sampler = zofo.Sampler(direction, lazy=True)
-
-    def step(base, state, batch, key):
-      objective = lambda base: loss(base, batch)
-      found = zofo.zo.estimate(objective, base, key, 1e-3, sampler=sampler)
-      return sgd.update(base, state, found, sampler, objective, key)
-
-    return step
-
   key = jax.random.key(0)
   forward = jax.jit(loss).lower(base, batch).compile()
   compiled = {
-    kind: jax.jit(make_step(DIRECTIONS[kind]), donate_argnums=0)
+    kind: jax.jit(zo_step(loss, DIRECTIONS[kind]), donate_argnums=0)
     .lower(base, held["state"], batch, key)
     .compile()
     for kind in kinds
@@ -198,7 +210,7 @@ def make_bilevel(work: workload.Work) -> Bilevel:
     The iteration with and without its inner loop, on one state.
   """
   module = _opt(work.opt)
-  base = _random_base(module)
+  base = _random_base(module, work.dtype)
   base_bytes = num_bytes(base)
   run = _iterate(work, module, base)
   without, rows = (
@@ -231,7 +243,7 @@ def _iterate(
     backbone.make_loss_fn("likelihood", module),
     lower_tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)),
     upper_tx=optax.adam(1e-4),
-    base_tx=zofo.outer.sgd(1e-7),
+    base_tx=zofo.outer.sgd(_RATE),
     sampler=zofo.Sampler(zofo.directions.Rademacher(), lazy=True),
     over_tasks=bool(num_tasks),
   )
@@ -256,7 +268,7 @@ def _iteration_rows(
   """Makes the rows of an iteration of so many inner steps."""
 
   def batch(seed):
-    return _batch(workload.padded_rows(shape, work.opt.vocab_size, seed))
+    return make_batch(workload.padded_rows(shape, work.opt.vocab_size, seed))
 
   inner = [batch(seed) for seed in range(max(num_steps, 1))]
   lower = jax.tree.map(lambda *leaves: jnp.stack(leaves)[:num_steps], *inner)
@@ -293,8 +305,10 @@ def make_metatrain(work: workload.Work) -> Metatrain:
     penalty=jax.tree.map(lambda leaf: divide(leaf, 0), whole.penalty),
     upper=jax.tree.map(lambda leaf: divide(leaf, 0), whole.upper),
   )
-  over_tasks = _iterate(work, module, _random_base(module), count)
-  single = _iterate(work, module, _random_base(module))
+  over_tasks, single = (
+    _iterate(work, module, _random_base(module, work.dtype), num_tasks)
+    for num_tasks in (count, 0)
+  )
   return Metatrain(lambda: over_tasks(parts), lambda: single(whole))
 
 
@@ -307,8 +321,8 @@ def make_evaluation(work: workload.Work) -> Callable[[], Any]:
   Returns:
     A function that scores all rows; the first call compiles.
   """
-  module = _llama(work.llama)
-  base = _random_base(module)
+  module = llama_module(work.llama)
+  base = _random_base(module, work.dtype)
   examples = [
     encode.Example(
       rows=(

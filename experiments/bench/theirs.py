@@ -18,7 +18,28 @@ from bench import workload
 _EPS = 1e-3
 
 
-def _llama(sizes: workload.Decoder) -> Any:
+# A test of the benchmark on a CPU stays there.
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+  """Waits for the device."""
+  if _DEVICE == "cuda":
+    torch.cuda.synchronize()
+
+
+def device_peak_bytes() -> int | None:
+  """Returns the most that was allocated on the device; None on a CPU."""
+  return torch.cuda.max_memory_allocated() if _DEVICE == "cuda" else None
+
+
+def _place(model: Any, config: Any, dtype: str) -> Any:
+  """Makes a model of random weights on the device."""
+  with torch.device(_DEVICE):
+    return model(config).to(getattr(torch, dtype)).eval()
+
+
+def _llama(sizes: workload.Decoder, dtype: str) -> Any:
   config = transformers.LlamaConfig(
     vocab_size=sizes.vocab_size,
     hidden_size=sizes.hidden_size,
@@ -30,10 +51,10 @@ def _llama(sizes: workload.Decoder) -> Any:
     tie_word_embeddings=True,
     use_cache=False,
   )
-  return transformers.LlamaForCausalLM(config).float().eval()
+  return _place(transformers.LlamaForCausalLM, config, dtype)
 
 
-def _opt(sizes: workload.Decoder) -> Any:
+def _opt(sizes: workload.Decoder, dtype: str) -> Any:
   config = transformers.OPTConfig(
     vocab_size=sizes.vocab_size,
     hidden_size=sizes.hidden_size,
@@ -45,7 +66,7 @@ def _opt(sizes: workload.Decoder) -> Any:
     dropout=0.0,
     use_cache=False,
   )
-  return transformers.OPTForCausalLM(config).float().eval()
+  return _place(transformers.OPTForCausalLM, config, dtype)
 
 
 class Batch(NamedTuple):
@@ -59,18 +80,18 @@ class Batch(NamedTuple):
 
 def _batch(rows: workload.Rows) -> Batch:
   return Batch(
-    tokens=torch.from_numpy(rows.tokens).long(),
-    mask=torch.from_numpy(rows.mask()).long(),
-    last=torch.from_numpy(rows.lengths).long() - 1,
-    target=torch.from_numpy(rows.targets).long(),
+    tokens=torch.from_numpy(rows.tokens).long().to(_DEVICE),
+    mask=torch.from_numpy(rows.mask()).long().to(_DEVICE),
+    last=torch.from_numpy(rows.lengths).long().to(_DEVICE) - 1,
+    target=torch.from_numpy(rows.targets).long().to(_DEVICE),
   )
 
 
 def _loss(model: Any, batch: Batch) -> torch.Tensor:
   logits = model(input_ids=batch.tokens, attention_mask=batch.mask).logits
-  rows = torch.arange(len(batch.tokens))
+  rows = torch.arange(len(batch.tokens), device=_DEVICE)
   return torch.nn.functional.cross_entropy(
-    logits[rows, batch.last], batch.target
+    logits[rows, batch.last].float(), batch.target
   )
 
 
@@ -78,7 +99,7 @@ def _directions(parameters: list[torch.Tensor], seed: int) -> Any:
   """Yields (parameter, z) with the same z for the same seed."""
   torch.manual_seed(seed)
   for parameter in parameters:
-    yield parameter, torch.randn(parameter.shape)
+    yield parameter, torch.randn_like(parameter)
 
 
 def _perturb(parameters: list[torch.Tensor], seed: int, scale: float) -> None:
@@ -98,7 +119,7 @@ def make_mezo(work: workload.Work) -> Callable[[], None]:
   Returns:
     A function that takes a step.
   """
-  model = _llama(work.llama)
+  model = _llama(work.llama, work.dtype)
   batch = _batch(workload.full_rows(work.llama_rows, work.llama.vocab_size))
   parameters = list(model.parameters())
   seeds = np.random.default_rng(0)
@@ -113,6 +134,7 @@ def make_mezo(work: workload.Work) -> Callable[[], None]:
     _perturb(parameters, seed, _EPS)
     coefficient = float((plus - minus) / (2 * _EPS))
     _perturb(parameters, seed, -1e-7 * coefficient)
+    synchronize()
 
   return step
 
@@ -125,13 +147,14 @@ class _TwoLora(torch.nn.Module):
     self.linear = linear
     self.active = "upper"
     size_in, size_out = linear.in_features, linear.out_features
+    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
     self.a, self.b = (
       torch.nn.ParameterDict(
         {name: torch.nn.Parameter(make()) for name in ("upper", "lower")}
       )
       for make in (
-        lambda: torch.randn(size_in, rank) / size_in**0.5,
-        lambda: torch.zeros(rank, size_out),
+        lambda: torch.randn(size_in, rank, **like) / size_in**0.5,
+        lambda: torch.zeros(rank, size_out, **like),
       )
     )
     self.scale = 16.0 / rank
@@ -169,7 +192,7 @@ def make_bilevel(work: workload.Work) -> Bilevel:
   Returns:
     The two parts.
   """
-  model = _opt(work.opt)
+  model = _opt(work.opt, work.dtype)
   backbone = list(model.parameters())
   for parameter in backbone:
     parameter.requires_grad_(False)
@@ -214,6 +237,7 @@ def make_bilevel(work: workload.Work) -> Bilevel:
       loss("lower", rows).backward()
       torch.nn.utils.clip_grad_norm_(lower, 1.0)
       lower_adam.step()
+    synchronize()
 
   def outer():
     outer_adam.zero_grad()
@@ -227,6 +251,7 @@ def make_bilevel(work: workload.Work) -> Bilevel:
     for parameter, z in _directions(backbone, seed):
       parameter.grad = z.mul_(coefficient)
     outer_adam.step()
+    synchronize()
 
   return Bilevel(
     inner=inner,
@@ -258,7 +283,7 @@ def make_evaluation(work: workload.Work) -> Evaluation:
   Returns:
     Functions that return scores, float32 [rows, options].
   """
-  model = _llama(work.llama)
+  model = _llama(work.llama, work.dtype)
   tokens = workload.scored_rows(work)
   order = sorted(range(len(tokens)), key=lambda i: len(tokens[i]))
 
@@ -269,7 +294,9 @@ def make_evaluation(work: workload.Work) -> Evaluation:
     for i, row in enumerate(rows):
       padded[i, : len(row)] = torch.tensor(row)
     mask = torch.arange(padded.shape[1])[None] < lengths[:, None]
-    logits = model(input_ids=padded, attention_mask=mask.long()).logits
+    logits = model(
+      input_ids=padded.to(_DEVICE), attention_mask=mask.long().to(_DEVICE)
+    ).logits
     last = logits[torch.arange(len(rows)), lengths - 1 - shift]
     return torch.log_softmax(last.float(), dim=-1)
 
@@ -281,16 +308,14 @@ def make_evaluation(work: workload.Work) -> Evaluation:
     return scores
 
   def each_option(rows):
-    return torch.stack(
-      [
-        log_probs([[*row, option] for row in rows], 1)[:, option]
-        for option in workload.OPTIONS
-      ],
-      dim=1,
-    ).numpy()
+    scores = [
+      log_probs([[*row, option] for row in rows], 1)[:, option]
+      for option in workload.OPTIONS
+    ]
+    return torch.stack(scores, dim=1).cpu().numpy()
 
   def all_options(rows):
-    return log_probs(rows, 0)[:, list(workload.OPTIONS)].numpy()
+    return log_probs(rows, 0)[:, list(workload.OPTIONS)].cpu().numpy()
 
   return Evaluation(
     by_option=torch.inference_mode()(lambda: score(each_option)),

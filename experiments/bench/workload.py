@@ -48,6 +48,7 @@ class Work:
     num_scored: rows of evaluation.
     scored_lengths: shortest and longest row of evaluation, in tokens.
     scored_batch: rows of evaluation at a time.
+    dtype: of weights and arithmetic.
   """
 
   llama: Decoder
@@ -61,6 +62,7 @@ class Work:
   num_scored: int
   scored_lengths: tuple[int, int]
   scored_batch: int
+  dtype: str = "float32"
 
 
 FULL = Work(
@@ -90,10 +92,22 @@ TINY = Work(
   scored_lengths=(4, 12),
   scored_batch=4,
 )
-# What a program takes that has next to no model.
-TOY = dataclasses.replace(FULL, opt=Decoder(128, 16, 32, 1, 2, 2, 64))
+# For an accelerator.
+LARGE = dataclasses.replace(
+  FULL,
+  llama=Decoder(32000, 2048, 5632, 22, 32, 4),  # TinyLlama-1.1B
+  opt=Decoder(50272, 2048, 8192, 24, 32, 32),  # OPT-1.3B
+  num_scored=1024,
+  scored_batch=64,
+  dtype="bfloat16",
+)
 
-WORKS = {"full": FULL, "tiny": TINY, "toy": TOY}
+WORKS = {"full": FULL, "large": LARGE, "tiny": TINY}
+
+
+def toy(work: Work) -> Work:
+  """Returns the same work on a bilevel model that has next to no weights."""
+  return dataclasses.replace(work, opt=Decoder(128, 16, 32, 1, 2, 2, 64))
 
 
 class Rows(NamedTuple):

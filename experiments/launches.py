@@ -1,0 +1,141 @@
+"""How many kernels a zeroth-order step launches, read off XLA's program.
+
+  python experiments/launches.py --work large [--target FILE]
+
+Small batches on a GPU take the time of their launches. The programs are those
+of benchmark.py, compiled from shapes: for the device that is there, or, with
+jax's CUDA plugin and no GPU, for the one that FILE describes, a
+GpuTargetConfigProto in text as XLA keeps one for every chip. Prints each
+program's kernels, a loop's body counted for every turn, and its temporaries.
+"""
+
+import argparse
+import os
+import pathlib
+import re
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+from bench import ours, workload
+
+import zofo_jax as zofo
+from zofo_jax import backbone
+
+# What XLA:GPU launches nothing for, or only on the host.
+FREE = frozenset(
+  {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while"}
+  | {"call", "conditional", "after-all", "partition-id", "replica-id"}
+)
+
+
+def device(target: pathlib.Path | None) -> jax.Device:
+  """Returns the device to compile for, described by a file if there is one."""
+  if target is None:
+    return jax.devices()[0]
+  from jax.experimental import topologies
+
+  found = topologies.get_topology_desc(
+    platform="cuda",
+    topology_name="",
+    target_config=target.read_text(),
+    topology="1x1x1",
+  )
+  return found.devices[0]
+
+
+def computations(text: str) -> tuple[dict[str, list[str]], str]:
+  """Returns an HLO module's computations by name, and the entry's name."""
+  found: dict[str, list[str]] = {}
+  name = entry = ""
+  for line in text.splitlines():
+    head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+    if head:
+      name = head[2]
+      found[name] = []
+      entry = name if head[1] else entry
+    elif name and line.startswith("  "):
+      found[name].append(line)
+  return found, entry
+
+
+def launches(text: str) -> int:
+  """Counts the instructions of an HLO module that run as kernels.
+
+  Raises:
+    ValueError: nobody knows how often a loop turns.
+  """
+  found, entry = computations(text)
+
+  def count(name: str) -> int:
+    total = 0
+    for line in found[name]:
+      # A type has no word before a bracket.
+      operation = re.search(r" = .*?(?<= )([a-z][\w\-]*)\(", line)
+      if not operation:
+        continue
+      called = dict(re.findall(r"(body|to_apply)=%?([\w.\-]+)", line))
+      if operation[1] == "while":
+        turns = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+        if not turns:
+          raise ValueError(f"a loop of unknown length: {called['body']}")
+        total += int(turns[1]) * count(called["body"])
+      elif operation[1] == "call":
+        total += count(called["to_apply"])
+      # What runs beside others is a start and an end.
+      total += operation[1] not in FREE and not operation[1].endswith("-done")
+    return total
+
+  return count(entry)
+
+
+def programs(work: workload.Work, on: jax.Device):
+  """Yields (name, compiled program) of a forward pass and of each kind."""
+  sharding = jax.sharding.SingleDeviceSharding(on)
+
+  def abstract(tree, dtype=None):
+    def leaf(x):
+      new = dtype if jnp.issubdtype(x.dtype, jnp.floating) and dtype else None
+      return jax.ShapeDtypeStruct(x.shape, new or x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, tree)
+
+  module = ours.llama_module(work.llama)
+  rows = workload.full_rows(work.llama_rows, work.llama.vocab_size)
+  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *[ids] * 5)["params"]
+  base = abstract(shapes, jnp.dtype(work.dtype))
+  batch, key = abstract(ours.make_batch(rows)), abstract(jax.random.key(0))
+  loss_fn = backbone.make_loss_fn("likelihood", module)
+  loss = lambda base, batch: loss_fn(base, {}, batch, None)
+  yield "forward", jax.jit(loss).trace(base, batch).lower().compile()
+  for name, direction in ours.DIRECTIONS.items():
+    step = ours.zo_step(loss, direction)
+    state = abstract(jax.eval_shape(zofo.outer.sgd(0.0).init, base))
+    traced = jax.jit(step, donate_argnums=0).trace(base, state, batch, key)
+    yield name, traced.lower().compile()
+
+
+def main() -> None:
+  """Prints the table."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+  )
+  parser.add_argument("--work", choices=workload.WORKS, default="full")
+  parser.add_argument("--target", type=pathlib.Path)
+  given = parser.parse_args()
+  if given.target:
+    # Of the plugin, whose wheels may lie beside no CUDA.
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+  on = device(given.target)
+  table = rich.table.Table("program", "kernels", "temporaries, MB")
+  for name, compiled in programs(workload.WORKS[given.work], on):
+    size = compiled.memory_analysis().temp_size_in_bytes
+    kernels = launches(compiled.as_text())
+    table.add_row(name, str(kernels), f"{size / 1e6:.0f}")
+  rich.console.Console().print(table)
+
+
+if __name__ == "__main__":
+  main()
