@@ -51,6 +51,18 @@ def test_command_line(command_line, tiny_model, tiny_rows, tmp_path):
   assert low <= outcome["accuracy"] <= high
 
 
+def test_rows_too_long_to_be_trained_on_are_answered(config, tmp_path):
+  config.icl.num_shots = 2
+  whole = modes.icl(config, str(tmp_path))
+  scores = [line["scores"] for line in lines(tmp_path / "icl.jsonl")]
+  config.data.max_length = 4
+  with pytest.raises(errors.UserError, match="at most 4 fit"):
+    modes.icl(config, str(tmp_path))
+  config.data.long_rows = "drop"
+  assert modes.icl(config, str(tmp_path)) == whole
+  assert [x["scores"] for x in lines(tmp_path / "icl.jsonl")] == scores
+
+
 def test_sets_of_demonstrations_and_calibration(config, tmp_path):
   config.icl.num_shots = 2
   config.icl.num_sets = 2

@@ -64,7 +64,7 @@ def encode_shown(
       task,
       row,
       run.model.tokenizer,
-      max_length=max_length or experiment.row_length(config, run.model),
+      max_length=max_length or experiment.scored_length(config, run.model),
       version=version,
       long_rows="truncate" if truncate else "error",
       prompt=prompt,

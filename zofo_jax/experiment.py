@@ -106,6 +106,18 @@ def row_length(config: ml_collections.ConfigDict, model: backbone.Model) -> int:
   return min(config.data.max_length, context_length(config, model))
 
 
+def scored_length(
+  config: ml_collections.ConfigDict, model: backbone.Model
+) -> int:
+  """Returns the longest row that is answered, in tokens.
+
+  All that the model takes where rows that are trained on would be dropped.
+  """
+  if config.data.long_rows == "drop":
+    return context_length(config, model)
+  return row_length(config, model)
+
+
 def load_rows(
   config: ml_collections.ConfigDict, task: tasks.Task
 ) -> data.Splits:
@@ -205,16 +217,14 @@ def encode_scored(
   if task.kind == "generation":
     return load_questions(config, model, task, found)
   long_rows = config.data.long_rows
-  dropped = long_rows == "drop"
-  context = context_length(config, model)
   return encode.encode_rows(
     task,
     found,
     model.tokenizer,
     "classification",
-    max_length=context if dropped else row_length(config, model),
+    max_length=scored_length(config, model),
     version=config.data.template,
-    long_rows="error" if dropped else long_rows,
+    long_rows="error" if long_rows == "drop" else long_rows,
   )
 
 
