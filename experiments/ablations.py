@@ -26,6 +26,7 @@ from zofo_jax.tasks import get
 ROOT = pathlib.Path(__file__).parents[1]
 FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
   "lambda": ("penalty", (1.0, 10.0, 100.0)),
+  "lambda over time": ("penalty_schedule", ("constant", "linear")),
   "T": ("lower.num_steps", (1, 5, 10, 20)),
   "directions": ("zo.num_directions", (1, 2, 4)),
   "eps": ("zo.eps", (1e-4, 1e-3, 1e-2)),

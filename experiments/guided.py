@@ -66,7 +66,7 @@ def run_one(task, seed, data, most):
   examples = experiment.load_examples(config, run.model, run.task)
   shape = experiment.train_shape(examples)
   loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
-  step_fn, hparams = run.jit_step(), algorithms.make_hparams(config)
+  step_fn = run.jit_step()
 
   def towards(base, before, after):
     there, here = (adapters.merge_lora(base, s) for s in (after, before))
@@ -80,7 +80,7 @@ def run_one(task, seed, data, most):
   @jax.jit
   def objective(base, before, p, s, batch, length):
     moved = move(base, before, s, length)
-    return loss_fn(moved, p, batch.upper, None) + hparams.penalty * (
+    return loss_fn(moved, p, batch.upper, None) + config.penalty * (
       loss_fn(moved, p, batch.penalty, None)
       - loss_fn(moved, s, batch.penalty, None)
     )
@@ -92,6 +92,7 @@ def run_one(task, seed, data, most):
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)
     batch = run.put(rows)
     before, p = (jax.tree.map(jnp.copy, t) for t in (state.lower, state.upper))
+    hparams = algorithms.make_hparams(config, number)
     state, _ = step_fn(state, batch, hparams)
     values = [
       float(objective(state.base, before, p, state.lower, batch, length))

@@ -21,7 +21,7 @@ from typing import Any
 
 from bench import timing
 
-from zofo_jax import report, sweep
+from zofo_jax import report, sweep, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 TASKS = ("sst2", "copa", "wic", "trec", "cb", "rte")
@@ -145,8 +145,12 @@ def result(folder: pathlib.Path) -> dict[str, Any]:
   by = json.loads((folder / "machine.json").read_text())
   if choice["method"] == IN_CONTEXT:
     scores = json.loads((folder / f"{IN_CONTEXT}.json").read_text())
-    scores = {f"test_{k}": v for k, v in scores.items()}
-    return {"cell": folder.name, **choice, **scores, **by}
+    model = pathlib.Path(scores.pop("model")).name
+    metric = tasks.get(choice["task"]).metric
+    scores = {
+      f"test_{k}" if k.startswith(metric) else k: v for k, v in scores.items()
+    }
+    return {"cell": folder.name, **scores, **choice, "model": model, **by}
   rows = report.read_jsonl(folder / "metrics.jsonl")
   spent: dict[str, Any] = {}
   curve = []

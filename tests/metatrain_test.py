@@ -347,7 +347,7 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
   # Both as compiled programs.
   alone = jax.jit(runs.make_run(config, family.members[0].task).algorithm.step)
   together = jax.jit(family.run.algorithm.step)
-  hparams = algorithms.make_hparams(config)
+  hparams = algorithms.make_hparams(config, 0)
   lift = functools.partial(jax.tree.map, lambda leaf: np.asarray(leaf)[None])
   for number in range(2):
     batch = train.iteration_batch(config, examples, shape, model.pad, number)

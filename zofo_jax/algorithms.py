@@ -146,11 +146,17 @@ def make_level_tx(
   return make_optimizer(level.optimizer, rate, level.clip_norm)
 
 
-def make_hparams(config: ml_collections.ConfigDict) -> bilevel.BilevelHParams:
-  """Makes the numbers that are traced."""
-  return bilevel.BilevelHParams(
-    zo_eps=float(config.zo.eps), penalty=float(config.penalty)
-  )
+def make_hparams(
+  config: ml_collections.ConfigDict, number: int
+) -> bilevel.BilevelHParams:
+  """Makes the numbers that are traced, of the iteration of this number.
+
+  A linear lambda is penalty * (number + 1) / num_steps.
+  """
+  penalty = float(config.penalty)
+  if config.penalty_schedule == "linear":
+    penalty *= (number + 1) / config.train.num_steps
+  return bilevel.BilevelHParams(zo_eps=float(config.zo.eps), penalty=penalty)
 
 
 def moves_adapter(method: str) -> bool:

@@ -31,6 +31,7 @@ COMMANDS = ("train", "icl", "probe", "head", "metatrain", "adapt")
 CHOICES = {
   "command": COMMANDS,
   "method": METHODS,
+  "penalty_schedule": ("constant", "linear"),
   "keep": ("p", "s"),
   "adapt.start": ("mean", "fresh"),
   "adapt.optimizer": OPTIMIZERS,

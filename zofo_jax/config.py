@@ -23,6 +23,7 @@ def base_config() -> ml_collections.ConfigDict:
   config.method = "bilevel"  # or what it is compared with; see README
   config.seed = 0
   config.penalty = 100.0  # lambda: weight of L(theta, p) - L(theta, s) on D_p
+  config.penalty_schedule = "constant"  # or "linear": up to it, from near 0
   config.keep = "p"  # or "s": the adapter that selects, predicts, is exported
   config.loss = "likelihood"  # or "classification" over the label words
 

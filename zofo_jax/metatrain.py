@@ -31,7 +31,6 @@ def _work(
   """Says what the loop does."""
   config, pad = family.config, family.run.model.pad
   meta, step_fn = config.meta, family.run.algorithm.step
-  hparams = algorithms.make_hparams(config)
   sizes = [len(each.lower) + len(each.upper) for each in examples]
   shape = families.common_shape(list(map(experiment.train_shape, examples)))
   of_tasks = config.method == "bilevel"
@@ -41,7 +40,7 @@ def _work(
       config.seed, number, sizes, meta.num_tasks, power=meta.size_power
     )
 
-  def on_device(state, tasks, batch):
+  def on_device(state, tasks, batch, hparams):
     if not of_tasks:
       return step_fn(state, batch, hparams)
     moved, info = step_fn(multitask.take(state, tasks), batch, hparams)
@@ -63,9 +62,10 @@ def _work(
     if meta.weight_power:
       weights = np.asarray(sizes, np.float32)[tasks] ** meta.weight_power
       batch = batch._replace(weights=weights.astype(np.float32))
+    rest = batch, algorithms.make_hparams(config, number)
     if meta.on_host:
-      return multitask.take(state, tasks), batch, hparams
-    return state, tasks, batch
+      return multitask.take(state, tasks), *rest
+    return state, tasks, *rest
 
   def step(state, number):
     moved, info = jitted(*arguments(state, number))

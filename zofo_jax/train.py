@@ -130,7 +130,6 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
   """Says what the loop does."""
   config = run.config
   step_fn = run.jit_step()
-  hparams = algorithms.make_hparams(config)
   shape = experiment.train_shape(examples)
 
   def start():
@@ -139,16 +138,15 @@ def _work(run: runs.Run, examples: experiment.Examples) -> loop.Work:
     zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
     return state, {"zero_shot": zero_shot.worth()}
 
-  def batch(number):
-    return run.put(
-      iteration_batch(config, examples, shape, run.model.pad, number)
-    )
+  def arguments(state, number):
+    rows = iteration_batch(config, examples, shape, run.model.pad, number)
+    return state, run.put(rows), algorithms.make_hparams(config, number)
 
   def step(state, number):
-    return step_fn(state, batch(number), hparams)
+    return step_fn(*arguments(state, number))
 
   def compile_step(state, number):
-    return step_fn.lower(state, batch(number), hparams).compile()
+    return step_fn.lower(*arguments(state, number)).compile()
 
   of_row = row_flops(run, examples, shape)
 
