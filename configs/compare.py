@@ -50,13 +50,17 @@ RATES = {
   "bilevel": (4e-3, 1e-6, 1e-3),
   "bilevel_pooled": (4e-3, 1e-6, 1e-3),
   "bilevel_still": (4e-3, 0.0, 1e-3),  # theta stands still
+  "bilevel_scaled": (4e-3, 1e-3, 1e-3),  # its steps are of one length
   "peft": (4e-3, 0.0, 1e-3),
   "full": (2e-5, 0.0, 1e-3),
   "mezo": (0.0, 3e-5, 1e-3),
+  "mezo_scaled": (0.0, 1e-3, 1e-3),
   "mezo_peft": (0.0, 1e-3, 1e-2),
   "peft_then_mezo": (4e-3, 3e-5, 1e-3),
   "mezo_then_peft": (4e-3, 3e-5, 1e-3),
 }
+
+VARIANTS = ("pooled", "still", "scaled")  # of methods of the trainer
 
 
 def get_config(arg: str = ""):
@@ -79,12 +83,14 @@ def get_config(arg: str = ""):
   first_order, zeroth_order, eps = RATES[method]
   config = config_lib.base_config()
   config.model.name = size.name or str(assets.smollm2())
-  config.method = method.partition("_")[0] if "bilevel" in method else method
+  kind, _, variant = method.partition("_")
+  config.method = kind if variant in VARIANTS else method
   config.adapter.kind = args["adapter"]
   config.seed = config.data.seed = int(args["seed"])
   config.data.task = args["task"]
   config.data.template = int(args["template"])
-  config.data.pooled = method == "bilevel_pooled"
+  config.data.pooled = variant == "pooled"
+  config.zo.scaling = "running_rms" if variant == "scaled" else "none"
   for name, count in zip(
     ("lower", "upper", "selection", "test"), size.counts, strict=True
   ):

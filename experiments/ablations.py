@@ -36,7 +36,6 @@ FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
     ("rademacher", "gaussian", "low_rank", "per_example", "sparse"),
   ),
   "update": ("zo.optimizer", ("sgd", "momentum", "adam")),
-  "scaling": ("zo.scaling", ("none", "sign", "running_rms")),
   "weights": ("zo.select", ("", "attention", "mlp")),
   "rate": ("zo.learning_rate", (0.0, 1e-6, 1e-5, 1e-4)),
   "template": ("data.template", (0, 1)),

@@ -72,6 +72,11 @@ SEARCH: dict[str, list[dict[str, float]]] = {
     {"zo.learning_rate": 1e-4, "zo.num_directions": 4, "upper.batch_size": 8}
     | {"train.num_steps": 15, "train.eval_every_steps": 8},
   ],
+  # Of steps of one length, whose rate should need no search.
+  "mezo_scaled": [
+    *({"zo.learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)),
+    {"zo.learning_rate": 3e-3, "zo.direction": "per_example"},
+  ],
 }
 SEARCH_SEED = 100
 CURVE = ("step", "seconds", "forward_equivalents", "flops")
