@@ -42,7 +42,10 @@ SIZES = {
 }
 
 # Tokens of a row that is trained on; longer ones are passed over.
-LENGTHS = {"sst2": 40, "copa": 24, "trec": 32, "wic": 48, "cb": 80, "rte": 80}
+LENGTHS = {
+  **{"sst2": 40, "copa": 24, "trec": 32, "wic": 48, "cb": 80, "rte": 80},
+  **{"subj": 48, "emotion": 40, "ag_news": 80},
+}
 
 # Learning rates: of an adapter or of all weights by first order, and of what
 # moves by zeroth order; its radius.

@@ -53,11 +53,14 @@ def _group(cells: Iterable[Cell], task: str, method: str = "") -> list[Cell]:
 
 
 def _timed(cells: Sequence[Cell]) -> list[Cell]:
-  """Returns what trained on the machine that most cells come from."""
+  """Returns what trained where most cells of its task did."""
   trained = [cell for cell in cells if "train_seconds" in cell]
-  machines = collections.Counter(c.get("processor", "") for c in trained)
-  most = machines.most_common(1)[0][0] if machines else ""
-  return [c for c in trained if c.get("processor", "") == most]
+  machines: dict[str, collections.Counter[str]] = {}
+  for cell in trained:
+    counts = machines.setdefault(cell["task"], collections.Counter())
+    counts[cell.get("processor", "")] += 1
+  most = {task: found.most_common(1)[0][0] for task, found in machines.items()}
+  return [c for c in trained if c.get("processor", "") == most[c["task"]]]
 
 
 def _everywhere(cells: Sequence[Cell]) -> list[Cell]:
@@ -83,7 +86,7 @@ def table(cells: Sequence[Cell]) -> str:
   """Returns test scores as Markdown: mean ± spread over seeds, a row a method.
 
   For Bilevel-ZOFO the adapter that is kept, and the other in a row of its own.
-  Seconds and memory are of the machine that most cells come from.
+  Seconds and memory are of the machine that most cells of a task come from.
   """
   timed = _timed(cells)
   tasks = _names(cells, "task")

@@ -25,6 +25,7 @@ from zofo_jax import report, sweep, tasks
 
 ROOT = pathlib.Path(__file__).parents[1]
 TASKS = ("sst2", "copa", "wic", "trec", "cb", "rte")
+TASKS += ("subj", "emotion", "ag_news")
 METHODS = ("peft", "bilevel", "mezo")
 IN_CONTEXT = "icl"  # a mode of the command line, and no method of training
 SEEDS = (0, 1, 2)

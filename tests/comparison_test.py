@@ -214,6 +214,17 @@ def test_methods_of_some_tasks_have_a_table_of_their_own(claimed):
   assert "| full | 0.700 (1) | 0.700 |  |  |" in others
 
 
+def test_each_task_has_the_machine_of_most_of_its_cells(claimed):
+  other = {"processor": "another", "train_seconds": 5.0}
+  cells = [
+    *(cell("peft", seed, [0.5], test=0.8) for seed in (0, 1)),
+    cell("peft", 2, [0.5], test=0.8, **other),
+    cell("peft", 0, [0.5], test=0.6, **other) | {"task": "rte"},
+  ]
+  timed = claimed["_timed"](cells)
+  assert timed == [*cells[:2], cells[3]]
+
+
 def test_cells_of_two_machines_are_not_compared():
   cells = [
     cell("peft", 0, [0.5], test=0.8),
