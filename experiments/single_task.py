@@ -74,10 +74,7 @@ SEARCH: dict[str, list[dict[str, float]]] = {
     | {"train.num_steps": 15, "train.eval_every_steps": 8},
   ],
   # Of steps of one length, whose rate should need no search.
-  "mezo_scaled": [
-    *({"zo.learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)),
-    {"zo.learning_rate": 3e-3, "zo.direction": "per_example"},
-  ],
+  "mezo_scaled": [{"zo.learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],
 }
 SEARCH_SEED = 100
 CURVE = ("step", "seconds", "forward_equivalents", "flops")
