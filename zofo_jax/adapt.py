@@ -4,6 +4,7 @@ The same rows train an adapter (few-shot) and, up to `icl.num_shots` of them,
 are shown to the backbone before a question (in context; nothing is trained).
 """
 
+import statistics
 from collections.abc import Sequence
 from typing import Any
 
@@ -227,7 +228,8 @@ def table(outcome: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
   Returns:
     Rows by target; start is what is tuned, where a run gives it; in-context
-    and few-shot are means over seeds, the latter with its standard deviation.
+    and few-shot are means over seeds, the latter with their standard deviation
+    where there are several.
   """
   rows = [
     {
@@ -237,10 +239,12 @@ def table(outcome: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
       "in-context": float(np.mean(one["in_context"])),
       **({"start": one["start"]} if "start" in one else {}),
       "few-shot": float(np.mean(one["few_shot"])),
-      "±": float(np.std(one["few_shot"])),
     }
     for one in outcome
   ]
+  for row, one in zip(rows, outcome, strict=True):
+    if len(one["few_shot"]) > 1:
+      row["±"] = statistics.stdev(one["few_shot"])
   names = list(dict.fromkeys(row["task"] for row in rows))
   rows.sort(key=lambda row: names.index(row["task"]))
   for name in dict.fromkeys(row["backbone"] for row in rows):
