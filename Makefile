@@ -50,7 +50,7 @@ metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones
 	  --config.data.num_test=40
 
 test: $(VENV)/.full ## Run the tests
-	$(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
 
 install: $(VENV)/.full ## Make .venv with all that tests and benchmarks need
 

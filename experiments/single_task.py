@@ -139,7 +139,7 @@ def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
 def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
   """Returns the results of a file, by the names of their cells, if any."""
   lines = report.read_jsonl(path) if path.exists() else []
-  return {line.get("cell", str(i)): line for i, line in enumerate(lines)}
+  return {line["cell"]: line for line in lines}
 
 
 def result(folder: pathlib.Path) -> dict[str, Any]:
