@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
+import zofo_jax
 from zofo_jax import (
   algorithms,
   backbone,
@@ -68,7 +68,7 @@ def make_header(
 def versions() -> dict[str, str]:
   """Returns what the last bit of a step may depend on."""
   return {
-    "zofo_jax": metadata.version("zofo-jax"),
+    "zofo_jax": zofo_jax.__version__,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
   }
