@@ -7,11 +7,12 @@
 in forward-equivalents (`zofo_jax.budget`) and is the same for every method;
 where rows are long they are fewer, so that it is also the same in tokens.
 `size=opt-1.3b` is the same comparison on an accelerator, with the work of the
-paper's runs.
+paper's runs; `size=smollm2-135m-long` has ten times the work of a laptop's.
 
 Learning rates of `bilevel`, `peft` and `mezo` were chosen on selection rows of
-seed 100, by nine trials each on SST-2 and some on COPA and TREC
-(experiments/README.md); those of the others follow from them or are usual ones.
+seed 100, by nine trials each on SST-2 and some on COPA and TREC, and those of
+longer runs by three (experiments/README.md); those of the others follow from
+them or are usual ones.
 """
 
 from typing import NamedTuple
@@ -28,17 +29,27 @@ class Size(NamedTuple):
     rows: forward-equivalents of a run, of rows of up to 40 tokens.
     batch_size: rows of a batch.
     counts: rows to train on (D_p and D_f), to select by and to test on.
+    rates: those of RATES that are others where a run is as long.
   """
 
   name: str | None
   rows: int
   batch_size: int
   counts: tuple[int, int, int, int]
+  rates: dict[str, tuple[float, float, float]]
 
 
+LONG = {
+  "bilevel": (1e-3, 1e-6, 1e-3),
+  "peft": (2e-3, 0.0, 1e-3),
+  "mezo": (0.0, 1e-5, 1e-3),
+}
 SIZES = {
-  "smollm2-135m": Size(None, 960, 8, (400, 200, 64, 200)),
-  "opt-1.3b": Size("facebook/opt-1.3b", 400_000, 16, (666, 334, 500, 1000)),
+  "smollm2-135m": Size(None, 960, 8, (400, 200, 64, 200), {}),
+  "smollm2-135m-long": Size(None, 9_600, 8, (666, 334, 200, 500), LONG),
+  "opt-1.3b": Size(
+    "facebook/opt-1.3b", 400_000, 16, (666, 334, 500, 1000), LONG
+  ),
 }
 
 # Tokens of a row that is trained on; longer ones are passed over.
@@ -83,7 +94,7 @@ def get_config(arg: str = ""):
   for name, table in (("size", SIZES), ("method", RATES)):
     config_lib.choose(name, args[name], dict.fromkeys(table, ""))
   size, method = SIZES[args["size"]], args["method"]
-  first_order, zeroth_order, eps = RATES[method]
+  first_order, zeroth_order, eps = (RATES | size.rates)[method]
   config = config_lib.base_config()
   config.model.name = size.name or str(assets.smollm2())
   kind, _, variant = method.partition("_")

@@ -76,6 +76,16 @@ SEARCH: dict[str, list[dict[str, float]]] = {
   # Of steps of one length, whose rate should need no search.
   "mezo_scaled": [{"zo.learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],
 }
+# Where runs are ten times as long.
+LONG_SEARCH: dict[str, list[dict[str, float]]] = {
+  "peft": [{"lower.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)],
+  "bilevel": [
+    {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), first)}
+    | {"zo.learning_rate": zeroth}
+    for first, zeroth in ((1e-3, 1e-6), (2e-3, 1e-6), (2e-3, 1e-5))
+  ],
+  "mezo": [{"zo.learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5)],
+}
 SEARCH_SEED = 100
 CURVE = ("step", "seconds", "forward_equivalents", "flops")
 
@@ -124,9 +134,11 @@ def of_table(given: argparse.Namespace) -> Iterator[sweep.Cell]:
 
 def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
   """Yields the trials from which learning rates are chosen."""
+  short = given.size == "smollm2-135m"
   for task in given.tasks:
     for method in given.methods:
-      for number, fields in enumerate(SEARCH[method]):
+      trials = (SEARCH if short else LONG_SEARCH)[method]
+      for number, fields in enumerate(trials):
         if given.trials and number not in given.trials:
           continue
         choice = {"size": given.size, "task": task, "method": method}

@@ -34,10 +34,14 @@ def compare(monkeypatch, tmp_path):
   return runpy.run_path(str(ROOT / "configs" / "compare.py"))
 
 
-def test_every_method_has_the_same_work(compare):
-  size = compare["SIZES"]["smollm2-135m"]
+@pytest.mark.parametrize("name", ["smollm2-135m", "smollm2-135m-long"])
+def test_every_method_has_the_same_work(compare, name):
+  size = compare["SIZES"][name]
   for method in compare["RATES"]:
-    config = compare["get_config"](f"method={method}")
+    config = compare["get_config"](f"size={name},method={method}")
+    rates = (compare["RATES"] | size.rates)[method]
+    moved = (config.lower.learning_rate, config.zo.learning_rate)
+    assert moved == rates[:2], method
     checks.check(config)
     spent = budget.spent(config, config.train.num_steps).forward_equivalents
     # Whole iterations, and no more than the work allows.
@@ -132,6 +136,8 @@ def test_cells_are_distinct_and_can_be_read_again(single, tmp_path):
   assert len({cell.folder for cell in table}) == 12
   # As many trials of each method.
   assert {len(single["SEARCH"][name]) for name in given.methods} == {9}
+  assert {len(trials) for trials in single["LONG_SEARCH"].values()} == {3}
+  assert set(single["LONG_SEARCH"]) == set(given.methods)
   assert len({cell.folder for cell in search}) == 54
   for one in (table[0], search[-1]):
     one.folder.mkdir()
