@@ -2,6 +2,7 @@
 
 import functools
 import json
+from importlib import metadata
 
 import hypothesis
 import jax
@@ -22,6 +23,7 @@ from zofo_jax import (
 )
 from zofo_jax import sampler as sampler_lib
 from zofo_jax.ledger import __main__ as command
+from zofo_jax.ledger import replay
 
 
 def line(step, *weights, move=True):
@@ -265,3 +267,11 @@ def test_fingerprint_sees_names_types_and_bits():
   ]
   assert len({ledger.fingerprint(tree) for tree in trees}) == len(trees)
   json.dumps(ledger.fingerprint(trees[0]))
+
+
+def test_a_checkout_that_is_not_installed_has_a_ledger(monkeypatch):
+  def missing(name):
+    raise metadata.PackageNotFoundError(name)
+
+  monkeypatch.setattr(metadata, "version", missing)
+  assert replay.versions()["zofo_jax"] == "not installed"

@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -16,7 +17,6 @@ import ml_collections
 import numpy as np
 from jax.experimental import multihost_utils
 
-import zofo_jax
 from zofo_jax import (
   algorithms,
   backbone,
@@ -67,8 +67,12 @@ def make_header(
 
 def versions() -> dict[str, str]:
   """Returns what the last bit of a step may depend on."""
+  try:
+    own = metadata.version("zofo-jax")
+  except metadata.PackageNotFoundError:  # A checkout on PYTHONPATH.
+    own = "not installed"
   return {
-    "zofo_jax": zofo_jax.__version__,
+    "zofo_jax": own,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
   }
