@@ -29,6 +29,13 @@ TASKS += ("subj", "emotion", "ag_news")
 METHODS = ("peft", "bilevel", "mezo")
 IN_CONTEXT = "icl"  # a mode of the command line, and no method of training
 SEEDS = (0, 1, 2)
+
+
+def _both(rate: float) -> dict[str, float]:
+  """Returns s's and p's rate."""
+  return {"lower.learning_rate": rate, "upper.learning_rate": rate}
+
+
 # Trials of the search. The first five of each method are of a batch of 8 rows,
 # T = 1 and p kept; the others have s kept, small batches, or both.
 _FIRST = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
@@ -45,15 +52,14 @@ SEARCH: dict[str, list[dict[str, float]]] = {
     | {"train.num_steps": 30, "train.eval_every_steps": 15},
   ],
   "bilevel": [
-    {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), first)}
-    | {"zo.learning_rate": zeroth}
+    _both(first) | {"zo.learning_rate": zeroth}
     for first, zeroth in (
       *((2e-3, 1e-6), (4e-3, 1e-6)),
       *((2e-3, 1e-5), (2e-3, 3e-5), (2e-3, 1e-4)),
     )
   ]
   + [
-    {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), rate)}
+    _both(rate)
     | {"keep": "s", "lower.batch_size": 4, "lower.num_steps": inner}
     | {"train.num_steps": steps, "train.eval_every_steps": -(-steps // 2)}
     | {"zo.learning_rate": zeroth}
@@ -80,8 +86,7 @@ SEARCH: dict[str, list[dict[str, float]]] = {
 LONG_SEARCH: dict[str, list[dict[str, float]]] = {
   "peft": [{"lower.learning_rate": rate} for rate in (1e-3, 2e-3, 4e-3)],
   "bilevel": [
-    {**dict.fromkeys(("lower.learning_rate", "upper.learning_rate"), first)}
-    | {"zo.learning_rate": zeroth}
+    _both(first) | {"zo.learning_rate": zeroth}
     for first, zeroth in ((1e-3, 1e-6), (2e-3, 1e-6), (2e-3, 1e-5))
   ],
   "mezo": [{"zo.learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5)],
