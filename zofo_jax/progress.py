@@ -161,7 +161,10 @@ def memory() -> dict[str, int]:
 
   The process's resident size now, and `peaks`.
   """
-  return {"rss_bytes": rss_bytes(), **peaks()}
+  found = {"rss_bytes": rss_bytes(), **peaks()}
+  # Read after it, the kernel's own peak can be a few pages lower than it was.
+  found["peak_rss_bytes"] = max(found["peak_rss_bytes"], found["rss_bytes"])
+  return found
 
 
 def peaks() -> dict[str, int]:
