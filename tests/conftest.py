@@ -11,15 +11,19 @@ import runpy
 import sys
 import warnings
 
-# Programs here are compiled for a call or two: LLVM's dear passes do not pay.
-# For the processes that tests start as well; read when jax is imported.
+# Programs here are compiled for a call or two: LLVM's dear passes do not pay,
+# nor does XLA's dear way of writing loops. For the processes that tests start
+# as well; read when jax is imported. XLA_FLAGS= tests what users run, in more
+# than twice the time.
 os.environ.setdefault(
   "XLA_FLAGS",
-  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+  "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+  " --xla_cpu_use_fusion_emitters=false",
 )
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from zofo_jax import config as config_lib
 
@@ -46,6 +50,15 @@ config_lib.base_config = _on_one_device
 
 ROOT = pathlib.Path(__file__).parents[1]
 tiny = runpy.run_path(str(ROOT / "experiments" / "fault" / "tiny.py"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory):
+  """Programs go to a cache, so that what is compiled again need not be."""
+  folder = str(tmp_path_factory.mktemp("programs"))
+  jax.config.update("jax_compilation_cache_dir", folder)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

@@ -140,35 +140,40 @@ def some_adapter(module, base, kinds):
   return adapters.join(*(made[kind]() for kind in kinds.split("+")))
 
 
+@functools.cache
+def bare_tokens(name, lengths):
+  return new_tokens(name, prompts(lengths=lengths), max_new_tokens=4).tokens
+
+
 @pytest.mark.parametrize(
   "kinds", ["prefix", "projected", "prompt", "lora+prefix+prompt"]
 )
 @pytest.mark.parametrize("name", ["llama", "opt", "mistral"])
 def test_adapters_generate_as_in_full_forwards(name, kinds):
-  """Padded rows with a cache, against rows alone that are read anew."""
+  """Rows padded left with a cache, against whole texts without one."""
   module, base, _, _ = recorded(name)
   adapter = some_adapter(module, base, kinds)
-  logits_of = jax.jit(
-    lambda tokens: module.apply(
-      {"params": base, "adapter": adapter},
-      tokens,
-      tokens >= 0,
-      method="logits",
-    )
-  )
-  texts = prompts(lengths=(9, 5, 1))
+  lengths = 9, 5, 1
+  texts = prompts(lengths=lengths)
   generate_fn = jax.jit(
     generate.make_generate_fn(module, max_new_tokens=4, stops=NO_STOPS, pad=PAD)
   )
   keys = jax.random.split(jax.random.key(0), 3)
-  found = generate_fn(base, adapter, *left(texts), keys).tokens
-  for text, tokens in zip(texts, np.asarray(found)):
-    for token in tokens.tolist():
-      logits = logits_of(np.array([text]))[0, -1]
-      assert float(logits[token]) > float(logits.max()) - 1e-4
-      text = [*text, token]
-  bare = generate_fn(base, {}, *left(texts), keys).tokens
-  assert (found != bare).any()
+  found = np.asarray(generate_fn(base, adapter, *left(texts), keys).tokens)
+  whole = np.full((3, 13), PAD)
+  for row, text in enumerate(texts):
+    whole[row, : len(text) + 4] = [*text, *found[row]]
+  mask = np.arange(13) < np.array(lengths)[:, None] + 4
+  logits = np.asarray(
+    jax.jit(functools.partial(module.apply, method="logits"))(
+      {"params": base, "adapter": adapter}, whole, mask
+    )
+  )
+  for row, length in enumerate(lengths):
+    for step, token in enumerate(found[row]):
+      scores = logits[row, length - 1 + step]
+      assert scores[token] > scores.max() - 1e-4
+  assert (found != bare_tokens(name, lengths)).any()
 
 
 # Against transformers.

@@ -80,8 +80,6 @@ def take_step(base, upper, lower, rate=1e-2):
 @pytest.mark.parametrize(
   "upper, lower",
   [
-    ("prefix", "prefix"),
-    ("prompt", "prompt"),
     ("lora+prefix+prompt", "lora+prefix+prompt"),
     ("prompt", "projected"),
     ("projected", "lora"),

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 
 from zofo_jax import (
   adapt,
@@ -34,18 +33,6 @@ from zofo_jax.tasks import groups
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 STEPS = 4
 TRAINED = ("rotten_tomatoes", "cr", "imdb")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """Programs go to a cache, so that a run that is repeated need not wait."""
-  before = jax.config.values["jax_compilation_cache_dir"]
-  folder = str(tmp_path_factory.mktemp("cache"))
-  jax.config.update("jax_compilation_cache_dir", folder)
-  compilation_cache.reset_cache()
-  yield
-  jax.config.update("jax_compilation_cache_dir", before)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

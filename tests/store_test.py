@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import safetensors
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 
 from zofo_jax import (
   checkpoint,
@@ -40,23 +39,6 @@ CLOCK = (
   "train_seconds",
   "peak_rss_bytes",
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-  """Programs go to a cache, so that a run that is repeated need not wait."""
-  names = (
-    "jax_compilation_cache_dir",
-    "jax_persistent_cache_min_compile_time_secs",
-  )
-  before = {name: jax.config.values[name] for name in names}
-  jax.config.update(names[0], str(tmp_path_factory.mktemp("cache")))
-  jax.config.update(names[1], 0.0)
-  compilation_cache.reset_cache()
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-  compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,7 @@ def _schedule(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   return k0, k1, k0 ^ k1 ^ _PARITY
 
 
+@jax.jit
 def threefry2x32(
   key: jax.Array, high: jax.Array, low: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -91,6 +92,7 @@ def threefry2x32(
   return x0, x1
 
 
+@functools.partial(jax.jit, static_argnames="finish")
 def shared(
   key: jax.Array,
   high: jax.Array,
