@@ -7,18 +7,20 @@ line as a function.
 
 import os
 import pathlib
+import platform
 import runpy
 import sys
 import warnings
 
 # Programs here are compiled for a call or two: LLVM's dear passes do not pay,
-# nor does XLA's dear way of writing loops. For the processes that tests start
-# as well; read when jax is imported. XLA_FLAGS= tests what users run, in more
-# than twice the time.
+# nor does XLA's dear way of writing loops; without that, and with fused
+# multiply-adds, bits would differ. For the processes that tests start as well;
+# read when jax is imported. XLA_FLAGS= tests what users run, in twice the time.
 os.environ.setdefault(
   "XLA_FLAGS",
   "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-  " --xla_cpu_use_fusion_emitters=false",
+  + " --xla_cpu_use_fusion_emitters=false --xla_cpu_max_isa=AVX"
+  * (platform.machine() == "x86_64"),
 )
 
 import jax
