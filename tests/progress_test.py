@@ -100,3 +100,10 @@ print(before, full, progress.rss_bytes(), progress.peak_rss_bytes())
   assert full - before > 390_000_000
   assert after < full - 390_000_000
   assert peak > full - slack
+
+
+def test_a_peak_is_no_lower_than_what_is_now(monkeypatch):
+  read = {"VmRSS": 8192, "VmHWM": 4096}
+  monkeypatch.setattr(progress, "_proc_status", read.get)
+  found = progress.memory()
+  assert found["rss_bytes"] == found["peak_rss_bytes"] == 8192

@@ -69,6 +69,7 @@ def _schedule(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
   return k0, k1, k0 ^ k1 ^ _PARITY
 
 
+# Traced once a shape, not at each of the hundreds of draws of a step.
 @jax.jit
 def threefry2x32(
   key: jax.Array, high: jax.Array, low: jax.Array
