@@ -43,7 +43,7 @@ def launch(cache, num_processes, *arguments, extra=None, meanwhile=None):
       f"--distributed={where}",
       f"--num_processes={num_processes}",
       f"--process_id={index}",
-      "--timeout=60",
+      "--timeout=600",  # more than what is waited for them below
     ]
     command = [sys.executable, "-m", "zofo_jax.main", *map(str, arguments)]
     command += joined if num_processes > 1 else []
@@ -174,7 +174,6 @@ def test_a_signal_to_one_process_loses_nothing(
 
 
 def test_processes_that_disagree(cache, tmp_path, tiny_model, tiny_rows):
-  began = time.monotonic()
   results = launch(
     cache,
     2,
@@ -185,7 +184,6 @@ def test_processes_that_disagree(cache, tmp_path, tiny_model, tiny_rows):
     assert code == 2
     (line,) = [line for line in text.splitlines() if "zofo_jax:" in line]
     assert "config.zo.eps: process 1 was given another" in line
-  assert time.monotonic() - began < 60
 
 
 def join(where, **options):
