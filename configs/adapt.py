@@ -10,21 +10,21 @@ with; without any run it is alone. What is not said here is as in the first run.
 
 from etils import epath
 
-from zofo_jax import config as config_lib
-from zofo_jax import runs
+from zofo_jax.builders import run
+from zofo_jax.config import defaults
 
 
 def get_config(arg: str = ""):
   """Returns the config of `run=...,task=...,start=...,model=...`."""
-  args = config_lib.parse_arg(
+  args = defaults.parse_arg(
     arg, run="", task="", start="mean", model="facebook/opt-1.3b"
   )
   folders = tuple(filter(None, args["run"].split("+")))
-  config = config_lib.base_config()
+  config = defaults.base_config()
   config.model.name = args["model"]
   # A run that is not there is noticed by the command.
   if folders and (epath.Path(folders[0]) / "config.json").exists():
-    config = runs.read_config(epath.Path(folders[0]))
+    config = run.read_config(epath.Path(folders[0]))
   config.command = "adapt"
   config.adapt.runs = folders
   config.adapt.tasks = tuple(filter(None, args["task"].split("+")))

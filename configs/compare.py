@@ -4,9 +4,9 @@
       --config.data.dir=DIR --workdir=runs/mezo
 
 `python experiments/single_task.py` runs the table. The work of a run is counted
-in forward-equivalents (`zofo_jax.budget`) and is the same for every method;
-where rows are long they are fewer, so that it is also the same in tokens.
-`size=opt-1.3b` is the same comparison on an accelerator, with the work of the
+in forward-equivalents (`zofo_jax.builders.budget`) and is the same for every
+method; where rows are long they are fewer, so that it is also the same in
+tokens. `size=opt-1.3b` is the same comparison on an accelerator, with the work of the
 paper's runs; `size=smollm2-135m-long` has ten times the work of a laptop's.
 
 Learning rates of `bilevel`, `peft` and `mezo` were chosen on selection rows of
@@ -17,15 +17,16 @@ them or are usual ones.
 
 from typing import NamedTuple
 
-from zofo_jax import assets, budget
-from zofo_jax import config as config_lib
+from zofo_jax.builders import budget
+from zofo_jax.commands import assets
+from zofo_jax.config import defaults
 
 
 class Size(NamedTuple):
   """A model and the work of a run.
 
   Attributes:
-    name: hub id; None for SmolLM2-135M as `zofo_jax.assets` makes it.
+    name: hub id; None for SmolLM2-135M as `zofo_jax.commands.assets` makes it.
     rows: forward-equivalents of a run, of rows of up to 40 tokens.
     batch_size: rows of a batch.
     counts: rows to train on (D_p and D_f), to select by and to test on.
@@ -82,7 +83,7 @@ def get_config(arg: str = ""):
 
   `template` is the version of the task's prompt.
   """
-  args = config_lib.parse_arg(
+  args = defaults.parse_arg(
     arg,
     size="smollm2-135m",
     task="sst2",
@@ -92,10 +93,10 @@ def get_config(arg: str = ""):
     template="0",
   )
   for name, table in (("size", SIZES), ("method", RATES)):
-    config_lib.choose(name, args[name], dict.fromkeys(table, ""))
+    defaults.choose(name, args[name], dict.fromkeys(table, ""))
   size, method = SIZES[args["size"]], args["method"]
   first_order, zeroth_order, eps = (RATES | size.rates)[method]
-  config = config_lib.base_config()
+  config = defaults.base_config()
   config.model.name = size.name or str(assets.smollm2())
   kind, _, variant = method.partition("_")
   config.method = kind if variant in VARIANTS else method

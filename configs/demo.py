@@ -2,17 +2,17 @@
 
   make demo
 
-Weights and rows are made by `python -m zofo_jax.assets`, without any hub.
-Expected on two cores: test accuracy about 0.86 from 0.58, in 7 to 8 minutes.
+Weights and rows are made by `python -m zofo_jax.commands.assets`, without a
+hub. Expected on two cores: test accuracy about 0.86 from 0.58, in 7 to 8 minutes.
 """
 
-from zofo_jax import assets
-from zofo_jax import config as config_lib
+from zofo_jax.commands import assets
+from zofo_jax.config import defaults
 
 
 def get_config():
   """Returns the config of the demo."""
-  config = config_lib.base_config()
+  config = defaults.base_config()
   config.model.name = str(assets.smollm2())
   config.data.task = "rotten_tomatoes"
   config.data.dir = str(assets.fresh_rotten())

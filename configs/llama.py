@@ -8,7 +8,7 @@ first); a local folder does as well: --config.model.name=DIR and
 --config.data.dir=DIR.
 """
 
-from zofo_jax import config as config_lib
+from zofo_jax.config import defaults
 
 SIZES = {
   "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
@@ -37,7 +37,7 @@ def get_config(arg: str = ""):
 
   `method=mezo` and others are what Bilevel-ZOFO is compared with.
   """
-  args = config_lib.parse_arg(
+  args = defaults.parse_arg(
     arg,
     size="smollm2-135m",
     task="sst2",
@@ -45,10 +45,10 @@ def get_config(arg: str = ""):
     adapter="lora",
     method="bilevel",
   )
-  config = config_lib.base_config()
-  config.model.name = config_lib.choose("size", args["size"], SIZES)
+  config = defaults.base_config()
+  config.model.name = defaults.choose("size", args["size"], SIZES)
   config.data.task = args["task"]
   config.adapter.kind = args["adapter"]
   config.method = args["method"]
-  config_lib.apply_preset(config, args["preset"])
+  defaults.apply_preset(config, args["preset"])
   return config

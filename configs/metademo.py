@@ -4,12 +4,12 @@
 
 DIR has a folder of JSONL files for each task of the group "short"; without
 it the rows come from the Hugging Face hub. Weights are made by
-`python -m zofo_jax.assets`. Bilevel-ZOFO and what it is compared with train in
-turn, for about as long each; then all adapt to the tasks that are held out.
+`python -m zofo_jax.commands.assets`. Bilevel-ZOFO and its baselines train
+in turn, for about as long each; then all adapt to the tasks held out.
 """
 
-from zofo_jax import assets
-from zofo_jax import config as config_lib
+from zofo_jax.commands import assets
+from zofo_jax.config import defaults
 
 # Steps, learning rate of s or of what moves by first order, and of theta by
 # zeroth order.
@@ -23,10 +23,10 @@ METHODS = {
 
 def get_config(arg: str = ""):
   """Returns the config of `method=...`."""
-  args = config_lib.parse_arg(arg, method="bilevel")
-  config_lib.choose("method", args["method"], dict.fromkeys(METHODS, ""))
+  args = defaults.parse_arg(arg, method="bilevel")
+  defaults.choose("method", args["method"], dict.fromkeys(METHODS, ""))
   num_steps, first_order, zeroth_order = METHODS[args["method"]]
-  config = config_lib.base_config()
+  config = defaults.base_config()
   config.command = "metatrain"
   config.model.name = str(assets.smollm2())
   config.method = args["method"]

@@ -9,15 +9,15 @@ will do: --config.meta.train="('sst2','cr')"; so will the lists of MetaICL,
 --config.data.dir=MetaICL/data.
 """
 
-from zofo_jax import config as config_lib
+from zofo_jax.config import defaults
 
 
 def get_config(arg: str = ""):
   """Returns the config of `model=...,group=...,method=...`."""
-  args = config_lib.parse_arg(
+  args = defaults.parse_arg(
     arg, model="facebook/opt-1.3b", group="sentiment", method="bilevel"
   )
-  config = config_lib.base_config()
+  config = defaults.base_config()
   config.command = "metatrain"
   config.model.name = args["model"]
   config.method = args["method"]

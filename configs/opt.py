@@ -9,7 +9,7 @@ choices of the paper's PyTorch code instead of this project's defaults, and
 `adapter=prefix` another adapter than LoRA (see `config.adapter`).
 """
 
-from zofo_jax import config as config_lib
+from zofo_jax.config import defaults
 
 SIZES = {
   size: f"facebook/opt-{size}"
@@ -31,7 +31,7 @@ def get_config(arg: str = ""):
 
   `method=mezo` and others are what Bilevel-ZOFO is compared with.
   """
-  args = config_lib.parse_arg(
+  args = defaults.parse_arg(
     arg,
     size="125m",
     task="sst2",
@@ -39,10 +39,10 @@ def get_config(arg: str = ""):
     adapter="lora",
     method="bilevel",
   )
-  config = config_lib.base_config()
-  config.model.name = config_lib.choose("size", args["size"], SIZES)
+  config = defaults.base_config()
+  config.model.name = defaults.choose("size", args["size"], SIZES)
   config.data.task = args["task"]
   config.adapter.kind = args["adapter"]
   config.method = args["method"]
-  config_lib.apply_preset(config, args["preset"])
+  defaults.apply_preset(config, args["preset"])
   return config

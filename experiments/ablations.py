@@ -19,8 +19,10 @@ from typing import Any
 import single_task
 from matplotlib import figure
 
-from zofo_jax import budget, report, sweep
-from zofo_jax import config as config_lib
+from zofo_jax import report
+from zofo_jax.builders import budget
+from zofo_jax.commands import sweep
+from zofo_jax.config import defaults
 from zofo_jax.tasks import get
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -54,7 +56,7 @@ def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
   compare = runpy.run_path(str(ROOT / "configs/compare.py"))
   text = ",".join(f"{k}={v}" for k, v in choice.items())
   config = compare["get_config"](text)
-  if config_lib.flat(config)[field] == value:
+  if defaults.flat(config)[field] == value:
     return {}
   rows = budget.passes(config, config.method).forward_equivalents
   whole = rows * config.train.num_steps

@@ -18,7 +18,12 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from fault import tiny, trial
+# The tiny model is the tests'.
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from fault import trial
+
+from tests import tiny
 
 
 class Case(NamedTuple):
@@ -266,7 +271,7 @@ def main() -> None:
   import orbax.checkpoint  # noqa: F401
   import transformers
 
-  import zofo_jax.train  # noqa: F401
+  import zofo_jax.training.train  # noqa: F401
   from zofo_jax import report
 
   transformers.PreTrainedTokenizerFast  # noqa: B018 - is read lazily

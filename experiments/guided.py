@@ -23,16 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax import (
-  adapters,
-  algorithms,
-  backbone,
-  budget,
-  experiment,
-  report,
-  runs,
-  train,
-)
+from zofo_jax import adapters, report
+from zofo_jax.builders import algorithm, budget, model
+from zofo_jax.builders import data as data_lib
+from zofo_jax.builders import run as run_lib
+from zofo_jax.training import train
 
 ROOT = pathlib.Path(__file__).parents[1]
 HALF = 0.5  # of D: the radius of the difference
@@ -62,10 +57,10 @@ def run_one(task, seed, data, most):
   whole = each * config.train.num_steps
   # Three points, of three losses each, in the place of two.
   config.train.num_steps = whole // (each + 3 * config.upper.batch_size)
-  run = runs.make_run(config)
-  examples = experiment.load_examples(config, run.model, run.task)
-  shape = experiment.train_shape(examples)
-  loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
+  run = run_lib.make_run(config)
+  examples = data_lib.load_examples(config, run.model, run.task)
+  shape = data_lib.train_shape(examples)
+  loss_fn = model.make_loss_fn(config.loss, run.model.module)
   step_fn = run.jit_step()
 
   def towards(base, before, after):
@@ -86,13 +81,13 @@ def run_one(task, seed, data, most):
     )
 
   move = jax.jit(move)
-  state = run.init(backbone.load_base(config, run.model, run.mesh))
+  state = run.init(model.load_base(config, run.model, run.mesh))
   lengths, began = [], time.monotonic()
   for number in range(config.train.num_steps):
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)
     batch = run.put(rows)
     before, p = (jax.tree.map(jnp.copy, t) for t in (state.lower, state.upper))
-    hparams = algorithms.make_hparams(config, number)
+    hparams = algorithm.make_hparams(config, number)
     state, _ = step_fn(state, batch, hparams)
     values = [
       float(objective(state.base, before, p, state.lower, batch, length))

@@ -21,7 +21,7 @@ import rich.table
 from bench import ours, workload
 
 import zofo_jax as zofo
-from zofo_jax import backbone
+from zofo_jax.builders import model
 
 # What XLA:GPU launches nothing for, or only on the host.
 FREE = frozenset(
@@ -107,7 +107,7 @@ def programs(work: workload.Work, on: jax.Device):
   shapes = jax.eval_shape(module.init, jax.random.key(0), *[ids] * 5)["params"]
   base = abstract(shapes, jnp.dtype(work.dtype))
   batch, key = abstract(ours.make_batch(rows)), abstract(jax.random.key(0))
-  loss_fn = backbone.make_loss_fn("likelihood", module)
+  loss_fn = model.make_loss_fn("likelihood", module)
   loss = lambda base, batch: loss_fn(base, {}, batch, None)
   yield "forward", jax.jit(loss).trace(base, batch).lower().compile()
   for name, direction in ours.DIRECTIONS.items():

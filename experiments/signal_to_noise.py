@@ -24,17 +24,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax import (
-  adapters,
-  backbone,
-  batches,
-  directions,
-  experiment,
-  perturbed,
-  report,
-  runs,
-  sampler,
-)
+from zofo_jax import adapters, report
+from zofo_jax.builders import data
+from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import run as run_lib
+from zofo_jax.core import directions, perturbed, sampler
+from zofo_jax.data import batching
 
 ROOT = pathlib.Path(__file__).parents[1]
 KINDS = {
@@ -55,7 +50,7 @@ def dot(one, other):
 
 def guided(config, model, base, loss_fn, rows, length):
   """Returns what a step of a fresh LoRA takes off the weights, of a length."""
-  adapter = backbone.init_adapter(config, model, jax.random.key(0), base)
+  adapter = model_lib.init_adapter(config, model, jax.random.key(0), base)
   slope = jax.grad(lambda a: loss_fn(base, a, rows, None))(adapter)
   # B is zero, so that the weights are linear in the step.
   scale = length / np.sqrt(dot(slope, slope))
@@ -79,14 +74,14 @@ def main():
   compare = runpy.run_path(str(ROOT / "configs/compare.py"))
   config = compare["get_config"](f"task={given.task},method=mezo")
   config.data.dir = given.data
-  run = runs.make_run(config)
-  examples = experiment.load_examples(config, run.model, run.task)
-  base = backbone.load_base(config, run.model, run.mesh)
-  loss_fn = backbone.make_loss_fn(config.loss, run.model.module)
+  run = run_lib.make_run(config)
+  examples = data.load_examples(config, run.model, run.task)
+  base = model_lib.load_base(config, run.model, run.mesh)
+  loss_fn = model_lib.make_loss_fn(config.loss, run.model.module)
   here, there = [
-    batches.collate(
+    batching.collate(
       examples.lower[i * given.rows : (i + 1) * given.rows],
-      experiment.train_shape(examples),
+      data.train_shape(examples),
       pad=run.model.pad,
     )
     for i in range(2)

@@ -21,7 +21,8 @@ from typing import Any
 
 from bench import timing
 
-from zofo_jax import report, sweep, tasks
+from zofo_jax import report, tasks
+from zofo_jax.commands import sweep
 
 ROOT = pathlib.Path(__file__).parents[1]
 TASKS = ("sst2", "copa", "wic", "trec", "cb", "rte")

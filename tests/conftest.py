@@ -6,9 +6,7 @@ line as a function.
 """
 
 import os
-import pathlib
 import platform
-import runpy
 import sys
 import warnings
 
@@ -27,7 +25,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from zofo_jax import config as config_lib
+from tests import tiny
+from zofo_jax.config import defaults
 
 # Tests of one device run on others, too: ZOFO_TEST_PLATFORM=cuda
 jax.config.update("jax_platforms", os.environ.get("ZOFO_TEST_PLATFORM", "cpu"))
@@ -39,7 +38,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 # A run is on one device unless a test asks for more.
-_base_config = config_lib.base_config
+_base_config = defaults.base_config
 
 
 def _on_one_device():
@@ -48,10 +47,7 @@ def _on_one_device():
   return config
 
 
-config_lib.base_config = _on_one_device
-
-ROOT = pathlib.Path(__file__).parents[1]
-tiny = runpy.run_path(str(ROOT / "experiments" / "fault" / "tiny.py"))
+defaults.base_config = _on_one_device
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,7 +63,7 @@ def compiled_once(tmp_path_factory):
 def tiny_rows(tmp_path_factory):
   """A folder with train.jsonl (192 rows) and validation.jsonl (64 rows)."""
   folder = tmp_path_factory.mktemp("rows")
-  tiny["write_rows"](folder)
+  tiny.write_rows(folder)
   return folder
 
 
@@ -75,7 +71,7 @@ def tiny_rows(tmp_path_factory):
 def tiny_model(tmp_path_factory):
   """A Llama checkpoint of two layers, width 32 and 64 tokens of context."""
   folder = tmp_path_factory.mktemp("model")
-  tiny["write_model"](folder)
+  tiny.write_model(folder)
   return folder
 
 

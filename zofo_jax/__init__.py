@@ -1,6 +1,6 @@
 """Bilevel-ZOFO in JAX: zeroth-order backbones, first-order adapters."""
 
-from zofo_jax import (
+from zofo_jax.core import (
   baselines,
   directions,
   losses,
@@ -9,7 +9,7 @@ from zofo_jax import (
   perturbed,
   zo,
 )
-from zofo_jax.bilevel import (
+from zofo_jax.core.bilevel import (
   BilevelAlgorithm,
   BilevelBatch,
   BilevelHParams,
@@ -18,7 +18,7 @@ from zofo_jax.bilevel import (
   bilevel_step,
   make_bilevel_step,
 )
-from zofo_jax.sampler import Sampler
+from zofo_jax.core.sampler import Sampler
 
 __version__ = "0.1.0"
 

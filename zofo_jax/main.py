@@ -36,10 +36,12 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from zofo_jax import arguments, checks, errors, guards, processes
-from zofo_jax import config as config_lib
+from zofo_jax import errors
+from zofo_jax.config import defaults, show, validate
+from zofo_jax.sharding import multihost
+from zofo_jax.training import guards
 
-OF_A_CONFIG = (*checks.COMMANDS, "plan")
+OF_A_CONFIG = (*validate.COMMANDS, "plan")
 COMMANDS = ("train", "evaluate", "predict", *OF_A_CONFIG[1:])
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -88,17 +90,17 @@ def _parse(argv: list[str]) -> str:
     raise errors.UserError(f"{error}.") from error
   except AttributeError as error:
     raise errors.UserError(
-      arguments.unknown_field(argv)
-      or f"--config: {arguments.file_of(argv)} is broken: {error}."
+      show.unknown_field(argv)
+      or f"--config: {show.file_of(argv)} is broken: {error}."
     ) from error
   except (ValueError, TypeError, LookupError, SyntaxError) as error:
     # Raised by ml_collections where a field's name or value is no Python.
     raise errors.UserError(
-      arguments.unknown_field(argv) or f"--config: {errors.first_line(error)}."
+      show.unknown_field(argv) or f"--config: {errors.first_line(error)}."
     ) from error
   except OSError as error:
     raise errors.UserError(
-      f"--config: no such file as '{arguments.file_of(argv)}'; there are "
+      f"--config: no such file as '{show.file_of(argv)}'; there are "
       "configs/demo.py, configs/opt.py and configs/llama.py."
     ) from error
   if len(rest) > 1 or (rest and rest[0] not in COMMANDS):
@@ -136,15 +138,15 @@ def _join(command: str) -> None:
           "none."
         )
     return
-  processes.join(
+  multihost.join(
     _DISTRIBUTED.value,
     num_processes=_NUM_PROCESSES.value,
     process_id=_PROCESS_ID.value,
     timeout=_TIMEOUT.value,
   )
-  config = _CONFIG.value or config_lib.base_config()
-  fields = {f"config.{k}": v for k, v in config_lib.flat(config).items()}
-  processes.agree(
+  config = _CONFIG.value or defaults.base_config()
+  fields = {f"config.{k}": v for k, v in defaults.flat(config).items()}
+  multihost.agree(
     {"the command": command, "--workdir": _WORKDIR.value, **fields}
   )
 
@@ -157,9 +159,9 @@ def _plan() -> None:
       "--topology: expected devices such as v5e:4x4, cpu:8 or h100:8; found "
       "nothing."
     )
-  from zofo_jax import planning
+  from zofo_jax.plan import planner
 
-  planning.plan(_CONFIG.value, _TOPOLOGY.value, _JSON.value)
+  planner.plan(_CONFIG.value, _TOPOLOGY.value, _JSON.value)
 
 
 def _need_config() -> None:
@@ -176,8 +178,8 @@ def _run(argv: list[str]) -> None:
   command = _parse(argv)
   if _PRINT_CONFIG.value:
     _need_config()
-    print(arguments.shown(_CONFIG.value))
-    checks.check(_CONFIG.value)
+    print(show.shown(_CONFIG.value))
+    validate.check(_CONFIG.value)
     return
   if command == "plan":
     _plan()
@@ -186,24 +188,27 @@ def _run(argv: list[str]) -> None:
     raise errors.UserError("--workdir: expected a folder; found nothing.")
   _join(command)
   # Heavy: imported only once the command line is right.
-  from zofo_jax import adapt, metatrain, modes, saved, train
+  from zofo_jax.commands import evaluate, icl
+  from zofo_jax.training import train
+  from zofo_jax.training.meta import adapt
+  from zofo_jax.training.meta import train as train_lib
 
   if command in OF_A_CONFIG:
     _need_config()
     start = {
       "train": train.train,
-      "icl": modes.icl,
-      "probe": modes.linear_probe,
-      "head": modes.head,
-      "metatrain": metatrain.metatrain,
+      "icl": icl.icl,
+      "probe": icl.linear_probe,
+      "head": icl.head,
+      "metatrain": train_lib.metatrain,
       "adapt": adapt.adapt,
     }
     _CONFIG.value.command = command
     start[command](_CONFIG.value, _WORKDIR.value)
   elif command == "evaluate":
-    saved.evaluate_run(_WORKDIR.value)
+    evaluate.evaluate_run(_WORKDIR.value)
   else:
-    saved.predict(_WORKDIR.value, _INPUT.value, _OUTPUT.value)
+    evaluate.predict(_WORKDIR.value, _INPUT.value, _OUTPUT.value)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,8 +14,12 @@ import optax
 from bench import workload
 
 import zofo_jax as zofo
-from zofo_jax import adapters, backbone, encode, evaluate, losses
-from zofo_jax.models import llama, opt
+from zofo_jax import adapters
+from zofo_jax.builders import model
+from zofo_jax.core import losses
+from zofo_jax.data import encode_options
+from zofo_jax.evaluation import scoring
+from zofo_jax.models import apply, llama, opt
 
 DIRECTIONS = {
   "rademacher": zofo.directions.Rademacher(),
@@ -143,7 +147,7 @@ def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
   module = llama_module(work.llama)
   rows = workload.full_rows(work.llama_rows, work.llama.vocab_size)
   batch = make_batch(rows)
-  loss_fn = backbone.make_loss_fn("likelihood", module)
+  loss_fn = model.make_loss_fn("likelihood", module)
   base = _random_base(module, work.dtype)
   state = zofo.outer.sgd(_RATE).init(base)
   held = {"base": base, "state": state, "step": 0}
@@ -240,7 +244,7 @@ def _iterate(
     return jax.tree.map(lambda leaf: jnp.stack([leaf] * num_tasks), adapter)
 
   algorithm = zofo.make_bilevel_step(
-    backbone.make_loss_fn("likelihood", module),
+    model.make_loss_fn("likelihood", module),
     lower_tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)),
     upper_tx=optax.adam(1e-4),
     base_tx=zofo.outer.sgd(_RATE),
@@ -324,9 +328,9 @@ def make_evaluation(work: workload.Work) -> Callable[[], Any]:
   module = llama_module(work.llama)
   base = _random_base(module, work.dtype)
   examples = [
-    encode.Example(
+    encode_options.Example(
       rows=(
-        encode.EncodedRow(
+        encode_options.EncodedRow(
           tokens=tuple(tokens),
           positions=(len(tokens) - 1,),
           targets=tuple(
@@ -341,7 +345,7 @@ def make_evaluation(work: workload.Work) -> Callable[[], Any]:
     )
     for tokens in workload.scored_rows(work)
   ]
-  score_fn = jax.jit(evaluate.make_score_fn(backbone.make_log_probs_fn(module)))
-  return lambda: evaluate.score_options(
+  score_fn = jax.jit(scoring.make_score_fn(apply.make_log_probs_fn(module)))
+  return lambda: scoring.score_options(
     score_fn, base, {}, examples, batch_size=work.scored_batch, pad=0
   )

@@ -29,9 +29,9 @@ SCRATCH = (
 
 def make_config(home: pathlib.Path, rare: bool) -> ml_collections.ConfigDict:
   """Returns the tiny configuration; `rare`: theta now and then alone."""
-  from zofo_jax import config as config_lib
+  from zofo_jax.config import defaults
 
-  config = config_lib.base_config()
+  config = defaults.base_config()
   config.loss = "classification"
   config.penalty = 1.0
   config.model.name = str(home / "model")
@@ -71,7 +71,8 @@ def start(
   """
 
   def work() -> int:
-    from zofo_jax import errors, guards, train
+    from zofo_jax import errors
+    from zofo_jax.training import guards, train
 
     if nan_from is not None:
       _break_batches(train, nan_from)
@@ -124,11 +125,13 @@ def result(
     import jax
     from etils import epath
 
-    from zofo_jax import report, runs, store
+    from zofo_jax import report
+    from zofo_jax.builders import run as run_lib
+    from zofo_jax.checkpoints import state_store
 
-    run = runs.make_run(runs.read_config(epath.Path(folder)))
+    run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
     found: dict[str, str] = {}
-    with store.Store(run, epath.Path(folder)) as states:
+    with state_store.Store(run, epath.Path(folder)) as states:
       last = states.checkpoints.latest_step()
       steps = [last, states.checkpoints.best_step()] if step is None else [step]
       for number in steps:
@@ -145,7 +148,7 @@ def result(
       for number, row in enumerate(rows):
         kept = {k: v for k, v in row.items() if k not in SCRATCH}
         found[f"metrics {number}"] = json.dumps(kept, sort_keys=True)
-      found["ledger"] = _digest((folder / store.LEDGER).read_bytes())
+      found["ledger"] = _digest((folder / state_store.LEDGER).read_bytes())
     target.write_text(json.dumps(found))
     return 0
 

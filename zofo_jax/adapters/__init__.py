@@ -6,6 +6,16 @@ embedding; a model reads it as its collection "adapter", {} being none.
 Adapters of many tasks are a leading axis under `vmap`.
 """
 
+from zofo_jax.adapters.composite import (
+  count_parameters,
+  expand,
+  has_dropout,
+  join,
+  num_positions,
+  parts,
+  prefix_length,
+  prompt_length,
+)
 from zofo_jax.adapters.lora import (
   QUERY_VALUE,
   Lora,
@@ -23,16 +33,6 @@ from zofo_jax.adapters.prefix import (
   project,
 )
 from zofo_jax.adapters.prompt import Prompt, init_prompt
-from zofo_jax.adapters.tree import (
-  count_parameters,
-  expand,
-  has_dropout,
-  join,
-  num_positions,
-  parts,
-  prefix_length,
-  prompt_length,
-)
 
 __all__ = [
   "QUERY_VALUE",

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax import errors, perturbed
+from zofo_jax import errors
+from zofo_jax.core import perturbed
 
 INITS = ("tokens", "random")
 

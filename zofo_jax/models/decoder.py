@@ -13,8 +13,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zofo_jax import adapters, perturbed
-from zofo_jax.models import caches
+from zofo_jax import adapters
+from zofo_jax.core import perturbed
+from zofo_jax.models import kv_cache
 from zofo_jax.models.layers import token_positions
 
 
@@ -122,8 +123,8 @@ class Decoder(nn.Module):
     self,
     x_BxLxE: jax.Array,
     mask_BxL: jax.Array,
-    cache: caches.Cache | None = None,
-  ) -> tuple[jax.Array, caches.Cache | None]:
+    cache: kv_cache.Cache | None = None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Runs the layers over tokens that follow those of the cache; [B, L, D]."""
     raise NotImplementedError
 
@@ -182,7 +183,7 @@ class Decoder(nn.Module):
 
   def prefill(
     self, tokens: jax.Array, mask: jax.Array, num_more: int
-  ) -> tuple[jax.Array, caches.Cache]:
+  ) -> tuple[jax.Array, kv_cache.Cache]:
     """Reads prompts, so that `decode` can go on from them.
 
     Args:
@@ -195,7 +196,7 @@ class Decoder(nn.Module):
     """
     inputs, mask = self._inputs(tokens, mask)
     rows, length = mask.shape
-    empty = caches.empty(
+    empty = kv_cache.empty(
       self._cache_shape(), rows, length + num_more, inputs.dtype
     )
     x, cache = self._body(inputs, mask, empty)
@@ -204,8 +205,8 @@ class Decoder(nn.Module):
     return self._next(gather_positions(x, last_B[:, None])), cache
 
   def decode(
-    self, tokens: jax.Array, cache: caches.Cache
-  ) -> tuple[jax.Array, caches.Cache]:
+    self, tokens: jax.Array, cache: kv_cache.Cache
+  ) -> tuple[jax.Array, kv_cache.Cache]:
     """Reads one more token a row.
 
     Args:

@@ -15,7 +15,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from zofo_jax import adapters, perturbed
+from zofo_jax import adapters
+from zofo_jax.core import perturbed
 
 INIT = nn.initializers.normal(0.02)
 

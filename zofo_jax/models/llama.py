@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
-from zofo_jax.models import caches, decoder, hf_config, layers
+from zofo_jax.models import decoder, kv_cache, layers
 from zofo_jax.models import rope as rope_lib
+from zofo_jax.models.hf import config as config_lib
 
 _EVERYTHING = 2**30
 
@@ -76,8 +77,8 @@ class Attention(nn.Module):
     x: jax.Array,
     allowed_Bx1xLxS: jax.Array,
     rotations: tuple[jax.Array, jax.Array],
-    cache: caches.Cache | None,
-  ) -> tuple[jax.Array, caches.Cache | None]:
+    cache: kv_cache.Cache | None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Mixes tokens [B, L, D] with those that they may see."""
     c = self.config
 
@@ -93,7 +94,7 @@ class Attention(nn.Module):
     value = heads("value", c.num_kv_heads, key)
     query = rope_lib.rotate(query, *rotations)
     key = rope_lib.rotate(key, *rotations)
-    key, value, cache = caches.remember(cache, key, value)
+    key, value, cache = kv_cache.remember(cache, key, value)
     seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
     out = layers.attend(query, *seen)
     return layers.Linear(c.hidden_size, c.out_bias, name="out")(out), cache
@@ -124,12 +125,12 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    carry: tuple[jax.Array, caches.Cache | None],
+    carry: tuple[jax.Array, kv_cache.Cache | None],
     allowed_Bx1xLxS: jax.Array,
     rotations: tuple[jax.Array, jax.Array],
     distance_BxLxS: jax.Array | None,
     window: jax.Array | None,
-  ) -> tuple[tuple[jax.Array, caches.Cache | None], None]:
+  ) -> tuple[tuple[jax.Array, kv_cache.Cache | None], None]:
     """Runs one layer; a window [] hides tokens further back."""
     c = self.config
     x, cache = carry
@@ -187,11 +188,11 @@ class Llama(decoder.Decoder):
     self,
     x_BxLxE: jax.Array,
     mask_BxL: jax.Array,
-    cache: caches.Cache | None = None,
-  ) -> tuple[jax.Array, caches.Cache | None]:
+    cache: kv_cache.Cache | None = None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Runs everything before the last norm; [B, L, D]."""
     c = self.config
-    mask_BxS, slots_L, cache = caches.take_slots(mask_BxL, cache)
+    mask_BxS, slots_L, cache = kv_cache.take_slots(mask_BxL, cache)
     allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
     positions_BxS = self._positions(mask_BxS)
     positions_BxL = jnp.take(positions_BxS, slots_L, axis=1)
@@ -204,7 +205,7 @@ class Llama(decoder.Decoder):
       (x_BxLxE, cache),
       *(allowed_Bx1xLxS, rotations, distance_BxLxS, windows),
     )
-    return x, caches.first_layer(cache)
+    return x, kv_cache.first_layer(cache)
 
   def _cache_shape(self) -> tuple[int, int, int]:
     """Returns the number of layers and kv heads, and a head's width."""
@@ -218,7 +219,7 @@ class Llama(decoder.Decoder):
 
 Model = Llama
 
-# How weights are divided among devices; see `zofo_jax.mesh`.
+# How weights are divided among devices; see `zofo_jax.sharding.mesh`.
 SHARDINGS = (
   (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
   (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),
@@ -270,14 +271,14 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     UserError: a field is missing or asks for something not implemented.
   """
   family = config.get("model_type", "llama")
-  hf_config.check(config, "quantization_config", None)
-  num_heads = hf_config.field(config, "num_attention_heads")
-  hidden_size = hf_config.field(config, "hidden_size")
-  num_layers = hf_config.field(config, "num_hidden_layers")
+  config_lib.check(config, "quantization_config", None)
+  num_heads = config_lib.field(config, "num_attention_heads")
+  hidden_size = config_lib.field(config, "hidden_size")
+  num_layers = config_lib.field(config, "num_hidden_layers")
   if family == "llama":
     num_kv_heads = config.get("num_key_value_heads") or num_heads
   else:
-    num_kv_heads = hf_config.field(config, "num_key_value_heads")
+    num_kv_heads = config_lib.field(config, "num_key_value_heads")
   if num_heads % num_kv_heads:
     raise errors.UserError(
       f"config.json has num_attention_heads = {num_heads}, which "
@@ -289,19 +290,19 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
       f"config.json has hidden_size = {hidden_size} and num_attention_heads "
       f"= {num_heads}; expected heads of an even width."
     )
-  max_length = hf_config.field(config, "max_position_embeddings")
+  max_length = config_lib.field(config, "max_position_embeddings")
   attention_bias = bool(config.get("attention_bias")) and family == "llama"
   return LlamaConfig(
-    vocab_size=hf_config.field(config, "vocab_size"),
+    vocab_size=config_lib.field(config, "vocab_size"),
     hidden_size=hidden_size,
-    mlp_size=hf_config.field(config, "intermediate_size"),
+    mlp_size=config_lib.field(config, "intermediate_size"),
     num_layers=num_layers,
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     max_length=max_length,
     norm_epsilon=config.get("rms_norm_eps", 1e-6),
-    activation=hf_config.activation(config, "hidden_act", "silu"),
+    activation=config_lib.activation(config, "hidden_act", "silu"),
     tied_head=bool(config.get("tie_word_embeddings", False)),
     qkv_bias=attention_bias or family == "qwen2",
     out_bias=attention_bias,

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
-from zofo_jax.models import caches, decoder, hf_config, layers
+from zofo_jax.models import decoder, kv_cache, layers
+from zofo_jax.models.hf import config as config_lib
 
 # OPT's table of positions keeps its first two rows; padding reads row 1.
 _OFFSET = 2
@@ -68,8 +69,8 @@ class Attention(nn.Module):
     self,
     x: jax.Array,
     allowed_Bx1xLxS: jax.Array,
-    cache: caches.Cache | None,
-  ) -> tuple[jax.Array, caches.Cache | None]:
+    cache: kv_cache.Cache | None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Mixes tokens [B, L, D] with those that they may see."""
     c = self.config
 
@@ -81,7 +82,7 @@ class Attention(nn.Module):
     query = heads("query")
     key = heads("key", query)
     value = heads("value", key)
-    key, value, cache = caches.remember(cache, key, value)
+    key, value, cache = kv_cache.remember(cache, key, value)
     seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
     out = layers.attend(query, *seen)
     return layers.Linear(c.hidden_size, c.use_bias, name="out")(out), cache
@@ -111,9 +112,9 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    carry: tuple[jax.Array, caches.Cache | None],
+    carry: tuple[jax.Array, kv_cache.Cache | None],
     allowed_Bx1xLxS: jax.Array,
-  ) -> tuple[tuple[jax.Array, caches.Cache | None], None]:
+  ) -> tuple[tuple[jax.Array, kv_cache.Cache | None], None]:
     """Runs one layer."""
     c = self.config
     x, cache = carry
@@ -166,10 +167,10 @@ class Opt(decoder.Decoder):
     self,
     x_BxLxE: jax.Array,
     mask_BxL: jax.Array,
-    cache: caches.Cache | None = None,
-  ) -> tuple[jax.Array, caches.Cache | None]:
+    cache: kv_cache.Cache | None = None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Runs the layers; [B, L, D]."""
-    mask_BxS, slots_L, cache = caches.take_slots(mask_BxL, cache)
+    mask_BxS, slots_L, cache = kv_cache.take_slots(mask_BxL, cache)
     rows = jnp.take(self._positions(mask_BxS), slots_L, axis=1) + _OFFSET
     rows = jnp.where(mask_BxL, rows, _OFFSET - 1)
     x = x_BxLxE
@@ -178,7 +179,7 @@ class Opt(decoder.Decoder):
     x = x + self.position_embed(rows)
     allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
     (x, cache), _ = self.layers((x, cache), allowed_Bx1xLxS)
-    return x, caches.first_layer(cache)
+    return x, kv_cache.first_layer(cache)
 
   def _cache_shape(self) -> tuple[int, int, int]:
     """Returns the number of layers and kv heads, and a head's width."""
@@ -196,7 +197,7 @@ class Opt(decoder.Decoder):
 
 Model = Opt
 
-# How weights are divided among devices; see `zofo_jax.mesh`.
+# How weights are divided among devices; see `zofo_jax.sharding.mesh`.
 SHARDINGS = (
   (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
   (r"mlp/up/kernel$", P(None, "fsdp", "model")),
@@ -222,9 +223,9 @@ def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
   Raises:
     UserError: a field is missing or asks for something not implemented.
   """
-  hf_config.check(config, "quantization_config", None)
-  hidden_size = hf_config.field(config, "hidden_size")
-  num_heads = hf_config.field(config, "num_attention_heads")
+  config_lib.check(config, "quantization_config", None)
+  hidden_size = config_lib.field(config, "hidden_size")
+  num_heads = config_lib.field(config, "num_attention_heads")
   if hidden_size % num_heads:
     raise errors.UserError(
       f"config.json has hidden_size = {hidden_size}, which "
@@ -232,14 +233,14 @@ def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
     )
   norm_before = bool(config.get("do_layer_norm_before", True))
   return OptConfig(
-    vocab_size=hf_config.field(config, "vocab_size"),
+    vocab_size=config_lib.field(config, "vocab_size"),
     hidden_size=hidden_size,
-    mlp_size=hf_config.field(config, "ffn_dim"),
-    num_layers=hf_config.field(config, "num_hidden_layers"),
+    mlp_size=config_lib.field(config, "ffn_dim"),
+    num_layers=config_lib.field(config, "num_hidden_layers"),
     num_heads=num_heads,
     embed_size=config.get("word_embed_proj_dim") or hidden_size,
-    max_length=hf_config.field(config, "max_position_embeddings"),
-    activation=hf_config.activation(config, "activation_function", "relu"),
+    max_length=config_lib.field(config, "max_position_embeddings"),
+    activation=config_lib.activation(config, "activation_function", "relu"),
     norm_before=norm_before,
     # Checkpoints tuned before transformers 4.20.1 lack the last norm.
     final_norm=norm_before and not config.get("_remove_final_layer_norm"),

@@ -4,7 +4,7 @@
 """
 
 from zofo_jax.report.curves import plot_curves
-from zofo_jax.report.lines import (
+from zofo_jax.report.jsonl import (
   JsonlWriter,
   read_jsonl,
   write_json,

@@ -10,8 +10,9 @@ from typing import Any
 
 from etils import epath
 
-from zofo_jax import errors, processes
-from zofo_jax.report.lines import read_jsonl
+from zofo_jax import errors
+from zofo_jax.report.jsonl import read_jsonl
+from zofo_jax.sharding import multihost
 
 
 def plot_curves(
@@ -26,7 +27,7 @@ def plot_curves(
   Raises:
     UserError: if the file has no row with a step.
   """
-  if not processes.is_first():
+  if not multihost.is_first():
     return
   from matplotlib import figure, ticker  # slow to import
 

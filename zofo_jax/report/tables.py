@@ -5,7 +5,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from zofo_jax import processes
+from zofo_jax.sharding import multihost
 
 
 def results_table(
@@ -22,7 +22,7 @@ def results_table(
     title: printed above.
     stream: where to write; None for standard output.
   """
-  if not processes.is_first():
+  if not multihost.is_first():
     return
   from rich import console, table  # not needed by a run in a pod
 

@@ -1,21 +1,29 @@
 """Every task by name, and the means to declare one's own."""
 
 from zofo_jax import errors
-from zofo_jax.tasks import answers, choices, claims, pairs, sentiment, superglue
-from zofo_jax.tasks.own import custom as custom
-from zofo_jax.tasks.task import Task as Task
-from zofo_jax.tasks.task import Template as Template
-from zofo_jax.tasks.task import Version as Version
+from zofo_jax.tasks import (
+  generation,
+  hate_and_stance,
+  multiple_choice,
+  sentence_pairs,
+  single_sentence,
+  superglue,
+)
+from zofo_jax.tasks.base import Row as Row
+from zofo_jax.tasks.base import Task as Task
+from zofo_jax.tasks.base import Template as Template
+from zofo_jax.tasks.base import Version as Version
+from zofo_jax.tasks.custom import custom as custom
 
 ALL: dict[str, Task] = {
   entry.name: entry
   for entry in (
     *superglue.TASKS,
-    *sentiment.TASKS,
-    *choices.TASKS,
-    *answers.TASKS,
-    *pairs.TASKS,
-    *claims.TASKS,
+    *single_sentence.TASKS,
+    *multiple_choice.TASKS,
+    *generation.TASKS,
+    *sentence_pairs.TASKS,
+    *hate_and_stance.TASKS,
   )
 }
 

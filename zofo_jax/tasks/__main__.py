@@ -1,11 +1,11 @@
 """Lists every task with an example prompt: `python -m zofo_jax.tasks`."""
 
-from zofo_jax import rows, tasks
+from zofo_jax import tasks
 
 
 def describe(task: tasks.Task) -> str:
   """Returns a task's facts and, for each version, prompt and options."""
-  row = rows.Row(task.example, f"{task.name} example")
+  row = tasks.Row(task.example, f"{task.name} example")
   hub = "/".join(filter(None, task.hub or ())) or "no hub set"
   lines = [f"{task.name}  ({task.kind}, {task.metric}; {hub})"]
   lines.append(f"  columns: {', '.join(task.columns)}")

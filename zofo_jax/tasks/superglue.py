@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from zofo_jax.tasks.task import Fields, Task, Template
+from zofo_jax.tasks.base import Fields, Task, Template
 
 _NO_YES = ("No", "Yes")
 _YES_NO = ("Yes", "No")

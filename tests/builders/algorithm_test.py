@@ -1,0 +1,116 @@
+"""What a config can ask for: every choice of an algorithm and of a loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from zofo_jax import errors
+from zofo_jax.builders import algorithm as algorithm_lib
+from zofo_jax.builders import budget, data, model
+from zofo_jax.builders import run as run_lib
+from zofo_jax.config import defaults, validate
+from zofo_jax.core import bilevel, perturbed
+from zofo_jax.training import train
+
+
+def choices(name):
+  return validate.CHOICES[name]
+
+
+@pytest.mark.parametrize("optimizer", choices("zo.optimizer"))
+@pytest.mark.parametrize("estimator", choices("zo.estimator"))
+@pytest.mark.parametrize("direction", choices("zo.direction"))
+def test_every_choice_takes_a_step(direction, estimator, optimizer):
+  config = defaults.base_config()
+  config.zo.direction = direction
+  config.zo.estimator = estimator
+  config.zo.optimizer = optimizer
+  if optimizer in validate.OPTIMIZERS:
+    config.lower.optimizer = config.upper.optimizer = optimizer
+
+  def loss_fn(base, adapter, batch, key):
+    out = perturbed.dot(batch, base["kernel"]) + batch @ adapter
+    return jnp.mean(out**2)
+
+  if (direction, optimizer) == ("per_example", "conservative"):
+    with pytest.raises(errors.UserError, match="one direction"):
+      validate.check(config)
+    return
+  algorithm = algorithm_lib.make_algorithm(config, loss_fn)
+  x = jnp.ones((3, 4))
+  state = jax.eval_shape(
+    algorithm.init,
+    jax.random.key(0),
+    {"kernel": jnp.ones((4, 2))},
+    jnp.ones((4, 2)),
+    jnp.ones((4, 2)),
+  )
+  batch = bilevel.BilevelBatch(lower=x[None], penalty=x, upper=x)
+  after, info = jax.eval_shape(
+    algorithm.step, state, batch, bilevel.BilevelHParams(penalty=1.0)
+  )
+  assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+  assert info.upper_loss.shape == ()
+  trees = {"momentum": 1, "adam": 2, "adamw": 2}.get(optimizer, 0)
+  held = sum(leaf.shape == (4, 2) for leaf in jax.tree.leaves(after.base_opt))
+  assert held == trees
+
+
+def test_passes_of_every_estimator():
+  config = defaults.base_config()
+  config.lower.num_steps = 5
+  config.zo.num_directions = 3
+  counted = {}
+  for config.zo.estimator in choices("zo.estimator"):
+    counted[config.zo.estimator] = budget.passes(config, "bilevel")[:2]
+  assert counted == {
+    "central": (5 + 2 + 3 * 6, 7),
+    "forward": (5 + 2 + 3 * 4, 7),
+    "exact": (5 + 2 + 3 * 6, 7),
+  }
+
+
+@pytest.mark.parametrize(
+  "loss, dtype, rtol",
+  [("likelihood", "float32", 1e-5), ("classification", "bfloat16", 0.02)],
+)
+def test_losses_of_a_model(tiny_model, tiny_rows, loss, dtype, rtol):
+  config = defaults.base_config()
+  config.model.name = str(tiny_model)
+  config.model.dtype = dtype
+  config.data.dir = str(tiny_rows)
+  config.data.task = "rotten_tomatoes"
+  config.data.num_selection = config.data.num_test = 8
+  run = run_lib.make_run(config)
+
+  def first_batch(config):
+    examples = data.load_examples(config, run.model, run.task)
+    shape = data.train_shape(examples)
+    return train.iteration_batch(config, examples, shape, run.model.pad, 0)
+
+  config.loss = "classification"  # the same rows, with every option
+  scored = first_batch(config).upper
+  config.loss = loss
+  batch = first_batch(config)
+
+  before = run.abstract_state()
+  after, info = jax.eval_shape(
+    run_lib.make_run(config).algorithm.step,
+    before,
+    batch,
+    bilevel.BilevelHParams(),
+  )
+  assert info.lower_loss.shape == (config.lower.num_steps,)
+  kinds = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (before, after))
+  assert kinds[0] == kinds[1]
+
+  # Every option is one token, so that its score is its log-probability.
+  base = model.load_base(config, run.model)
+  loss_fn = model.make_loss_fn(loss, run.model.module)
+  value = jax.jit(loss_fn)(base, {}, batch.upper, None)
+  scores = np.asarray(run.score_fn(base, {}, scored), np.float64)
+  if loss == "classification":
+    scores = scores - np.log(np.exp(scores).sum(-1, keepdims=True))
+  picked = scores[np.arange(len(scores)), scored.label]
+  np.testing.assert_allclose(value, -picked.mean(), rtol=rtol)

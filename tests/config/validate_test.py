@@ -1,0 +1,97 @@
+"""What a config may not say, and the field that is named."""
+
+import pytest
+
+from zofo_jax import errors
+from zofo_jax.config import defaults, validate
+
+DEFAULTS = defaults.flat(defaults.base_config())
+
+
+@pytest.fixture
+def config():
+  config = defaults.base_config()
+  config.model.name = "somewhere"
+  return config
+
+
+def test_every_checked_field_exists():
+  fields = (
+    *validate.CHOICES,
+    *validate._POSITIVE,
+    *validate._NOT_NEGATIVE,
+  )
+  assert set(fields) <= DEFAULTS.keys()
+  # Every number is checked, but for those that may be anything.
+  numbers = {
+    name
+    for name, value in DEFAULTS.items()
+    if isinstance(value, int | float) and not isinstance(value, bool)
+  }
+  numbers = {name for name in numbers if not name.startswith("mesh.")}
+  assert numbers - set(fields) == {
+    "seed",
+    "data.seed",
+    "data.template",
+    "lora.alpha",
+    "generate.length_penalty",
+  }
+
+
+@pytest.mark.parametrize("name", validate._POSITIVE + validate._NOT_NEGATIVE)
+def test_check_names_the_field(config, name):
+  group, _, field = name.rpartition(".")
+  part = config[group] if group else config
+  part[field] = type(part[field])(-1)
+  with pytest.raises(errors.UserError, match=rf"config\.{name}: .*-1"):
+    validate.check(config)
+
+
+@pytest.mark.parametrize(
+  "field, changes",
+  [
+    ("zo.scaling", {"scaling": "std", "estimator": "exact"}),
+    ("zo.num_directions", {"direction": "per_example", "num_directions": 2}),
+    ("zo.optimizer", {"optimizer": "conservative", "num_directions": 2}),
+    ("zo.optimizer", {"optimizer": "conservative", "direction": "per_example"}),
+    ("zo.optimizer", {"optimizer": "conservative", "scaling": "sign"}),
+    ("zo.optimizer", {"optimizer": "conservative", "clip": 1.0}),
+    ("zo.objective", {"objective": "accuracy", "estimator": "exact"}),
+    ("zo.optimizer", {"optimizer": "adamw", "select": "norm"}),
+    ("zo.optimizer", {"optimizer": "adamw", "layers": (0,)}),
+    ("zo.weight_decay", {"weight_decay": 0.1, "optimizer": "adam"}),
+  ],
+)
+def test_no_choice_is_ignored(config, field, changes):
+  validate.check(config)
+  config.zo.update(changes)
+  with pytest.raises(errors.UserError, match=rf"^config\.{field}: "):
+    validate.check(config)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"adapter.kind": "lra"}, r"adapter\.kind: .*'lra'.*mean 'lora'"),
+    ({"adapter.kind": "lora+prefx"}, r"'lora\+prefx'.*mean 'prefix'"),
+    ({"adapter.kind": "lora+lora"}, r"each once.*'lora\+lora'"),
+    ({"adapter.kind": ""}, r"adapter\.kind: .*found ''"),
+    ({"lora.dropout": 1.0}, r"lora\.dropout: .*less than 1; found 1"),
+    ({"prefix.init": "token"}, r"prefix\.init: .*mean 'tokens'"),
+    ({"prefix.projection": 8}, r"prefix\.projection: .*'random'"),
+    ({"prompt.init": "text"}, r"prompt\.text: expected words"),
+    ({"prompt.text": "Good?"}, r"prompt\.text: .*only then; found 'Good\?'"),
+  ],
+)
+def test_adapters_that_there_are_not(config, changes, words):
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.UserError, match=words):
+    validate.check(config)
+
+
+def test_positions_that_adapters_take(config):
+  taken = {}
+  for config.adapter.kind in ("lora", "prefix", "prompt", "prompt+lora+prefix"):
+    taken[config.adapter.kind] = defaults.num_virtual(config)
+  assert list(taken.values()) == [0, 5, 10, 15]
+  assert defaults.adapter_kinds(config) == ("lora", "prefix", "prompt")

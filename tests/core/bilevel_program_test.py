@@ -1,0 +1,316 @@
+"""The bilevel step as a program: shapes, keys, scans, meshes, donation."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import zofo_jax as zofo
+from zofo_jax.core import directions, outer, perturbed, sampler, zo
+
+D, ROWS, T = 8, 8, 3
+SAMPLER = sampler.Sampler(directions.Rademacher())
+
+
+@jax.custom_jvp
+def _guard(x):
+  return x
+
+
+@_guard.defjvp
+def _guard_jvp(primals, tangents):
+  raise AssertionError("theta was differentiated")
+
+
+def _loss(base, adapter, batch, key):
+  """Weighted squares of x (w_0 + w_1 a) + c b - y, coupling both levels."""
+  del key
+  x, y, weight = batch
+  w, c = _guard(base["layers"]["w"]), _guard(base["c"])
+  residual = x @ (w[0] + w[1] * adapter["a"]) + c * adapter["b"] - y
+  return jnp.sum(weight * residual**2) / jnp.sum(weight)
+
+
+def _draw(seed):
+  rng = np.random.default_rng(seed)
+  return lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def _start():
+  draw = _draw(0)
+  base = {"layers": {"w": draw(2, D)}, "c": draw()}
+  upper, lower = ({"a": draw(D), "b": draw()} for _ in range(2))
+  return jax.random.key(11), base, upper, lower
+
+
+def _batch(seed=0, rows=ROWS):
+  draw = _draw(100 + seed)
+  make = lambda *lead: (draw(*lead, D), draw(*lead), jnp.ones(lead))
+  return zofo.BilevelBatch(
+    lower=make(T, ROWS), penalty=make(ROWS), upper=make(rows)
+  )
+
+
+def _remember_keys(tx, num_directions):
+  """Keeps the keys of the last estimate in the state, for the slow path."""
+  tx = outer.as_outer(tx)
+  blank = jax.random.key(0)
+  blank = perturbed.Key(jax.random.split(blank, num_directions), blank)
+
+  def update(base, state, estimate, *rest):
+    base, state = tx.update(base, state[0], estimate, *rest)
+    return base, (state, estimate.keys)
+
+  return outer.OuterTransform(lambda base: (tx.init(base), blank), update)
+
+
+def _algorithm(loss=_loss, upper_loss=None, **options):
+  defaults = {
+    "lower_tx": optax.adam(3e-2),
+    "upper_tx": optax.adam(1e-2),
+    "base_tx": outer.sgd(1e-2),
+    "sampler": SAMPLER,
+  }
+  return zofo.make_bilevel_step(loss, upper_loss, **(defaults | options))
+
+
+@functools.cache
+def _plain():
+  """The algorithm most tests share, with one jitted step."""
+  algorithm = _algorithm()
+  return algorithm, jax.jit(algorithm.step)
+
+
+def _close(left, right, rtol=1e-5, atol=1e-5):
+  assert jax.tree.structure(left) == jax.tree.structure(right)
+
+  def check(a, b):
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+      a, b = jax.random.key_data(a), jax.random.key_data(b)
+    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
+
+  jax.tree.map(check, left, right)
+
+
+def test_theta_is_never_differentiated():
+  # The guard in _loss raises if it is; `exact` proves that it would.
+  algorithm, _ = _plain()
+  state = algorithm.init(*_start())
+  jax.eval_shape(algorithm.step, state, _batch(), zofo.BilevelHParams())
+  exact = _algorithm(estimator=zo.exact)
+  with pytest.raises(AssertionError, match="theta"):
+    jax.eval_shape(exact.step, state, _batch(), zofo.BilevelHParams())
+
+
+def test_shapes_and_dtypes_are_stable():
+  algorithm, _ = _plain()
+  state = algorithm.init(*_start())
+  after, info = jax.eval_shape(
+    algorithm.step, state, _batch(), zofo.BilevelHParams()
+  )
+  assert jax.tree.structure(after) == jax.tree.structure(state)
+  jax.tree.map(
+    lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype) or pytest.fail(),
+    after,
+    state,
+  )
+  assert info.lower_loss.shape == (T,)
+  assert info.coefficients.shape == (1,)
+  for leaf in jax.tree.leaves(info):
+    assert leaf.dtype in (jnp.float32, jnp.int32)
+
+
+def test_nothing_is_compiled_twice_and_the_state_is_donated():
+  hyper = optax.inject_hyperparams(optax.adam)
+  algorithm = _algorithm(
+    lower_tx=hyper(learning_rate=3e-2), upper_tx=hyper(learning_rate=1e-2)
+  )
+  step = jax.jit(algorithm.step, donate_argnums=0)
+  first = algorithm.init(*_start())
+  state, _ = step(first, _batch(), zofo.BilevelHParams(1e-2, 1.0))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+  state, _ = step(state, _batch(1), zofo.BilevelHParams(1e-3, 1e4))
+
+  def with_rate(opt_state, rate):
+    rate = {"learning_rate": jnp.float32(rate)}
+    return opt_state._replace(hyperparams=opt_state.hyperparams | rate)
+
+  before = jax.tree.map(np.array, (state.base, state.upper, state.lower))
+  state = state._replace(
+    lower_opt=with_rate(state.lower_opt, 0.0),
+    upper_opt=with_rate(state.upper_opt, 0.0),
+    base_opt=state.base_opt._replace(learning_rate=jnp.float32(0.0)),
+  )
+  state, _ = step(state, _batch(2), zofo.BilevelHParams(1e-1, 2.0))
+  assert step._cache_size() == 1
+  # The rates of zero were obeyed.
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    before,
+    (state.base, state.upper, state.lower),
+  )
+
+
+def test_scan_equals_calls():
+  algorithm, step = _plain()
+  batches = [_batch(seed) for seed in range(4)]
+  hparams = zofo.BilevelHParams(0.05, 2.0)
+  state = algorithm.init(*_start())
+  infos = []
+  for batch in batches:
+    state, info = step(state, batch, hparams)
+    infos.append(info)
+  stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *batches)
+  scanned, scanned_infos = jax.jit(
+    lambda state, batches: jax.lax.scan(
+      lambda s, b: algorithm.step(s, b, hparams), state, batches
+    )
+  )(algorithm.init(*_start()), stacked)
+  _close(scanned, state, rtol=1e-4, atol=1e-4)
+  infos = jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos)
+  _close(scanned_infos, infos, rtol=1e-3, atol=1e-3)
+
+
+def test_vmap_over_penalties():
+  algorithm, step = _plain()
+  state = algorithm.init(*_start())
+  penalties = [0.0, 1.0, 10.0]
+  states, _ = jax.jit(
+    jax.vmap(algorithm.step, in_axes=(None, None, zofo.BilevelHParams(None, 0)))
+  )(state, _batch(), zofo.BilevelHParams(0.05, jnp.array(penalties)))
+  for i, penalty in enumerate(penalties):
+    alone, _ = step(state, _batch(), zofo.BilevelHParams(0.05, penalty))
+    got = jax.tree.map(lambda leaf, i=i: leaf[i], states)
+    _close(got, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_batches_of_unequal_shape():
+  # The upper batch of 5 rows, and the same padded to 8 by rows of weight 0.
+  algorithm, step = _plain()
+  short = _batch(rows=5)
+  pad = lambda leaf: jnp.concatenate(
+    [leaf, jnp.zeros((ROWS - 5, *leaf.shape[1:]))]
+  )
+  padded = short._replace(upper=jax.tree.map(pad, short.upper))
+  hparams = zofo.BilevelHParams(0.05, 2.0)
+  one = step(algorithm.init(*_start()), short, hparams)
+  other = step(algorithm.init(*_start()), padded, hparams)
+  _close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_two_functions_of_one_loss():
+  # A second function of the same values: separate calls, the same step.
+  algorithm, step = _plain()
+  twin = _algorithm(_loss, lambda *arguments: _loss(*arguments))
+  hparams = zofo.BilevelHParams(0.05, 2.0)
+  one = step(algorithm.init(*_start()), _batch(), hparams)
+  other = jax.jit(twin.step)(twin.init(*_start()), _batch(), hparams)
+  _close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_keys_reach_first_order_losses_only():
+  seen = []
+
+  def loss(base, adapter, batch, key):
+    seen.append(key is None)
+    return _loss(base, adapter, batch, key)
+
+  algorithm = _algorithm(loss)
+  state = algorithm.init(*_start())
+  jax.eval_shape(algorithm.step, state, _batch(), zofo.BilevelHParams())
+  # Traced in order: with keys for s and p, then without for theta.
+  assert True in seen and False in seen
+  assert seen == sorted(seen)
+
+
+def test_a_broken_objective_moves_no_weight():
+  algorithm, step = _plain()
+  state = algorithm.init(*_start())
+  x, y, weight = _batch().upper
+  batch = _batch()._replace(upper=(x, y.at[0].set(jnp.nan), weight))
+  after, info = step(state, batch, zofo.BilevelHParams())
+  assert int(info.num_nonfinite) == 1
+  _close(after.base, state.base, rtol=0, atol=0)
+
+
+def test_a_broken_gradient_of_p_moves_no_weight():
+  def loss(base, adapter, batch, key):
+    # At p alone: sqrt has no slope at zero, and p starts there.
+    return _loss(base, adapter, batch, key) + jnp.sqrt(adapter["b"] * 0.0)
+
+  algorithm = _algorithm(_loss, loss)
+  state = algorithm.init(*_start())
+  after, info = algorithm.step(state, _batch(), zofo.BilevelHParams())
+  assert np.isfinite(info.objective) and not np.isfinite(info.upper_grad_norm)
+  assert int(info.num_nonfinite) == 1
+  _close(after.base, state.base, rtol=0, atol=0)
+
+
+def test_no_stacked_weight_is_copied():
+  key, base, upper, lower = _start()
+  # Deep enough that a copy of all layers stands out.
+  base["layers"]["w"] = jnp.ones((300, D))
+
+  def loss(base, adapter, batch, key):
+    del key
+    x, y, weight = batch
+    scale = lambda x, w: (x * perturbed.value(w)[None], None)
+    x, _ = jax.lax.scan(scale, x * adapter["a"][None], base["layers"]["w"])
+    residual = jnp.sum(x, axis=-1) + adapter["b"] - y
+    return jnp.sum(weight * residual**2) / jnp.sum(weight)
+
+  algorithm = _algorithm(
+    loss, sampler=sampler.Sampler(directions.Rademacher(), lazy=True)
+  )
+  state = algorithm.init(key, base, upper, lower)
+  step = jax.jit(algorithm.step, donate_argnums=0)
+  compiled = step.lower(state, _batch(), zofo.BilevelHParams()).compile()
+  assert f"f32[300,{D}]" in compiled.as_text()
+  copies = re.findall(rf"= f32\[300,{D}\]\S* copy\(", compiled.as_text())
+  assert not copies
+
+
+def test_mesh_equals_one_device():
+  mesh = jax.make_mesh(
+    (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+  )
+  place = lambda tree, *axes: jax.device_put(
+    tree, NamedSharding(mesh, P(*axes))
+  )
+  eps, penalty = 0.05, 2.0
+  tx = _remember_keys(outer.sgd(1e-2), 2)
+  algorithm = _algorithm(base_tx=tx, num_directions=2)
+  step = jax.jit(algorithm.step)
+  hparams = zofo.BilevelHParams(eps, penalty)
+  one, one_info = step(algorithm.init(*_start()), _batch(), hparams)
+
+  key, base, upper, lower = _start()
+  base = {
+    "layers": {"w": place(base["layers"]["w"], None, "model")},
+    "c": place(base["c"]),
+  }
+  state = algorithm.init(place(key), base, place(upper), place(lower))
+  batch = _batch()
+  batch = zofo.BilevelBatch(
+    lower=place(batch.lower, None, "data"),
+    penalty=place(batch.penalty, "data"),
+    upper=place(batch.upper, "data"),
+  )
+  many, many_info = step(state, batch, hparams)
+  for part in (0, 1):
+    np.testing.assert_array_equal(
+      *(jax.random.key_data(s.base_opt[1][part]) for s in (one, many))
+    )
+  # Sums in another order: a few ulps of each loss, then over eps.
+  scale = float(one_info.upper_loss + 2 * penalty * one_info.penalty_loss)
+  atol = 8 * 2.0**-23 * scale / eps
+  _close(many_info.coefficients, one_info.coefficients, rtol=0, atol=atol)
+  _close(many.base, one.base, rtol=1e-6, atol=1e-2 * atol)
+  _close((many.upper, many.lower), (one.upper, one.lower))

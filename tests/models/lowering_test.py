@@ -1,0 +1,56 @@
+"""The step of every family of models is lowered for TPUs and GPUs as well."""
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+
+import zofo_jax as zofo
+from zofo_jax import models
+from zofo_jax.config import defaults
+from zofo_jax.plan import estimate
+from zofo_jax.sharding import mesh as mesh_lib
+
+SHAPES = {
+  "opt": {"ffn_dim": 64},
+  "llama": {"intermediate_size": 64},
+  "mistral": {"intermediate_size": 64, "num_key_value_heads": 2},
+  "qwen2": {"intermediate_size": 64, "num_key_value_heads": 2},
+}
+
+
+def test_every_family_is_here():
+  assert set(SHAPES) == set(models.FAMILIES)
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_step_exports(name, monkeypatch):
+  hf_config = {
+    "model_type": name,
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 32,
+    **SHAPES[name],
+  }
+  monkeypatch.setitem(estimate.known.CONFIGS, "tiny", hf_config)
+  config = defaults.base_config()
+  config.model.name = "tiny"
+  config.model.dtype = "bfloat16"
+  mesh = mesh_lib.make(config.mesh)
+  run = estimate.make_run(config, mesh)
+  state = run.abstract_state()
+  batch = estimate.abstract_batch(config, run.model, mesh)
+  step = jax.jit(run.algorithm.step)
+  # Typed keys are no arrays to a program that is written down.
+  whole = lambda tree: jax.tree.map(
+    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree
+  )
+  exported = export.export(step, platforms=("tpu", "cuda", "cpu"))(
+    whole(state), whole(batch), zofo.BilevelHParams(1e-3, np.float32(1.0))
+  )
+  assert exported.platforms == ("tpu", "cuda", "cpu")
+  assert len(exported.out_avals) == len(
+    jax.tree.leaves(jax.eval_shape(step, state, batch, zofo.BilevelHParams()))
+  )

@@ -1,0 +1,195 @@
+"""Records reference logits of tiny random models, with their weights.
+
+Run `python tests/models/reference/make_logits.py` where torch and transformers
+are installed. Each file beside this script holds one case: config.json as text,
+tensors under their Hugging Face names, a padded batch, and the logits that
+transformers computes in float32. The tests read them without torch.
+"""
+
+import json
+import pathlib
+
+import numpy as np
+
+HERE = pathlib.Path(__file__).parent
+LENGTH = 12
+
+_LLAMA = dict(
+  model_type="llama",
+  vocab_size=96,
+  hidden_size=16,
+  intermediate_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  num_key_value_heads=2,
+  max_position_embeddings=64,
+)
+_OPT = dict(
+  model_type="opt",
+  vocab_size=96,
+  hidden_size=16,
+  ffn_dim=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  max_position_embeddings=20,
+)
+
+
+def _rope(kind, theta=100.0, **fields):
+  return {"rope_parameters": dict(rope_type=kind, rope_theta=theta, **fields)}
+
+
+_LLAMA3 = dict(
+  factor=8.0,
+  low_freq_factor=1.0,
+  high_freq_factor=4.0,
+  original_max_position_embeddings=32,
+)
+
+CASES = {
+  # Small thetas and contexts make every branch of RoPE matter in 12 tokens.
+  "llama": _LLAMA | _rope("default"),
+  "llama_tied": _LLAMA | dict(tie_word_embeddings=True, rms_norm_eps=1e-2),
+  "llama_biases": _LLAMA | dict(attention_bias=True, mlp_bias=True),
+  "llama_gelu_head_dim": _LLAMA
+  | dict(hidden_act="gelu", head_dim=6, num_key_value_heads=1),
+  "llama_linear": _LLAMA | _rope("linear", factor=4.0),
+  "llama_dynamic": _LLAMA
+  | dict(max_position_embeddings=8)
+  | _rope("dynamic", factor=2.0),
+  "llama_llama3": _LLAMA | dict(head_dim=12) | _rope("llama3", **_LLAMA3),
+  "llama_yarn": _LLAMA
+  | dict(head_dim=12)
+  | _rope(
+    "yarn", factor=4.0, beta_fast=4.0, original_max_position_embeddings=16
+  ),
+  "mistral": _LLAMA | dict(model_type="mistral", sliding_window=3),
+  "mistral_full": _LLAMA | dict(model_type="mistral", sliding_window=None),
+  "qwen2": _LLAMA | dict(model_type="qwen2", tie_word_embeddings=True),
+  "qwen2_window": _LLAMA
+  | dict(
+    model_type="qwen2",
+    use_sliding_window=True,
+    sliding_window=3,
+    max_window_layers=1,
+  ),
+  "opt": _OPT,
+  "opt_350m": _OPT | dict(do_layer_norm_before=False, word_embed_proj_dim=8),
+  "opt_old_norm": _OPT | dict(_remove_final_layer_norm=True),
+  "opt_plain": _OPT
+  | dict(
+    enable_bias=False,
+    layer_norm_elementwise_affine=False,
+    activation_function="gelu",
+    tie_word_embeddings=False,
+  ),
+}
+
+
+def batch(seed):
+  """Makes rows without padding, padded left, and padded right."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(4, 96, (3, LENGTH))
+  mask = np.ones((3, LENGTH), bool)
+  mask[1, :5] = False
+  mask[2, -4:] = False
+  tokens[~mask] = 1
+  return tokens.astype(np.int32), mask
+
+
+def reference(fields, seed):
+  """Runs transformers on random weights.
+
+  Args:
+    fields: config.json as a dict.
+    seed: seed of weights and tokens.
+
+  Returns:
+    (config, tensors, tokens, mask, logits); the config as transformers writes
+    it, the rest in NumPy.
+  """
+  import torch
+  import transformers
+
+  fields = dict(fields)
+  config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+  config._attn_implementation = "eager"
+  model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+  generator = torch.Generator().manual_seed(seed)
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      parameter.normal_(0.0, 0.3, generator=generator)
+      if "norm" in name and name.endswith("weight"):
+        parameter.add_(1.0)
+  tokens, mask = batch(seed)
+  positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
+  more = (
+    {}
+    if config.model_type == "opt"
+    else {"position_ids": torch.tensor(positions)}
+  )
+
+  def run(rows):
+    with torch.no_grad():
+      out = model(
+        input_ids=torch.tensor(tokens[rows].astype(np.int64)),
+        attention_mask=torch.tensor(mask[rows].astype(np.int64)),
+        **{name: value[rows] for name, value in more.items()},
+      )
+    return out.logits.numpy()
+
+  if "dynamic" in str(getattr(config, "rope_parameters", "")):
+    # transformers stretches by the longest row, so each row runs alone, the
+    # long one last: the stretch is remembered between calls.
+    logits = np.concatenate([run(slice(r, r + 1)) for r in (2, 1, 0)])[::-1]
+  else:
+    logits = run(slice(None))
+  tensors = {
+    name: parameter.detach().numpy()
+    for name, parameter in model.named_parameters()
+  }
+  written = json.loads(config.to_json_string(use_diff=False))
+  return written, tensors, tokens, mask, logits
+
+
+def load(name):
+  """Reads a recorded case; the same tuple as `reference` returns."""
+  with np.load(HERE / f"{name}.npz") as stored:
+    arrays = {key: stored[key] for key in stored.files}
+  config = json.loads(str(arrays.pop("config")))
+  rest = [arrays.pop(key) for key in ("tokens", "mask", "logits")]
+  return config, arrays, *rest
+
+
+def nest(tensors, names, num_layers):
+  """Builds our tree from Hugging Face tensors and `hf_parameters`' names."""
+  tree = {}
+  for path, (name, transposed) in names.items():
+    if "{layer}" in name:
+      layers = [tensors[name.format(layer=i)] for i in range(num_layers)]
+      leaf = np.stack(layers)
+    else:
+      leaf = tensors[name]
+    *modules, last = path.split("/")
+    node = tree
+    for module in modules:
+      node = node.setdefault(module, {})
+    node[last] = np.swapaxes(leaf, -1, -2) if transposed else leaf
+  return tree
+
+
+def main():
+  for name, fields in CASES.items():
+    config, tensors, tokens, mask, logits = reference(fields, seed=0)
+    np.savez_compressed(
+      HERE / f"{name}.npz",
+      config=json.dumps(config),
+      tokens=tokens,
+      mask=mask,
+      logits=logits,
+      **tensors,
+    )
+
+
+if __name__ == "__main__":
+  main()

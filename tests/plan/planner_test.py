@@ -1,0 +1,161 @@
+"""Plans: what is in them, on which slices they say a run fits."""
+
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from zofo_jax import errors, models
+from zofo_jax.config import defaults
+from zofo_jax.models.hf import published, weights
+from zofo_jax.plan import estimate, planner, topologies
+from zofo_jax.sharding import mesh as mesh_lib
+
+ROOT = pathlib.Path(__file__).parents[2]
+KEYS = {
+  *("weights", "optimizer", "forward_temp", "zo_temp", "lora_temp"),
+  "iteration_temp",
+}
+# Parameters that the models' papers and cards name, in billions.
+SIZES = {
+  "facebook/opt-125m": 0.125,
+  "facebook/opt-1.3b": 1.32,
+  "facebook/opt-13b": 12.9,
+  "facebook/opt-66b": 65.7,
+  "HuggingFaceTB/SmolLM2-135M": 0.135,
+  "TinyLlama/TinyLlama_v1.1": 1.10,
+  "meta-llama/Llama-2-7b-hf": 6.74,
+  "meta-llama/Llama-2-70b-hf": 69.0,
+  "meta-llama/Llama-3.1-8B": 8.03,
+  "meta-llama/Llama-3.2-1B": 1.24,
+  "mistralai/Mistral-7B-v0.3": 7.25,
+  "Qwen/Qwen2.5-0.5B": 0.494,
+  "Qwen/Qwen2.5-7B": 7.62,
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_known_models_have_their_size(name):
+  module, family = models.from_hf(published.CONFIGS[name])
+  shapes = weights.shapes(family, module.config).values()
+  count = sum(int(np.prod(shape)) for shape in shapes)
+  assert count / 1e9 == pytest.approx(SIZES[name], rel=0.02)
+
+
+def test_every_size_of_the_configs_is_known(command_line, capsys):
+  for name in ("opt", "llama"):
+    text = (ROOT / "configs" / f"{name}.py").read_text()
+    scope: dict = {}
+    exec(compile(text, name, "exec"), scope)
+    assert set(scope["SIZES"].values()) <= published.CONFIGS.keys()
+
+
+def config_of(name, **changes):
+  config = defaults.base_config()
+  config.mesh.data = -1
+  config.model.name = name
+  config.model.dtype = "bfloat16"
+  config.data.max_length = 64
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_an_estimate(tmp_path, capsys):
+  path = tmp_path / "plan.json"
+  config = config_of("meta-llama/Llama-2-70b-hf")
+  plan = planner.plan(config, "h100:8", str(path))
+  assert json.loads(path.read_text()) == plan
+  assert plan["estimate"] and plan["fits"]
+  assert plan["per_chip_bytes"].keys() == KEYS | {"total"}
+  methods = plan["method_bytes"]
+  assert methods["mezo"] < methods["lora"] < methods["bilevel"]
+  # Weights, gradients and two moments.
+  assert methods["full"] > 4 * plan["per_chip_bytes"]["weights"]
+  # The norms alone are whole on every chip.
+  whole = 69.0e9 * 2 / 4
+  assert plan["per_chip_bytes"]["weights"] == pytest.approx(whole, rel=0.01)
+  assert plan["mesh"] == {"pert": 1, "data": 2, "fsdp": 1, "model": 4}
+  # 2 N operations a token and a pass; 10 inner steps forwards and for the
+  # adapters backwards, 2 of p, 6 for theta.
+  tokens = 8 * 64
+  assert plan["flops"] == pytest.approx(2 * 69e9 * tokens * 30, rel=0.2)
+  assert "it fits of" in capsys.readouterr().out
+  assert not planner.plan(config, "l4:1")["fits"]
+
+
+def test_a_compiled_plan(tmp_path, monkeypatch):
+  tiny = {
+    **published.CONFIGS["TinyLlama/TinyLlama_v1.1"],
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+  }
+  monkeypatch.setitem(published.CONFIGS, "tiny", tiny)
+  plan = planner.plan(
+    config_of("tiny", **{"mesh.data": 2, "lower.num_steps": 2}), "cpu:2"
+  )
+  sizes = plan["per_chip_bytes"]
+  assert sizes.keys() == KEYS | {"total"}
+  assert not plan["estimate"] and plan["fits"]
+  rest = sizes["weights"] + sizes["optimizer"]
+  assert rest < sizes["total"] < 2 * (rest + sizes["iteration_temp"])
+  # Data-parallel: the adapters' gradients, and scalars.
+  assert plan["collective_bytes"].keys() == {"all-reduce"}
+  assert 0 < plan["collective_bytes"]["all-reduce"] < rest
+  assert plan["compile_seconds"] > 0 and plan["bytes_accessed"] > 0
+
+
+@pytest.mark.parametrize(
+  "name, said",
+  [
+    ("v5e:3x3", "v5e comes as 2x2"),
+    ("v5pp:2x2x1", "Did you mean 'v5p'"),
+    ("h100", "a number of devices after 'h100:'"),
+    ("cpu:0", "found '0'"),
+  ],
+)
+def test_topologies_that_there_are_not(name, said):
+  with pytest.raises(errors.UserError, match=said):
+    topologies.find(name)
+
+
+def test_a_model_that_is_not_known():
+  config = config_of("facebook/opt-14b")
+  with pytest.raises(errors.UserError, match="Did you mean 'facebook/opt-1"):
+    estimate.make_run(config, mesh_lib.abstract(config.mesh, 1))
+
+
+def test_the_command(command_line, capsys):
+  opt = f"--config={ROOT / 'configs' / 'opt.py'}:size=13b"
+  assert command_line("plan", opt) == 2
+  assert "--topology: expected devices" in capsys.readouterr().err
+  assert command_line("plan", opt, "--topology=h200:2") == 0
+  assert "facebook/opt-13b" in capsys.readouterr().out
+  # More devices than rows: the weights are divided.
+  assert command_line("plan", opt, "--topology=h200:64") == 0
+  assert "mesh.data=64" not in capsys.readouterr().out
+
+
+@pytest.mark.skipif(
+  "ZOFO_TPU_COMPILER" not in os.environ,
+  reason="minutes; set ZOFO_TPU_COMPILER=1 with the extra tpu installed",
+)
+def test_the_tpu_compiler(capsys):
+  config = config_of(
+    "TinyLlama/TinyLlama_v1.1", **{"mesh.data": 1, "mesh.model": 4}
+  )
+  plan = planner.plan(config, "v5e:2x2")
+  sizes = plan["per_chip_bytes"]
+  assert plan["fits"] and not plan["estimate"]
+  assert sizes["iteration_temp"] < sizes["weights"] < sizes["total"]
+  # No copy of the weights anywhere, nor of a table.
+  beyond = sizes["zo_temp"] - sizes["forward_temp"]
+  assert beyond < 0.1 * sizes["weights"]
+  remat = plan["remat_temp_bytes"]
+  assert remat["on"] < 0.5 * remat["off"] == 0.5 * sizes["lora_temp"]
+  assert jax.default_backend() == "cpu"

@@ -1,0 +1,456 @@
+"""Meta-training and adaptation through the command line, on a tiny model."""
+
+import functools
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+
+from zofo_jax import errors, report, tasks
+from zofo_jax.builders import algorithm, data
+from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import run as run_lib
+from zofo_jax.checkpoints import manager
+from zofo_jax.config import defaults
+from zofo_jax.core import bilevel
+from zofo_jax.data import batching
+from zofo_jax.tasks import groups
+from zofo_jax.training import train
+from zofo_jax.training.meta import adapt, multitask_run, task_sets
+from zofo_jax.training.meta import few_shot as few_shot_lib
+
+CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
+STEPS = 4
+TRAINED = ("rotten_tomatoes", "cr", "imdb")
+
+
+@pytest.fixture(scope="module")
+def family_rows(tmp_path_factory, tiny_rows):
+  """A folder with rows of four tasks, each with another part of the rows."""
+  folder = tmp_path_factory.mktemp("family")
+  lines = (tiny_rows / "train.jsonl").read_text().splitlines(keepends=True)
+  for i, name in enumerate((*TRAINED, "mpqa")):
+    (folder / name).mkdir()
+    own = lines[40 * i : 40 * i + 64]
+    (folder / name / "train.jsonl").write_text("".join(own))
+    shutil.copy(tiny_rows / "validation.jsonl", folder / name)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def start(command_line, tiny_model, family_rows):
+  """Types a command of meta-training."""
+
+  def run(workdir, *changes, method="bilevel", steps=STEPS):
+    return command_line(
+      f"--config={CONFIGS / 'metatrain.py'}:method={method}",
+      f"--workdir={workdir}",
+      f"--config.model.name={tiny_model}",
+      f"--config.data.dir={family_rows}",
+      f"--config.meta.train={TRAINED}",
+      "--config.meta.target=('mpqa',)",
+      "--config.meta.num_tasks=2",
+      "--config.meta.size_power=0.5",
+      "--config.meta.weight_power=1",
+      "--config.data.num_selection=8",
+      "--config.data.num_test=8",
+      "--config.ckpt.keep=2",
+      "--config.data.max_length=48",
+      "--config.penalty=1",
+      "--config.lower.num_steps=2",
+      "--config.lower.learning_rate=3e-2",
+      "--config.upper.learning_rate=3e-2",
+      "--config.zo.learning_rate=1e-4",
+      f"--config.train.num_steps={steps}",
+      "--config.train.eval_every_steps=2",
+      *changes,
+    )
+
+  return run
+
+
+@pytest.fixture(scope="module")
+def done(start, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("runs") / "meta"
+  assert start(folder) == 0
+  return folder
+
+
+def arrays(folder, step):
+  """Reads a checkpoint as {name: array}."""
+  family = multitask_run.make_family(run_lib.read_config(epath.Path(folder)))
+  with manager.Checkpoints(folder / "checkpoints") as checkpoints:
+    state, _ = checkpoints.restore(family.abstract_state(), step)
+  state = state._replace(key=jax.random.key_data(state.key))
+  return {
+    jax.tree_util.keystr(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+  }
+
+
+def test_what_a_run_leaves(done):
+  metrics = report.read_jsonl(done / "metrics.jsonl")
+  rows = [row for row in metrics if "lower_loss" in row]
+  assert [row["step"] for row in rows] == [1, 2, 3, 4]
+  for row in rows:
+    assert len(row["tasks"]) == len(set(row["tasks"])) == 2
+    assert np.isfinite([row["lower_loss"], row["upper_loss"]]).all()
+    assert len(row["penalty_loss"]) == 2
+    # 2 inner, 2 for p, and 3 losses at either side of theta, of 2 tasks.
+    assert row["forward_passes"] == 20 * row["step"]
+  scored = [row for row in metrics if "selection_mean" in row]
+  assert [row["step"] for row in scored] == [2, 4]
+  for row in scored:
+    each = [row[f"selection_{name}"] for name in TRAINED]
+    assert row["selection_mean"] == pytest.approx(np.mean(each))
+  summary = json.loads((done / "summary.json").read_text())
+  assert [row["task"] for row in summary["tasks"]] == list(TRAINED)
+  trained = [row["trained"] for row in summary["tasks"]]
+  assert summary["test_mean"] == pytest.approx(np.mean(trained))
+  assert (done / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_is_the_same_bit_for_bit(done, start, tmp_path):
+  folder = tmp_path / "run"
+  shutil.copytree(done, folder)
+  shutil.rmtree(folder / "checkpoints" / str(STEPS))
+  assert start(folder) == 0
+  one, other = arrays(done, STEPS), arrays(folder, STEPS)
+  jax.tree.map(np.testing.assert_array_equal, one, other)
+  measured = ("seconds", "rss_bytes", "peak_rss_bytes")
+  steps = [
+    [
+      {name: row[name] for name in row if name not in measured}
+      for row in report.read_jsonl(each / "metrics.jsonl")
+    ]
+    for each in (done, folder)
+  ]
+  assert steps[0] == steps[1]
+
+
+def test_a_run_resumed_on_the_host_is_the_same(done, start, tmp_path):
+  # As if it had been interrupted after step 2, with its tasks on the host.
+  folder = tmp_path / "run"
+  shutil.copytree(done, folder)
+  shutil.rmtree(folder / "checkpoints" / str(STEPS))
+  config = json.loads((folder / "config.json").read_text())
+  config["meta"]["on_host"] = True
+  (folder / "config.json").write_text(json.dumps(config))
+  assert start(folder, "--config.meta.on_host=True") == 0
+  one, other = arrays(done, STEPS), arrays(folder, STEPS)
+  assert one.keys() == other.keys()
+  for name, value in other.items():
+    of_tasks = name.startswith((".upper", ".lower"))
+    assert isinstance(value, np.ndarray) == of_tasks
+    np.testing.assert_allclose(value, one[name], rtol=2e-3, atol=2e-5)
+  steps = [
+    [row for row in report.read_jsonl(each / "metrics.jsonl") if "tasks" in row]
+    for each in (done, folder)
+  ]
+  assert [row["tasks"] for row in steps[0]] == [
+    row["tasks"] for row in steps[1]
+  ]
+
+
+def test_where_stacks_start_does_not_matter(done, tiny_model):
+  family = multitask_run.make_family(run_lib.read_config(epath.Path(done)))
+  base = model_lib.load_base(family.config, family.run.model)
+  on_device = family.init(base)
+  family.config.meta.on_host = True
+  on_host = family.init(base)
+  for name in ("upper", "lower", "upper_opt", "lower_opt"):
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      getattr(on_host, name),
+      getattr(on_device, name),
+    )
+  # Every task's p and s are others.
+  drawn = [
+    leaf
+    for part in (on_device.upper, on_device.lower)
+    for leaf in np.asarray(
+      part["layers"]["attention"]["query"]["lora"].a
+    ).reshape(len(TRAINED), -1)
+  ]
+  assert len({leaf.tobytes() for leaf in drawn}) == 2 * len(TRAINED)
+
+
+def test_every_kind_of_adapter_has_an_axis_of_tasks(config):
+  config.command = "metatrain"
+  config.adapter.kind = "lora+prefix+prompt"
+  config.meta.train, config.meta.target = ("cr", "rotten_tomatoes"), ("mpqa",)
+  config.meta.num_tasks = 2
+  config.data.max_length = 32
+  family = multitask_run.make_family(config)
+  model = family.run.model
+  state = family.init(model_lib.load_base(config, model))
+  examples = task_sets.load_examples(config, model, family.members)
+  shape = task_sets.common_shape([*map(data.train_shape, examples)])
+  each = [batching.collate(e.upper[:3], shape, pad=model.pad) for e in examples]
+  stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+  loss_fn = model_lib.make_loss_fn(config.loss, model.module)
+  grad = jax.value_and_grad(lambda a, base, b: loss_fn(base, a, b, None))
+  together = jax.jit(jax.vmap(grad, (0, None, 0)))(
+    state.upper, state.base, stacked
+  )
+  alone = jax.jit(grad)
+  for i in range(2):
+    one = alone(family.adapter(state, i), state.base, each[i])
+    jax.tree.map(
+      lambda many, one, i=i: np.testing.assert_allclose(
+        many[i], one, rtol=1e-4, atol=1e-5
+      ),
+      together,
+      one,
+    )
+
+
+@pytest.fixture(scope="module")
+def lora(start, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("runs") / "peft"
+  assert start(folder, method="peft", steps=2) == 0
+  return folder
+
+
+@pytest.mark.parametrize("method", ["peft", "full", "mezo"])
+def test_baselines_move_what_they_should(lora, start, tmp_path, method):
+  folder = lora if method == "peft" else tmp_path / method
+  if method != "peft":
+    assert start(folder, method=method, steps=2) == 0
+  metrics = report.read_jsonl(folder / "metrics.jsonl")
+  passes = {"peft": (4, 4), "full": (4, 4), "mezo": (4, 0)}[method]
+  assert (metrics[0]["forward_passes"], metrics[0]["backward_passes"]) == passes
+  family, state = multitask_run.load(folder)
+  before = model_lib.load_base(family.config, family.run.model)
+  moved = {
+    jax.tree_util.keystr(path): not np.array_equal(old, new)
+    for (path, old), new in zip(
+      jax.tree_util.tree_leaves_with_path(before),
+      jax.tree.leaves(state.base),
+      strict=True,
+    )
+  }
+  assert any(moved.values()) == (method != "peft")
+  assert bool(jax.tree.leaves(state.upper)) == (method == "peft")
+
+
+def test_adaptation(done, lora, command_line, tmp_path, capsys):
+  code = command_line(
+    f"--config={CONFIGS / 'adapt.py'}:run={done}+{lora},task=mpqa",
+    f"--workdir={tmp_path / 'new'}",
+    "--config.adapt.shots=4",
+    "--config.adapt.num_seeds=2",
+    "--config.adapt.num_steps=12",
+    "--config.adapt.learning_rate=3e-2",
+  )
+  assert code == 0
+  shown = capsys.readouterr().out
+  columns = ("zero-shot", "in-context", "start", "few-shot", "±")
+  for name in ("mpqa", "mean", "base", "meta", "peft", *columns):
+    assert name in shown
+  found = json.loads((tmp_path / "new" / "adapt.json").read_text())
+  base, meta, first_order = found["outcome"]
+  assert [row["backbone"] for row in found["outcome"]] == [
+    "base",
+    "meta",
+    "peft",
+  ]
+  assert all(len(row["few_shot"]) == 2 for row in found["outcome"])
+  assert "start" not in base and "start" in meta
+  # Theta stood still there; here zero-shot is of the backbone alone.
+  assert base["zero_shot"] == first_order["zero_shot"]
+  assert base["in_context"] == first_order["in_context"]
+  assert all(len(row["in_context"]) == 2 for row in found["outcome"])
+  # A few rows of a task that one word decides are enough.
+  assert min(base["few_shot"]) > 0.9
+
+
+def test_the_spread_is_that_of_a_sample():
+  outcome = [
+    {"task": "cr", "backbone": name, "zero_shot": 0.5, "few_shot": few_shot}
+    | {"in_context": [0.5]}
+    for name, few_shot in (("base", [0.5, 0.7]), ("meta", [0.5]))
+  ]
+  base, meta = adapt.table(outcome)[:2]
+  assert base["few-shot"] == pytest.approx(0.6)
+  assert base["±"] == pytest.approx(0.02**0.5)  # sqrt((0.1² + 0.1²) / (2 - 1))
+  assert "±" not in meta
+
+
+@pytest.fixture
+def config(tiny_model, family_rows):
+  found = defaults.base_config()
+  found.command = "adapt"
+  found.model.name = str(tiny_model)
+  found.data.dir = str(family_rows)
+  found.data.num_test = 8
+  found.data.num_selection = 8
+  found.adapt.tasks = ("mpqa", "cr")
+  found.adapt.shots = 3
+  found.adapt.num_seeds = 2
+  found.adapt.num_steps = 3
+  found.adapt.batch_size = 4
+  return found
+
+
+def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
+  members = task_sets.members(config, config.adapt.tasks, "target", "x")
+  run = run_lib.make_run(config, members[0].task)
+  targets = few_shot_lib.load_targets(config, run.model, members)
+  base = model_lib.load_base(config, run.model)
+  together = few_shot_lib.tune(
+    run, few_shot_lib.Backbone("base", base, {}), targets
+  )
+  # The last of all, alone.
+  config.adapt.num_seeds = 1
+  key = jax.random.fold_in(jax.random.key(config.seed), 1)
+  fresh = model_lib.init_adapter(config, run.model, key, base)
+  target = targets[1]._replace(shots=[targets[1].shots[1]])
+  alone = few_shot_lib.tune(
+    run, few_shot_lib.Backbone("base", base, fresh), [target]
+  )
+  jax.tree.map(
+    lambda many, one, start: (
+      np.testing.assert_allclose(many[1, 1], one[0, 0], rtol=1e-3, atol=1e-6),
+      np.testing.assert_array_less(1e-4, np.abs(many[1, 1] - start).max()),
+      np.testing.assert_array_less(1e-4, np.abs(many[1, 1] - many[0, 1]).max()),
+    ),
+    together,
+    alone,
+    fresh,
+  )
+
+
+def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
+  config.command = "metatrain"
+  config.meta.train, config.meta.target = ("cr",), ("mpqa",)
+  config.meta.num_tasks = 1
+  config.data.max_length = 32
+  config.lower.num_steps = 2
+  config.lower.learning_rate = config.upper.learning_rate = 1e-3
+  config.zo.learning_rate = 1e-5
+  family = multitask_run.make_family(config)
+  model = family.model
+  (examples,) = task_sets.load_examples(config, model, family.members)
+  shape = data.train_shape(examples)
+  many = family.init(model_lib.load_base(config, model))
+  of_tasks = {name: getattr(many, name) for name in bilevel.OF_TASKS}
+  one = many._replace(**jax.tree.map(lambda leaf: leaf[0], of_tasks))
+  # Both as compiled programs.
+  alone = jax.jit(
+    run_lib.make_run(config, family.members[0].task).algorithm.step
+  )
+  together = jax.jit(family.run.algorithm.step)
+  hparams = algorithm.make_hparams(config, 0)
+  lift = functools.partial(jax.tree.map, lambda leaf: np.asarray(leaf)[None])
+  for number in range(2):
+    batch = train.iteration_batch(config, examples, shape, model.pad, number)
+    one, info = alone(one, batch, hparams)
+    many, told = together(many, lift(batch), hparams)
+    np.testing.assert_array_equal(told.coefficients, info.coefficients)
+    np.testing.assert_array_equal(told.lower_loss[0], info.lower_loss)
+  jax.tree.map(np.testing.assert_array_equal, many.base, one.base)
+  for name in bilevel.OF_TASKS:
+    jax.tree.map(
+      np.testing.assert_array_equal,
+      getattr(many, name),
+      lift(getattr(one, name)),
+    )
+
+
+# Names of tasks.
+
+
+def names_of(members):
+  return [member.task.name for member in members]
+
+
+def test_groups_hold_tasks_that_there_are():
+  for group in groups.ALL.values():
+    assert not set(group.train) & set(group.target)
+    for name in (*group.train, *group.target):
+      assert tasks.get(name).kind == "classification"
+
+
+def test_metaicl_lists(config, tmp_path):
+  rows = [
+    {"task": "a", "input": f"row {i}", "output": o, "options": ["yes", "no"]}
+    for i, o in enumerate(["yes", "no"] * 20)
+  ]
+  for name in ("glue-mrpc", "poem"):
+    (tmp_path / name).mkdir()
+    for split in ("train", "test"):
+      path = tmp_path / name / f"{name}_16_100_{split}.jsonl"
+      path.write_text(
+        "".join(json.dumps(row) + "\n" for row in rows[split == "test" :])
+      )
+  split = tmp_path / "class_to_class.json"
+  split.write_text('{"train": ["glue-mrpc"], "test": ["poem"]}')
+  config.data.dir = str(tmp_path)
+  config.meta.metaicl = "16_100"
+  trained, target = (
+    task_sets.members(config, (str(split),), side, "meta.train")
+    for side in ("train", "target")
+  )
+  assert names_of(trained) == ["glue-mrpc"] and names_of(target) == ["poem"]
+  model = model_lib.load_model(config)
+  (examples,) = task_sets.load_examples(config, model, trained)
+  assert isinstance(examples, data.Examples)
+  assert len(examples.lower) > 0 and len(examples.test) == 8
+  (found,) = few_shot_lib.load_targets(config, model, target)
+  assert [len(shots) for shots in found.shots] == [3, 3]
+  split.write_text('{"test": []}')
+  with pytest.raises(errors.UserError, match=r"lists 'train' and 'test'"):
+    task_sets.members(config, (str(split),), "train", "meta.train")
+
+
+@pytest.mark.parametrize(
+  "changes, expected",
+  [
+    (
+      {"meta.train": ("sentimant",)},
+      ["meta.train", "sentimant", "Did you mean 'sentiment'"],
+    ),
+    ({"meta.train": ("cr", "squad")}, ["squad", "generating"]),
+    ({"meta.train": ()}, ["config.meta.train", "found nothing"]),
+    ({"meta.target": ("cr",)}, ["not trained on", "cr"]),
+    ({"meta.num_tasks": 3}, ["at most the 2 tasks", "found 3"]),
+    ({"method": "pett"}, ["config.method", "Did you mean 'peft'"]),
+    ({"method": "peft", "meta.on_host": True}, ["meta.on_host", "False"]),
+    (
+      {"method": "mezo", "zo.direction": "per_example"},
+      ["zo.direction", "mezo"],
+    ),
+    ({"method": "mezo_peft"}, ["config.method", "many tasks", "peft"]),
+    ({"meta.size_power": -1.0}, ["meta.size_power", "0 or more"]),
+  ],
+)
+def test_mistakes(config, changes, expected):
+  config.command = "metatrain"
+  config.meta.train, config.meta.target = ("cr", "rotten_tomatoes"), ("mpqa",)
+  config.meta.num_tasks = 2
+  for name, value in changes.items():
+    config.update_from_flattened_dict({name: value})
+  with pytest.raises(errors.UserError) as caught:
+    multitask_run.make_family(config)
+  for part in expected:
+    assert part in str(caught.value)
+
+
+def test_what_adaptation_does_not_take(done, config, tmp_path, command_line):
+  config.adapt.runs = (str(done),)
+  with pytest.raises(errors.UserError, match=r"not trained on.*found cr"):
+    adapt.adapt(config, str(tmp_path))
+  config.adapt.tasks = ("mpqa",)
+  config.lora.rank = 4
+  with pytest.raises(errors.UserError, match=r"config.lora.rank.*8.*found 4"):
+    adapt.adapt(config, str(tmp_path))
+  config.lora.rank = 8
+  config.adapt.shots = 1000
+  with pytest.raises(errors.UserError, match=r"mpqa.*1000 rows"):
+    adapt.adapt(config, str(tmp_path))
+  assert command_line("evaluate", f"--workdir={done}") == 2

@@ -1,0 +1,1 @@
+"""From one section of a config to one object."""

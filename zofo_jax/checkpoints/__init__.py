@@ -1,0 +1,1 @@
+"""Checkpoints, their checksums, and the ledger of outer steps."""

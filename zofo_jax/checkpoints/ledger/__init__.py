@@ -1,0 +1,32 @@
+"""The ledger: theta's steps as a few numbers a line, from which it is rebuilt.
+
+`python -m zofo_jax.ledger` is its command line.
+"""
+
+from zofo_jax.checkpoints.ledger.format import (
+  Ledger,
+  Line,
+  Writer,
+  parse,
+  read,
+  start,
+)
+from zofo_jax.checkpoints.ledger.replay import (
+  advance,
+  fingerprint,
+  load_start,
+  make_header,
+)
+
+__all__ = [
+  "Ledger",
+  "Line",
+  "Writer",
+  "advance",
+  "fingerprint",
+  "load_start",
+  "make_header",
+  "parse",
+  "read",
+  "start",
+]

@@ -1,0 +1,228 @@
+"""The file of a ledger: a header and a line for each outer step.
+
+A line is, between spaces: step, number of directions, learning rate, decay,
+coefficients, weights and the CRC-32 of what stands before it. Numbers of
+float32 are their eight hexadecimal digits, so that nothing is rounded; the
+weights are "-" where the update cannot be taken again. The header is JSON and
+its CRC-32. A line is appended and synced to the disk at once.
+"""
+
+import io
+import json
+import os
+import zlib
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from zofo_jax import errors
+from zofo_jax.core import moves
+from zofo_jax.sharding import multihost
+
+FORMAT = "zofo_jax ledger 1"
+
+
+class Line(NamedTuple):
+  """An outer step.
+
+  Attributes:
+    step: outer steps done with it, from 1.
+    coefficients: directional derivatives, float32 [Q].
+    move: what was added to theta; None if that is not all of the update.
+  """
+
+  step: int
+  coefficients: np.ndarray
+  move: moves.Move | None
+
+  def text(self) -> str:
+    """Returns the line with its checksum and its end."""
+    move = self.move
+    fields = [
+      str(self.step),
+      str(len(self.coefficients)),
+      _hex(0.0 if move is None else move.learning_rate),
+      _hex(0.0 if move is None else move.decay),
+      _hex(self.coefficients),
+      "-" if move is None else _hex(move.weights),
+    ]
+    return _sealed(" ".join(fields))
+
+
+class Ledger(NamedTuple):
+  """What is in a file.
+
+  Attributes:
+    header: what every line rests on; see `replay.make_header`.
+    lines: the steps from 1 on, none left out.
+    torn: whether a last line without its end was dropped.
+  """
+
+  header: dict[str, Any]
+  lines: list[Line]
+  torn: bool = False
+
+  def text(self) -> str:
+    """Returns the file's content, byte for byte."""
+    return start(self.header) + "".join(line.text() for line in self.lines)
+
+
+def start(header: dict[str, Any]) -> str:
+  """Returns the first line."""
+  return _sealed(json.dumps({"format": FORMAT, **header}, sort_keys=True))
+
+
+def parse(content: bytes, where: str) -> Ledger:
+  """Reads a ledger's content.
+
+  A last line without its end was cut off by the end of a process: it is
+  dropped.
+
+  Args:
+    content: all of it.
+    where: the file's name, for messages.
+
+  Returns:
+    The ledger.
+
+  Raises:
+    UserError: names the line whose checksum is wrong or that is no line.
+  """
+  *whole, rest = content.split(b"\n")
+  if not whole:
+    raise errors.UserError(f"'{where}' is no ledger: it has no whole line.")
+  header = _header(_checked(whole[0], where, 1), where)
+  lines = [
+    _line(_checked(text, where, number), where, number)
+    for number, text in enumerate(whole[1:], 2)
+  ]
+  return Ledger(header, lines, torn=bool(rest))
+
+
+def read(path: epath.PathLike) -> Ledger:
+  """Reads a ledger's file; see `parse`.
+
+  Raises:
+    UserError: there is no such file, or a line of it is damaged.
+  """
+  path = epath.Path(path)
+  if not path.is_file():
+    raise errors.UserError(f"There is no ledger '{path}'.")
+  return parse(path.read_bytes(), str(path))
+
+
+class Writer:
+  """Appends lines to a ledger, each on the disk before the call returns.
+
+  Of several processes the first writes.
+  """
+
+  def __init__(self, path: epath.PathLike, content: str):
+    """Puts `content` in the file, in one piece, and opens it to be continued.
+
+    Args:
+      path: the file; its folder exists.
+      content: what is in it so far, at least the first line.
+    """
+    self.path = epath.Path(path)
+    self._parts = [content]
+    self._file: IO[Any] | None = None
+    if not multihost.is_first():
+      return
+    beside = self.path.with_name(self.path.name + ".tmp")
+    beside.write_text(content)
+    beside.replace(self.path)
+    self._file = self.path.open("a")
+
+  def append(self, line: Line) -> None:
+    """Appends a line."""
+    self._parts.append(line.text())
+    if self._file is None:
+      return
+    self._file.write(self._parts[-1])
+    self._file.flush()
+    try:
+      os.fsync(self._file.fileno())
+    except io.UnsupportedOperation:
+      pass  # a remote file system
+
+  def text(self) -> str:
+    """Returns the file's content."""
+    self._parts = ["".join(self._parts)]
+    return self._parts[0]
+
+  def close(self) -> None:
+    """Closes the file."""
+    if self._file is not None:
+      self._file.close()
+
+
+def _hex(values: Any) -> str:
+  return np.asarray(values, ">f4").tobytes().hex()
+
+
+def _floats(text: str) -> np.ndarray:
+  return np.frombuffer(bytes.fromhex(text), ">f4").astype(np.float32)
+
+
+def _sealed(text: str) -> str:
+  return f"{text} {zlib.crc32(text.encode()):08x}\n"
+
+
+def _checked(line: bytes, where: str, number: int) -> str:
+  """Returns a line without its checksum, which must be right."""
+  text, _, found = line.rpartition(b" ")
+  expected = f"{zlib.crc32(text):08x}"
+  if found != expected.encode():
+    raise errors.UserError(
+      f"'{where}' line {number} is damaged: its checksum is "
+      f"{found[:16].decode('ascii', 'replace')!r}, expected '{expected}'."
+    )
+  return text.decode("utf-8", "replace")
+
+
+def _header(text: str, where: str) -> dict[str, Any]:
+  try:
+    header = json.loads(text)
+    found = header.pop("format")
+  except (ValueError, KeyError, AttributeError, TypeError):
+    found = None
+  if found != FORMAT:
+    raise errors.UserError(
+      f"'{where}' line 1: expected the header of a '{FORMAT}'; found "
+      f"{text[:40]!r}."
+    )
+  return header
+
+
+def _line(text: str, where: str, number: int) -> Line:
+  expected = number - 1
+  try:
+    step, count, rate, decay, coefficients, weights = text.split(" ")
+    line = Line(
+      int(step),
+      _floats(coefficients),
+      None
+      if weights == "-"
+      else moves.Move(
+        weights=_floats(weights),
+        decay=_floats(decay)[0],
+        learning_rate=_floats(rate)[0],
+      ),
+    )
+    counts = {int(count), len(line.coefficients)}
+    if line.move is not None:
+      counts.add(len(line.move.weights))
+  except (ValueError, IndexError):
+    counts = set()
+  if len(counts) != 1:
+    raise errors.UserError(
+      f"'{where}' line {number}: expected the six fields of a step; found "
+      f"{text[:60]!r}."
+    )
+  if line.step != expected:
+    raise errors.UserError(
+      f"'{where}' line {number}: expected step {expected}; found {line.step}."
+    )
+  return line

@@ -1,0 +1,187 @@
+"""Theta from where it began and the lines of a ledger.
+
+The steps are taken by the code that training takes them with, one compiled
+program for all, and give the same bits on the same kind of machine.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+from jax.experimental import multihost_utils
+
+from zofo_jax import errors
+from zofo_jax.builders import algorithm
+from zofo_jax.builders import model as model_lib
+from zofo_jax.checkpoints.ledger import format as ledger_format
+from zofo_jax.config import defaults, validate
+from zofo_jax.core import moves, perturbed
+from zofo_jax.sharding import mesh as mesh_lib
+
+
+def fingerprint(tree: Any) -> str:
+  """Returns the SHA-256 of a tree's paths, types, shapes and bytes."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    about = f"{perturbed.path_name(path)} {leaf.dtype} {leaf.shape}\n"
+    digest.update(about.encode())
+    if not getattr(leaf, "is_fully_addressable", True):
+      # Parts are with other processes: one leaf at a time is gathered.
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+  return digest.hexdigest()
+
+
+def make_header(
+  config: ml_collections.ConfigDict, base: Any, key: jax.Array
+) -> dict[str, Any]:
+  """Says what a run's steps rest on.
+
+  Args:
+    config: the run's config; its `model` and `zo` are kept.
+    base: theta before the first step.
+    key: the run's typed PRNG key.
+
+  Returns:
+    A dictionary of JSON.
+  """
+  return {
+    "model": config.model.to_dict(),
+    "zo": _jsonable(config.zo.to_dict()),
+    "base_sha256": fingerprint(base),
+    "key": np.asarray(jax.random.key_data(key)).tolist(),
+    "versions": versions(),
+  }
+
+
+def versions() -> dict[str, str]:
+  """Returns what the last bit of a step may depend on."""
+  try:
+    own = metadata.version("zofo-jax")
+  except metadata.PackageNotFoundError:  # A checkout on PYTHONPATH.
+    own = "not installed"
+  return {
+    "zofo_jax": own,
+    "jax": jax.__version__,
+    "device": jax.devices()[0].device_kind,
+  }
+
+
+def config_of(header: dict[str, Any], where: str) -> ml_collections.ConfigDict:
+  """Returns a config with the `model` and the `zo` of a header.
+
+  Raises:
+    UserError: the header lacks them.
+  """
+  config = defaults.base_config()
+  try:
+    config.model.update(header["model"])
+    config.zo.update({k: _tupled(v) for k, v in header["zo"].items()})
+    validate.check(config)
+  except (KeyError, TypeError, AttributeError, ValueError) as error:
+    raise errors.UserError(
+      f"'{where}' line 1: not the header of a run ({errors.first_line(error)})."
+    ) from error
+  return config
+
+
+def load_start(
+  config: ml_collections.ConfigDict,
+  model: model_lib.Model,
+  header: Mapping[str, Any],
+  mesh: mesh_lib.AnyMesh | None = None,
+) -> Any:
+  """Reads theta where a ledger begins.
+
+  Args:
+    config: names the dtype.
+    model: whose weights they are.
+    header: of the ledger.
+    mesh: the grid of devices; None for one.
+
+  Raises:
+    UserError: the model's weights are not those that the ledger began with.
+  """
+  base = model_lib.load_base(config, model, mesh)
+  expected, found = header.get("base_sha256", ""), fingerprint(base)
+  if found != expected:
+    raise errors.UserError(
+      f"{model.folder}: these are not the weights that the ledger began with: "
+      f"expected SHA-256 {expected[:12]}…, found {found[:12]}…"
+    )
+  return base
+
+
+def advance(
+  base: Any,
+  header: dict[str, Any],
+  lines: Sequence[ledger_format.Line],
+  where: str,
+) -> Any:
+  """Takes steps on theta again.
+
+  Args:
+    base: theta before the first of them; donated.
+    header: of the ledger that the lines are from.
+    lines: consecutive steps.
+    where: the ledger's file, for messages.
+
+  Returns:
+    theta after the last of them.
+
+  Raises:
+    UserError: the update of these lines cannot be taken again.
+  """
+  if not lines:
+    return base
+  config = config_of(header, where)
+  check(config.zo)
+  key = jax.random.wrap_key_data(jnp.asarray(header["key"], jnp.uint32))
+  step_fn = _step_fn(json.dumps(header["zo"], sort_keys=True))
+  for line in lines:
+    move = jax.tree.map(jnp.asarray, line.move)
+    base = step_fn(base, key, jnp.int32(line.step - 1), move)
+  return base
+
+
+@functools.lru_cache(maxsize=4)
+def _step_fn(zo: str) -> Callable[..., Any]:
+  """Returns the step of a header's `zo`, traced once for all."""
+  config = config_of({"model": {"name": "any"}, "zo": json.loads(zo)}, zo)
+  return jax.jit(
+    functools.partial(
+      moves.apply,
+      sampler=algorithm.make_sampler(config.zo),
+      frame_steps=config.zo.frame_steps,
+    ),
+    donate_argnums=0,
+  )
+
+
+def check(zo_config: ml_collections.ConfigDict) -> None:
+  """Stops where lines are not all of an update.
+
+  Raises:
+    UserError: zo.optimizer keeps a state like theta.
+  """
+  if zo_config.optimizer not in validate.IN_PLACE:
+    raise errors.UserError(
+      f"zo.optimizer '{zo_config.optimizer}' keeps more than a ledger holds, "
+      "so theta cannot be rebuilt from it; expected one of "
+      f"{', '.join(validate.IN_PLACE)}."
+    )
+
+
+def _jsonable(fields: dict[str, Any]) -> dict[str, Any]:
+  return {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+
+
+def _tupled(value: Any) -> Any:
+  return tuple(value) if isinstance(value, list) else value

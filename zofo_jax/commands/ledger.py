@@ -1,0 +1,198 @@
+"""The command line of ledgers: info, replay, verify, diff.
+
+python -m zofo_jax.ledger info --ledger RUN/ledger.txt
+python -m zofo_jax.ledger replay --ledger RUN/ledger.txt --to 500 \
+      --base HUB_OR_DIR --out DIR
+python -m zofo_jax.ledger verify --ledger RUN/ledger.txt --run RUN
+python -m zofo_jax.ledger diff --ledger RUN/ledger.txt OTHER/ledger.txt
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from zofo_jax import errors
+from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import run as run_lib
+from zofo_jax.checkpoints import manager
+from zofo_jax.checkpoints.ledger import format as ledger_format
+from zofo_jax.checkpoints.ledger import replay as replay_lib
+from zofo_jax.config import methods
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    "python -m zofo_jax.ledger", description="Rebuilds theta from a ledger."
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  for name, text in (
+    ("info", "say what is in a ledger"),
+    ("replay", "rebuild theta at a step"),
+    ("verify", "compare it with a run's checkpoint, bit for bit"),
+    ("diff", "find where two ledgers part"),
+  ):
+    command = commands.add_parser(name, help=text)
+    command.add_argument("--ledger", required=True, help="the file")
+    if name == "diff":
+      command.add_argument("other", help="the file to compare with")
+    if name in ("replay", "verify"):
+      command.add_argument(
+        "--base", help="hub id or folder where theta began; else the ledger's"
+      )
+      command.add_argument(
+        "--to", type=int, help="step; else the last, or the checkpoint's"
+      )
+    if name == "replay":
+      command.add_argument("--out", help="folder to write the model to")
+    if name == "verify":
+      command.add_argument("--run", required=True, help="folder of the run")
+  return parser.parse_args(arguments)
+
+
+def info(path: str) -> None:
+  """Prints what is in a ledger."""
+  found = ledger_format.read(path)
+  for name, value in found.header.items():
+    print(f"{name}: {json.dumps(value)}")
+  print(f"steps: {len(found.lines)}{', and a torn line' * found.torn}")
+  for line in found.lines[-1:]:
+    rate = "none" if line.move is None else f"{line.move.learning_rate:g}"
+    print(
+      f"last: step {line.step}, learning rate {rate}, coefficients "
+      f"{', '.join(f'{c:g}' for c in line.coefficients)}"
+    )
+
+
+def rebuild(path: str, base: str | None, to: int | None) -> tuple[Any, Any]:
+  """Rebuilds theta.
+
+  Args:
+    path: the ledger.
+    base: hub id or folder of theta's beginning; None for the ledger's own.
+    to: step; None for the last.
+
+  Returns:
+    (theta, its step, the config and the model that it is of).
+
+  Raises:
+    UserError: the ledger does not reach so far, its update cannot be taken
+      again, or `base` is not what it began with.
+  """
+  found = ledger_format.read(path)
+  last = len(found.lines)
+  to = last if to is None else to
+  if not 0 <= to <= last:
+    raise errors.UserError(f"--to: '{path}' has steps 1 to {last}; found {to}.")
+  config = replay_lib.config_of(found.header, path)
+  replay_lib.check(config.zo)
+  if base:
+    config.model.name, config.model.revision = base, None
+  now = replay_lib.versions()
+  if now != found.header.get("versions"):
+    print(
+      f"zofo_jax: the ledger was written with {found.header.get('versions')}; "
+      f"this is {now}, and the last bits may be others.",
+      file=sys.stderr,
+    )
+  model = model_lib.load_model(config)
+  theta = replay_lib.load_start(config, model, found.header)
+  theta = replay_lib.advance(theta, found.header, found.lines[:to], path)
+  return theta, (to, config, model)
+
+
+def replay(
+  path: str, base: str | None, to: int | None, out: str | None
+) -> None:
+  """Rebuilds theta, and writes it as a checkpoint folder if asked for."""
+  theta, (step, config, model) = rebuild(path, base, to)
+  print(f"theta at step {step}: SHA-256 {replay_lib.fingerprint(theta)}")
+  if out:
+    model_lib.save_base(out, config, model, theta)
+    print(f"In {out}: config.json, tokenizer, safetensors.")
+
+
+def verify(path: str, base: str | None, to: int | None, folder: str) -> None:
+  """Compares theta with a run's checkpoint.
+
+  Raises:
+    UserError: they differ, or the checkpoint holds no theta.
+  """
+  run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
+  if not methods.METHODS[run.config.method].updates_base:
+    raise errors.UserError(
+      f"--run: expected a run that moves theta; '{folder}' is of method "
+      f"'{run.config.method}', whose checkpoints do not hold it."
+    )
+  rare = bool(run.config.ckpt.base_every_steps)
+  abstract: Any = run.abstract_state()
+  place = epath.Path(folder) / ("bases" if rare else "checkpoints")
+  with manager.Checkpoints(place) as states:
+    step = states.latest_step() if to is None else to
+    wanted = {"base": abstract.base} if rare else abstract
+    state, _ = states.restore(wanted, step)
+  stored = jax.device_get(state["base"] if rare else state.base)
+  del state
+  theta, _ = rebuild(path, base, step)
+  for (key, ours), theirs in zip(
+    jax.tree_util.tree_leaves_with_path(theta),
+    jax.tree.leaves(stored),
+    strict=True,
+  ):
+    one, other = (np.asarray(x).view(np.uint8) for x in (ours, theirs))
+    if not np.array_equal(one, other):
+      raise errors.UserError(
+        f"'{path}' and '{place / str(step)}' differ in "
+        f"{jax.tree_util.keystr(key)}: {np.mean(one != other):.2%} of its "
+        "bytes."
+      )
+  print(f"The ledger gives the theta of '{place / str(step)}', bit for bit.")
+
+
+def diff(path: str, other: str) -> int:
+  """Prints where two ledgers part; returns 1 if they do."""
+  one, two = ledger_format.read(path), ledger_format.read(other)
+  different = 0
+  for name in sorted(one.header.keys() | two.header.keys()):
+    values = [json.dumps(x.header.get(name)) for x in (one, two)]
+    if values[0] != values[1]:
+      different = 1
+      print(f"{name}: {values[0]} and {values[1]}")
+  for a, b in itertools.zip_longest(one.lines, two.lines):
+    if a is None or b is None:
+      print(f"steps: {len(one.lines)} and {len(two.lines)}")
+      return 1
+    if a.text() != b.text():
+      print(f"step {a.step}: {a.text().strip()} and {b.text().strip()}")
+      return 1
+  if not different:
+    print("The ledgers are the same.")
+  return different
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  """Runs the command line and returns the exit code."""
+  given = _parse(arguments)
+  try:
+    if given.command == "info":
+      info(given.ledger)
+    elif given.command == "diff":
+      return diff(given.ledger, given.other)
+    elif given.command == "verify":
+      verify(given.ledger, given.base, given.to, given.run)
+    else:
+      replay(given.ledger, given.base, given.to, given.out)
+  except errors.UserError as error:
+    print(f"zofo_jax: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,35 @@
+"""The training methods, as data: what each of them updates, and how."""
+
+from typing import NamedTuple
+
+
+class Method(NamedTuple):
+  """One training method.
+
+  Attributes:
+    updates_base: whether it updates the backbone theta.
+    updates_adapter: whether it trains an adapter; without, there is none.
+    zeroth_order: whether any of its steps uses forward passes alone.
+    over_tasks: whether it can train on many tasks at once.
+  """
+
+  updates_base: bool
+  updates_adapter: bool
+  zeroth_order: bool
+  over_tasks: bool = False
+
+
+METHODS = {
+  # Bilevel-ZOFO: the backbone by zeroth order, adapters by first order.
+  "bilevel": Method(True, True, True, over_tasks=True),
+  # First order: an adapter, or all weights.
+  "peft": Method(False, True, False, over_tasks=True),
+  "full": Method(True, False, False, over_tasks=True),
+  # Zeroth order (MeZO): all weights, or an adapter.
+  "mezo": Method(True, False, True, over_tasks=True),
+  "mezo_peft": Method(False, True, True),
+  # Two stages.
+  "peft_then_mezo": Method(True, True, True),
+  "mezo_then_peft": Method(True, True, True),
+}
+OVER_TASKS = tuple(name for name, m in METHODS.items() if m.over_tasks)

@@ -1,0 +1,1 @@
+"""The method itself; imports jax, numpy and optax only."""

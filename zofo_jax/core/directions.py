@@ -1,0 +1,348 @@
+"""Kinds of random directions z, each a function of a key and a position.
+
+A leaf's key has two parts: `own` is new for every direction, `frame` may be
+shared by several, over steps (the subspace of low-rank directions) or over the
+examples of a batch. Every dense kind has E[z z^T] = I.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zofo_jax.core import prng
+
+# Rows of a leaf's axis 0: their numbers, or consecutive ones.
+Rows = jax.Array | prng.Block
+Shape = tuple[int, ...]
+
+
+class LeafKey(NamedTuple):
+  """Key of one leaf's direction: uint32, each [2], or [layers, 2] if stacked.
+
+  Attributes:
+    own: of this direction alone.
+    frame: of what it shares with other directions.
+  """
+
+  own: jax.Array
+  frame: jax.Array
+
+
+class Direction(Protocol):
+  """A kind of random direction; hashable, so that jit can key on it."""
+
+  @property
+  def dear(self) -> bool:
+    """Whether z is dearer to draw than to keep until its next use; here not."""
+    return False
+
+  @property
+  def elementwise(self) -> bool:
+    """Whether few numbers, and none of its row, tell one of z; here so.
+
+    Then a stack of layers is written in one pass, with hardly any temporaries.
+    """
+    return True
+
+  @property
+  def exact(self) -> bool:
+    """Whether every float dtype holds the numbers of z; here not."""
+    return False
+
+  @property
+  def joins(self) -> bool:
+    """Whether `combine` has a way of its own; here not."""
+    return False
+
+  def draw(
+    self, key: LeafKey, shape: Shape, rows: Rows | None = None
+  ) -> jax.Array:
+    """Draws z of one leaf, or of some rows of its axis 0.
+
+    Args:
+      key: the leaf's key.
+      shape: the leaf's shape, without an axis of layers.
+      rows: which rows of axis 0; None for all.
+
+    Returns:
+      float32, of that shape but for the rows.
+    """
+    ...
+
+  def restrict(self, z: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns the part of z along which these weights move; here all of it."""
+    del weight
+    return z
+
+  def product(
+    self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
+  ) -> jax.Array | None:
+    """Returns x z, or x z^T, if that needs no z; here None.
+
+    Args:
+      x: [..., in], or [..., out] if transposed.
+      key: key of a matrix z [in, out].
+      shape: (in, out).
+      transposed: whether to multiply by z^T.
+    """
+    del x, key, shape, transposed
+    return None
+
+  def combine(
+    self, keys: LeafKey, weights: jax.Array, shape: Shape
+  ) -> jax.Array | None:
+    """Returns sum_q weights[q] z(keys[q]) in one go if it can; here None."""
+    del keys, weights, shape
+    return None
+
+
+def draw_matrix(
+  elements: Callable[[jax.Array, Rows, int], jax.Array],
+  key: jax.Array,
+  shape: Shape,
+  rows: Rows | None = None,
+) -> jax.Array:
+  """Draws a leaf as rows of elements; a scalar is one row of one element."""
+  if rows is None:
+    rows = prng.Block(0, shape[0] if shape else 1)
+    leading = shape[:1]
+  elif isinstance(rows, prng.Block):
+    leading = (rows.size,)
+  else:
+    leading = rows.shape
+    rows = rows.astype(jnp.uint32)
+  columns = int(np.prod(shape[1:], dtype=np.int64))
+  return elements(key, rows, columns).reshape(*leading, *shape[1:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian(Direction):
+  """z ~ N(0, I), drawn in float32."""
+
+  @property
+  def dear(self) -> bool:
+    """Whether z is dearer to draw than to keep: a cipher and a quantile."""
+    return True
+
+  def draw(
+    self, key: LeafKey, shape: Shape, rows: Rows | None = None
+  ) -> jax.Array:
+    """Draws z; see `Direction`."""
+    return draw_matrix(prng.gaussian, key.own, shape, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rademacher(Direction):
+  """z uniform on {-1, +1}^d, 64 elements a draw."""
+
+  @property
+  def exact(self) -> bool:
+    """Whether every float dtype holds the numbers of z; here so."""
+    return True
+
+  def draw(
+    self, key: LeafKey, shape: Shape, rows: Rows | None = None
+  ) -> jax.Array:
+    """Draws z; see `Direction`."""
+    return draw_matrix(prng.rademacher, key.own, shape, rows)
+
+
+@dataclasses.dataclass(frozen=True)
+class LowRank(Direction):
+  """z = U V^T / sqrt(rank) with Gaussian U and V: a LoRA drawn from a key.
+
+  U [in, rank] comes from the direction's own key, V [out, rank] from its
+  frame's, so directions of one frame share V's space (LOZO, arXiv 2410.07698).
+  Leaves that are no matrices get Gaussian directions.
+
+  Attributes:
+    rank: columns of U and V.
+  """
+
+  rank: int = 4
+
+  @property
+  def elementwise(self) -> bool:
+    """Whether the factors of all layers together are small."""
+    return self.rank <= 8
+
+  @property
+  def joins(self) -> bool:
+    """Whether `combine` has a way of its own; here so."""
+    return True
+
+  def _scale(self) -> np.float32:
+    return np.float32(self.rank**-0.5)
+
+  def _factors(
+    self, key: LeafKey, shape: Shape, rows: Rows | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    u = draw_matrix(prng.shared_gaussian, key.own, (shape[0], self.rank), rows)
+    v = draw_matrix(prng.shared_gaussian, key.frame, (shape[1], self.rank))
+    # In fixed point, and coarse enough that a sum of `rank` products is exact
+    # in float32: z has the same bits in whatever order a program adds.
+    largest = self.rank * prng.GAUSSIAN_MAX**2
+    step = np.float32(2.0 ** -((24 - int(np.ceil(np.log2(largest)))) // 2))
+    return jnp.round(u / step) * step, jnp.round(v / step) * step
+
+  def draw(
+    self, key: LeafKey, shape: Shape, rows: Rows | None = None
+  ) -> jax.Array:
+    """Draws z; see `Direction`."""
+    if len(shape) != 2:
+      return draw_matrix(prng.gaussian, key.own, shape, rows)
+    u, v = self._factors(key, shape, rows)
+    # Outer products, which merge with what uses z; a product of matrices would
+    # be written to memory whole.
+    columns = v.T.reshape(self.rank, *(1,) * (u.ndim - 1), -1)
+    terms = [u[..., r, None] * columns[r] for r in range(self.rank)]
+    return functools.reduce(jnp.add, terms) * self._scale()
+
+  def product(
+    self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
+  ) -> jax.Array | None:
+    """Returns (x U) V^T, or (x V) U^T, where z is the larger thing to form."""
+    rows = x.size // x.shape[-1]
+    # The product passes over x's rows twice, U V^T over the whole of z.
+    if rows * sum(shape) >= np.prod(shape, dtype=np.int64):
+      return None
+    u, v = self._factors(key, shape)
+    first, second = (v, u) if transposed else (u, v)
+    first = first * self._scale()
+    return (x @ first.astype(x.dtype)) @ second.T.astype(x.dtype)
+
+  def combine(
+    self, keys: LeafKey, weights: jax.Array, shape: Shape
+  ) -> jax.Array | None:
+    """Returns one product of rank Q * rank."""
+    if len(shape) != 2:
+      return None
+    u, v = jax.vmap(lambda key: self._factors(key, shape))(keys)
+    weighted = u * weights[:, None, None]
+    # Scaled last, as in `draw`: one direction of weight 1 gives its own z.
+    z = jnp.einsum("qir,qor->io", weighted, v, precision="highest")
+    return z * self._scale()
+
+
+@dataclasses.dataclass(frozen=True)
+class PerExample(Direction):
+  """z = Z o (r s^T): signs r, s of its own on a Z that its frame shares.
+
+  The directions of a batch's examples are of one frame and cost one product
+  more than none: x (Z o r s^T) = ((x o r) Z) o s, and their weighted sum is
+  Z o (R^T diag(c) S) (Flipout, arXiv 1803.04386; GRZO, arXiv 2606.02857).
+
+  Attributes:
+    shared: the kind of Z.
+  """
+
+  shared: Direction = Rademacher()
+
+  @property
+  def elementwise(self) -> bool:
+    """Whether the shared kind is."""
+    return self.shared.elementwise
+
+  @property
+  def joins(self) -> bool:
+    """Whether `combine` has a way of its own; here so."""
+    return True
+
+  def _shared(
+    self, frame: jax.Array, shape: Shape, rows: Rows | None = None
+  ) -> jax.Array:
+    # Two keys, so that a Z of two factors does not draw the same one twice.
+    other = prng.fold_in(frame, np.uint32(0), np.uint32(4))
+    return self.shared.draw(LeafKey(frame, other), shape, rows)
+
+  def _signs(
+    self, own: jax.Array, shape: Shape, rows: Rows | None = None
+  ) -> tuple[jax.Array, jax.Array]:
+    """Returns r [rows] and s [columns]."""
+    left = draw_matrix(prng.rademacher, own, shape[:1], rows)
+    columns = int(np.prod(shape[1:], dtype=np.int64))
+    # A key of its own, so that s does not repeat the signs of r; a vector has
+    # no s.
+    other = prng.fold_in(own, np.uint32(0), np.uint32(3))
+    right = draw_matrix(prng.rademacher, other, (columns,))
+    return left, right if len(shape) > 1 else jnp.ones_like(right)
+
+  def draw(
+    self, key: LeafKey, shape: Shape, rows: Rows | None = None
+  ) -> jax.Array:
+    """Draws z; see `Direction`."""
+    z = self._shared(key.frame, shape, rows)
+    left, right = self._signs(key.own, shape, rows)
+    signs = left[..., None] * right.reshape((1,) * left.ndim + (-1,))
+    return z * signs.reshape(z.shape)
+
+  def product(
+    self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
+  ) -> jax.Array:
+    """Returns ((x o r) Z) o s, or ((x o s) Z^T) o r."""
+    first, second = self._signs(key.own, shape)
+    z = self._shared(key.frame, shape).astype(x.dtype)
+    if transposed:
+      first, second, z = second, first, z.T
+    y = (x * jnp.broadcast_to(first.astype(x.dtype), x.shape)) @ z
+    return y * jnp.broadcast_to(second.astype(x.dtype), y.shape)
+
+  def combine(
+    self, keys: LeafKey, weights: jax.Array, shape: Shape
+  ) -> jax.Array:
+    """Returns Z o (R^T diag(weights) S), for keys of one frame."""
+    left, right = jax.vmap(lambda own: self._signs(own, shape))(keys.own)
+    left = left.reshape(weights.shape[0], -1)  # a scalar has no rows
+    signs = jnp.einsum("qi,qo->io", left * weights[:, None], right)
+    return self._shared(keys.frame[0], shape) * signs.reshape(shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sparse(Direction):
+  """A dense kind, on small weights alone (S-MeZO, arXiv 2402.15751).
+
+  The mask |w| <= threshold * rms(row) is read off the weights, row by row along
+  the last axis, and never stored; vectors are not masked.
+
+  Attributes:
+    dense: the kind that is masked.
+    threshold: largest weight that moves, over the root mean square of its row;
+      0.67 lets about half of Gaussian weights move.
+  """
+
+  dense: Direction = Rademacher()
+  threshold: float = 0.67
+
+  @property
+  def dear(self) -> bool:
+    """Whether the dense kind is."""
+    return self.dense.dear
+
+  @property
+  def exact(self) -> bool:
+    """Whether every float dtype holds the dense kind's numbers."""
+    return self.dense.exact
+
+  @property
+  def elementwise(self) -> bool:
+    """Not so: the mask takes a whole row of weights."""
+    return False
+
+  def draw(
+    self, key: LeafKey, shape: Shape, rows: Rows | None = None
+  ) -> jax.Array:
+    """Draws z before it is masked; see `Direction`."""
+    return self.dense.draw(key, shape, rows)
+
+  def restrict(self, z: jax.Array, weight: jax.Array) -> jax.Array:
+    """Returns z where the weights are small, else 0."""
+    if weight.ndim < 2:
+      return z
+    square = jnp.square(weight.astype(jnp.float32))
+    mean = jnp.mean(square, axis=-1, keepdims=True)
+    return jnp.where(square <= self.threshold**2 * mean, z, 0.0)

@@ -1,0 +1,89 @@
+"""Several losses at one backbone, evaluated together where they are alike."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from zofo_jax.core import inner
+
+# A loss, the adapter and the batch that it takes.
+Term = tuple[inner.LossFn, Any, Any]
+
+
+def _alike(trees: Iterable[Any]) -> bool:
+  """Tells whether trees have one structure, and leaves one shape and type."""
+  first, *rest = (jax.tree.map(jax.typeof, tree) for tree in trees)
+  return all(other == first for other in rest)
+
+
+def evaluate(
+  terms: Sequence[Term], base: Any, keys: jax.Array | None
+) -> jax.Array:
+  """Evaluates several losses at one backbone.
+
+  Terms of one function and one shape become a batch axis of one call, so that
+  the backbone's products, and its perturbation, are shared between them.
+
+  Args:
+    terms: a loss, its adapter and its batch each.
+    base: backbone parameters, perturbed or not.
+    keys: typed PRNG keys, shape [terms], or None for no dropout.
+
+  Returns:
+    float32, shape [terms].
+  """
+  loss_fns, adapters, batches = zip(*terms, strict=True)
+  if len(set(loss_fns)) == 1 and _alike(zip(adapters, batches)):
+    stack = lambda *leaves: jnp.stack(leaves)
+    losses = jax.vmap(
+      loss_fns[0], in_axes=(None, 0, 0, None if keys is None else 0)
+    )(base, jax.tree.map(stack, *adapters), jax.tree.map(stack, *batches), keys)
+  else:
+    losses = jnp.stack(
+      [
+        loss_fn(base, adapter, batch, None if keys is None else keys[i])
+        for i, (loss_fn, adapter, batch) in enumerate(terms)
+      ]
+    )
+  return losses.astype(jnp.float32)
+
+
+def gradients(
+  terms: Sequence[Term], base: Any, keys: jax.Array
+) -> tuple[jax.Array, list[Any]]:
+  """Evaluates several losses at one backbone, and their adapters' gradients.
+
+  One after the other, so that one loss's activations exist at a time; terms of
+  one function and one shape by one program in a loop.
+
+  Args:
+    terms: a loss, its adapter and its batch each.
+    base: backbone parameters.
+    keys: typed PRNG keys, shape [terms].
+
+  Returns:
+    Losses, float32, shape [terms], and for each a tree like its adapter.
+  """
+  loss_fns, adapters, batches = zip(*terms, strict=True)
+
+  def one(loss_fn, adapter, batch, key):
+    return jax.value_and_grad(loss_fn, argnums=1)(base, adapter, batch, key)
+
+  if len(set(loss_fns)) == 1 and _alike(zip(adapters, batches)):
+    stack = lambda *leaves: jnp.stack(leaves)
+    stacked = (
+      jax.tree.map(stack, *adapters),
+      jax.tree.map(stack, *batches),
+      keys,
+    )
+    losses, each = jax.lax.map(lambda term: one(loss_fns[0], *term), stacked)
+    grads = [
+      jax.tree.map(lambda leaf, i=i: leaf[i], each) for i in range(len(terms))
+    ]
+  else:
+    found = [one(*term, key) for term, key in zip(terms, keys, strict=True)]
+    losses = jnp.stack([loss for loss, _ in found])
+    grads = [grad for _, grad in found]
+  return losses.astype(jnp.float32), grads

@@ -1,0 +1,340 @@
+"""Updates of the backbone from a zeroth-order estimate.
+
+An outer transformation is a pair (init, update) like optax's, except that it
+receives keys and coefficients instead of a gradient tree, so that a stateless
+one adds its directions to donated weights without any copy of their size.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from zofo_jax.core import moves, perturbed, zo
+from zofo_jax.core import sampler as sampler_lib
+
+# (base) -> value of the objective that was estimated.
+Objective = Callable[[Any], jax.Array]
+# (base, state, estimate, sampler, objective) -> (move, state)
+Weigh = Callable[
+  [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective],
+  tuple[moves.Move, Any],
+]
+
+
+class OuterTransform(NamedTuple):
+  """A backbone update.
+
+  Attributes:
+    init: (base) -> state.
+    update: (base, state, estimate, sampler, objective, key) -> (base, state);
+      the objective may be evaluated again, the typed key is for rounding.
+    weigh: of an update in place, (base, state, estimate, sampler, objective)
+      -> (move, state): all of it but the writing. None if there is more to
+      an update than a `Move` can say.
+  """
+
+  init: Callable[[Any], Any]
+  update: Callable[
+    [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective, jax.Array],
+    tuple[Any, Any],
+  ]
+  weigh: Weigh | None = None
+
+
+def _in_place(init: Callable[[Any], Any], weigh: Weigh) -> OuterTransform:
+  """Makes the update that writes what `weigh` says."""
+
+  def update(base, state, estimate, sampler, objective, key):
+    move, state = weigh(base, state, estimate, sampler, objective)
+    return _write(base, estimate, sampler, move, key), state
+
+  return OuterTransform(init, update, weigh)
+
+
+def _write(base, estimate, sampler, move, key):
+  return sampler.add(
+    base, estimate.keys, move.weights, decay=move.decay, rounding_key=key
+  )
+
+
+def take(
+  tx: OuterTransform,
+  base: Any,
+  state: Any,
+  estimate: zo.Estimate,
+  sampler: sampler_lib.Sampler,
+  objective: Objective,
+  key: jax.Array,
+) -> tuple[Any, Any, moves.Move | None]:
+  """Updates as `tx.update` does, and tells what was written.
+
+  Returns:
+    (base, state, move); the move is None if `tx` does not write in place.
+  """
+  if tx.weigh is None:
+    update = tx.update(base, state, estimate, sampler, objective, key)
+    return (*update, None)
+  move, state = tx.weigh(base, state, estimate, sampler, objective)
+  return _write(base, estimate, sampler, move, key), state, move
+
+
+class Scaling(NamedTuple):
+  """A change of an estimate's coefficients, with a few numbers of state.
+
+  Attributes:
+    init: () -> state.
+    update: (estimate, state) -> (estimate, state), new coefficients in it.
+  """
+
+  init: Callable[[], Any]
+  update: Callable[[zo.Estimate, Any], tuple[zo.Estimate, Any]]
+
+
+def _stateless(fn: Callable[[zo.Estimate], jax.Array]) -> Scaling:
+  return Scaling(
+    init=lambda: (),
+    update=lambda estimate, state: (
+      estimate._replace(coefficients=fn(estimate)),
+      state,
+    ),
+  )
+
+
+def clip(limit: float) -> Scaling:
+  """Clips every coefficient to [-limit, limit] (QZO, arXiv 2505.13430)."""
+  return _stateless(lambda e: jnp.clip(e.coefficients, -limit, limit))
+
+
+def sign() -> Scaling:
+  """Keeps the coefficients' signs alone: steps of one size."""
+  return _stateless(lambda e: jnp.sign(e.coefficients))
+
+
+def scale_by_std(epsilon: float = 1e-8) -> Scaling:
+  """Divides by the standard deviation of the evaluated values.
+
+  FZOO (arXiv 2506.09034): Adam-like steps without state. Needs several values:
+  more than one direction, or two points along one.
+  """
+
+  def scale(estimate):
+    std = jnp.std(estimate.values, where=jnp.isfinite(estimate.values))
+    return estimate.coefficients / (std + epsilon)
+
+  return _stateless(scale)
+
+
+class RunningScale(NamedTuple):
+  """State of `scale_by_running_rms`: int32 [] and float32 []."""
+
+  num_updates: jax.Array
+  mean_square: jax.Array
+
+
+def scale_by_running_rms(decay: float = 0.99, epsilon: float = 1e-8) -> Scaling:
+  """Divides by the running root mean square of the coefficients.
+
+  One adaptive number for all weights, as good as Adam's one for each (MEAZO,
+  arXiv 2605.03869).
+  """
+
+  def init():
+    return RunningScale(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
+
+  def update(estimate, state):
+    # Of the finite ones: the others are zero, and would make it smaller.
+    finite = estimate.coefficients.shape[0] - estimate.num_nonfinite
+    square = jnp.sum(jnp.square(estimate.coefficients))
+    square = square / jnp.maximum(finite, 1)
+    count = state.num_updates + 1
+    mean = decay * state.mean_square + (1 - decay) * square
+    rms = jnp.sqrt(mean / (1 - decay ** count.astype(jnp.float32)))
+    coefficients = estimate.coefficients / (rms + epsilon)
+    return (
+      estimate._replace(coefficients=coefficients),
+      RunningScale(count, mean),
+    )
+
+  return Scaling(init, update)
+
+
+class SgdState(NamedTuple):
+  """State of `sgd`.
+
+  Attributes:
+    num_updates: int32, shape [].
+    learning_rate: float32, shape [].
+    scaling: state of the scaling.
+  """
+
+  num_updates: jax.Array
+  learning_rate: jax.Array
+  scaling: Any
+
+
+def sgd(
+  learning_rate: optax.ScalarOrSchedule,
+  *scalings: Scaling,
+  weight_decay: float = 0.0,
+) -> OuterTransform:
+  """Adds -lr * (1/Q) sum_q c_q z_q to the weights in place.
+
+  An estimate without any finite coefficient leaves weights and state as they
+  are. Writes to dtypes narrower than float32 are rounded stochastically.
+
+  Args:
+    learning_rate: a number, kept in the state so that changing it there does
+      not recompile, or an optax schedule of the update count.
+    *scalings: changes of the coefficients, applied in order.
+    weight_decay: decoupled, times the learning rate; matrices only.
+
+  Returns:
+    The transformation; its state is a few scalars.
+  """
+  schedule = learning_rate if callable(learning_rate) else None
+
+  def init(base):
+    del base
+    count = jnp.zeros([], jnp.int32)
+    rate = schedule(count) if schedule else learning_rate
+    states = tuple(scaling.init() for scaling in scalings)
+    return SgdState(count, jnp.asarray(rate, jnp.float32), states)
+
+  def weigh(base, state, estimate, sampler, objective):
+    del base, sampler, objective
+    alive = jnp.any(estimate.num_nonfinite < estimate.coefficients.shape[0])
+    rate = state.learning_rate
+    if schedule:
+      rate = jnp.asarray(schedule(state.num_updates), jnp.float32)
+    states = []
+    for scaling, old in zip(scalings, state.scaling, strict=True):
+      estimate, new = scaling.update(estimate, old)
+      states.append(jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, old))
+    move = moves.Move(
+      weights=jnp.where(alive, -rate * estimate.weights(), 0.0),
+      decay=jnp.where(alive, rate * weight_decay, 0.0),
+      learning_rate=rate,
+    )
+    rate = jnp.where(alive, rate, state.learning_rate)
+    return move, SgdState(state.num_updates + alive, rate, tuple(states))
+
+  return _in_place(init, weigh)
+
+
+def conservative(learning_rate: float) -> OuterTransform:
+  """Takes the better of a step, its opposite and none (ZO-Bench's).
+
+  Three more evaluations; the candidates are perturbed, never copied.
+
+  Args:
+    learning_rate: of the step -lr c z.
+
+  Returns:
+    The transformation, for one direction.
+  """
+  inner_sgd = sgd(learning_rate)
+  plain = inner_sgd.weigh
+  assert plain is not None
+
+  def weigh(base, state, estimate, sampler, objective):
+    if estimate.coefficients.shape[0] != 1:
+      raise ValueError("outer.conservative takes one direction a step.")
+    direction = perturbed.Key(estimate.keys.own[0], estimate.keys.frame)
+    size = state.learning_rate * estimate.coefficients[0]
+    values = jax.lax.map(
+      lambda t: objective(sampler.perturb(base, direction, t)),
+      jnp.stack([-size, jnp.zeros_like(size), size]),
+    )
+    best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
+    factor = jnp.array([1.0, 0.0, -1.0])[best]
+    # Where none of the three is finite nothing says that a step is better.
+    factor = jnp.where(jnp.isfinite(values[best]), factor, 0.0)
+    chosen = estimate._replace(coefficients=factor * estimate.coefficients)
+    return plain(base, state, chosen, sampler, objective)
+
+  return _in_place(inner_sgd.init, weigh)
+
+
+def from_optax(
+  tx: optax.GradientTransformation, *scalings: Scaling
+) -> OuterTransform:
+  """Feeds the estimate, written out in float32, to an optax transformation.
+
+  Needs one float32 tree of the backbone's size beside whatever `tx` keeps. An
+  estimate without any finite coefficient leaves weights and state as they are.
+  Writes are rounded as those of `sgd`.
+
+  Args:
+    tx: any transformation; `adam` and the like keep trees of their own.
+    *scalings: changes of the coefficients before that.
+
+  Returns:
+    The transformation.
+  """
+
+  # What a transformation keeps has the types of what it is first shown, and it
+  # is shown float32 gradients.
+  def full(base):
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
+
+  def init(base):
+    return tx.init(full(base)), tuple(scaling.init() for scaling in scalings)
+
+  def update(base, state, estimate, sampler, objective, key):
+    del objective
+
+    def step(carry):
+      base, (tx_state, old) = carry
+      scaled, new = estimate, []
+      for scaling, scaling_state in zip(scalings, old, strict=True):
+        scaled, scaling_state = scaling.update(scaled, scaling_state)
+        new.append(scaling_state)
+      gradient = zo.gradient(base, scaled, sampler)
+      updates, tx_state = tx.update(gradient, tx_state, full(base))
+      base = sampler_lib.apply_updates(base, updates, key)
+      return base, (tx_state, tuple(new))
+
+    alive = estimate.num_nonfinite < estimate.coefficients.shape[0]
+    return jax.lax.cond(alive, step, lambda carry: carry, (base, state))
+
+  return OuterTransform(init, update)
+
+
+def as_gradient_transformation(
+  scaling: Scaling,
+) -> optax.GradientTransformationExtraArgs:
+  """Makes a scaling an optax transformation of an explicit gradient tree.
+
+  Its update takes the estimate as an extra argument and multiplies the gradient
+  by how much the coefficients grow: exact for one direction, and for scalings
+  that treat all directions alike (`scale_by_std`, `scale_by_running_rms`).
+
+  Args:
+    scaling: the change of the coefficients.
+
+  Returns:
+    A transformation with update(updates, state, params, *, estimate).
+  """
+
+  def init(params):
+    del params
+    return scaling.init()
+
+  def update(updates, state, params=None, *, estimate, **extra_args):
+    del params, extra_args
+    scaled, state = scaling.update(estimate, state)
+    old, new = estimate.coefficients, scaled.coefficients
+    ratio = jnp.vdot(old, new) / jnp.maximum(jnp.vdot(old, old), 1e-30)
+    return optax.tree.scale(ratio, updates), state
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def as_outer(
+  tx: OuterTransform | optax.GradientTransformation,
+) -> OuterTransform:
+  """Accepts either kind of transformation."""
+  return tx if isinstance(tx, OuterTransform) else from_optax(tx)

@@ -1,0 +1,297 @@
+"""Which weights move along which directions, and how the sum is written.
+
+A direction is a value: the z that `perturb` reads in a forward pass and the z
+that `add` writes are the same function of (key, leaf path, layer, element).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zofo_jax.core import directions, perturbed, prng
+
+
+def _everything(name: str) -> bool:
+  """Selects every leaf."""
+  del name
+  return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+  """Says which weights are probed, along what, and how they are read.
+
+  Attributes:
+    direction: the kind of direction.
+    select: tells from a leaf's path, `layers/attention/query/kernel`, whether
+      it is perturbed and updated. Leaves that are no floats never are.
+    layers: numbers of the layers that are, in stacked leaves; None for all.
+    stacked: pattern of the paths whose axis 0 counts layers.
+    lazy: hand the loss `Perturbed` nodes instead of whole perturbed arrays; for
+      models that read weights through the functions of this module.
+  """
+
+  direction: directions.Direction = directions.Gaussian()
+  select: Callable[[str], bool] = _everything
+  layers: tuple[int, ...] | None = None
+  stacked: str = perturbed.STACKED
+  lazy: bool = False
+
+  def _selects(self, path: tuple[Any, ...], leaf: Any) -> bool:
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    return floating and self.select(perturbed.path_name(path))
+
+  def perturb(
+    self, tree: Any, key: perturbed.Key, scale: jax.typing.ArrayLike
+  ) -> Any:
+    """Returns tree + scale * z(key), as nodes if `lazy`, else as arrays.
+
+    Args:
+      tree: pytree of weights; only read.
+      key: key of the direction. Folded, not consumed.
+      scale: signed step along z, float32, shape [].
+    """
+    scale = jnp.asarray(scale, jnp.float32)
+
+    def node(path, leaf, leaf_key):
+      if not self._selects(path, leaf):
+        return leaf
+      leaf_scale = jnp.broadcast_to(scale, leaf_key.own.shape[:-1])
+      if self.layers is not None and leaf_scale.ndim:
+        chosen = np.zeros(leaf_scale.shape, np.float32)
+        chosen[list(self.layers)] = 1.0
+        leaf_scale = leaf_scale * chosen
+      return perturbed.Perturbed(leaf, leaf_key, leaf_scale, self.direction)
+
+    nodes = jax.tree_util.tree_map_with_path(
+      node, tree, perturbed.leaf_keys(key, tree, self.stacked)
+    )
+    return nodes if self.lazy else perturbed.materialize(nodes)
+
+  def add(
+    self,
+    tree: Any,
+    keys: perturbed.Key,
+    weights: jax.Array,
+    *,
+    decay: jax.typing.ArrayLike = 0.0,
+    rounding_key: jax.Array | None = None,
+  ) -> Any:
+    """Returns (1 - decay) tree + sum_q weights[q] * z(keys[q]).
+
+    Written so that a donated `tree` is updated in place: the temporaries are at
+    most one layer, or some rows of a table, in float32, whatever the number of
+    directions.
+
+    Args:
+      tree: pytree of weights, any float dtype.
+      keys: keys of the directions, `own` [Q] and one `frame` []. Folded, not
+        consumed.
+      weights: float32, shape [Q].
+      decay: share taken off every matrix, not off vectors (norms and biases).
+      rounding_key: typed key for stochastic rounding to dtypes narrower than
+        float32, by which steps far below one unit in the last place still move
+        the weights on average; None rounds to nearest.
+
+    Returns:
+      A tree like `tree`; leaves that are not selected come back untouched.
+    """
+
+    def new(stored, leaf_keys, round_key, part=None):
+      block = stored.astype(jnp.float32)
+      if stored.ndim > 1:
+        block = block - decay * block
+      block = block + self._sum(stored, leaf_keys, weights, part)
+      rows = None if part is None else part[1]
+      return _round(block, stored.dtype, round_key, rows)
+
+    def add_leaf(leaf, leaf_keys, round_key):
+      if leaf_keys is None:
+        return leaf
+      return self._write(new, leaf, leaf, leaf_keys, round_key)
+
+    return self._map_selected(add_leaf, tree, keys, rounding_key)
+
+  def write(self, tree: Any, keys: perturbed.Key, weights: jax.Array) -> Any:
+    """Returns sum_q weights[q] * z(keys[q]) as a float32 tree like `tree`.
+
+    Zero where `add` would leave the weights untouched; arguments as there.
+    """
+
+    def new(stored, leaf_keys, _, part=None):
+      return self._sum(stored, leaf_keys, weights, part)
+
+    def write_leaf(leaf, leaf_keys, _):
+      zeros = jnp.zeros(leaf.shape, jnp.float32)
+      if leaf_keys is None:
+        return zeros
+      return self._write(new, leaf, zeros, leaf_keys, None)
+
+    return self._map_selected(write_leaf, tree, keys, None)
+
+  def _map_selected(self, fn, tree, keys, rounding_key):
+    """Maps fn(leaf, keys [Q, ...] or None if not selected, rounding key)."""
+    keys_tree = jax.vmap(
+      lambda own: perturbed.leaf_keys(
+        perturbed.Key(own, keys.frame), tree, self.stacked
+      )
+    )(keys.own)
+    rounding = None
+    if rounding_key is not None:
+      pair = perturbed.Key(rounding_key, rounding_key)
+      rounding = perturbed.leaf_keys(pair, tree, self.stacked)
+
+    def apply(path, leaf, leaf_keys, *round_key):
+      selected = self._selects(path, leaf)
+      own = leaf_keys if selected else None
+      return fn(leaf, own, round_key[0].own if round_key else None)
+
+    return jax.tree_util.tree_map_with_path(
+      apply, tree, keys_tree, *([] if rounding is None else [rounding])
+    )
+
+  def _write(self, new, leaf, into, leaf_keys, round_key):
+    """Returns `into` with new(weights, keys, rounding key) in moving layers."""
+    if leaf_keys.own.ndim == 2:  # no layers
+      several = leaf_keys.own.shape[0] > 1
+      joined = several and self.direction.joins
+      if leaf.ndim != 2 or leaf.shape[0] <= perturbed.BLOCK or joined:
+        return new(leaf, leaf_keys, round_key)
+      return jax.lax.platform_dependent(
+        *(leaf, into, leaf_keys, round_key),
+        cpu=lambda leaf, _, *keys: new(leaf, *keys),
+        default=functools.partial(self._write_rows, new, into is leaf),
+      )
+    whole = self.layers is None and leaf_keys.own.shape[0] == 1
+    if whole and self.direction.elementwise:
+
+      def at_once(leaf, _, leaf_keys, round_key):
+        axes = (0, 1, None if round_key is None else 0)
+        return jax.vmap(new, axes)(leaf, leaf_keys, round_key)
+
+      # One pass over the memory, in parallel and in place but on TPU, which
+      # would need as much again.
+      return jax.lax.platform_dependent(
+        *(leaf, into, leaf_keys, round_key),
+        cpu=at_once,
+        cuda=at_once,
+        rocm=at_once,
+        default=functools.partial(self._write_layers, new, into is leaf),
+      )
+    return self._write_layers(
+      new, into is leaf, leaf, into, leaf_keys, round_key
+    )
+
+  def _write_rows(self, new, in_place, leaf, into, leaf_keys, round_key):
+    """Returns what `_write` does, a block of a table's rows at a time."""
+
+    def write(start, size, table):
+      rows = prng.Block(start, size)
+      stored = jax.lax.dynamic_slice_in_dim(
+        table if in_place else leaf, start, size
+      )
+      block = new(stored, leaf_keys, round_key, (leaf.shape, rows))
+      return jax.lax.dynamic_update_slice_in_dim(table, block, start, 0)
+
+    size = perturbed.BLOCK
+    count, rest = divmod(leaf.shape[0], size)
+    into = jax.lax.fori_loop(
+      0, count, lambda i, table: write(i * size, size, table), into
+    )
+    return write(count * size, rest, into) if rest else into
+
+  def _write_layers(self, new, in_place, leaf, into, leaf_keys, round_key):
+    """Returns what `_write` does, a layer at a time; in place, into is leaf."""
+    # Layer by layer: what is summed or masked exists for one of them at a time.
+    moving = range(leaf.shape[0]) if self.layers is None else self.layers
+    if not moving:  # A loop of no turns is still traced.
+      return into
+    numbers = jnp.asarray(tuple(moving), jnp.int32)
+
+    def write_layer(i, stack):
+      layer = numbers[i]
+      own = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
+      rounding = None if round_key is None else _at(round_key, layer)
+      # Read from where it will be written, else both would have to exist.
+      stored = _at(stack if in_place else leaf, layer)
+      block = new(stored, own, rounding)
+      return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
+
+    return jax.lax.fori_loop(0, len(moving), write_layer, into)
+
+  def _sum(self, stored, keys, weights, part=None):
+    """sum_q weights[q] z(keys[q]) for one layer's weights, float32.
+
+    `stored` may be a part: (shape of the whole, which rows of it).
+    """
+    whole, rows = part or (stored.shape, None)
+    if weights.shape[0] == 1:
+      only = jax.tree.map(lambda k: k[0], keys)
+      z = self.direction.draw(only, whole, rows)
+      return self.direction.restrict(weights[0] * z, stored)
+    combined = self.direction.combine(keys, weights, whole)
+    if combined is None:
+
+      def add_one(q, total):
+        key = jax.tree.map(lambda k: k[q], keys)
+        return total + weights[q] * self.direction.draw(key, whole, rows)
+
+      zero = jnp.zeros(stored.shape, jnp.float32)
+      combined = jax.lax.fori_loop(0, weights.shape[0], add_one, zero)
+    return self.direction.restrict(combined, stored)
+
+
+def apply_updates(tree: Any, updates: Any, rounding_key: jax.Array) -> Any:
+  """Returns tree + updates, as optax does, but rounded stochastically.
+
+  Args:
+    tree: pytree of weights, any dtype.
+    updates: a tree like it.
+    rounding_key: typed key, folded with every leaf's path; unused for float32.
+
+  Returns:
+    A tree like `tree`, of its dtypes.
+  """
+  keys = perturbed.leaf_keys(
+    perturbed.Key(rounding_key, rounding_key), tree, stacked="^$"
+  )
+
+  def add(leaf, update, leaf_key):
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+      return leaf
+    total = leaf.astype(jnp.float32) + update.astype(jnp.float32)
+    return _round(total, leaf.dtype, leaf_key.own)
+
+  return jax.tree.map(add, tree, updates, keys)
+
+
+def _at(stack, layer, axis=0):
+  return jax.lax.dynamic_index_in_dim(stack, layer, axis, keepdims=False)
+
+
+def _round(
+  block: jax.Array,
+  dtype: Any,
+  key: jax.Array | None,
+  rows: prng.Block | None = None,
+) -> jax.Array:
+  """Rounds float32 to a dtype: to nearest, or stochastically from a key.
+
+  `rows` says which rows of a leaf the block is.
+  """
+  nearest = block.astype(dtype)
+  if key is None or nearest.dtype == block.dtype:
+    return nearest
+  # The neighbour on the other side of the exact value is taken with the
+  # probability that makes the expectation exact.
+  error = block - nearest.astype(jnp.float32)
+  side = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
+  other = jnp.nextafter(nearest, side)
+  gap = jnp.abs(other.astype(jnp.float32) - nearest.astype(jnp.float32))
+  uniform = directions.draw_matrix(prng.uniform, key, block.shape, rows)
+  return jnp.where(uniform * gap < jnp.abs(error), other, nearest)

@@ -1,0 +1,1 @@
+"""Rows of files and of the hub, encoded into batches."""

@@ -1,0 +1,252 @@
+"""Batches of fixed shape: which rows, in which arrays.
+
+Which rows a training batch holds is a pure function of (seed, number of the
+batch), so a run resumes without any iterator state.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from zofo_jax.core import losses
+from zofo_jax.data import encode_options
+
+# Row lengths that evaluation compiles for: two an octave, so padding stays
+# below a third and the programs few.
+_BUCKETS = tuple(
+  sorted({2**i for i in range(4, 17)} | {3 * 2**i for i in range(3, 16)})
+)
+
+
+class Shape(NamedTuple):
+  """Static sizes of a batch: rows, length, positions, targets, options."""
+
+  rows: int
+  length: int
+  positions: int
+  targets: int
+  options: int
+
+
+class EvalBatch(NamedTuple):
+  """A batch and, for each of its examples, its place in the data set.
+
+  Attributes:
+    batch: the arrays.
+    places: int [B]; -1 for an example that only fills the batch.
+  """
+
+  batch: losses.Batch
+  places: np.ndarray
+
+
+class PromptBatch(NamedTuple):
+  """Prompts to go on from, and each one's place in the data set.
+
+  Attributes:
+    tokens: int32 [B, L], padded at the left.
+    mask: bool [B, L], True at real tokens.
+    places: int [B]; -1 for a prompt that only fills the batch.
+  """
+
+  tokens: np.ndarray
+  mask: np.ndarray
+  places: np.ndarray
+
+
+def batch_indices(
+  seed: int, num_rows: int, batch_size: int, index: int
+) -> np.ndarray:
+  """Returns the rows of batch number `index`, a pure function of its inputs.
+
+  Batches cut an endless sequence of seeded permutations, one an epoch, into
+  pieces; every row comes once an epoch, and a batch may span two epochs.
+
+  Args:
+    seed: chooses the permutations; give each stream of batches its own.
+    num_rows: rows of the data set.
+    batch_size: rows of a batch.
+    index: number of the batch, from 0.
+
+  Returns:
+    int64, shape [batch_size].
+  """
+  places = np.arange(index * batch_size, (index + 1) * batch_size)
+  return np.array(
+    [_epoch(seed, num_rows, p // num_rows)[p % num_rows] for p in places]
+  )
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch(seed: int, num_rows: int, epoch: int) -> np.ndarray:
+  return np.random.RandomState([seed, epoch]).permutation(num_rows)
+
+
+def shape_of(
+  examples: Sequence[encode_options.Example], *, multiple: int = 16
+) -> Shape:
+  """Returns the least batch sizes that hold every example.
+
+  Args:
+    examples: the data set.
+    multiple: the length is rounded up to a multiple of this.
+  """
+  every = [row for example in examples for row in example.rows]
+  length = max(len(row.tokens) for row in every)
+  return Shape(
+    rows=max(len(example.rows) for example in examples),
+    length=-(-length // multiple) * multiple,
+    positions=max(len(row.positions) for row in every),
+    targets=max(len(row.targets) for row in every),
+    options=max(len(example.options) for example in examples),
+  )
+
+
+def collate(
+  examples: Sequence[encode_options.Example],
+  shape: Shape,
+  *,
+  pad: int,
+  batch_size: int = 0,
+) -> losses.Batch:
+  """Stacks examples into arrays of a fixed shape.
+
+  What only fills the batch repeats real tokens with weight 0, never a fully
+  masked row, whose attention would be undefined.
+
+  Args:
+    examples: at least one.
+    shape: sizes, at least those of the examples.
+    pad: token id at the right of rows.
+    batch_size: examples of the batch, if more than are given.
+
+  Returns:
+    NumPy arrays, B = max(batch_size, len(examples)).
+  """
+  size = max(batch_size, len(examples))
+  _, length, positions, targets, options = shape
+  lead = (size, shape.rows)
+  tokens = np.full((*lead, length), pad, np.int32)
+  mask = np.zeros((*lead, length), bool)
+  position = np.zeros((*lead, positions), np.int32)
+  slot, token, option = np.zeros((3, *lead, targets), np.int32)
+  weight = np.zeros((*lead, targets), np.float32)
+  label = np.zeros(size, np.int32)
+  option_mask = np.zeros((size, options), bool)
+  example_weight = np.zeros(size, np.float32)
+  example_weight[: len(examples)] = 1.0
+  for b in range(size):
+    example = examples[b if b < len(examples) else 0]
+    label[b] = example.label
+    option_mask[b, : len(example.options)] = example.options
+    for r in range(shape.rows):
+      real = r < len(example.rows)
+      row = example.rows[r if real else 0]
+      tokens[b, r, : len(row.tokens)] = row.tokens
+      mask[b, r, : len(row.tokens)] = True
+      if not real:
+        continue
+      position[b, r, : len(row.positions)] = row.positions
+      count = len(row.targets)
+      slot[b, r, :count], token[b, r, :count], option[b, r, :count] = zip(
+        *row.targets, strict=True
+      )
+      weight[b, r, :count] = 1.0
+  arrays: dict[str, Any] = {
+    "tokens": tokens,
+    "mask": mask,
+    "positions": position,
+    "target_slot": slot,
+    "target_token": token,
+    "target_option": option,
+    "target_weight": weight,
+    "label": label,
+    "option_mask": option_mask,
+    "example_weight": example_weight,
+  }
+  return losses.Batch(**arrays)
+
+
+def eval_batches(
+  examples: Sequence[encode_options.Example],
+  batch_size: int,
+  *,
+  pad: int,
+  shape: Shape | None = None,
+) -> Iterator[EvalBatch]:
+  """Yields every example once, by length, in batches of few shapes.
+
+  Args:
+    examples: the data set.
+    batch_size: examples of every batch; the last one is filled up.
+    pad: token id at the right of rows.
+    shape: sizes of the batches, but for the length; None for the examples' own.
+
+  Yields:
+    Batches with the places of their examples; `restore` undoes the order.
+  """
+  lengths = [max(len(r.tokens) for r in e.rows) for e in examples]
+  whole = shape or shape_of(examples)
+  for places, length in _by_length(lengths, batch_size):
+    batch = collate(
+      [examples[i] for i in places if i >= 0],
+      whole._replace(length=length),
+      pad=pad,
+      batch_size=batch_size,
+    )
+    yield EvalBatch(batch, places)
+
+
+def prompt_batches(
+  prompts: Sequence[Sequence[int]], batch_size: int, *, pad: int
+) -> Iterator[PromptBatch]:
+  """Yields every prompt once, by length, in batches of few shapes.
+
+  Args:
+    prompts: token ids of each.
+    batch_size: prompts of every batch; the last one is filled up.
+    pad: token id at the left of rows.
+
+  Yields:
+    Batches with the places of their prompts.
+  """
+  for places, length in _by_length([len(p) for p in prompts], batch_size):
+    tokens = np.full((batch_size, length), pad, np.int32)
+    mask = np.zeros((batch_size, length), bool)
+    for row, place in enumerate(places):
+      prompt = prompts[place if place >= 0 else places[0]]
+      tokens[row, length - len(prompt) :] = prompt
+      mask[row, length - len(prompt) :] = True
+    yield PromptBatch(tokens, mask, places)
+
+
+def _by_length(
+  lengths: Sequence[int], batch_size: int
+) -> Iterator[tuple[np.ndarray, int]]:
+  """Yields places of rows, -1 after the last, and a length that holds them."""
+  order = np.argsort(lengths, kind="stable")
+  for start in range(0, len(order), batch_size):
+    chosen = order[start : start + batch_size]
+    longest = max(lengths[i] for i in chosen)
+    places = np.full(batch_size, -1)
+    places[: len(chosen)] = chosen
+    yield places, min(b for b in _BUCKETS if b >= longest)
+
+
+def restore(
+  outputs: Sequence[np.ndarray], places: Sequence[np.ndarray]
+) -> np.ndarray:
+  """Puts outputs of evaluation batches back in the data set's order.
+
+  Args:
+    outputs: one array [B, ...] a batch.
+    places: the batches' `places`.
+
+  Returns:
+    [examples, ...], without what filled the last batch.
+  """
+  flat, place = np.concatenate(outputs), np.concatenate(places)
+  real = place >= 0
+  return flat[real][np.argsort(place[real])]

@@ -1,0 +1,1 @@
+"""Scoring, generation, in-context learning, probes and metrics."""

@@ -1,0 +1,308 @@
+"""Adapters to and from folders of the PEFT library.
+
+A folder holds one kind, as `adapter_config.json` and
+`adapter_model.safetensors`; an adapter of several kinds is a folder with one of
+those for each, named by its kind.
+"""
+
+import json
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from zofo_jax import adapters, errors
+from zofo_jax.models.hf import tensor_files, weights
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+KINDS = {"lora": "LORA", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
+
+_LORA_TENSOR = re.compile(
+  r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
+)
+# What a plain product says to the rest that a LoRA of PEFT may ask for.
+_PLAIN: dict[str, Any] = {
+  "alpha_pattern": {},
+  "bias": "none",
+  "fan_in_fan_out": False,
+  "layer_replication": None,
+  "lora_bias": False,
+  "modules_to_save": None,
+  "rank_pattern": {},
+  "use_dora": False,
+}
+
+
+def save(
+  folder: str | pathlib.Path,
+  family: ModuleType,
+  config: Any,
+  adapter: Mapping[str, Any],
+  *,
+  model_name: str | None = None,
+) -> None:
+  """Writes an adapter as PEFT does.
+
+  A projected prefix is written as the keys and values that it computes.
+
+  Args:
+    folder: written to; created if it does not exist.
+    family: module with `Model` and `hf_parameters`, such as `models.opt`.
+    config: the family's configuration.
+    adapter: nested dict of one or several kinds.
+    model_name: hub id or folder of the backbone, which PEFT loads it onto.
+
+  Raises:
+    UserError: the adapter is empty, or LoRAs differ in rank, scale or dropout.
+  """
+  by_kind: dict[str, dict[str, Any]] = {}
+  for path, node in adapters.parts(adapters.expand(adapter)).items():
+    module, _, kind = path.rpartition("/")
+    by_kind.setdefault(kind, {})[module] = node
+  if not by_kind:
+    raise errors.UserError(f"{folder}: there is no adapter to write.")
+  write = {
+    "lora": _write_lora,
+    "prefix": _write_prefix,
+    "prompt": _write_prompt,
+  }
+  folder = pathlib.Path(folder)
+  for kind, nodes in by_kind.items():
+    fields, tensors = write[kind](family, config, nodes)
+    fields = {
+      "peft_type": KINDS[kind],
+      "task_type": "CAUSAL_LM",
+      "base_model_name_or_path": model_name,
+      "inference_mode": True,
+      **fields,
+    }
+    place = folder if len(by_kind) == 1 else folder / kind
+    place.mkdir(parents=True, exist_ok=True)
+    (place / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    tensor_files.write_safetensors(
+      place / WEIGHTS,
+      {name: np.ascontiguousarray(t) for name, t in tensors.items()},
+    )
+
+
+def load(
+  folder: str | pathlib.Path, family: ModuleType, config: Any
+) -> dict[str, Any]:
+  """Reads an adapter that PEFT or `save` wrote.
+
+  Args:
+    folder: has one kind, or a folder for each.
+    family: module with `Model` and `hf_parameters`, such as `models.opt`.
+    config: the family's configuration.
+
+  Returns:
+    Adapter of NumPy arrays, float32.
+
+  Raises:
+    UserError: there is none, it is not this model's, or it asks for something
+      that is not implemented.
+  """
+  folder = pathlib.Path(folder)
+  if not (folder / CONFIG).is_file():
+    found = [kind for kind in KINDS if (folder / kind / CONFIG).is_file()]
+    if found:
+      return adapters.join(
+        *(load(folder / kind, family, config) for kind in found)
+      )
+    raise errors.UserError(f"{folder} holds no adapter: it has no {CONFIG}.")
+  try:
+    fields = dict(json.loads((folder / CONFIG).read_text("utf-8")))
+  except (ValueError, TypeError) as error:
+    raise errors.UserError(
+      f"{folder / CONFIG}: not a JSON file ({error})."
+    ) from error
+  if not (folder / WEIGHTS).is_file():
+    raise errors.UserError(f"{folder} holds no weights: it has no {WEIGHTS}.")
+  tensors = {
+    name: tensor.read().astype(np.float32)
+    for name, tensor in tensor_files.open_safetensors(folder / WEIGHTS).items()
+  }
+  read = {
+    "LORA": _read_lora,
+    "PREFIX_TUNING": _read_prefix,
+    "PROMPT_TUNING": _read_prompt,
+  }
+  kind = fields.get("peft_type")
+  if kind not in read:
+    raise errors.UserError(
+      f"{folder / CONFIG} has peft_type '{kind}'; supported are "
+      f"{', '.join(read)}.{errors.nearest(str(kind), read)}"
+    )
+  return read[kind](folder, family, config, fields, tensors)
+
+
+def _modules(family: ModuleType, config: Any) -> dict[str, str]:
+  """Maps our matrices to their modules: {"layers/attention/query": "model..."}.
+
+  `{layer}` in a name stands for each layer of a stacked matrix.
+  """
+  return {
+    path.removesuffix("/kernel"): name.removesuffix(".weight")
+    for path, (name, _) in family.hf_parameters(config).items()
+    if path.endswith("/kernel")
+  }
+
+
+def _nest(path: str, node: Any) -> dict[str, Any]:
+  """Makes {"a": {"b": node}} of "a/b"."""
+  for name in reversed(path.split("/")):
+    node = {name: node}
+  return node
+
+
+def _write_lora(family, config, nodes):
+  kinds = {(n.a.shape[-1], n.scale, n.dropout) for n in nodes.values()}
+  if len(kinds) > 1:
+    raise errors.UserError(
+      "The LoRAs of this adapter differ in (rank, scale, dropout): "
+      f"{', '.join(map(str, sorted(kinds)))}; expected one of each."
+    )
+  ((rank, scale, dropout),) = kinds
+  names = _modules(family, config)
+  tensors = {}
+  for module, node in nodes.items():
+    name = names[module]
+    a, b = np.asarray(node.a), np.asarray(node.b)
+    if "{layer}" not in name:
+      a, b = a[None], b[None]
+    for layer in range(len(a)):
+      place = f"base_model.model.{name.format(layer=layer)}"
+      tensors[f"{place}.lora_A.weight"] = a[layer].T
+      tensors[f"{place}.lora_B.weight"] = b[layer].T
+  fields = {
+    "r": rank,
+    "lora_alpha": scale * rank,
+    "lora_dropout": dropout,
+    "use_rslora": False,  # alpha says it all
+    "target_modules": sorted({names[m].rpartition(".")[2] for m in nodes}),
+    **_PLAIN,
+  }
+  return fields, tensors
+
+
+def _read_lora(folder, family, config, fields, tensors):
+  for name, plain in _PLAIN.items():
+    if fields.get(name) and fields[name] != plain:
+      raise errors.UserError(
+        f"{folder / CONFIG} has {name} = {fields[name]!r}; only {plain!r} is "
+        "supported."
+      )
+  for name in ("r", "lora_alpha"):
+    if not fields.get(name):
+      raise errors.UserError(f"{folder / CONFIG} has no '{name}'.")
+  shapes = weights.shapes(family, config)
+  places, depths = {}, {}
+  for module, name in _modules(family, config).items():
+    depths[module] = shapes[f"{module}/kernel"][0] if "{layer}" in name else 0
+    for layer in range(depths[module] or 1):
+      places[name.format(layer=layer)] = (module, layer)
+
+  found: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+  for name, tensor in tensors.items():
+    match = _LORA_TENSOR.fullmatch(name)
+    if not match or match[1] not in places:
+      raise errors.UserError(
+        f"{folder / WEIGHTS} has a tensor {name} that this model has no place "
+        f"for.{errors.nearest(match[1], places) if match else ''}"
+      )
+    module, layer = places[match[1]]
+    found.setdefault(module, {})[match[2], layer] = tensor
+
+  parts, rank = [], fields["r"]
+  root = math.sqrt(rank) if fields.get("use_rslora") else rank
+  for module, matrices in found.items():
+    *_, features_in, features_out = shapes[f"{module}/kernel"]
+    stacks: list[Any] = []
+    for which, shape in (
+      ("A", (rank, features_in)),
+      ("B", (features_out, rank)),
+    ):
+      stack = []
+      for layer in range(depths[module] or 1):
+        matrix = matrices.get((which, layer))
+        if matrix is None or matrix.shape != shape:
+          raise errors.UserError(
+            f"{folder / WEIGHTS}: lora_{which} of {module}, layer {layer}, has "
+            f"shape {None if matrix is None else matrix.shape}; expected "
+            f"{shape}."
+          )
+        stack.append(matrix.T)
+      stacks.append(np.stack(stack) if depths[module] else stack[0])
+    a, b = stacks
+    node = adapters.Lora(
+      a,
+      b,
+      scale=fields["lora_alpha"] / root,
+      dropout=fields.get("lora_dropout") or 0.0,
+    )
+    parts.append(_nest(f"{module}/lora", node))
+  return adapters.join(*parts)
+
+
+def _write_prefix(family, config, nodes):
+  del family, config
+  (node,) = nodes.values()
+  both = np.stack([np.asarray(node.key), np.asarray(node.value)])
+  both = np.einsum("clpkf->plckf", both)
+  length, layers, _, heads, features = both.shape
+  fields = _virtual(length, heads * features, heads, layers)
+  fields.update(encoder_hidden_size=heads * features, prefix_projection=False)
+  return fields, {"prompt_embeddings": both.reshape(length, -1)}
+
+
+def _read_prefix(folder, family, config, fields, tensors):
+  shapes = adapters.prefix_shapes(family.Model(config), 1)
+  ((path, shape),) = adapters.parts(shapes).items()
+  layers, _, heads, features = shape.key.shape
+  width = layers * 2 * heads * features
+  both = _embeddings(folder, fields, tensors, width)
+  both = both.reshape(-1, layers, 2, heads, features)
+  return _nest(path, adapters.Prefix(*np.einsum("plckf->clpkf", both)))
+
+
+def _write_prompt(family, config, nodes):
+  del family
+  (node,) = nodes.values()
+  embedding = np.asarray(node.embedding)
+  length, width = embedding.shape
+  fields = _virtual(length, width, config.num_heads, config.num_layers)
+  fields.update(prompt_tuning_init="RANDOM")
+  return fields, {"prompt_embeddings": embedding}
+
+
+def _read_prompt(folder, family, config, fields, tensors):
+  width = weights.shapes(family, config)["embed/embedding"][1]
+  embedding = _embeddings(folder, fields, tensors, width)
+  return _nest("embed/prompt", adapters.Prompt(embedding))
+
+
+def _virtual(length: int, width: int, heads: int, layers: int) -> dict:
+  """Returns the fields that prefix and prompt have in common."""
+  return {
+    "num_virtual_tokens": length,
+    "token_dim": width,
+    "num_attention_heads": heads,
+    "num_layers": layers,
+    "num_transformer_submodules": 1,
+  }
+
+
+def _embeddings(folder, fields, tensors, width: int) -> Any:
+  """Returns the one tensor of a prefix or a prompt, [P, width]."""
+  expected = (fields.get("num_virtual_tokens"), width)
+  shapes = {name: tensor.shape for name, tensor in tensors.items()}
+  if shapes != {"prompt_embeddings": expected}:
+    raise errors.UserError(
+      f"{folder / WEIGHTS} has tensors {shapes}; this model and {CONFIG} "
+      f"expect prompt_embeddings of shape {expected}."
+    )
+  return tensors["prompt_embeddings"]

@@ -1,0 +1,200 @@
+"""The files that weights come in: safetensors, Flax's msgpack, PyTorch's .bin.
+
+Every format is seen as names of tensors in PyTorch's layout, which are read
+one by one, and of safetensors only the parts that are asked for.
+"""
+
+import functools
+import json
+import os
+import pathlib
+import re
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.serialization
+import flax.traverse_util
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from zofo_jax import errors
+from zofo_jax.models.hf import hub
+
+# Which part of an array: a slice for each of its axes.
+Index = tuple[slice, ...]
+
+
+class Stored(NamedTuple):
+  """A tensor of a checkpoint that is not read yet.
+
+  Attributes:
+    shape: its shape in PyTorch's layout, matrices [out, in].
+    part: returns a part of it in the file's dtype; of () all of it.
+  """
+
+  shape: tuple[int, ...]
+  part: Callable[[Index], np.ndarray]
+
+  def read(self) -> np.ndarray:
+    """Returns the whole tensor."""
+    return self.part(())
+
+
+def open_folder(
+  folder: pathlib.Path, *, pickle: bool = False
+) -> dict[str, Stored]:
+  """Opens the weights of a folder without reading them, where possible.
+
+  Args:
+    folder: has weights in one of the formats above; the first is taken.
+    pickle: whether PyTorch's .bin, which is a pickle, may be opened.
+
+  Returns:
+    Every tensor by its name in the file, in PyTorch's naming and layout.
+
+  Raises:
+    UserError: there are no weights, or a file is missing or broken.
+  """
+  formats = {
+    hub.SAFETENSORS: open_safetensors,
+    hub.MSGPACK: _open_msgpack,
+    hub.TORCH: _open_torch,
+  }
+  names = hub.weights_format(folder)
+  if names is None:
+    raise errors.UserError(
+      f"{folder} has no weights: neither {', '.join(n for n, _ in formats)}."
+    )
+  if names == hub.TORCH and not pickle:
+    raise errors.UserError(
+      f"The weights in {folder} are pickles of PyTorch, which may hide code; "
+      "expected safetensors, or --config.model.pickle to read them, as weights "
+      "alone."
+    )
+  stored = {}
+  for path in _files(folder, names):
+    stored.update(formats[names](path))
+  return stored
+
+
+def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
+  """Returns the file of a format, or those that its index names."""
+  single, index_name = names
+  if (folder / single).is_file():
+    return [folder / single]
+  index = folder / index_name
+  try:
+    files = sorted(
+      set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+    )
+  except (ValueError, KeyError, TypeError, AttributeError):
+    raise errors.UserError(
+      f"{index} is no index of weights; expected JSON with a weight_map."
+    ) from None
+  for file in files:
+    # The index comes from a stranger; it may name files beside it, no others.
+    if (
+      not isinstance(file, str)
+      or file in ("", ".", "..")
+      or re.search(r"[/\\:]", file)
+    ):
+      raise errors.UserError(
+        f"{index} names {file!r}, which is not a plain file name."
+      )
+    if not (folder / file).is_file():
+      raise errors.UserError(
+        f"{index} names {file}, which is not in that folder."
+      )
+  return [folder / file for file in files]
+
+
+def write_safetensors(
+  path: pathlib.Path, tensors: Mapping[str, np.ndarray]
+) -> None:
+  """Writes a file that transformers and peft take, whole or not at all."""
+  temporary = path.with_name(f".{path.name}")
+  temporary.touch()
+  mode = temporary.stat().st_mode  # as any file's; safetensors' own is 0600
+  # transformers refuses a file that does not say what it was made for.
+  metadata = {"format": "pt"}
+  safetensors.numpy.save_file(dict(tensors), temporary, metadata=metadata)
+  temporary.chmod(mode)
+  os.replace(temporary, path)
+
+
+def open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
+  """Maps one safetensors file into memory."""
+  try:
+    file = safetensors.safe_open(path, framework="np")
+  except (safetensors.SafetensorError, OSError) as error:
+    raise _broken(path, error) from error
+
+  def part(name: str, index: Index) -> np.ndarray:
+    return file.get_slice(name)[index] if index else file.get_tensor(name)
+
+  return {
+    name: Stored(
+      tuple(file.get_slice(name).get_shape()), functools.partial(part, name)
+    )
+    for name in file.keys()
+  }
+
+
+def _open_msgpack(path: pathlib.Path) -> dict[str, Stored]:
+  """Reads one file of Flax; its layout becomes PyTorch's."""
+  try:
+    tree = flax.serialization.msgpack_restore(path.read_bytes())
+    flat = flax.traverse_util.flatten_dict(tree.get("params", tree))
+  except (ValueError, TypeError, AttributeError) as error:
+    raise _broken(path, error) from error
+  stored = {}
+  for (*module, leaf), value in flat.items():
+    if leaf == "kernel":
+      value = value.T
+    leaf = "bias" if leaf == "bias" else "weight"
+    name = ".".join((*module, leaf))
+    stored[name] = Stored(value.shape, value.__getitem__)
+  return stored
+
+
+def _open_torch(path: pathlib.Path) -> dict[str, Stored]:
+  """Opens one file of PyTorch, weights only: no code in it is run."""
+  try:
+    import torch
+  except ImportError:
+    raise errors.UserError(
+      f"Reading {path} needs PyTorch, which is not installed;"
+      " run: pip install torch"
+    ) from None
+  try:
+    tensors = torch.load(
+      path,
+      map_location="cpu",
+      weights_only=True,
+      mmap=zipfile.is_zipfile(path),  # older files cannot be mapped
+    )
+    items = {name: (tuple(t.shape), t) for name, t in tensors.items()}
+  except Exception as error:  # torch, zip and pickle each have their own
+    raise _broken(path, error) from error
+
+  def part(tensor: Any, index: Index) -> np.ndarray:
+    tensor = tensor[index]
+    if tensor.dtype == torch.bfloat16:  # unknown to NumPy, so by its bits
+      return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+  return {
+    name: Stored(shape, functools.partial(part, tensor))
+    for name, (shape, tensor) in items.items()
+  }
+
+
+def _broken(path: pathlib.Path, error: Exception) -> errors.UserError:
+  """Says that a file cannot be read."""
+  reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+  return errors.UserError(
+    f"{path} is truncated or broken ({reason}); copy or download it again."
+  )

@@ -1,0 +1,225 @@
+"""Weights of a Hugging Face checkpoint folder to and from our parameter tree.
+
+Reads safetensors (one file or several with an index), Flax's msgpack and
+PyTorch's .bin. Tensors go one by one into stacked arrays allocated once, so
+that a load needs one copy of the weights beside the one in the file; where the
+weights are divided among devices, only the parts that are here are read.
+"""
+
+import functools
+import json
+import pathlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
+from typing import Any
+
+import flax.traverse_util
+import jax
+import numpy as np
+
+from zofo_jax import errors
+from zofo_jax.models.hf import hub, tensor_files
+
+# Buffers that some versions of transformers saved; they hold no weight.
+_BUFFERS = re.compile(
+  r"(rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|position_ids)$"
+)
+
+
+# Reads the part of a weight that an index names.
+ReadFn = Callable[[tensor_files.Index], np.ndarray]
+
+
+def _whole(path: str, shape: tuple[int, ...], read: ReadFn) -> np.ndarray:
+  """Makes a weight a NumPy array."""
+  del path
+  return read((slice(None),) * len(shape))
+
+
+def load(
+  folder: str | pathlib.Path,
+  family: ModuleType,
+  config: Any,
+  dtype: Any,
+  make: Callable[[str, tuple[int, ...], ReadFn], Any] = _whole,
+  *,
+  pickle: bool = False,
+) -> dict[str, Any]:
+  """Reads a checkpoint folder.
+
+  Args:
+    folder: has weights in one of the formats above.
+    family: module with `Model` and `hf_parameters`, such as `models.opt`.
+    config: the family's configuration.
+    dtype: of the returned weights, whatever the file has.
+    make: (path, shape, read) -> the weight, of which read(index) is a part.
+    pickle: whether PyTorch's .bin, which is a pickle, may be opened.
+
+  Returns:
+    base, nested dict of what `make` returns, in the structure of what
+    `Model(config).init` returns under "params", layers stacked on axis 0.
+
+  Raises:
+    UserError: a file is broken, or its tensors are not this model's.
+  """
+  folder = pathlib.Path(folder)
+  expected = shapes(family, config)
+  stored = {
+    _short(name): (name, s)
+    for name, s in tensor_files.open_folder(folder, pickle=pickle).items()
+  }
+  layout = list(_layout(family, config, expected))
+  wanted = {_short(name) for _, parts in layout for _, name, _, _ in parts}
+  leftover = [
+    full for short, (full, _) in stored.items() if short not in wanted
+  ]
+
+  def find(name: str, shape: tuple[int, ...]) -> tensor_files.Stored:
+    if _short(name) not in stored:
+      raise errors.UserError(
+        f"The weights in {folder} have no tensor {name}."
+        f"{errors.nearest(name, leftover)}"
+      )
+    full, tensor = stored[_short(name)]
+    if tensor.shape != shape:
+      raise errors.UserError(
+        f"The tensor {full} in {folder} has shape {tensor.shape}, but"
+        f" config.json makes it {shape}."
+      )
+    return tensor
+
+  # Everything is checked before anything large is allocated or read.
+  plan = [
+    (path, [(i, transpose, find(name, s)) for i, name, transpose, s in parts])
+    for path, parts in layout
+  ]
+  _check_leftover(folder, leftover)
+  flat = {}
+  for path, tensors in plan:
+    shape = expected[path]
+    read = functools.partial(_read, tensors, shape, dtype)
+    flat[path] = make(path, shape, read)
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def _read(
+  tensors: list[tuple[Any, bool, tensor_files.Stored]],
+  shape: tuple[int, ...],
+  dtype: Any,
+  index: tensor_files.Index,
+) -> np.ndarray:
+  """Reads a part of a weight from its (layer or ..., transpose, tensor)s."""
+  bounds = [range(*s.indices(n)) for s, n in zip(index, shape, strict=True)]
+  part = np.empty([len(bound) for bound in bounds], dtype)
+  for layer, transpose, tensor in tensors:
+    stacked = layer is not ...
+    if stacked and layer not in bounds[0]:
+      continue
+    inner = [slice(b.start, b.stop) for b in bounds[stacked:]]
+    inner = inner[::-1] if transpose else inner
+    lengths = tuple(s.stop - s.start for s in inner)
+    value = tensor.part(() if lengths == tensor.shape else tuple(inner))
+    # Casting before the transposed write is twice as fast as within it.
+    value = value.astype(dtype, copy=False)
+    place = layer - bounds[0].start if stacked else ...
+    part[place] = value.T if transpose else value
+  return part
+
+
+def save(
+  folder: str | pathlib.Path,
+  family: ModuleType,
+  config: Any,
+  base: Mapping[str, Any],
+  shard_bytes: int = 5 * 10**9,
+) -> None:
+  """Writes weights as safetensors under Hugging Face's names.
+
+  Args:
+    folder: written to; created if it does not exist.
+    family: module with `Model` and `hf_parameters`, such as `models.opt`.
+    config: the family's configuration.
+    base: nested dict of arrays, layers stacked on axis 0.
+    shard_bytes: a file larger than this is split, and an index written.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  flat = flax.traverse_util.flatten_dict(dict(base), sep="/")
+  tensors = [
+    (name, path, index, transpose)
+    for path, parts in _layout(family, config, shapes(family, config))
+    for index, name, transpose, _ in parts
+  ]
+  shards: list[list[tuple]] = [[]]
+  total = filled = 0
+  for tensor in tensors:
+    leaf = flat[tensor[1]]
+    size = leaf.nbytes // (leaf.shape[0] if isinstance(tensor[2], int) else 1)
+    if shards[-1] and filled + size > shard_bytes:
+      shards.append([])
+      filled = 0
+    shards[-1].append(tensor)
+    filled += size
+    total += size
+
+  single, index_name = hub.SAFETENSORS
+  weight_map = {}
+  for number, shard in enumerate(shards, 1):
+    file = single
+    if len(shards) > 1:
+      file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+    values = {}
+    for name, path, index, transpose in shard:
+      value = np.asarray(flat[path][index])
+      values[name] = np.ascontiguousarray(value.T if transpose else value)
+      weight_map[name] = file
+    tensor_files.write_safetensors(folder / file, values)
+  # Of two formats side by side one would be stale.
+  if len(shards) == 1:
+    (folder / index_name).unlink(missing_ok=True)
+  else:
+    (folder / single).unlink(missing_ok=True)
+    content = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / index_name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+@functools.lru_cache(maxsize=16)
+def shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
+  """Returns the shape of every weight of a model by its path."""
+  rows = jax.ShapeDtypeStruct((1, 1), np.int32)
+  tree = jax.eval_shape(
+    family.Model(config).init, jax.random.key(0), rows, rows, rows, rows, rows
+  )
+  flat = flax.traverse_util.flatten_dict(tree["params"], sep="/")
+  return {path: leaf.shape for path, leaf in flat.items()}
+
+
+def _short(name: str) -> str:
+  """Drops the prefixes that versions of a checkpoint differ in."""
+  return re.sub(r"^(model\.)?(decoder\.)?", "", name)
+
+
+def _layout(
+  family: ModuleType, config: Any, expected: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, list[tuple[Any, str, bool, tuple[int, ...]]]]]:
+  """Yields each path with its tensors: (index, name, transpose, shape)."""
+  for path, (name, transpose) in family.hf_parameters(config).items():
+    shape = expected[path]
+    stacked = "{layer}" in name
+    one = shape[1:] if stacked else shape
+    one = one[::-1] if transpose else one
+    indices = range(shape[0]) if stacked else (...,)
+    yield path, [(i, name.format(layer=i), transpose, one) for i in indices]
+
+
+def _check_leftover(folder: pathlib.Path, names: list[str]) -> None:
+  """Refuses tensors that the model has no place for."""
+  # A tied head is often saved beside the embedding that it equals.
+  names = [n for n in names if not _BUFFERS.search(n) and n != "lm_head.weight"]
+  if names:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    raise errors.UserError(
+      f"The weights in {folder} have tensors that config.json has no place"
+      f" for: {', '.join(names[:3])}{more}."
+    )

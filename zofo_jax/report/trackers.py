@@ -1,0 +1,161 @@
+"""Other people's dashboards: TensorBoard, Weights & Biases, MLflow.
+
+`config.train.trackers` names them; `metrics.jsonl` is written always. They
+write into the run's folder, to be looked at or synced later, unless
+WANDB_MODE=online or MLFLOW_TRACKING_URI says otherwise. A run that goes on goes
+on in them as well.
+"""
+
+import json
+import os
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+from etils import epath
+
+from zofo_jax import errors
+from zofo_jax.sharding import multihost
+
+PACKAGES = {
+  "tensorboard": "tensorboardX",
+  "wandb": "wandb",
+  "mlflow": "mlflow",
+}
+
+
+class Tracker(NamedTuple):
+  """One of them.
+
+  Attributes:
+    write: (step, {name: number}) -> None.
+    close: () -> None.
+  """
+
+  write: Callable[[int, dict[str, float]], Any]
+  close: Callable[[], Any]
+
+
+class Trackers:
+  """All that a run tells its numbers, to be used in a `with` statement."""
+
+  def __init__(
+    self,
+    names: Sequence[str],
+    folder: epath.Path,
+    fields: Mapping[str, Any],
+    step: int = 0,
+  ):
+    """Opens them; of several processes only the first does.
+
+    Args:
+      names: some of PACKAGES.
+      folder: of the run.
+      fields: of its config, {"zo.eps": 1e-3, ...}.
+      step: iterations done before.
+
+    Raises:
+      UserError: a package is not installed.
+    """
+    self._open: list[Tracker] = []
+    if not multihost.is_first():
+      return
+    for name in names:
+      try:
+        self._open.append(_OPENERS[name](folder, fields, step))
+      except ModuleNotFoundError as error:
+        raise errors.UserError(
+          f"config.train.trackers: '{name}' needs the package "
+          f"{PACKAGES[name]}: pip install 'zofo-jax[trackers]' ({error})."
+        ) from error
+
+  def __enter__(self) -> Self:
+    """Returns itself."""
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    """Closes them."""
+    for tracker in self._open:
+      tracker.close()
+
+  def write(self, row: Mapping[str, Any]) -> None:
+    """Tells the numbers of a row of `metrics.jsonl`; lists are left out."""
+    numbers = {
+      name: float(value)
+      for name, value in row.items()
+      if name != "step" and getattr(value, "ndim", 0) == 0
+      # NumPy's and Python's, no text and no lists.
+      if isinstance(value, int | float) or hasattr(value, "item")
+    }
+    for tracker in self._open:
+      tracker.write(int(row["step"]), numbers)
+
+
+def _tensorboard(folder, fields, step):
+  import tensorboardX
+
+  del fields
+  writer = tensorboardX.SummaryWriter(
+    str(folder / "tensorboard"), purge_step=step + 1 if step else None
+  )
+
+  def write(step, numbers):
+    for name, number in numbers.items():
+      writer.add_scalar(name, number, step)
+
+  return Tracker(write, writer.close)
+
+
+def _wandb(folder, fields, step):
+  del step
+  import wandb
+
+  run = wandb.init(
+    dir=str(folder),
+    project=os.environ.get("WANDB_PROJECT", "zofo_jax"),
+    id=_remembered(folder, "wandb", lambda: uuid.uuid4().hex[:8]),
+    name=folder.name,
+    config=dict(fields),
+    resume="allow",
+    mode=None if "WANDB_MODE" in os.environ else "offline",
+  )
+  return Tracker(lambda step, numbers: run.log(numbers, step=step), run.finish)
+
+
+def _mlflow(folder, fields, step):
+  import mlflow
+
+  if "MLFLOW_TRACKING_URI" not in os.environ:
+    mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
+  client = mlflow.MlflowClient()
+  known = client.get_experiment_by_name("zofo_jax")
+  experiment = (
+    known.experiment_id if known else client.create_experiment("zofo_jax")
+  )
+  run_id = _remembered(
+    folder,
+    "mlflow",
+    lambda: client.create_run(experiment, run_name=folder.name).info.run_id,
+  )
+  if not step:
+    for name, value in fields.items():
+      client.log_param(run_id, name, str(value)[:500])
+
+  def write(step, numbers):
+    for name, number in numbers.items():
+      client.log_metric(run_id, name, number, step=step)
+
+  return Tracker(write, lambda: client.set_terminated(run_id))
+
+
+_OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+
+
+def _remembered(folder, name: str, make: Callable[[], str]) -> str:
+  """Returns what a run is called elsewhere, the same when it goes on."""
+  path = folder / "trackers.json"
+  known = json.loads(path.read_text()) if path.exists() else {}
+  if name not in known:
+    known[name] = make()
+    path.write_text(json.dumps(known) + "\n")
+  return known[name]

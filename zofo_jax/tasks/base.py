@@ -1,0 +1,216 @@
+"""What a task is: columns, a prompt, the options after it, and a metric.
+
+An entry is data. A template is a `str.format` pattern over the row's columns,
+or a small function where a pattern is not enough; the text of an option is
+what follows the prompt, its leading space or line break included.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+from zofo_jax import errors
+
+Fields = Mapping[str, Any]
+Kind = Literal["classification", "multiple choice", "generation"]
+OptionMetric = Literal["accuracy", "macro_f1", "matthews", "pearson"]
+TextMetric = Literal["token_f1", "exact_match"]
+Metric = OptionMetric | TextMetric
+Version = int | Literal["reference"]
+
+
+class Row(NamedTuple):
+  """One row and where it came from, such as "sst2/train.jsonl row 3"."""
+
+  fields: Mapping[str, Any]
+  where: str
+
+
+class Template(NamedTuple):
+  """A prompt and what may follow it.
+
+  Attributes:
+    prompt: pattern over the columns, or a function of them.
+    options: one pattern per option, or a function giving the options' texts.
+      For generation: the accepted answers, the first of which is trained on.
+    may_repeat: two options may read the same (the first one then wins); only
+      for a reference variant that publishes such a mistake.
+  """
+
+  prompt: str | Callable[[Fields], str]
+  options: Sequence[str] | Callable[[Fields], Sequence[str]]
+  may_repeat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """One task, declared.
+
+  Attributes:
+    name: what users call it.
+    templates: the template versions 0, 1, 2, ...
+    example: a short made-up row, for the listing and the tests.
+    text: columns that must hold text that is not empty.
+    other: further columns that a template or `label` reads.
+    label: column of the label, or a function giving all right options.
+    labels: label values in the options' order; None if they are 0, 1, 2, ...
+    hub: id on the Hugging Face hub and the configuration there.
+    hub_splits: the hub's names of our splits, where they differ.
+    metric: how predictions are scored.
+    kind: what the options are.
+    reference: the template as the PyTorch code has it, where results depend
+      on a mistake in it.
+  """
+
+  name: str
+  templates: tuple[Template, ...]
+  example: Fields
+  text: tuple[str, ...]
+  other: tuple[str, ...] = ()
+  label: str | Callable[[Fields], Sequence[int]] = "label"
+  labels: tuple[str, ...] | None = None
+  hub: tuple[str, str | None] | None = None
+  hub_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  metric: Metric = "accuracy"
+  kind: Kind = "classification"
+  reference: Template | None = None
+
+  @property
+  def columns(self) -> tuple[str, ...]:
+    """Every column that a row must have."""
+    label = (self.label,) if isinstance(self.label, str) else ()
+    return (*self.text, *self.other, *label)
+
+  def template(self, version: Version = 0) -> Template:
+    """Returns a template version.
+
+    Args:
+      version: its number, or "reference" for the PyTorch code's variant
+        (which is version 0 where the two do not differ).
+
+    Raises:
+      UserError: the task has no such version.
+    """
+    if version == "reference":
+      return self.reference or self.templates[0]
+    if version not in range(len(self.templates)):
+      raise errors.UserError(
+        f"Task {self.name} has no template version {version!r}; it has "
+        f"{', '.join(map(str, range(len(self.templates))))} and 'reference'."
+      )
+    return self.templates[version]
+
+  def prompt(self, row: Row, version: Version = 0) -> str:
+    """Returns the text before the option."""
+    prompt = self.template(version).prompt
+    if isinstance(prompt, str):
+      return _call(prompt.format_map, row)
+    return _call(prompt, row)
+
+  def options(self, row: Row, version: Version = 0) -> tuple[str, ...]:
+    """Returns the texts that may follow the prompt, leading space included."""
+    options = self.template(version).options
+    if callable(options):
+      return tuple(_call(options, row))
+    return tuple(_call(option.format_map, row) for option in options)
+
+  def right(self, row: Row) -> tuple[int, ...]:
+    """Returns the indices of every right option, at least one.
+
+    Raises:
+      UserError: the label is out of range, of a wrong type or missing.
+    """
+    if callable(self.label):
+      right = tuple(_call(self.label, row))
+      if not right:
+        raise errors.UserError(
+          f"{row.where}: task {self.name} finds no right option in this row."
+        )
+      return right
+    value = row.fields[self.label]
+    count = len(self.labels or self.options(row))
+    index = _label_index(value, self.labels, count)
+    if index is None:
+      expected = (
+        f"one of {', '.join(map(repr, self.labels))}"
+        if self.labels
+        else f"an integer from 0 to {count - 1}"
+      )
+      raise errors.UserError(
+        f"{row.where}: label column '{self.label}' holds {value!r}, but task "
+        f"{self.name} expects {expected}."
+      )
+    return (index,)
+
+  def check(self, row: Row, *, labelled: bool = True) -> None:
+    """Checks that a row has the columns, their types and a label in range.
+
+    Args:
+      row: the row.
+      labelled: False for a row to be predicted, which needs its text only.
+
+    Raises:
+      UserError: with the file and the row.
+    """
+    for column in self.columns if labelled else self.text:
+      if column not in row.fields:
+        raise errors.UserError(
+          f"{row.where}: no column '{column}', which task {self.name} reads; "
+          f"the row has {', '.join(map(str, row.fields))}."
+          f"{errors.nearest(column, map(str, row.fields))}"
+        )
+    for column in self.text:
+      value = row.fields[column]
+      if not isinstance(value, str):
+        raise errors.UserError(
+          f"{row.where}: column '{column}' holds "
+          f"{json.dumps(value, default=str)[:40]} of type "
+          f"{type(value).__name__}, but task {self.name} expects text."
+        )
+      if not value.strip():
+        raise errors.UserError(f"{row.where}: column '{column}' is empty.")
+    if labelled:
+      self.right(row)
+
+
+def _call(function: Callable[[Fields], Any], row: Row) -> Any:
+  """Calls an entry's function; what it finds wrong gets the row's name.
+
+  Spaces around a column's text go, as in MeZO (GLUE's sentences end in one).
+  """
+  fields = {
+    name: value.strip() if isinstance(value, str) else value
+    for name, value in row.fields.items()
+  }
+  try:
+    return function(fields)
+  except ValueError as error:  # A sentence of the entry's own.
+    raise errors.UserError(f"{row.where}: {error}") from error
+  except KeyError as error:
+    raise errors.UserError(
+      f"{row.where}: no entry {error} in this row; it has "
+      f"{', '.join(map(str, row.fields))}."
+    ) from error
+  except (TypeError, AttributeError, IndexError) as error:
+    raise errors.UserError(
+      f"{row.where}: a column is not of the kind this task reads "
+      f"({errors.first_line(error)})."
+    ) from error
+
+
+def _label_index(
+  value: Any, labels: Sequence[str] | None, count: int
+) -> int | None:
+  """Returns the option index of a label value, or None if there is none."""
+  if labels is not None:
+    if isinstance(value, float) and value.is_integer():
+      value = int(value)
+    return labels.index(str(value)) if str(value) in labels else None
+  try:
+    index = int(value)
+  except (TypeError, ValueError, OverflowError):
+    return None
+  if isinstance(value, float) and index != value:
+    return None
+  return index if 0 <= index < count else None

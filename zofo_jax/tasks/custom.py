@@ -1,0 +1,142 @@
+"""A task of the user's own, out of a config's plain values."""
+
+import string
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+from zofo_jax import errors
+from zofo_jax.tasks.base import (
+  Fields,
+  Metric,
+  OptionMetric,
+  Task,
+  Template,
+  TextMetric,
+)
+
+
+def custom(
+  name: str,
+  *,
+  prompt: str,
+  options: Sequence[str] = (),
+  label: str = "label",
+  labels: Sequence[str] | None = None,
+  metric: Metric | None = None,
+) -> Task:
+  """Makes a task like the built-in ones.
+
+  Args:
+    name: what to call it.
+    prompt: pattern such as "{review} It was"; braces name columns.
+    options: one text per label, such as " bad"; may name columns too, which
+      makes multiple choice ("{ending0}"). None for a task that is answered by
+      generating text.
+    label: column of the label; without options, of the answer: a text, or a
+      list of all that are accepted.
+    labels: label values in the options' order, where they are not 0, 1, ...
+    metric: how predictions are scored; None for accuracy, or token F1 without
+      options.
+
+  Returns:
+    The task.
+
+  Raises:
+    UserError: a pattern is broken, a metric of another kind, or one option
+      alone, or too few labels.
+
+  Example:
+    >>> from zofo_jax import tasks
+    >>> task = tasks.custom(
+    ...   "mood", prompt="{text} I am", options=(" sad", " glad"))
+    >>> task.prompt(tasks.Row({"text": "Rain.", "label": 0}, "row 1"))
+    'Rain. I am'
+  """
+  texts = _columns(name, prompt, options)
+  if len(options) == 1:
+    raise errors.UserError(
+      f"Task {name}: options has 1 entry; at least 2 expected, or none to "
+      "generate the answer."
+    )
+  if labels is not None and len(labels) != len(options):
+    raise errors.UserError(
+      f"Task {name}: labels has {len(labels)} entries and options "
+      f"{len(options)}; one label per option expected."
+    )
+  known = get_args(OptionMetric if options else TextMetric)
+  metric = metric or ("accuracy" if options else "token_f1")
+  if metric not in known:
+    raise errors.UserError(
+      f"Task {name}: metric is '{metric}'; expected one of {', '.join(known)}."
+      f"{errors.nearest(metric, known)}"
+    )
+  example = {column: f"<{column}>" for column in texts}
+  if not options:
+    answers = _answers_of(label)
+    return Task(
+      name=name,
+      templates=(Template(prompt, answers),),
+      example={**example, label: ["<answer>"]},
+      text=texts,
+      other=(label,),
+      label=lambda fields: range(len(answers(fields))),
+      metric=metric,
+      kind="generation",
+    )
+  varying = any("{" in option for option in options)
+  return Task(
+    name=name,
+    templates=(Template(prompt, tuple(options)),),
+    example=example,
+    text=texts,
+    label=label,
+    labels=None if labels is None else tuple(map(str, labels)),
+    metric=metric,
+    kind="multiple choice" if varying else "classification",
+  )
+
+
+def _columns(name: str, prompt: str, options: Sequence[str]) -> tuple[str, ...]:
+  """Returns the columns that the patterns name, each once."""
+  texts: list[str] = []
+  for field, pattern in [
+    ("prompt", prompt),
+    *((f"options[{i}]", option) for i, option in enumerate(options)),
+  ]:
+    try:
+      names = [f for _, f, _, _ in string.Formatter().parse(pattern)]
+    except ValueError as error:
+      raise errors.UserError(
+        f"Task {name}: {field} {pattern!r} is no pattern: {error}. Write "
+        "columns as {column} and a real brace twice."
+      ) from error
+    for column in names:
+      if column is None:
+        continue
+      if not column.isidentifier():
+        raise errors.UserError(
+          f"Task {name}: {field} {pattern!r} names the column '{column}'; "
+          "expected a plain column name between braces."
+        )
+      if column not in texts:
+        texts.append(column)
+  if not texts:
+    raise errors.UserError(
+      f"Task {name}: prompt {prompt!r} names no column; write one as "
+      "{column}."
+    )
+  return tuple(texts)
+
+
+def _answers_of(column: str) -> Callable[[Fields], list[str]]:
+  """Makes the function that reads a row's accepted answers.
+
+  Each ends in the line break at which generation stops.
+  """
+
+  def answers(fields):
+    value = fields[column]
+    found = [value] if isinstance(value, str | int | float) else list(value)
+    return [f" {answer}\n" for answer in dict.fromkeys(found)]
+
+  return answers

@@ -1,0 +1,183 @@
+"""Single texts: sentiment, emotion, topic.
+
+Patterns and label words are those of MeZO and of Bilevel-ZOFO's PyTorch code,
+with label words that it had inverted or lost put right; LM-BFF's for SST-5,
+CR and MPQA, after Zhao et al. (2021) for TREC and AG News.
+"""
+
+from collections.abc import Sequence
+
+from zofo_jax.tasks import helpers
+from zofo_jax.tasks.base import Task, Template
+
+_POLARITY = (" terrible", " great")
+
+
+def _it_was(column: str, words: Sequence[str]) -> tuple[Template, ...]:
+  """The pattern of reviews; version 1 is the text alone."""
+  text = "{" + column + "}"
+  return (Template(f"{text} It was", words), Template(text, words))
+
+
+_REVIEWS = (
+  Task(
+    name="sst2",
+    hub=("nyu-mll/glue", "sst2"),
+    text=("sentence",),
+    templates=_it_was("sentence", _POLARITY),
+    example={"sentence": "a slow but charming film", "label": 1},
+  ),
+  *(
+    Task(
+      name=name,
+      hub=hub,
+      text=("text",),
+      templates=_it_was("text", _POLARITY),
+      example={"text": "Two hours that I will never get back.", "label": 0},
+    )
+    for name, hub in (
+      ("rotten_tomatoes", ("cornell-movie-review-data/rotten_tomatoes", None)),
+      ("imdb", ("stanfordnlp/imdb", None)),
+      ("cr", ("SetFit/CR", None)),
+      ("mpqa", None),
+    )
+  ),
+  Task(
+    name="sst5",
+    hub=("SetFit/sst5", None),
+    text=("text",),
+    templates=_it_was(
+      "text", (" terrible", " bad", " okay", " good", " great")
+    ),
+    example={"text": "neither dull nor exciting", "label": 2},
+  ),
+  Task(
+    name="tweet_eval_sentiment",
+    hub=("cardiffnlp/tweet_eval", "sentiment"),
+    text=("text",),
+    templates=_it_was("text", (" terrible", " neutral", " great")),
+    # There a positive tweet is trained towards "neutral" and never predicted.
+    reference=Template(
+      "{text} It was", (" terrible", " neutral", " neutral"), may_repeat=True
+    ),
+    metric="macro_f1",
+    example={"text": "The new bridge opens on Monday.", "label": 1},
+  ),
+  Task(
+    name="amazon_polarity",
+    hub=("fancyzhx/amazon_polarity", None),
+    text=("content",),
+    templates=(
+      Template("{content} The sentiment was", (" negative", " positive")),
+    ),
+    example={"content": "The lid broke on day one.", "label": 0},
+  ),
+  helpers.text_task(
+    "yelp_polarity",
+    "fancyzhx/yelp_polarity",
+    (" negative", " positive"),
+    "{text} The sentiment was",
+    example={"text": "Cold soup, warm beer.", "label": 0},
+  ),
+  Task(
+    name="poem_sentiment",
+    hub=("google-research-datasets/poem_sentiment", None),
+    text=("verse_text",),
+    templates=(
+      Template(
+        "{verse_text} The sentiment was",
+        (" negative", " positive", " neutral", " mixed"),
+      ),
+    ),
+    metric="macro_f1",
+    example={"verse_text": "and morning sang to every stone", "label": 1},
+  ),
+  Task(
+    name="financial_phrasebank",
+    hub=("takala/financial_phrasebank", "sentences_allagree"),
+    text=("sentence",),
+    templates=(
+      Template(
+        "{sentence} The sentiment was", (" negative", " neutral", " positive")
+      ),
+    ),
+    # There the words are in another order than the set's labels.
+    reference=Template(
+      "{sentence} The sentiment was", (" positive", " negative", " neutral")
+    ),
+    metric="macro_f1",
+    example={"sentence": "Orders doubled in the last quarter .", "label": 2},
+  ),
+)
+
+_TOPICS = (
+  helpers.text_task(
+    "subj",
+    "SetFit/subj",
+    (" objective", " subjective"),
+    "{text} This is",
+    example={"text": "he walks to the station .", "label": 0},
+  ),
+  Task(
+    name="trec",
+    hub=("CogComp/trec", None),
+    text=("text",),
+    label="coarse_label",
+    templates=(
+      Template(
+        "Question: {text}\nAnswer Type:",
+        (
+          " Abbreviation",
+          " Entity",
+          " Description",
+          " Person",
+          " Location",
+          " Number",
+        ),
+      ),
+    ),
+    example={"text": "Where do storks spend winter ?", "coarse_label": 4},
+  ),
+  helpers.text_task(
+    "ag_news",
+    "fancyzhx/ag_news",
+    (" World", " Sports", " Business", " Technology"),
+    "Article: {text}\nAnswer:",
+    example={"text": "Rowers win gold on the final day.", "label": 1},
+  ),
+)
+
+_EMOTIONS = (
+  helpers.text_task(
+    "emotion",
+    "dair-ai/emotion",
+    (" sadness", " joy", " love", " anger", " fear", " surprise"),
+    "{text} The emotion was",
+    hub_config="split",
+    metric="macro_f1",
+    example={"text": "i feel like singing", "label": 1},
+  ),
+  helpers.tweets_task(
+    "emotion",
+    (" anger", " joy", " optimism", " sadness"),
+    "{text} The emotion was",
+    metric="macro_f1",
+    example={"text": "Tomorrow will be better.", "label": 2},
+  ),
+  helpers.text_task(
+    "emo",
+    "SemEvalWorkshop/emo",
+    (" others", " happy", " sad", " angry"),
+    "{text} The emotion was",
+    metric="macro_f1",
+    example={"text": "hi how are you fine you", "label": 0},
+  ),
+  helpers.tweets_task(
+    "irony",
+    (" non-ironic", " ironic"),
+    "{text} The text was",
+    example={"text": "Another Monday. My favourite.", "label": 1},
+  ),
+)
+
+TASKS = (*_REVIEWS, *_TOPICS, *_EMOTIONS)

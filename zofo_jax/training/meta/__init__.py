@@ -1,0 +1,1 @@
+"""Training on many tasks, and adapting to new ones from a few rows."""
