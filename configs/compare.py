@@ -6,8 +6,8 @@
 `python experiments/single_task.py` runs the table. The work of a run is counted
 in forward-equivalents (`zofo_jax.builders.budget`) and is the same for every
 method; where rows are long they are fewer, so that it is also the same in
-tokens. `size=opt-1.3b` is the same comparison on an accelerator, with the work of the
-paper's runs; `size=smollm2-135m-long` has ten times the work of a laptop's.
+tokens. `size=opt-1.3b` is the same comparison on an accelerator, with the work
+of the paper's runs; `size=smollm2-135m-long` has ten times a laptop's work.
 
 Learning rates of `bilevel`, `peft` and `mezo` were chosen on selection rows of
 seed 100, by nine trials each on SST-2 and some on COPA and TREC, and those of

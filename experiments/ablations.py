@@ -139,7 +139,7 @@ def draw(results: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 
 def make_cells(
   given: argparse.Namespace, names: Iterable[str], seeds: Iterable[int]
-) -> dict[tuple[str, Any, int], sweep.Cell]:
+) -> dict[tuple[str, Any, int], sweep.SweepRun]:
   """Returns (choice, value, seed) -> its cell; some choices share one."""
   found = {}
   for name, seed in itertools.product(names, seeds):

@@ -101,7 +101,7 @@ def make_cell(
   data: str,
   choice: dict[str, Any],
   fields: dict[str, Any] | None = None,
-) -> sweep.Cell:
+) -> sweep.SweepRun:
   """Returns a run of configs/compare.py.
 
   Args:
@@ -124,10 +124,10 @@ def make_cell(
     f"--config.data.dir={data}",
     *(f"--config.{name}={value}" for name, value in fields.items()),
   ]
-  return sweep.Cell(folder, choice | fields, command, summary)
+  return sweep.SweepRun(folder, choice | fields, command, summary)
 
 
-def of_table(given: argparse.Namespace) -> Iterator[sweep.Cell]:
+def of_table(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
   """Yields the cells of the table, a seed of all tasks after the other."""
   for seed in given.seeds:
     for task in given.tasks:
@@ -138,7 +138,7 @@ def of_table(given: argparse.Namespace) -> Iterator[sweep.Cell]:
         yield make_cell(given.out, given.data, choice)
 
 
-def of_search(given: argparse.Namespace) -> Iterator[sweep.Cell]:
+def of_search(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
   """Yields the trials from which learning rates are chosen."""
   short = given.size == "smollm2-135m"
   for task in given.tasks:
@@ -228,7 +228,7 @@ def add_common(
 
 
 def run(
-  cells: list[sweep.Cell], given: argparse.Namespace
+  cells: list[sweep.SweepRun], given: argparse.Namespace
 ) -> list[dict[str, Any]]:
   """Runs the cells that have not ended; returns a row for each."""
   os.environ["NPROC"] = str(given.threads)  # of XLA's pools

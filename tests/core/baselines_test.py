@@ -134,7 +134,7 @@ def test_first_order_is_optax(whole):
 def test_one_after_the_other_is_each_in_its_time(adapter_first):
   peft = baselines.make_first_order_step(_loss, optax.adam(LR))
   pair = (peft, _mezo(True)) if adapter_first else (_mezo(True), peft)
-  joined = baselines.one_after_the_other(*pair, 2)
+  joined = baselines.two_stage(*pair, 2)
   state = joined.init(jax.random.key(3), *_start())
   step = jax.jit(joined.step)
   alone = state
@@ -228,7 +228,7 @@ def test_a_resumed_run_of_two_parts_is_the_uninterrupted_one(
       )
       assert code == 0
     run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
-    with evaluate.store.Store(run, epath.Path(folder)) as store:
+    with evaluate.state_store.Store(run, epath.Path(folder)) as store:
       states.append(store.restore(8)[0])
   keys = [state.key for state in states]
   assert jax.random.key_data(keys[0]).tolist() == (

@@ -59,7 +59,7 @@ def _batch(seed=0, rows=ROWS):
 
 def _remember_keys(tx, num_directions):
   """Keeps the keys of the last estimate in the state, for the slow path."""
-  tx = outer.as_outer(tx)
+  tx = outer.to_outer_transform(tx)
   blank = jax.random.key(0)
   blank = perturbed.Key(jax.random.split(blank, num_directions), blank)
 
@@ -261,7 +261,7 @@ def test_no_stacked_weight_is_copied():
   def loss(base, adapter, batch, key):
     del key
     x, y, weight = batch
-    scale = lambda x, w: (x * perturbed.value(w)[None], None)
+    scale = lambda x, w: (x * perturbed.read(w)[None], None)
     x, _ = jax.lax.scan(scale, x * adapter["a"][None], base["layers"]["w"])
     residual = jnp.sum(x, axis=-1) + adapter["b"] - y
     return jnp.sum(weight * residual**2) / jnp.sum(weight)

@@ -15,7 +15,7 @@ SAMPLER = sampler.Sampler(directions.Rademacher())
 
 def _remember_keys(tx, num_directions):
   """Keeps the keys of the last estimate in the state, for the slow path."""
-  tx = outer.as_outer(tx)
+  tx = outer.to_outer_transform(tx)
   blank = jax.random.key(0)
   blank = perturbed.Key(jax.random.split(blank, num_directions), blank)
 

@@ -57,7 +57,7 @@ def _batch(seed=0, rows=ROWS):
 
 def _remember_keys(tx, num_directions):
   """Keeps the keys of the last estimate in the state, for the slow path."""
-  tx = outer.as_outer(tx)
+  tx = outer.to_outer_transform(tx)
   blank = jax.random.key(0)
   blank = perturbed.Key(jax.random.split(blank, num_directions), blank)
 

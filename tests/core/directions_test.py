@@ -89,9 +89,9 @@ def test_rows_are_rows_of_the_whole(kind, shape):
   some = np.array([[3, 129, 64], [64, 3, 3]])
   rows = _draw(kind, key, shape, jnp.asarray(some))
   np.testing.assert_array_equal(rows, whole[some])
-  block = jax.jit(lambda start: kind.draw(key, shape, prng.Block(start, 66)))(
-    64
-  )
+  block = jax.jit(
+    lambda start: kind.draw(key, shape, prng.RowRange(start, 66))
+  )(64)
   np.testing.assert_array_equal(block, whole[64:])
 
 

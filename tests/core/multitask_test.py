@@ -267,7 +267,7 @@ def test_tasks_are_drawn_as_often_as_they_should(power):
     assert len(set(tasks.tolist())) == count
     assert tasks.tolist() == sorted(tasks.tolist())
     seen[tasks] += 1
-  chances = multitask.inclusion(sizes, count, power)
+  chances = multitask.inclusion_probabilities(sizes, count, power)
   assert chances.sum() == pytest.approx(count)
   error = np.sqrt(chances * (1 - chances) / draws)
   assert (np.abs(seen / draws - chances) <= 4 * error + 1e-9).all()
@@ -303,9 +303,9 @@ def test_only_sampled_tasks_move(where):
       **{n: jax.tree.map(np.array, getattr(state, n)) for n in names}
     )
   moved, _ = jax.jit(algorithm.step)(
-    multitask.take(state, tasks), _batch(2), HPARAMS
+    multitask.gather_tasks(state, tasks), _batch(2), HPARAMS
   )
-  after = multitask.put(state, tasks, moved)
+  after = multitask.scatter_tasks(state, tasks, moved)
   assert int(after.step) == 1
   others = np.array([0, 2, 3])
   for name in names:

@@ -67,7 +67,7 @@ def _updater(tx, **options):
 
 def _run(tx, num_directions, num_steps=4):
   """Returns the bases visited and the gradients that moved them."""
-  tx = outer.as_outer(tx)
+  tx = outer.to_outer_transform(tx)
   base = _base()
   state = tx.init(base)
   update = _updater(tx)
@@ -228,7 +228,7 @@ def test_nothing_finite_changes_nothing(tx, dtype):
 
 @pytest.mark.parametrize("make", [outer.sgd, optax.sgd])
 def test_broken_directions_do_not_count(make):
-  tx = outer.as_outer(make(1.0))
+  tx = outer.to_outer_transform(make(1.0))
   base, estimate = _base(), _estimate(0, 4, broken=(1, 3))
   moved, _ = _updater(tx)(base, tx.init(base), estimate)
   z = [_flat(_unit(k, estimate.keys.frame, base)) for k in estimate.keys.own]
@@ -240,7 +240,7 @@ def test_broken_directions_do_not_count(make):
 def test_small_steps_survive_bfloat16(make):
   # A hundred steps of a fiftieth of the spacing at 1.
   base = {"w": jnp.ones((40, 100), jnp.bfloat16)}
-  tx = outer.as_outer(make(2.0**-7 / 50))
+  tx = outer.to_outer_transform(make(2.0**-7 / 50))
   estimate = _estimate(0, 1)._replace(coefficients=-jnp.ones(1))
   z = np.array(_unit(estimate.keys.own[0], estimate.keys.frame, base)["w"])
 
@@ -263,7 +263,7 @@ def test_sgd_needs_no_copy_of_the_weights(dtype):
   scalings = SCALINGS["rms"], SCALINGS["std"]
   for name, tx in (
     ("in place", outer.sgd(0.1, *scalings, weight_decay=0.1)),
-    ("optax", outer.as_outer(optax.sgd(0.1))),
+    ("optax", outer.to_outer_transform(optax.sgd(0.1))),
   ):
     update = _updater(tx, donate_argnums=0)
     lowered = update.lower(base, tx.init(base), _estimate(0, 3))

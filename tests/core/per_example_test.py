@@ -159,8 +159,8 @@ def test_mean_is_the_gradient_of_the_mean():
   }
 
   def fn(tree, x):
-    hidden = perturbed.dot(x[None], tree["w"])[0] + perturbed.value(tree["b"])
-    return jnp.sum(jnp.sin(hidden)) * perturbed.value(tree["a"])
+    hidden = perturbed.dot(x[None], tree["w"])[0] + perturbed.read(tree["b"])
+    return jnp.sum(jnp.sin(hidden)) * perturbed.read(tree["a"])
 
   def gradient(key):
     estimate = zo.estimate_per_example(fn, tree, x, key, 1e-2, sampler=LAZY)

@@ -146,7 +146,7 @@ def test_nodes_hold_the_z_of_the_update(kind):
     )
     rest = perturbed.materialize(nodes)  # stacked leaves in one go
     head = jnp.concatenate(
-      [perturbed.block(nodes["head"], 0, 13), rest["head"][13:]]
+      [perturbed.read_rows(nodes["head"], 0, 13), rest["head"][13:]]
     )
     embed = perturbed.take(nodes["embed"], jnp.arange(70))
     return rest | {"embed": embed, "head": head}, layers
@@ -171,9 +171,9 @@ def test_every_reading_function_reads_the_value(kind):
 
   def read(weight):
     return (
-      perturbed.value(weight),
+      perturbed.read(weight),
       perturbed.take(weight, ids),
-      perturbed.block(weight, 64, 86),
+      perturbed.read_rows(weight, 64, 86),
       perturbed.dot(wide, weight),
       perturbed.dot_transposed(narrow, weight),
       perturbed.log_normalizer(narrow, weight),
@@ -214,13 +214,13 @@ def _model(tree, ids):
   def layer(hidden, weights):
     mlp = weights["mlp"]
     hidden = perturbed.dot(hidden, mlp["kernel"])
-    bias = perturbed.value(mlp["bias"])
+    bias = perturbed.read(mlp["bias"])
     hidden = jnp.tanh(hidden + jnp.broadcast_to(bias, hidden.shape))
-    return hidden * perturbed.value(weights["gain"]), None
+    return hidden * perturbed.read(weights["gain"]), None
 
   hidden, _ = jax.lax.scan(layer, hidden, tree["layers"])
   logits = perturbed.dot_transposed(hidden, tree["head"])
-  return logits * perturbed.value(tree["temperature"])
+  return logits * perturbed.read(tree["temperature"])
 
 
 @kinds
@@ -268,7 +268,7 @@ def test_half_precision(kind):
     x = jnp.asarray(rng.normal(size=(3, 20)), dtype)
     node, whole = _node(kind, weight, 0.25)
     # z is drawn in float32, and the sum is rounded once.
-    np.testing.assert_array_equal(perturbed.value(node), whole)
+    np.testing.assert_array_equal(perturbed.read(node), whole)
     assert perturbed.take(node, jnp.arange(3)).dtype == dtype
     product = perturbed.dot(x, node)
     assert product.dtype == dtype

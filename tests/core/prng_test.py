@@ -49,11 +49,11 @@ def test_same_bits_as_jax():
 def test_looped_cipher_gives_the_same_bits():
   high, low = _rows(40)[:, None], _rows(7)[None, :]
   fused = jax.jit(lambda: prng.threefry2x32(KEY, high, low))()
-  looped = prng.shared(KEY, high, low)
+  looped = prng.threefry2x32_materialized(KEY, high, low)
   jax.tree.map(np.testing.assert_array_equal, fused, looped)
   keys = jnp.stack([KEY, KEY + np.uint32(1)])  # a key of its own for each
   each = jax.jit(lambda: prng.threefry2x32(keys, high[0], low[0, :2]))()
-  alone = prng.shared(keys[1], high[0], low[0, 1:2])
+  alone = prng.threefry2x32_materialized(keys[1], high[0], low[0, 1:2])
   np.testing.assert_array_equal([e[1] for e in each], np.ravel(alone))
 
 
@@ -61,7 +61,7 @@ def test_looped_cipher_gives_the_same_bits():
   "platform, loops", [("cpu", True), ("tpu", True), ("cuda", False)]
 )
 def test_loops_only_where_they_cost_no_launches(platform, loops):
-  draw = jax.jit(lambda key: prng.rademacher(key, prng.Block(0, 128), 8))
+  draw = jax.jit(lambda key: prng.rademacher(key, prng.RowRange(0, 128), 8))
   text = draw.trace(KEY).lower(lowering_platforms=(platform,)).as_text()
   assert ("stablehlo.while" in text) == loops
   assert ("optimization_barrier" in text) != loops
@@ -134,9 +134,9 @@ def test_rows_by_number(draw, columns):
 def test_a_block_equals_its_rows(draw, start, size):
   rows = _rows(size) + np.uint32(start)
   by_number = draw(KEY, rows, 33)
-  block = jax.jit(lambda start: draw(KEY, prng.Block(start, size), 33))
+  block = jax.jit(lambda start: draw(KEY, prng.RowRange(start, size), 33))
   np.testing.assert_array_equal(block(start), by_number)
-  assert draw(KEY, prng.Block(start, size), 33).shape == (size, 33)
+  assert draw(KEY, prng.RowRange(start, size), 33).shape == (size, 33)
 
 
 def test_uniform():

@@ -37,7 +37,7 @@ def test_pearson_is_the_correlation():
 
 
 def test_any_right_option_counts():
-  label = metrics.credit([2, 0, 1], [(1, 2), (1, 2), (1,)])
+  label = metrics.resolve_labels([2, 0, 1], [(1, 2), (1, 2), (1,)])
   assert label == [2, 1, 1]
 
 

@@ -101,7 +101,7 @@ class Waves(directions.Direction):
   def draw(self, key, shape, rows=None):
     if rows is None:
       rows = jnp.arange(shape[0])
-    elif isinstance(rows, prng.Block):
+    elif isinstance(rows, prng.RowRange):
       rows = rows.start + jnp.arange(rows.size)
     columns = jnp.arange(np.prod(shape[1:], dtype=int)) * 0.7
     phase = (key.own[0] % 997).astype(jnp.float32)

@@ -34,7 +34,7 @@ def test_the_step_exports(name, monkeypatch):
     "max_position_embeddings": 32,
     **SHAPES[name],
   }
-  monkeypatch.setitem(estimate.known.CONFIGS, "tiny", hf_config)
+  monkeypatch.setitem(estimate.published.CONFIGS, "tiny", hf_config)
   config = defaults.base_config()
   config.model.name = "tiny"
   config.model.dtype = "bfloat16"

@@ -42,7 +42,7 @@ def _losses(base, batch):
   hidden = perturbed.take(base["embed"], batch["ids"]).mean(axis=-2)
 
   def layer(hidden, weights):
-    bias = perturbed.value(weights["bias"])
+    bias = perturbed.read(weights["bias"])
     hidden = perturbed.dot(hidden, weights["kernel"])
     return jnp.tanh(hidden + jnp.broadcast_to(bias, hidden.shape)), None
 
@@ -127,14 +127,14 @@ def test_devices_exchange_scalars_alone(kind, estimator, per_example):
 
 def test_groups_of_directions_exchange_scalars_alone():
   mesh = mesh_lib.make({"pert": 4, "data": 2, "fsdp": 1, "model": 1})
-  everywhere = mesh_lib.everywhere(mesh)
+  everywhere = mesh_lib.replicated(mesh)
   rademacher = directions.Rademacher()
   plain = _step(rademacher, zo.central, False, 8)
   step = _step(
     *(rademacher, zo.central, False, 8), map_fn=mesh_lib.map_directions(mesh)
   )
   base, key = jax.device_put((_base(), jax.random.key(0)), everywhere)
-  batch = mesh_lib.put_rows(mesh, _batch())
+  batch = mesh_lib.shard_batch(mesh, _batch())
   run = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
   compiled = run.lower(base, batch, key).compile()
   sizes = _exchanged(compiled)

@@ -80,7 +80,7 @@ BATCH = zofo.BilevelBatch(
 
 
 def loss_on(mesh):
-  module = model()[0].clone(place=mesh_lib.place_states(mesh))
+  module = model()[0].clone(place=mesh_lib.make_activation_constraint(mesh))
   return model_lib.make_loss_fn("likelihood", module)
 
 
@@ -109,13 +109,13 @@ def iterate(sizes):
   bilevel = algorithm(mesh)
   state = start(bilevel, jax.tree.map(jnp.asarray, model()[2]))
   rules = model()[1].SHARDINGS
-  whole = mesh_lib.everywhere(mesh)
+  whole = mesh_lib.replicated(mesh)
   places = jax.tree.map(lambda _: whole, state)
   places = places._replace(base=mesh_lib.shardings(mesh, state.base, rules))
   batch = zofo.BilevelBatch(
-    lower=mesh_lib.put_rows(mesh, BATCH.lower, 1),
-    penalty=mesh_lib.put_rows(mesh, BATCH.penalty),
-    upper=mesh_lib.put_rows(mesh, BATCH.upper),
+    lower=mesh_lib.shard_batch(mesh, BATCH.lower, 1),
+    penalty=mesh_lib.shard_batch(mesh, BATCH.penalty),
+    upper=mesh_lib.shard_batch(mesh, BATCH.upper),
   )
   step = jax.jit(bilevel.step, donate_argnums=0, out_shardings=(places, whole))
   state, info = step(
@@ -274,7 +274,7 @@ def test_weights_are_read_in_parts(name, tmp_path):
       largest[path] = max(largest.get(path, 0), part.size)
       return part
 
-    return mesh_lib.fill(shape, places[path], noted)
+    return mesh_lib.make_sharded_array(shape, places[path], noted)
 
   loaded = weights.load(
     tmp_path, family, module.config, np.dtype("float32"), make
@@ -299,7 +299,7 @@ def test_each_weight_is_gathered_once_a_pass():
     .lower(
       mesh_lib.with_shardings(base, places),
       {},
-      mesh_lib.put_rows(mesh, BATCH.upper),
+      mesh_lib.shard_batch(mesh, BATCH.upper),
       None,
     )
     .compile()
@@ -349,7 +349,7 @@ def test_on_cpus_a_step_is_scheduled_for_memory():
   temporaries = [
     jitted.lower(x, x).compile().memory_analysis().temp_size_in_bytes
     for jitted in (
-      mesh_lib.jit_step(step, mesh, mesh_lib.everywhere(mesh)),
+      mesh_lib.jit_step(step, mesh, mesh_lib.replicated(mesh)),
       jax.jit(step, donate_argnums=0),
     )
   ]

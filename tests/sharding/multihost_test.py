@@ -189,7 +189,7 @@ def test_processes_that_disagree(cache, tmp_path, tiny_model, tiny_rows):
 
 def join(where, **options):
   with pytest.raises(errors.UserError) as caught:
-    multihost.join(where, **options)
+    multihost.initialize(where, **options)
   return str(caught.value)
 
 

@@ -210,11 +210,7 @@ def make_algorithm(
     "full": lambda: peft(whole=True),
     "mezo": mezo,
     "mezo_peft": lambda: mezo(whole=False),
-    "peft_then_mezo": lambda: baselines.one_after_the_other(
-      peft(), mezo(), num_first
-    ),
-    "mezo_then_peft": lambda: baselines.one_after_the_other(
-      mezo(), peft(), num_first
-    ),
+    "peft_then_mezo": lambda: baselines.two_stage(peft(), mezo(), num_first),
+    "mezo_then_peft": lambda: baselines.two_stage(mezo(), peft(), num_first),
   }
   return make[config.method]()

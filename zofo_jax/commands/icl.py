@@ -148,7 +148,7 @@ def linear_probe(
       f"least; all {len(known)} have label {labels[0]}."
     )
   base = model.load_base(config, run.model, run.mesh)
-  hidden_fn = mesh_lib.on_rows(
+  hidden_fn = mesh_lib.jit_on_batches(
     apply.make_hidden_fn(run.model.module), run.mesh, 1
   )
 
@@ -195,7 +195,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   known = [*examples.lower, *examples.upper]
   base = model.load_base(config, run.model, run.mesh)
   module = run.model.module
-  hidden_fn = mesh_lib.on_rows(apply.make_hidden_fn(module), run.mesh, 1)
+  hidden_fn = mesh_lib.jit_on_batches(apply.make_hidden_fn(module), run.mesh, 1)
   hidden = _hidden(run, hidden_fn, base, known)
   table = apply.head_table(module, base)
   tokens = (
@@ -203,9 +203,9 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   )
   trained = _train_head(run, table, tokens, known, hidden)
   untied, base = apply.untie(
-    module, base, linear_probe_lib.put_rows(table, tokens, trained)
+    module, base, linear_probe_lib.with_head_rows(table, tokens, trained)
   )
-  score_fn = mesh_lib.on_rows(
+  score_fn = mesh_lib.jit_on_batches(
     scoring.make_score_fn(apply.make_log_probs_fn(untied)), run.mesh, 2
   )
   result = run.evaluate(base, {}, examples.test, "test", score_fn=score_fn)

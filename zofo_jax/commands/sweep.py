@@ -24,7 +24,7 @@ from zofo_jax.config import defaults
 from zofo_jax.report import progress as progress_lib
 
 
-class Cell(NamedTuple):
+class SweepRun(NamedTuple):
   """A run of a sweep.
 
   Attributes:
@@ -40,7 +40,9 @@ class Cell(NamedTuple):
   summary: str = "summary.json"
 
 
-def load(path: str, workdir: str, arguments: Sequence[str] = ()) -> list[Cell]:
+def load(
+  path: str, workdir: str, arguments: Sequence[str] = ()
+) -> list[SweepRun]:
   """Reads a sweep.
 
   Args:
@@ -54,7 +56,7 @@ def load(path: str, workdir: str, arguments: Sequence[str] = ()) -> list[Cell]:
   """
   module = _module(path)
   known = defaults.flat(defaults.base_config())
-  cells: dict[pathlib.Path, Cell] = {}
+  cells: dict[pathlib.Path, SweepRun] = {}
   for fields in module.get_sweep():
     for name in fields:
       if name not in known:
@@ -72,7 +74,7 @@ def load(path: str, workdir: str, arguments: Sequence[str] = ()) -> list[Cell]:
       *(f"--config.{k}={v}" for k, v in fields.items()),
       *arguments,
     ]
-    cells[folder] = Cell(folder, dict(fields), command)
+    cells[folder] = SweepRun(folder, dict(fields), command)
   if not cells:
     raise errors.UserError(f"--sweep: {path} yields no run.")
   return list(cells.values())
@@ -90,7 +92,7 @@ def _module(path: str) -> Any:
   return module
 
 
-def run(cells: Sequence[Cell], jobs: int) -> list[dict[str, Any]]:
+def run(cells: Sequence[SweepRun], jobs: int) -> list[dict[str, Any]]:
   """Runs what has not ended, several at a time.
 
   Returns:
@@ -114,7 +116,7 @@ def run(cells: Sequence[Cell], jobs: int) -> list[dict[str, Any]]:
   return [_row(cell, failed.get(cell.folder)) for cell in cells]
 
 
-def _run_one(cell: Cell) -> str:
+def _run_one(cell: SweepRun) -> str:
   """Runs one; returns what it said last if it failed."""
   cell.folder.mkdir(parents=True, exist_ok=True)
   with (cell.folder / "log.txt").open("ab") as log:
@@ -127,7 +129,7 @@ def _run_one(cell: Cell) -> str:
   return next((x for x in reversed(lines) if x.strip()), f"exit code {code}")
 
 
-def _summary(cell: Cell) -> Mapping[str, Any]:
+def _summary(cell: SweepRun) -> Mapping[str, Any]:
   path = cell.folder / cell.summary
   if not path.exists():
     return {}
@@ -140,7 +142,7 @@ def _summary(cell: Cell) -> Mapping[str, Any]:
     ) from error
 
 
-def _row(cell: Cell, failed: str | None) -> dict[str, Any]:
+def _row(cell: SweepRun, failed: str | None) -> dict[str, Any]:
   numbers = {
     name: value
     for name, value in _summary(cell).items()

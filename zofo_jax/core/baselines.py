@@ -28,7 +28,7 @@ class BaselineInfo(NamedTuple):
 
   upper_loss: jax.Array
   coefficients: jax.Array
-  move: moves.Move | None = None
+  move: moves.InPlaceUpdate | None = None
 
 
 def mean_loss(loss_fn: inner.LossFn, weights: jax.Array | None) -> inner.LossFn:
@@ -166,7 +166,7 @@ def make_zeroth_order_step(
   Returns:
     The algorithm: init(key, base, adapter), and step.
   """
-  transform = outer.as_outer(tx)
+  transform = outer.to_outer_transform(tx)
 
   def step(state, batch, hparams):
     loss = mean_loss(loss_fn, batch.weights) if over_tasks else loss_fn
@@ -190,7 +190,7 @@ def make_zeroth_order_step(
       frame_key=keys.frame,
       map_fn=map_fn,
     )
-    moved, opt_state, move = outer.take(
+    moved, opt_state, move = outer.apply_transform(
       transform, moved, opt_state, estimate, sampler, objective, keys.rounding
     )
     info = BaselineInfo(
@@ -206,7 +206,7 @@ def make_zeroth_order_step(
   return bilevel.BilevelAlgorithm(_make_init(transform.init, whole), step)
 
 
-def one_after_the_other(
+def two_stage(
   first: bilevel.BilevelAlgorithm,
   second: bilevel.BilevelAlgorithm,
   num_first: int,

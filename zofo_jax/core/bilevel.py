@@ -30,8 +30,13 @@ from zofo_jax.core.types import BilevelState as BilevelState
 
 _Step = TypeVar("_Step", bound=Callable[..., Any])
 # What has an axis of tasks, where there is one, in a state and in an info.
-OF_TASKS = ("upper", "lower", "upper_opt", "lower_opt")
-_TOLD_OF_TASKS = ("lower_loss", "upper_loss", "penalty_loss", "upper_grad_norm")
+PER_TASK_FIELDS = ("upper", "lower", "upper_opt", "lower_opt")
+_PER_TASK_METRICS = (
+  "lower_loss",
+  "upper_loss",
+  "penalty_loss",
+  "upper_grad_norm",
+)
 
 
 def _parts(tree: Any, names: tuple[str, ...]) -> dict[str, Any]:
@@ -46,12 +51,12 @@ def _one_task_alone(step: _Step) -> _Step:
     if not over_tasks or jax.tree.leaves(batch.upper)[0].shape[0] > 1:
       return step(state, batch, *args, over_tasks=over_tasks, **options)
     parts, batch = jax.tree.map(
-      lambda leaf: leaf[0], (_parts(state, OF_TASKS), batch)
+      lambda leaf: leaf[0], (_parts(state, PER_TASK_FIELDS), batch)
     )
     state, info = step(state._replace(**parts), batch, *args, **options)
     parts, told = jax.tree.map(
       lambda leaf: leaf[None],
-      (_parts(state, OF_TASKS), _parts(info, _TOLD_OF_TASKS)),
+      (_parts(state, PER_TASK_FIELDS), _parts(info, _PER_TASK_METRICS)),
     )
     return state._replace(**parts), info._replace(**told)
 
@@ -137,11 +142,13 @@ def bilevel_step(
       (upper_loss_fn, upper, rows.upper),
       (lower_loss_fn, upper, rows.penalty),
     )
-    losses, grads = loss_terms.gradients(
+    losses, grads = loss_terms.loss_gradients(
       both, state.base, jax.random.split(own[1], 2)
     )
     grads = jax.tree.map(lambda f, g: (f + penalty * g).astype(f.dtype), *grads)
-    upper, upper_opt, norm = inner.update(grads, upper_opt, upper, tx=upper_tx)
+    upper, upper_opt, norm = inner.apply_gradients(
+      grads, upper_opt, upper, tx=upper_tx
+    )
     found = (lower_loss, losses[0], losses[1], norm)
     return upper, upper_opt, lower, lower_opt, found
 
@@ -165,7 +172,7 @@ def bilevel_step(
         (lower_fn, upper, penalty_rows),
         (lower_fn, lower, penalty_rows),
       )
-      upper_loss, penalty_loss, lower_loss = loss_terms.evaluate(
+      upper_loss, penalty_loss, lower_loss = loss_terms.evaluate_losses(
         three, base, None
       )
       return upper_loss + penalty * (penalty_loss - lower_loss)
@@ -201,8 +208,8 @@ def bilevel_step(
   # also tells the compiler that p's passes end before theta is written; not
   # knowing, it copies all layers' weights.
   estimate = estimate.drop_unless(jnp.all(jnp.isfinite(upper_grad_norm)))
-  base, base_opt, move = outer.take(
-    outer.as_outer(base_tx),
+  base, base_opt, move = outer.apply_transform(
+    outer.to_outer_transform(base_tx),
     state.base,
     state.base_opt,
     estimate,
@@ -276,7 +283,7 @@ def make_bilevel_step(
     (1, (3,))
   """
   upper_loss_fn = upper_loss_fn or lower_loss_fn
-  base_transform = outer.as_outer(base_tx)
+  base_transform = outer.to_outer_transform(base_tx)
   each = jax.vmap if over_tasks else lambda fn: fn
 
   def init(key, base, upper, lower):

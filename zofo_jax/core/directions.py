@@ -17,7 +17,7 @@ import numpy as np
 from zofo_jax.core import prng
 
 # Rows of a leaf's axis 0: their numbers, or consecutive ones.
-Rows = jax.Array | prng.Block
+Rows = jax.Array | prng.RowRange
 Shape = tuple[int, ...]
 
 
@@ -101,7 +101,7 @@ class Direction(Protocol):
     return None
 
 
-def draw_matrix(
+def sample_rows(
   elements: Callable[[jax.Array, Rows, int], jax.Array],
   key: jax.Array,
   shape: Shape,
@@ -109,9 +109,9 @@ def draw_matrix(
 ) -> jax.Array:
   """Draws a leaf as rows of elements; a scalar is one row of one element."""
   if rows is None:
-    rows = prng.Block(0, shape[0] if shape else 1)
+    rows = prng.RowRange(0, shape[0] if shape else 1)
     leading = shape[:1]
-  elif isinstance(rows, prng.Block):
+  elif isinstance(rows, prng.RowRange):
     leading = (rows.size,)
   else:
     leading = rows.shape
@@ -133,7 +133,7 @@ class Gaussian(Direction):
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     """Draws z; see `Direction`."""
-    return draw_matrix(prng.gaussian, key.own, shape, rows)
+    return sample_rows(prng.gaussian, key.own, shape, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,7 +149,7 @@ class Rademacher(Direction):
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     """Draws z; see `Direction`."""
-    return draw_matrix(prng.rademacher, key.own, shape, rows)
+    return sample_rows(prng.rademacher, key.own, shape, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,8 +182,12 @@ class LowRank(Direction):
   def _factors(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> tuple[jax.Array, jax.Array]:
-    u = draw_matrix(prng.shared_gaussian, key.own, (shape[0], self.rank), rows)
-    v = draw_matrix(prng.shared_gaussian, key.frame, (shape[1], self.rank))
+    u = sample_rows(
+      prng.gaussian_materialized, key.own, (shape[0], self.rank), rows
+    )
+    v = sample_rows(
+      prng.gaussian_materialized, key.frame, (shape[1], self.rank)
+    )
     # In fixed point, and coarse enough that a sum of `rank` products is exact
     # in float32: z has the same bits in whatever order a program adds.
     largest = self.rank * prng.GAUSSIAN_MAX**2
@@ -195,7 +199,7 @@ class LowRank(Direction):
   ) -> jax.Array:
     """Draws z; see `Direction`."""
     if len(shape) != 2:
-      return draw_matrix(prng.gaussian, key.own, shape, rows)
+      return sample_rows(prng.gaussian, key.own, shape, rows)
     u, v = self._factors(key, shape, rows)
     # Outer products, which merge with what uses z; a product of matrices would
     # be written to memory whole.
@@ -264,12 +268,12 @@ class PerExample(Direction):
     self, own: jax.Array, shape: Shape, rows: Rows | None = None
   ) -> tuple[jax.Array, jax.Array]:
     """Returns r [rows] and s [columns]."""
-    left = draw_matrix(prng.rademacher, own, shape[:1], rows)
+    left = sample_rows(prng.rademacher, own, shape[:1], rows)
     columns = int(np.prod(shape[1:], dtype=np.int64))
     # A key of its own, so that s does not repeat the signs of r; a vector has
     # no s.
     other = prng.fold_in(own, np.uint32(0), np.uint32(3))
-    right = draw_matrix(prng.rademacher, other, (columns,))
+    right = sample_rows(prng.rademacher, other, (columns,))
     return left, right if len(shape) > 1 else jnp.ones_like(right)
 
   def draw(

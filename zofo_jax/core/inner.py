@@ -16,7 +16,7 @@ import optax
 LossFn = Callable[[Any, Any, Any, jax.Array | None], jax.Array]
 
 
-def update(
+def apply_gradients(
   grads: Any,
   opt_state: optax.OptState,
   adapter: Any,
@@ -78,7 +78,7 @@ def minimize(
     loss, grads = jax.value_and_grad(loss_fn, argnums=1)(
       base, adapter, batch, jax.random.fold_in(key, index)
     )
-    adapter, opt_state, _ = update(grads, opt_state, adapter, tx=tx)
+    adapter, opt_state, _ = apply_gradients(grads, opt_state, adapter, tx=tx)
     return (adapter, opt_state), loss.astype(jnp.float32)
 
   (adapter, opt_state), losses = jax.lax.scan(

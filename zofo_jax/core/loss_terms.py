@@ -12,13 +12,13 @@ from zofo_jax.core import inner
 Term = tuple[inner.LossFn, Any, Any]
 
 
-def _alike(trees: Iterable[Any]) -> bool:
+def _same_structure(trees: Iterable[Any]) -> bool:
   """Tells whether trees have one structure, and leaves one shape and type."""
   first, *rest = (jax.tree.map(jax.typeof, tree) for tree in trees)
   return all(other == first for other in rest)
 
 
-def evaluate(
+def evaluate_losses(
   terms: Sequence[Term], base: Any, keys: jax.Array | None
 ) -> jax.Array:
   """Evaluates several losses at one backbone.
@@ -35,7 +35,7 @@ def evaluate(
     float32, shape [terms].
   """
   loss_fns, adapters, batches = zip(*terms, strict=True)
-  if len(set(loss_fns)) == 1 and _alike(zip(adapters, batches)):
+  if len(set(loss_fns)) == 1 and _same_structure(zip(adapters, batches)):
     stack = lambda *leaves: jnp.stack(leaves)
     losses = jax.vmap(
       loss_fns[0], in_axes=(None, 0, 0, None if keys is None else 0)
@@ -50,7 +50,7 @@ def evaluate(
   return losses.astype(jnp.float32)
 
 
-def gradients(
+def loss_gradients(
   terms: Sequence[Term], base: Any, keys: jax.Array
 ) -> tuple[jax.Array, list[Any]]:
   """Evaluates several losses at one backbone, and their adapters' gradients.
@@ -71,7 +71,7 @@ def gradients(
   def one(loss_fn, adapter, batch, key):
     return jax.value_and_grad(loss_fn, argnums=1)(base, adapter, batch, key)
 
-  if len(set(loss_fns)) == 1 and _alike(zip(adapters, batches)):
+  if len(set(loss_fns)) == 1 and _same_structure(zip(adapters, batches)):
     stack = lambda *leaves: jnp.stack(leaves)
     stacked = (
       jax.tree.map(stack, *adapters),

@@ -51,7 +51,7 @@ def step_keys(
   return StepKeys(lower, upper, direction, rounding, frame)
 
 
-class Move(NamedTuple):
+class InPlaceUpdate(NamedTuple):
   """A step on theta, to be written in place.
 
   Attributes:
@@ -65,11 +65,11 @@ class Move(NamedTuple):
   learning_rate: Any
 
 
-def apply(
+def replay_update(
   base: Any,
   key: jax.Array,
   step: jax.typing.ArrayLike,
-  move: Move,
+  move: InPlaceUpdate,
   *,
   sampler: sampler_lib.Sampler,
   frame_steps: int = 1,

@@ -15,7 +15,7 @@ import numpy as np
 from zofo_jax.core import bilevel
 
 
-def inclusion(
+def inclusion_probabilities(
   sizes: Sequence[float], count: int, power: float = 0.0
 ) -> np.ndarray:
   """Returns the chance of every task to be among the sampled ones.
@@ -66,7 +66,7 @@ def sample_tasks(
 ) -> np.ndarray:
   """Draws different tasks for an iteration: a pure function of its arguments.
 
-  Systematic sampling: every task's chance is exactly that of `inclusion`, so
+  Systematic sampling: every task's chance is exactly that of `inclusion_probabilities`, so
   the mean over the sampled tasks is, on average, the mean over all tasks
   weighted by their chances.
 
@@ -75,12 +75,12 @@ def sample_tasks(
     step: number of the iteration.
     sizes: rows of each task, shape [N].
     count: how many different tasks are drawn, at most N.
-    power: as for `inclusion`.
+    power: as for `inclusion_probabilities`.
 
   Returns:
     Numbers of tasks in order, int64, shape [count].
   """
-  chances = inclusion(sizes, count, power)
+  chances = inclusion_probabilities(sizes, count, power)
   draw = np.random.RandomState([seed, step])
   order = draw.permutation(len(chances))
   # Points one apart on a line of intervals no longer than one: each is hit once
@@ -91,7 +91,9 @@ def sample_tasks(
   return np.sort(order[np.searchsorted(ends, points, side="right")])
 
 
-def take(state: bilevel.BilevelState, tasks: Any) -> bilevel.BilevelState:
+def gather_tasks(
+  state: bilevel.BilevelState, tasks: Any
+) -> bilevel.BilevelState:
   """Returns a state whose stacks hold some tasks only.
 
   Args:
@@ -102,12 +104,12 @@ def take(state: bilevel.BilevelState, tasks: Any) -> bilevel.BilevelState:
   return state._replace(
     **{
       name: jax.tree.map(gather, getattr(state, name))
-      for name in bilevel.OF_TASKS
+      for name in bilevel.PER_TASK_FIELDS
     }
   )
 
 
-def put(
+def scatter_tasks(
   state: bilevel.BilevelState, tasks: Any, moved: bilevel.BilevelState
 ) -> bilevel.BilevelState:
   """Returns `moved` with its tasks back among all the others.
@@ -118,7 +120,7 @@ def put(
   Args:
     state: its stacks have an axis of N tasks.
     tasks: numbers of tasks, different ones, int, shape [M].
-    moved: a state of these tasks alone, as `take` gives it.
+    moved: a state of these tasks alone, as `gather_tasks` gives it.
   """
 
   def scatter(leaf, rows):
@@ -130,6 +132,6 @@ def put(
   return moved._replace(
     **{
       name: jax.tree.map(scatter, getattr(state, name), getattr(moved, name))
-      for name in bilevel.OF_TASKS
+      for name in bilevel.PER_TASK_FIELDS
     }
   )

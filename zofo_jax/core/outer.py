@@ -18,9 +18,9 @@ from zofo_jax.core import sampler as sampler_lib
 # (base) -> value of the objective that was estimated.
 Objective = Callable[[Any], jax.Array]
 # (base, state, estimate, sampler, objective) -> (move, state)
-Weigh = Callable[
+ComputeUpdateFn = Callable[
   [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective],
-  tuple[moves.Move, Any],
+  tuple[moves.InPlaceUpdate, Any],
 ]
 
 
@@ -41,10 +41,12 @@ class OuterTransform(NamedTuple):
     [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective, jax.Array],
     tuple[Any, Any],
   ]
-  weigh: Weigh | None = None
+  weigh: ComputeUpdateFn | None = None
 
 
-def _in_place(init: Callable[[Any], Any], weigh: Weigh) -> OuterTransform:
+def _in_place(
+  init: Callable[[Any], Any], weigh: ComputeUpdateFn
+) -> OuterTransform:
   """Makes the update that writes what `weigh` says."""
 
   def update(base, state, estimate, sampler, objective, key):
@@ -60,7 +62,7 @@ def _write(base, estimate, sampler, move, key):
   )
 
 
-def take(
+def apply_transform(
   tx: OuterTransform,
   base: Any,
   state: Any,
@@ -68,7 +70,7 @@ def take(
   sampler: sampler_lib.Sampler,
   objective: Objective,
   key: jax.Array,
-) -> tuple[Any, Any, moves.Move | None]:
+) -> tuple[Any, Any, moves.InPlaceUpdate | None]:
   """Updates as `tx.update` does, and tells what was written.
 
   Returns:
@@ -81,7 +83,7 @@ def take(
   return _write(base, estimate, sampler, move, key), state, move
 
 
-class Scaling(NamedTuple):
+class CoefficientTransform(NamedTuple):
   """A change of an estimate's coefficients, with a few numbers of state.
 
   Attributes:
@@ -93,8 +95,8 @@ class Scaling(NamedTuple):
   update: Callable[[zo.Estimate, Any], tuple[zo.Estimate, Any]]
 
 
-def _stateless(fn: Callable[[zo.Estimate], jax.Array]) -> Scaling:
-  return Scaling(
+def _stateless(fn: Callable[[zo.Estimate], jax.Array]) -> CoefficientTransform:
+  return CoefficientTransform(
     init=lambda: (),
     update=lambda estimate, state: (
       estimate._replace(coefficients=fn(estimate)),
@@ -103,17 +105,17 @@ def _stateless(fn: Callable[[zo.Estimate], jax.Array]) -> Scaling:
   )
 
 
-def clip(limit: float) -> Scaling:
+def clip(limit: float) -> CoefficientTransform:
   """Clips every coefficient to [-limit, limit] (QZO, arXiv 2505.13430)."""
   return _stateless(lambda e: jnp.clip(e.coefficients, -limit, limit))
 
 
-def sign() -> Scaling:
+def sign() -> CoefficientTransform:
   """Keeps the coefficients' signs alone: steps of one size."""
   return _stateless(lambda e: jnp.sign(e.coefficients))
 
 
-def scale_by_std(epsilon: float = 1e-8) -> Scaling:
+def scale_by_std(epsilon: float = 1e-8) -> CoefficientTransform:
   """Divides by the standard deviation of the evaluated values.
 
   FZOO (arXiv 2506.09034): Adam-like steps without state. Needs several values:
@@ -134,7 +136,9 @@ class RunningScale(NamedTuple):
   mean_square: jax.Array
 
 
-def scale_by_running_rms(decay: float = 0.99, epsilon: float = 1e-8) -> Scaling:
+def scale_by_running_rms(
+  decay: float = 0.99, epsilon: float = 1e-8
+) -> CoefficientTransform:
   """Divides by the running root mean square of the coefficients.
 
   One adaptive number for all weights, as good as Adam's one for each (MEAZO,
@@ -158,7 +162,7 @@ def scale_by_running_rms(decay: float = 0.99, epsilon: float = 1e-8) -> Scaling:
       RunningScale(count, mean),
     )
 
-  return Scaling(init, update)
+  return CoefficientTransform(init, update)
 
 
 class SgdState(NamedTuple):
@@ -177,7 +181,7 @@ class SgdState(NamedTuple):
 
 def sgd(
   learning_rate: optax.ScalarOrSchedule,
-  *scalings: Scaling,
+  *scalings: CoefficientTransform,
   weight_decay: float = 0.0,
 ) -> OuterTransform:
   """Adds -lr * (1/Q) sum_q c_q z_q to the weights in place.
@@ -213,7 +217,7 @@ def sgd(
     for scaling, old in zip(scalings, state.scaling, strict=True):
       estimate, new = scaling.update(estimate, old)
       states.append(jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, old))
-    move = moves.Move(
+    move = moves.InPlaceUpdate(
       weights=jnp.where(alive, -rate * estimate.weights(), 0.0),
       decay=jnp.where(alive, rate * weight_decay, 0.0),
       learning_rate=rate,
@@ -259,7 +263,7 @@ def conservative(learning_rate: float) -> OuterTransform:
 
 
 def from_optax(
-  tx: optax.GradientTransformation, *scalings: Scaling
+  tx: optax.GradientTransformation, *scalings: CoefficientTransform
 ) -> OuterTransform:
   """Feeds the estimate, written out in float32, to an optax transformation.
 
@@ -304,7 +308,7 @@ def from_optax(
 
 
 def as_gradient_transformation(
-  scaling: Scaling,
+  scaling: CoefficientTransform,
 ) -> optax.GradientTransformationExtraArgs:
   """Makes a scaling an optax transformation of an explicit gradient tree.
 
@@ -333,7 +337,7 @@ def as_gradient_transformation(
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def as_outer(
+def to_outer_transform(
   tx: OuterTransform | optax.GradientTransformation,
 ) -> OuterTransform:
   """Accepts either kind of transformation."""

@@ -3,7 +3,7 @@
 `perturb` pairs each weight with the key of its z in a `Perturbed` node and
 draws nothing. The node is a pytree: `lax.scan` over stacked layers slices it,
 `vmap` over scales or examples batches it. A model reads its weights through
-`value`, `take`, `block`, `dot` and `dot_transposed`, and a perturbed one exists
+`read`, `take`, `read_rows`, `dot` and `dot_transposed`, and a perturbed one exists
 a layer at a time, if at all.
 
 Keys: direction -> leaf path -> layer (of stacked leaves) -> element.
@@ -23,7 +23,7 @@ from zofo_jax.core import directions, prng
 
 STACKED = r"(^|/)layers/"
 # Rows that exist at a time of a table that is perturbed or written whole.
-BLOCK = 4096
+ROWS_PER_BLOCK = 4096
 
 
 class Key(NamedTuple):
@@ -90,12 +90,12 @@ def is_perturbed(weight: Any) -> bool:
   return isinstance(weight, Perturbed)
 
 
-def value(weight: Any) -> jax.Array:
+def read(weight: Any) -> jax.Array:
   """Reads a whole weight: the array itself, or value + scale * z."""
   if not is_perturbed(weight):
     return weight
   if weight.scale.ndim:  # stacked, and not sliced by a scan
-    return jax.vmap(value)(weight)
+    return jax.vmap(read)(weight)
   return weight.add(_draw(weight), weight.value)
 
 
@@ -107,15 +107,15 @@ def take(weight: Any, rows: jax.Array) -> jax.Array:
   return weight.add(z, jnp.take(weight.value, rows, axis=0))
 
 
-def block(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
+def read_rows(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
   """Reads `size` consecutive rows of axis 0 from `start`, a multiple of 64."""
   if not is_perturbed(weight):
     return jax.lax.dynamic_slice_in_dim(weight, start, size)
   stored = jax.lax.dynamic_slice_in_dim(weight.value, start, size)
-  return weight.add(_draw(weight, prng.Block(start, size)), stored)
+  return weight.add(_draw(weight, prng.RowRange(start, size)), stored)
 
 
-def _form_after(
+def _materialize_after(
   weight: Perturbed, before: Any, narrow: bool = False
 ) -> jax.Array:
   """Reads a whole weight when something is there, and not earlier.
@@ -127,7 +127,7 @@ def _form_after(
   key, _ = jax.lax.optimization_barrier((weight.key, before))
   weight = dataclasses.replace(weight, key=key)
   if not narrow:
-    return value(weight)
+    return read(weight)
   stored, z = weight.value, _draw(weight)
   if weight.direction.exact:
     z = z.astype(stored.dtype)
@@ -149,9 +149,9 @@ def dot(x: jax.Array, weight: Any, after: jax.Array | None = None) -> jax.Array:
   if product is None:
     return x @ jax.lax.platform_dependent(
       *(weight, jax.lax.stop_gradient((x, after))),
-      cpu=lambda weight, _: value(weight),
-      tpu=functools.partial(_form_after, narrow=True),
-      default=_form_after,
+      cpu=lambda weight, _: read(weight),
+      tpu=functools.partial(_materialize_after, narrow=True),
+      default=_materialize_after,
     )
   # In float32: a scale rounded to bfloat16 is another step than is divided by.
   shift = weight.scale * product.astype(jnp.float32)
@@ -172,7 +172,7 @@ def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
     x, weight.key, weight.shape, transposed=True
   )
   if product is None:
-    return times(value(weight))
+    return times(read(weight))
   return times(weight.value) + weight.scale * product.astype(jnp.float32)
 
 
@@ -190,24 +190,24 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
     return jax.nn.logsumexp(dot_transposed(x, weight), axis=-1)
 
   def add_block(total, start, rows):
-    logits = dot_transposed(x, block(weight, start, rows))
+    logits = dot_transposed(x, read_rows(weight, start, rows))
     return jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
 
-  whole, rest = divmod(size, BLOCK)
+  whole, rest = divmod(size, ROWS_PER_BLOCK)
   total = jnp.full(x.shape[:-1], -jnp.inf)
   if whole:  # A loop of no turns is still traced.
     total = jax.lax.fori_loop(
       0,
       whole,
-      lambda i, total: add_block(total, i * BLOCK, BLOCK),
+      lambda i, total: add_block(total, i * ROWS_PER_BLOCK, ROWS_PER_BLOCK),
       total,
     )
-  return add_block(total, whole * BLOCK, rest) if rest else total
+  return add_block(total, whole * ROWS_PER_BLOCK, rest) if rest else total
 
 
 def materialize(tree: Any) -> Any:
   """Replaces every `Perturbed` node by its value, whole."""
-  return jax.tree.map(value, tree, is_leaf=is_perturbed)
+  return jax.tree.map(read, tree, is_leaf=is_perturbed)
 
 
 def path_name(path: tuple[Any, ...]) -> str:

@@ -40,7 +40,7 @@ _ABOVE = (
 _BELOW = (1.0, 0.0620229906, 0.0153206532, 0.000773512427)
 
 
-class Block(NamedTuple):
+class RowRange(NamedTuple):
   """Consecutive rows, cheaper to draw than rows in any order.
 
   Attributes:
@@ -94,7 +94,7 @@ def threefry2x32(
 
 
 @functools.partial(jax.jit, static_argnames="finish")
-def shared(
+def threefry2x32_materialized(
   key: jax.Array,
   high: jax.Array,
   low: jax.Array,
@@ -128,7 +128,7 @@ def shared(
 
 
 def _looped(key, high, low, finish):
-  """Returns what `shared` does, by a loop, which XLA never reaches into.
+  """Returns what `threefry2x32_materialized` does, by a loop, which XLA never reaches into.
 
   For where barriers are gone before XLA merges. On a GPU they are not, and each
   turn would be launched by itself. Also quicker to compile.
@@ -156,7 +156,7 @@ def fold_in(
 ) -> jax.Array:
   """Derives child keys, shape [..., 2], from a key [2] and counters [...]."""
   high, low = jnp.asarray(high, jnp.uint32), jnp.asarray(low, jnp.uint32)
-  return jnp.stack(shared(key, high, low), axis=-1)
+  return jnp.stack(threefry2x32_materialized(key, high, low), axis=-1)
 
 
 def _last_axis(size: int, ndim: int) -> jax.Array:
@@ -173,15 +173,17 @@ def _unit(x0: jax.Array, x1: jax.Array) -> jax.Array:
 
 
 def _counters(
-  rows: jax.Array | Block, columns: int
+  rows: jax.Array | RowRange, columns: int
 ) -> tuple[jax.Array, jax.Array]:
   """Returns every element's row and column, as arrays that broadcast."""
-  if isinstance(rows, Block):
+  if isinstance(rows, RowRange):
     rows = _consecutive(rows.start, rows.size)
   return rows[..., None], _last_axis(columns, rows.ndim + 1)
 
 
-def uniform(key: jax.Array, rows: jax.Array | Block, columns: int) -> jax.Array:
+def uniform(
+  key: jax.Array, rows: jax.Array | RowRange, columns: int
+) -> jax.Array:
   """Draws from (0, 1), float32, shape [*rows.shape, columns].
 
   Args:
@@ -242,7 +244,7 @@ def _normal(x0: jax.Array, x1: jax.Array) -> jax.Array:
 
 
 def gaussian(
-  key: jax.Array, rows: jax.Array | Block, columns: int
+  key: jax.Array, rows: jax.Array | RowRange, columns: int
 ) -> jax.Array:
   """Draws N(0, 1) elements, float32, shape [*rows.shape, columns].
 
@@ -252,15 +254,17 @@ def gaussian(
   return _normal(*threefry2x32(key, *_counters(rows, columns)))
 
 
-def shared_gaussian(
-  key: jax.Array, rows: jax.Array | Block, columns: int
+def gaussian_materialized(
+  key: jax.Array, rows: jax.Array | RowRange, columns: int
 ) -> jax.Array:
   """Draws the numbers of `gaussian`, each to be shared by many elements."""
-  return shared(key, *_counters(rows, columns), finish=_normal)
+  return threefry2x32_materialized(
+    key, *_counters(rows, columns), finish=_normal
+  )
 
 
 def rademacher(
-  key: jax.Array, rows: jax.Array | Block, columns: int
+  key: jax.Array, rows: jax.Array | RowRange, columns: int
 ) -> jax.Array:
   """Draws +1 or -1 with equal chance, one bit an element.
 
@@ -277,14 +281,14 @@ def rademacher(
   Returns:
     float32 array of +1 and -1, shape [*rows.shape, columns].
   """
-  if not isinstance(rows, Block):
+  if not isinstance(rows, RowRange):
     column = _last_axis(columns, rows.ndim + 1)
-    x0, x1 = shared(key, rows[..., None] >> 6, column)
+    x0, x1 = threefry2x32_materialized(key, rows[..., None] >> 6, column)
     row = jnp.broadcast_to(rows[..., None], x0.shape)
     return _sign(jnp.where(row & 32, x1, x0) << (row & 31))
   blocks = -(-rows.size // 64)
   first = jnp.asarray(rows.start, jnp.uint32) >> 6
-  x0, x1 = shared(
+  x0, x1 = threefry2x32_materialized(
     key, _consecutive(first, blocks)[:, None], _last_axis(columns, 2)
   )
   # Chosen, not joined: XLA's loops over joined arrays are no vector loops.

@@ -160,7 +160,7 @@ class Sampler:
     if leaf_keys.own.ndim == 2:  # no layers
       several = leaf_keys.own.shape[0] > 1
       joined = several and self.direction.joins
-      if leaf.ndim != 2 or leaf.shape[0] <= perturbed.BLOCK or joined:
+      if leaf.ndim != 2 or leaf.shape[0] <= perturbed.ROWS_PER_BLOCK or joined:
         return new(leaf, leaf_keys, round_key)
       return jax.lax.platform_dependent(
         *(leaf, into, leaf_keys, round_key),
@@ -191,14 +191,14 @@ class Sampler:
     """Returns what `_write` does, a block of a table's rows at a time."""
 
     def write(start, size, table):
-      rows = prng.Block(start, size)
+      rows = prng.RowRange(start, size)
       stored = jax.lax.dynamic_slice_in_dim(
         table if in_place else leaf, start, size
       )
       block = new(stored, leaf_keys, round_key, (leaf.shape, rows))
       return jax.lax.dynamic_update_slice_in_dim(table, block, start, 0)
 
-    size = perturbed.BLOCK
+    size = perturbed.ROWS_PER_BLOCK
     count, rest = divmod(leaf.shape[0], size)
     into = jax.lax.fori_loop(
       0, count, lambda i, table: write(i * size, size, table), into
@@ -278,7 +278,7 @@ def _round(
   block: jax.Array,
   dtype: Any,
   key: jax.Array | None,
-  rows: prng.Block | None = None,
+  rows: prng.RowRange | None = None,
 ) -> jax.Array:
   """Rounds float32 to a dtype: to nearest, or stochastically from a key.
 
@@ -293,5 +293,5 @@ def _round(
   side = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
   other = jnp.nextafter(nearest, side)
   gap = jnp.abs(other.astype(jnp.float32) - nearest.astype(jnp.float32))
-  uniform = directions.draw_matrix(prng.uniform, key, block.shape, rows)
+  uniform = directions.sample_rows(prng.uniform, key, block.shape, rows)
   return jnp.where(uniform * gap < jnp.abs(error), other, nearest)

@@ -80,7 +80,7 @@ class BilevelInfo(NamedTuple):
   coefficients: jax.Array
   num_nonfinite: jax.Array
   upper_grad_norm: jax.Array
-  move: moves.Move | None = None
+  move: moves.InPlaceUpdate | None = None
 
 
 class BilevelAlgorithm(NamedTuple):

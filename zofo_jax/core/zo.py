@@ -18,10 +18,10 @@ from zofo_jax.core import sampler as sampler_lib
 # (fn, keys [Q]) -> what fn gives for each key, stacked.
 MapFn = Callable[[Callable[[jax.Array], Any], jax.Array], Any]
 # f(x + t z) -> (value [], aux), along one direction.
-Line = Callable[[jax.Array], tuple[jax.Array, Any]]
+LineFn = Callable[[jax.Array], tuple[jax.Array, Any]]
 
 
-class Slope(NamedTuple):
+class DirectionalDerivative(NamedTuple):
   """What is found along one direction.
 
   Attributes:
@@ -45,24 +45,28 @@ class Estimator(NamedTuple):
     shared: forward passes for all of them together: 1 if f(x) is needed.
   """
 
-  slope: Callable[[Line, jax.Array, Any], Slope]
+  slope: Callable[[LineFn, jax.Array, Any], DirectionalDerivative]
   evaluations: int
   shared: int
 
 
-def _central(line: Line, eps: jax.Array, origin: Any) -> Slope:
+def _central(
+  line: LineFn, eps: jax.Array, origin: Any
+) -> DirectionalDerivative:
   del origin
   # Both signs are a batch axis of one evaluation: they share one draw of z.
   values, aux = jax.vmap(line)(jnp.stack([eps, -eps]))
-  return Slope((values[0] - values[1]) / (2 * eps), values, aux)
+  return DirectionalDerivative((values[0] - values[1]) / (2 * eps), values, aux)
 
 
-def _forward(line: Line, eps: jax.Array, origin: Any) -> Slope:
+def _forward(
+  line: LineFn, eps: jax.Array, origin: Any
+) -> DirectionalDerivative:
   value, aux = line(eps)
   return _one_point((value - origin[0]) / eps, value, aux)
 
 
-def _exact(line: Line, eps: jax.Array, origin: Any) -> Slope:
+def _exact(line: LineFn, eps: jax.Array, origin: Any) -> DirectionalDerivative:
   del origin
   # The tangent is z itself, formed layer by layer like the perturbation.
   value, slope, aux = jax.jvp(
@@ -71,9 +75,11 @@ def _exact(line: Line, eps: jax.Array, origin: Any) -> Slope:
   return _one_point(slope, value, aux)
 
 
-def _one_point(coefficient: jax.Array, value: jax.Array, aux: Any) -> Slope:
+def _one_point(
+  coefficient: jax.Array, value: jax.Array, aux: Any
+) -> DirectionalDerivative:
   aux = jax.tree.map(lambda leaf: leaf[None], aux)
-  return Slope(coefficient, value.reshape(1), aux)
+  return DirectionalDerivative(coefficient, value.reshape(1), aux)
 
 
 # c = (f(x + eps z) - f(x - eps z)) / (2 eps).
@@ -125,7 +131,7 @@ def _with_aux(fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
   return call
 
 
-def _collect(keys: perturbed.Key, slopes: Slope) -> Estimate:
+def _collect(keys: perturbed.Key, slopes: DirectionalDerivative) -> Estimate:
   finite = jnp.isfinite(slopes.coefficient)
   return Estimate(
     keys=keys,
@@ -144,7 +150,7 @@ def direction_keys(
   return perturbed.Key(own=jax.random.split(key, num_directions), frame=frame)
 
 
-def _everywhere(x: jax.Array) -> jax.Array:
+def _replicate(x: jax.Array) -> jax.Array:
   """Returns x [B], whole on every device: B sums of one term each."""
   own = jnp.eye(x.shape[0], dtype=bool)
   return jnp.sum(jnp.where(own, x[None], 0.0), axis=1)
@@ -258,7 +264,7 @@ def estimate_per_example(
     jax.lax.optimization_barrier(key), keys.frame, num_examples
   )
   estimated = _collect(again, slopes)
-  return estimated._replace(coefficients=_everywhere(estimated.coefficients))
+  return estimated._replace(coefficients=_replicate(estimated.coefficients))
 
 
 def accumulate(

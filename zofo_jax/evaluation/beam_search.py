@@ -134,7 +134,7 @@ def search(
   def extend(state, logits, cache, step):
     logits = logits.reshape(rows, num_beams, -1)
     state, parent, token = _extend(state, logits, step, stops, length_penalty)
-    cache = kv_cache.select(cache, (first_of_row_Bx1 + parent).reshape(-1))
+    cache = kv_cache.gather_rows(cache, (first_of_row_Bx1 + parent).reshape(-1))
     return step + 1, state, token.reshape(-1), cache
 
   def go_on(carry):
@@ -145,7 +145,7 @@ def search(
     step, state, token, cache = carry
     return extend(state, *decode_fn(token, cache), step)
 
-  cache = kv_cache.select(cache, jnp.repeat(jnp.arange(rows), num_beams))
+  cache = kv_cache.gather_rows(cache, jnp.repeat(jnp.arange(rows), num_beams))
   logits = jnp.repeat(logits, num_beams, axis=0)
   carry = extend(state, logits, cache, jnp.int32(0))
   _, state, _, _ = jax.lax.while_loop(go_on, body, carry)

@@ -122,7 +122,7 @@ def make_head_step(
   return step
 
 
-def put_rows(
+def with_head_rows(
   table: jax.Array, tokens: np.ndarray | None, rows: jax.Array
 ) -> jax.Array:
   """Returns a head's table with trained rows in it, in the table's dtype."""

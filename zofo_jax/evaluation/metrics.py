@@ -52,7 +52,7 @@ METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
 }
 
 
-def credit(
+def resolve_labels(
   predicted: Sequence[int], right: Sequence[Sequence[int]]
 ) -> list[int]:
   """Returns the label to score each prediction against.

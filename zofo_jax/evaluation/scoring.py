@@ -19,7 +19,7 @@ from zofo_jax.report import progress as progress_lib
 ScoreFn = Callable[[Any, Any, losses.Batch], Any]
 
 
-class Evaluation(NamedTuple):
+class OptionPredictions(NamedTuple):
   """Options chosen for a set of examples.
 
   Attributes:
@@ -38,7 +38,9 @@ class Evaluation(NamedTuple):
     return self.scores.argmax(axis=-1).tolist()
 
   def _right(self) -> list[int]:
-    return metrics.credit(self.predictions, [e.right for e in self.examples])
+    return metrics.resolve_labels(
+      self.predictions, [e.right for e in self.examples]
+    )
 
   def worth(self) -> dict[str, float]:
     """Returns the value of each metric."""
@@ -70,8 +72,8 @@ class Evaluation(NamedTuple):
     ]
 
 
-class Answers(NamedTuple):
-  """Texts generated for a set of questions; like `Evaluation`.
+class GeneratedAnswers(NamedTuple):
+  """Texts generated for a set of questions; like `OptionPredictions`.
 
   Attributes:
     examples: what was asked, [N].
@@ -124,7 +126,7 @@ class Answers(NamedTuple):
     ]
 
 
-Result = Evaluation | Answers
+Result = OptionPredictions | GeneratedAnswers
 
 
 def make_score_fn(log_probs_fn: losses.LogProbsFn) -> ScoreFn:

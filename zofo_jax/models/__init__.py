@@ -25,7 +25,7 @@ def from_hf(
   config: Mapping[str, Any],
   *,
   remat: bool = False,
-  place: layers.PlaceFn = layers.anywhere,
+  place: layers.ActivationSharding = layers.no_constraint,
 ) -> tuple[nn.Module, ModuleType]:
   """Makes the module that a config.json describes.
 

@@ -33,7 +33,7 @@ class Cache(NamedTuple):
   layer: jax.Array
 
 
-def take_slots(
+def reserve_slots(
   mask_BxL: jax.Array, cache: Cache | None
 ) -> tuple[jax.Array, jax.Array, Cache | None]:
   """Gives the tokens of a call the next slots.
@@ -57,13 +57,13 @@ def take_slots(
   return mask_BxS, slots_L, cache._replace(mask=mask_BxS, length=taken)
 
 
-def remember(
+def append(
   cache: Cache | None, key_BxLxKxF: jax.Array, value_BxLxKxF: jax.Array
 ) -> tuple[jax.Array, jax.Array, Cache | None]:
   """Puts a layer's new keys and values with the old ones.
 
   Args:
-    cache: after `take_slots`; None where there are no old ones.
+    cache: after `reserve_slots`; None where there are no old ones.
     key_BxLxKxF: keys of this call's tokens.
     value_BxLxKxF: values of this call's tokens.
 
@@ -109,12 +109,12 @@ def empty(
   )
 
 
-def first_layer(cache: Cache | None) -> Cache | None:
+def reset_layer(cache: Cache | None) -> Cache | None:
   """Turns a cache that went through the layers back to the first."""
   return None if cache is None else cache._replace(layer=jnp.int32(0))
 
 
-def select(cache: Cache, rows: jax.Array) -> Cache:
+def gather_rows(cache: Cache, rows: jax.Array) -> Cache:
   """Makes a cache of the given rows, any of them any number of times."""
   return cache._replace(
     key=jnp.take(cache.key, rows, axis=1),

@@ -1,6 +1,6 @@
 """Blocks that every decoder here is made of.
 
-Weights are read only through `perturbed.value`, `take` and `dot`, so any of
+Weights are read only through `perturbed.read`, `take` and `dot`, so any of
 them may be a perturbed weight. Products run in the dtype of the weights;
 norms, softmax and log-probabilities in float32.
 
@@ -34,10 +34,10 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 # (states [B, ..., D], whether D is divided, as heads are) -> the same states,
 # divided among devices so.
-PlaceFn = Callable[[jax.Array, bool], jax.Array]
+ActivationSharding = Callable[[jax.Array, bool], jax.Array]
 
 
-def anywhere(x: jax.Array, divided: bool) -> jax.Array:
+def no_constraint(x: jax.Array, divided: bool) -> jax.Array:
   """Leaves it to the compiler where states lie."""
   del divided
   return x
@@ -55,7 +55,7 @@ class Linear(nn.Module):
     kernel = self.param("kernel", INIT, (x.shape[-1], self.features))
     y = perturbed.dot(x, kernel, after)
     if self.use_bias:
-      bias = perturbed.value(
+      bias = perturbed.read(
         self.param("bias", nn.initializers.zeros, (self.features,))
       )
       y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
@@ -92,7 +92,7 @@ class Embed(nn.Module):
 
 def _affine(x: jax.Array, weight: Any) -> jax.Array:
   """Broadcasts a weight [D] to x in float32."""
-  weight = perturbed.value(weight).astype(jnp.float32)
+  weight = perturbed.read(weight).astype(jnp.float32)
   return jnp.broadcast_to(weight, x.shape)
 
 

@@ -69,7 +69,7 @@ class Attention(nn.Module):
   """Self-attention with rotary positions and grouped kv heads."""
 
   config: LlamaConfig
-  place: layers.PlaceFn
+  place: layers.ActivationSharding
 
   @nn.compact
   def __call__(
@@ -94,7 +94,7 @@ class Attention(nn.Module):
     value = heads("value", c.num_kv_heads, key)
     query = rope_lib.rotate(query, *rotations)
     key = rope_lib.rotate(key, *rotations)
-    key, value, cache = kv_cache.remember(cache, key, value)
+    key, value, cache = kv_cache.append(cache, key, value)
     seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
     out = layers.attend(query, *seen)
     return layers.Linear(c.hidden_size, c.out_bias, name="out")(out), cache
@@ -104,7 +104,7 @@ class Mlp(nn.Module):
   """down(act(gate(x)) * up(x))."""
 
   config: LlamaConfig
-  place: layers.PlaceFn
+  place: layers.ActivationSharding
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -120,7 +120,7 @@ class Block(nn.Module):
   """One pre-norm layer; the body of the scan."""
 
   config: LlamaConfig
-  place: layers.PlaceFn
+  place: layers.ActivationSharding
 
   @nn.compact
   def __call__(
@@ -158,7 +158,7 @@ class Llama(decoder.Decoder):
 
   config: LlamaConfig
   remat: bool = False
-  place: layers.PlaceFn = layers.anywhere
+  place: layers.ActivationSharding = layers.no_constraint
 
   def setup(self) -> None:
     """Declares the parts."""
@@ -192,7 +192,7 @@ class Llama(decoder.Decoder):
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Runs everything before the last norm; [B, L, D]."""
     c = self.config
-    mask_BxS, slots_L, cache = kv_cache.take_slots(mask_BxL, cache)
+    mask_BxS, slots_L, cache = kv_cache.reserve_slots(mask_BxL, cache)
     allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
     positions_BxS = self._positions(mask_BxS)
     positions_BxL = jnp.take(positions_BxS, slots_L, axis=1)
@@ -205,7 +205,7 @@ class Llama(decoder.Decoder):
       (x_BxLxE, cache),
       *(allowed_Bx1xLxS, rotations, distance_BxLxS, windows),
     )
-    return x, kv_cache.first_layer(cache)
+    return x, kv_cache.reset_layer(cache)
 
   def _cache_shape(self) -> tuple[int, int, int]:
     """Returns the number of layers and kv heads, and a head's width."""

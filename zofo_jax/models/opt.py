@@ -62,7 +62,7 @@ class Attention(nn.Module):
   """Self-attention."""
 
   config: OptConfig
-  place: layers.PlaceFn
+  place: layers.ActivationSharding
 
   @nn.compact
   def __call__(
@@ -82,7 +82,7 @@ class Attention(nn.Module):
     query = heads("query")
     key = heads("key", query)
     value = heads("value", key)
-    key, value, cache = kv_cache.remember(cache, key, value)
+    key, value, cache = kv_cache.append(cache, key, value)
     seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
     out = layers.attend(query, *seen)
     return layers.Linear(c.hidden_size, c.use_bias, name="out")(out), cache
@@ -92,7 +92,7 @@ class Mlp(nn.Module):
   """down(act(up(x)))."""
 
   config: OptConfig
-  place: layers.PlaceFn
+  place: layers.ActivationSharding
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -107,7 +107,7 @@ class Block(nn.Module):
   """One layer; the body of the scan."""
 
   config: OptConfig
-  place: layers.PlaceFn
+  place: layers.ActivationSharding
 
   @nn.compact
   def __call__(
@@ -145,7 +145,7 @@ class Opt(decoder.Decoder):
 
   config: OptConfig
   remat: bool = False
-  place: layers.PlaceFn = layers.anywhere
+  place: layers.ActivationSharding = layers.no_constraint
 
   def setup(self) -> None:
     """Declares the parts."""
@@ -170,7 +170,7 @@ class Opt(decoder.Decoder):
     cache: kv_cache.Cache | None = None,
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
     """Runs the layers; [B, L, D]."""
-    mask_BxS, slots_L, cache = kv_cache.take_slots(mask_BxL, cache)
+    mask_BxS, slots_L, cache = kv_cache.reserve_slots(mask_BxL, cache)
     rows = jnp.take(self._positions(mask_BxS), slots_L, axis=1) + _OFFSET
     rows = jnp.where(mask_BxL, rows, _OFFSET - 1)
     x = x_BxLxE
@@ -179,7 +179,7 @@ class Opt(decoder.Decoder):
     x = x + self.position_embed(rows)
     allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
     (x, cache), _ = self.layers((x, cache), allowed_Bx1xLxS)
-    return x, kv_cache.first_layer(cache)
+    return x, kv_cache.reset_layer(cache)
 
   def _cache_shape(self) -> tuple[int, int, int]:
     """Returns the number of layers and kv heads, and a head's width."""

@@ -57,7 +57,7 @@ def devices_of(topology: topologies.Topology) -> list[Any]:
   return list(described.devices)
 
 
-def programs(run: run_lib.Run) -> dict[str, jax.stages.Lowered]:
+def lower_programs(run: run_lib.Run) -> dict[str, jax.stages.Lowered]:
   """Lowers what is measured.
 
   Returns:
@@ -110,7 +110,7 @@ def first_order_program(run: run_lib.Run) -> jax.stages.Lowered:
   config, state = run.config, run.abstract_state()
   rows = estimate.abstract_batch(config, run.model, run.mesh).upper
   loss_fn = model.make_loss_fn(config.loss, run.model.module)
-  whole = mesh_lib.everywhere(run.mesh)
+  whole = mesh_lib.replicated(run.mesh)
   tx = algorithm.make_optimizer(
     config.upper.optimizer, config.upper.learning_rate
   )
@@ -135,7 +135,7 @@ def _twice(tree: Any, place: Any) -> tuple[Any, Any]:
   return tree, jax.tree.map(lambda _: place, tree)
 
 
-class Measured(NamedTuple):
+class CompiledStats(NamedTuple):
   """What a compiler says of a program, for one chip.
 
   Attributes:
@@ -173,7 +173,7 @@ def _text(compiled: jax.stages.Compiled) -> str:
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
 
 
-def measure(lowered: jax.stages.Lowered) -> Measured:
+def measure(lowered: jax.stages.Lowered) -> CompiledStats:
   """Compiles a program and reads what it needs."""
   began = time.monotonic()
   try:
@@ -185,7 +185,7 @@ def measure(lowered: jax.stages.Lowered) -> Measured:
     used = _USED.search(reason)
     power = " KMGT".index(used[2] or " ") if used else 0
     total = int(float(used[1]) * 1024**power) if used else 0
-    return Measured(
+    return CompiledStats(
       total_bytes=total,
       seconds=time.monotonic() - began,
       problem=reason.splitlines()[0],
@@ -194,7 +194,7 @@ def measure(lowered: jax.stages.Lowered) -> Measured:
   memory: Any = compiled.memory_analysis()
   cost: Any = compiled.cost_analysis() or {}
   text = _text(compiled)
-  return Measured(
+  return CompiledStats(
     temp_bytes=memory.temp_size_in_bytes,
     total_bytes=progress.program_bytes(compiled) or 0,
     flops=cost.get("flops", 0.0),

@@ -30,7 +30,7 @@ def abstract_batch(
 
   Rows are of two options of one token, as those of SST-2.
   """
-  length = data.row_length(config, model)
+  length = data.max_train_length(config, model)
   shape = batching.Shape(1, length, 1, 2, 2)
   row = encode_options.EncodedRow((0,) * length, (length - 1,), ((0, 0, 0),))
   example = encode_options.Example((row,), 0, (0,), (True, True), "")
@@ -41,7 +41,7 @@ def abstract_batch(
       lambda leaf: jax.ShapeDtypeStruct(
         (*lead, size, *leaf.shape[1:]),
         leaf.dtype,
-        sharding=mesh_lib.rows(mesh, len(lead)),
+        sharding=mesh_lib.batch_sharding(mesh, len(lead)),
       ),
       one,
     )
@@ -71,7 +71,7 @@ def make_run(
   module, family = models.from_hf(
     _hf_config(config.model.name),
     remat=config.model.remat,
-    place=mesh_lib.place_states(mesh),
+    place=mesh_lib.make_activation_constraint(mesh),
   )
   model = model_lib.Model(module, family, pathlib.Path(), None)
   return run_lib.Run(
@@ -146,7 +146,7 @@ def estimate(
     if perturbed.path_name(path).endswith("kernel")
   ]
   width = kernels[0].dtype.itemsize
-  length = data.row_length(config, run.model)
+  length = data.max_train_length(config, run.model)
   rows = config.upper.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
   heads = run.model.module.config.num_heads
   products = sum(leaf.shape[-1] for leaf in kernels) // mesh.shape["model"]
@@ -174,7 +174,7 @@ def estimate(
   }
 
 
-def of_methods(size: dict[str, int]) -> dict[str, int]:
+def memory_by_method(size: dict[str, int]) -> dict[str, int]:
   """Returns the bytes a chip of Bilevel-ZOFO and of what it is compared with.
 
   Args:

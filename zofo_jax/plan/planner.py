@@ -65,7 +65,7 @@ def plan(
     }
   size = found["per_chip_bytes"]
   chip, total = topology.chip_bytes, size["total"]
-  methods = estimate.of_methods(size)
+  methods = estimate.memory_by_method(size)
   plan = {
     "model": config.model.name,
     "dtype": config.model.dtype,
@@ -141,7 +141,7 @@ def _fits(total: int, topology: topologies.Topology) -> bool:
 
 def _compiled(run: run_lib.Run) -> dict[str, Any]:
   """Asks the compiler."""
-  lowered = aot.programs(run)
+  lowered = aot.lower_programs(run)
   measured = {name: aot.measure(one) for name, one in lowered.items()}
   other = aot.measure(aot.first_order_program(_other_remat(run)))
   by_remat = {

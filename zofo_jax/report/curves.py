@@ -27,7 +27,7 @@ def plot_curves(
   Raises:
     UserError: if the file has no row with a step.
   """
-  if not multihost.is_first():
+  if not multihost.is_primary():
     return
   from matplotlib import figure, ticker  # slow to import
 

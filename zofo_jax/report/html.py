@@ -34,7 +34,7 @@ td.text { text-align: left; }
 """
 
 
-class Found(NamedTuple):
+class RunLog(NamedTuple):
   """What a run's folder holds.
 
   Attributes:
@@ -50,7 +50,7 @@ class Found(NamedTuple):
   config: dict[str, Any]
 
 
-def find(folders: Sequence[str]) -> list[Found]:
+def find(folders: Sequence[str]) -> list[RunLog]:
   """Reads runs.
 
   Raises:
@@ -60,7 +60,7 @@ def find(folders: Sequence[str]) -> list[Found]:
   return [_find(*both) for both in zip(folders, names, strict=True)]
 
 
-def _find(folder: str, name: str) -> Found:
+def _find(folder: str, name: str) -> RunLog:
   path = epath.Path(folder)
   metrics = [row for row in read_jsonl(path / "metrics.jsonl") if "step" in row]
   if not metrics:
@@ -68,7 +68,7 @@ def _find(folder: str, name: str) -> Found:
       f"'{folder}' holds no run: expected a folder with metrics.jsonl and at "
       "least one step in it."
     )
-  return Found(
+  return RunLog(
     name,
     metrics,
     _read(path / "summary.json"),
@@ -94,7 +94,7 @@ def _names(folders: Sequence[str]) -> list[str]:
   return list(folders) if len(set(last)) < len(last) else last
 
 
-def page(runs: Sequence[Found]) -> str:
+def page(runs: Sequence[RunLog]) -> str:
   """Returns the page of some runs.
 
   Args:
@@ -127,7 +127,7 @@ def page(runs: Sequence[Found]) -> str:
   )
 
 
-def _results(run: Found) -> dict[str, Any]:
+def _results(run: RunLog) -> dict[str, Any]:
   """Picks the numbers and names of a summary; of an open run its last row."""
   plain = {
     name: value
@@ -137,7 +137,7 @@ def _results(run: Found) -> dict[str, Any]:
   return plain or {"ended": "no", "step": run.metrics[-1]["step"]}
 
 
-def _differences(runs: Sequence[Found]) -> list[dict[str, Any]]:
+def _differences(runs: Sequence[RunLog]) -> list[dict[str, Any]]:
   """Returns a row for each field of the config in which runs differ."""
   names = dict.fromkeys(name for run in runs for name in run.config)
   return [
@@ -166,7 +166,7 @@ def _cell(value: Any) -> str:
   return f"<td{kind}>{html.escape(str(value))}</td>"
 
 
-def _picture(runs: Sequence[Found], name: str) -> str:
+def _picture(runs: Sequence[RunLog], name: str) -> str:
   """Draws a quantity against every budget that the rows know, as SVG."""
   from matplotlib import figure  # slow to import
 

@@ -33,7 +33,7 @@ class JsonlWriter:
 
   def write(self, row: Mapping[str, Any]) -> None:
     """Appends one row; NumPy and JAX values become numbers and lists."""
-    if not multihost.is_first():
+    if not multihost.is_primary():
       return
     if self._file is None:
       self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ class JsonlWriter:
       UserError: if a whole line is no JSON dictionary.
     """
     self.close()
-    if not multihost.is_first():
+    if not multihost.is_primary():
       return
     rows = [r for r in read_jsonl(self.path) if r.get("step", step) <= step]
     _replace(self.path, "".join(_dumps(row) + "\n" for row in rows))
@@ -120,7 +120,7 @@ def _dumps(obj: Any, indent: int | None = None) -> str:
 
 
 def _replace(path: epath.Path, text: str) -> None:
-  if not multihost.is_first():
+  if not multihost.is_primary():
     return
   path.parent.mkdir(parents=True, exist_ok=True)
   beside = path.with_name(path.name + ".tmp")

@@ -47,7 +47,7 @@ class Progress:
     # of it as soon as there is another: it holds the compilation.
     self._times = deque([(start, clock())], maxlen=30)
     self._first = True
-    self._first_process = multihost.is_first()
+    self._first_process = multihost.is_primary()
     self._bar: Any = None
     self._task: Any = None
 

@@ -22,7 +22,7 @@ def results_table(
     title: printed above.
     stream: where to write; None for standard output.
   """
-  if not multihost.is_first():
+  if not multihost.is_primary():
     return
   from rich import console, table  # not needed by a run in a pod
 

@@ -58,7 +58,7 @@ class Trackers:
       UserError: a package is not installed.
     """
     self._open: list[Tracker] = []
-    if not multihost.is_first():
+    if not multihost.is_primary():
       return
     for name in names:
       try:

@@ -140,7 +140,7 @@ def check_directions(mesh: AnyMesh, count: int) -> None:
     )
 
 
-def everywhere(mesh: AnyMesh) -> NamedSharding:
+def replicated(mesh: AnyMesh) -> NamedSharding:
   """Returns the sharding of what every device has whole."""
   return NamedSharding(mesh, P())
 
@@ -162,7 +162,7 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
 
   def place(path, leaf):
     if not leaf.shape:
-      return everywhere(mesh)
+      return replicated(mesh)
     name = perturbed.path_name(path)
     found = [spec for pattern, spec in rules if re.search(pattern, name)]
     if not found:
@@ -206,14 +206,14 @@ def state_shardings(mesh: AnyMesh, state: Any, rules: Rules) -> Any:
     A tree like `state` of shardings; adapters and the rest are whole
     everywhere.
   """
-  places = jax.tree.map(lambda _: everywhere(mesh), state)
+  places = jax.tree.map(lambda _: replicated(mesh), state)
   return places._replace(
     base=shardings(mesh, state.base, rules),
     base_opt=shardings(mesh, state.base_opt, rules),
   )
 
 
-def fill(
+def make_sharded_array(
   shape: tuple[int, ...],
   place: NamedSharding,
   read: Callable[[tuple[slice, ...]], np.ndarray],
@@ -239,12 +239,12 @@ def fill(
   return jnp.array(made, copy=True) if on_cpu else made
 
 
-def rows(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
   """Returns the sharding of a batch whose rows are along an axis."""
   return NamedSharding(mesh, P(*[None] * axis, _ROWS))
 
 
-def put_rows(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
+def shard_batch(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
   """Puts a batch on the devices: each process the rows that are its own.
 
   Args:
@@ -261,7 +261,7 @@ def put_rows(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
       return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
     leaf = np.asarray(leaf)
     return jax.make_array_from_callback(
-      leaf.shape, rows(mesh, axis), lambda index: leaf[index]
+      leaf.shape, batch_sharding(mesh, axis), lambda index: leaf[index]
     )
 
   return jax.tree.map(put, batch)
@@ -293,12 +293,12 @@ def jit_step(
   return jax.jit(
     step,
     donate_argnums=0,
-    out_shardings=(places, everywhere(mesh)),
+    out_shardings=(places, replicated(mesh)),
     compiler_options=compiler_options(mesh),
   )
 
 
-def on_rows(
+def jit_on_batches(
   fn: Callable[..., Any], mesh: AnyMesh, num_whole: int
 ) -> Callable[..., Any]:
   """Jits a function of a batch, for any mesh; its results are whole everywhere.
@@ -308,16 +308,18 @@ def on_rows(
     mesh: the grid.
     num_whole: how many arguments come before the rows.
   """
-  jitted = jax.jit(fn, out_shardings=everywhere(mesh))
+  jitted = jax.jit(fn, out_shardings=replicated(mesh))
 
   def call(*args):
-    batch = put_rows(mesh, args[num_whole:])
+    batch = shard_batch(mesh, args[num_whole:])
     return jitted(*args[:num_whole], *batch)
 
   return call
 
 
-def place_states(mesh: AnyMesh) -> Callable[[jax.Array, bool], jax.Array]:
+def make_activation_constraint(
+  mesh: AnyMesh,
+) -> Callable[[jax.Array, bool], jax.Array]:
   """Makes what divides states [B, ..., D] by rows, and within a layer by D.
 
   Without it they would be divided as the weights that they meet are, and the
@@ -369,6 +371,6 @@ def map_directions(
       axis_names={"pert"},
       check_vma=False,
     )
-    return jax.lax.with_sharding_constraint(split(keys), everywhere(mesh))
+    return jax.lax.with_sharding_constraint(split(keys), replicated(mesh))
 
   return parallel

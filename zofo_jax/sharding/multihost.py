@@ -16,7 +16,7 @@ from zofo_jax import errors
 _SENTENCE = 2048
 
 
-def join(
+def initialize(
   where: str,
   *,
   num_processes: int | None = None,
@@ -134,13 +134,13 @@ def _call(host: str, port: int, who: str, end: float, timeout: int) -> None:
     time.sleep(0.2)
 
 
-def is_first() -> bool:
+def is_primary() -> bool:
   """Tells whether this process writes logs; asks for no device if alone."""
   return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def raise_on_all_processes() -> Iterator[None]:
   """Makes a mistake that one process finds stop them all with one sentence.
 
   Raises:
@@ -151,7 +151,7 @@ def together() -> Iterator[None]:
     yield
   except errors.UserError as error:
     found = error
-  if not _several():
+  if not _is_multiprocess():
     if found:
       raise found
     return
@@ -163,7 +163,7 @@ def together() -> Iterator[None]:
       raise errors.UserError(f"process {index}: {sentence}") from found
 
 
-def agree(fields: Mapping[str, Any]) -> None:
+def assert_same_inputs(fields: Mapping[str, Any]) -> None:
   """Stops where processes were given different things.
 
   Args:
@@ -172,7 +172,7 @@ def agree(fields: Mapping[str, Any]) -> None:
   Raises:
     UserError: names the first field that differs.
   """
-  if not _several():
+  if not _is_multiprocess():
     return
   sums = [zlib.crc32(repr(value).encode()) for value in fields.values()]
   everyone = _gather(np.array(sums, np.uint32))
@@ -185,7 +185,7 @@ def agree(fields: Mapping[str, Any]) -> None:
       )
 
 
-def _several() -> bool:
+def _is_multiprocess() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 
 

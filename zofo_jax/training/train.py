@@ -69,7 +69,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     guards.InterruptedRun: SIGTERM or SIGINT came.
   """
   folder = epath.Path(workdir)
-  with multihost.together():
+  with multihost.raise_on_all_processes():
     run = run_lib.make_run(config)
     state_store.check_config(config, folder)
     examples = data.load_examples(config, run.model, run.task)
@@ -226,7 +226,7 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
     [{"model": text, **worth[name]} for name, text in names.items()],
     title=f"{run.task.name}: {len(examples.test)} test rows, never trained on",
   )
-  if multihost.is_first():
+  if multihost.is_primary():
     print(
       f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/."
     )

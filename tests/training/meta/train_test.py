@@ -298,7 +298,7 @@ def config(tiny_model, family_rows):
 
 
 def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
-  members = task_sets.members(config, config.adapt.tasks, "target", "x")
+  members = task_sets.resolve_tasks(config, config.adapt.tasks, "target", "x")
   run = run_lib.make_run(config, members[0].task)
   targets = few_shot_lib.load_targets(config, run.model, members)
   base = model_lib.load_base(config, run.model)
@@ -338,7 +338,7 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
   (examples,) = task_sets.load_examples(config, model, family.members)
   shape = data.train_shape(examples)
   many = family.init(model_lib.load_base(config, model))
-  of_tasks = {name: getattr(many, name) for name in bilevel.OF_TASKS}
+  of_tasks = {name: getattr(many, name) for name in bilevel.PER_TASK_FIELDS}
   one = many._replace(**jax.tree.map(lambda leaf: leaf[0], of_tasks))
   # Both as compiled programs.
   alone = jax.jit(
@@ -354,7 +354,7 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
     np.testing.assert_array_equal(told.coefficients, info.coefficients)
     np.testing.assert_array_equal(told.lower_loss[0], info.lower_loss)
   jax.tree.map(np.testing.assert_array_equal, many.base, one.base)
-  for name in bilevel.OF_TASKS:
+  for name in bilevel.PER_TASK_FIELDS:
     jax.tree.map(
       np.testing.assert_array_equal,
       getattr(many, name),
@@ -393,7 +393,7 @@ def test_metaicl_lists(config, tmp_path):
   config.data.dir = str(tmp_path)
   config.meta.metaicl = "16_100"
   trained, target = (
-    task_sets.members(config, (str(split),), side, "meta.train")
+    task_sets.resolve_tasks(config, (str(split),), side, "meta.train")
     for side in ("train", "target")
   )
   assert names_of(trained) == ["glue-mrpc"] and names_of(target) == ["poem"]
@@ -405,7 +405,7 @@ def test_metaicl_lists(config, tmp_path):
   assert [len(shots) for shots in found.shots] == [3, 3]
   split.write_text('{"test": []}')
   with pytest.raises(errors.UserError, match=r"lists 'train' and 'test'"):
-    task_sets.members(config, (str(split),), "train", "meta.train")
+    task_sets.resolve_tasks(config, (str(split),), "train", "meta.train")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
 
 from zofo_jax.checkpoints.ledger.format import (
   Ledger,
-  Line,
+  LedgerEntry,
   Writer,
   parse,
   read,

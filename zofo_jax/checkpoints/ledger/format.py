@@ -23,7 +23,7 @@ from zofo_jax.sharding import multihost
 FORMAT = "zofo_jax ledger 1"
 
 
-class Line(NamedTuple):
+class LedgerEntry(NamedTuple):
   """An outer step.
 
   Attributes:
@@ -34,7 +34,7 @@ class Line(NamedTuple):
 
   step: int
   coefficients: np.ndarray
-  move: moves.Move | None
+  move: moves.InPlaceUpdate | None
 
   def text(self) -> str:
     """Returns the line with its checksum and its end."""
@@ -60,7 +60,7 @@ class Ledger(NamedTuple):
   """
 
   header: dict[str, Any]
-  lines: list[Line]
+  lines: list[LedgerEntry]
   torn: bool = False
 
   def text(self) -> str:
@@ -128,14 +128,14 @@ class Writer:
     self.path = epath.Path(path)
     self._parts = [content]
     self._file: IO[Any] | None = None
-    if not multihost.is_first():
+    if not multihost.is_primary():
       return
     beside = self.path.with_name(self.path.name + ".tmp")
     beside.write_text(content)
     beside.replace(self.path)
     self._file = self.path.open("a")
 
-  def append(self, line: Line) -> None:
+  def append(self, line: LedgerEntry) -> None:
     """Appends a line."""
     self._parts.append(line.text())
     if self._file is None:
@@ -196,16 +196,16 @@ def _header(text: str, where: str) -> dict[str, Any]:
   return header
 
 
-def _line(text: str, where: str, number: int) -> Line:
+def _line(text: str, where: str, number: int) -> LedgerEntry:
   expected = number - 1
   try:
     step, count, rate, decay, coefficients, weights = text.split(" ")
-    line = Line(
+    line = LedgerEntry(
       int(step),
       _floats(coefficients),
       None
       if weights == "-"
-      else moves.Move(
+      else moves.InPlaceUpdate(
         weights=_floats(weights),
         decay=_floats(decay)[0],
         learning_rate=_floats(rate)[0],

@@ -122,7 +122,7 @@ def load_start(
 def advance(
   base: Any,
   header: dict[str, Any],
-  lines: Sequence[ledger_format.Line],
+  lines: Sequence[ledger_format.LedgerEntry],
   where: str,
 ) -> Any:
   """Takes steps on theta again.
@@ -157,7 +157,7 @@ def _step_fn(zo: str) -> Callable[..., Any]:
   config = config_of({"model": {"name": "any"}, "zo": json.loads(zo)}, zo)
   return jax.jit(
     functools.partial(
-      moves.apply,
+      moves.replay_update,
       sampler=algorithm.make_sampler(config.zo),
       frame_steps=config.zo.frame_steps,
     ),

@@ -27,7 +27,7 @@ from zofo_jax.models.hf import hub
 Index = tuple[slice, ...]
 
 
-class Stored(NamedTuple):
+class LazyTensor(NamedTuple):
   """A tensor of a checkpoint that is not read yet.
 
   Attributes:
@@ -45,7 +45,7 @@ class Stored(NamedTuple):
 
 def open_folder(
   folder: pathlib.Path, *, pickle: bool = False
-) -> dict[str, Stored]:
+) -> dict[str, LazyTensor]:
   """Opens the weights of a folder without reading them, where possible.
 
   Args:
@@ -125,7 +125,7 @@ def write_safetensors(
   os.replace(temporary, path)
 
 
-def open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
+def open_safetensors(path: pathlib.Path) -> dict[str, LazyTensor]:
   """Maps one safetensors file into memory."""
   try:
     file = safetensors.safe_open(path, framework="np")
@@ -136,14 +136,14 @@ def open_safetensors(path: pathlib.Path) -> dict[str, Stored]:
     return file.get_slice(name)[index] if index else file.get_tensor(name)
 
   return {
-    name: Stored(
+    name: LazyTensor(
       tuple(file.get_slice(name).get_shape()), functools.partial(part, name)
     )
     for name in file.keys()
   }
 
 
-def _open_msgpack(path: pathlib.Path) -> dict[str, Stored]:
+def _open_msgpack(path: pathlib.Path) -> dict[str, LazyTensor]:
   """Reads one file of Flax; its layout becomes PyTorch's."""
   try:
     tree = flax.serialization.msgpack_restore(path.read_bytes())
@@ -156,11 +156,11 @@ def _open_msgpack(path: pathlib.Path) -> dict[str, Stored]:
       value = value.T
     leaf = "bias" if leaf == "bias" else "weight"
     name = ".".join((*module, leaf))
-    stored[name] = Stored(value.shape, value.__getitem__)
+    stored[name] = LazyTensor(value.shape, value.__getitem__)
   return stored
 
 
-def _open_torch(path: pathlib.Path) -> dict[str, Stored]:
+def _open_torch(path: pathlib.Path) -> dict[str, LazyTensor]:
   """Opens one file of PyTorch, weights only: no code in it is run."""
   try:
     import torch
@@ -187,7 +187,7 @@ def _open_torch(path: pathlib.Path) -> dict[str, Stored]:
     return tensor.numpy()
 
   return {
-    name: Stored(shape, functools.partial(part, tensor))
+    name: LazyTensor(shape, functools.partial(part, tensor))
     for name, (shape, tensor) in items.items()
   }
 

@@ -75,7 +75,7 @@ def load(
     full for short, (full, _) in stored.items() if short not in wanted
   ]
 
-  def find(name: str, shape: tuple[int, ...]) -> tensor_files.Stored:
+  def find(name: str, shape: tuple[int, ...]) -> tensor_files.LazyTensor:
     if _short(name) not in stored:
       raise errors.UserError(
         f"The weights in {folder} have no tensor {name}."
@@ -104,7 +104,7 @@ def load(
 
 
 def _read(
-  tensors: list[tuple[Any, bool, tensor_files.Stored]],
+  tensors: list[tuple[Any, bool, tensor_files.LazyTensor]],
   shape: tuple[int, ...],
   dtype: Any,
   index: tensor_files.Index,

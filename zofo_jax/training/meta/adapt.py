@@ -45,7 +45,7 @@ def assess(
   shape = task_sets.common_shape([batching.shape_of(t.test) for t in targets])
   # All seeds of a target answer its rows together: scores [B, O, seeds].
   log_probs_fn = apply.make_log_probs_fn(run.model.module)
-  score_fn = mesh_lib.on_rows(
+  score_fn = mesh_lib.jit_on_batches(
     jax.vmap(scoring.make_score_fn(log_probs_fn), (None, 0, None), -1),
     run.mesh,
     2,
@@ -185,11 +185,13 @@ def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """
   field = "adapt.tasks" if config.adapt.tasks else "meta.target"
   names = config.adapt.tasks or config.meta.target
-  members = task_sets.members(config, names, "target", field)
+  members = task_sets.resolve_tasks(config, names, "target", field)
   _check_runs(config)
   for folder in config.adapt.runs:
     known = run_lib.read_config(epath.Path(folder))
-    trained = task_sets.members(known, known.meta.train, "train", "meta.train")
+    trained = task_sets.resolve_tasks(
+      known, known.meta.train, "train", "meta.train"
+    )
     task_sets.check_held_out(trained, members)
   run = run_lib.make_run(config, members[0].task)
   targets = few_shot.load_targets(config, run.model, members)

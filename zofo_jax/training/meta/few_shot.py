@@ -34,7 +34,7 @@ class Target(NamedTuple):
     test: the same, encoded.
   """
 
-  member: task_sets.Member
+  member: task_sets.TaskSource
   shown: list[list[tasks.Row]]
   shots: list[list[encode_options.Example]]
   asked: list[tasks.Row]
@@ -44,7 +44,7 @@ class Target(NamedTuple):
 def load_targets(
   config: ml_collections.ConfigDict,
   model: model_lib.Model,
-  members: Sequence[task_sets.Member],
+  members: Sequence[task_sets.TaskSource],
 ) -> list[Target]:
   """Draws and encodes the few rows and the test rows of every task.
 
@@ -66,7 +66,7 @@ def load_targets(
 
 def _few(
   config: ml_collections.ConfigDict,
-  member: task_sets.Member,
+  member: task_sets.TaskSource,
   pool: list[tasks.Row],
   seed: int,
 ) -> list[tasks.Row]:

@@ -26,7 +26,7 @@ from zofo_jax.sharding import mesh as mesh_lib
 from zofo_jax.training.meta import task_sets
 
 
-class Family(NamedTuple):
+class MultitaskRun(NamedTuple):
   """A run over many tasks.
 
   Attributes:
@@ -35,7 +35,7 @@ class Family(NamedTuple):
   """
 
   run: run_lib.Run
-  members: list[task_sets.Member]
+  members: list[task_sets.TaskSource]
 
   @property
   def config(self) -> ml_collections.ConfigDict:
@@ -78,7 +78,7 @@ class Family(NamedTuple):
 
     def stacks(state):
       # A task at a time, so that no more than one need be on the device.
-      parts = {name: getattr(state, name) for name in bilevel.OF_TASKS}
+      parts = {name: getattr(state, name) for name in bilevel.PER_TASK_FIELDS}
       return jax.device_get(parts) if config.meta.on_host else parts
 
     state = alone(0)
@@ -112,7 +112,7 @@ class Family(NamedTuple):
       name: jax.tree.map(
         lambda leaf: np.empty(leaf.shape, leaf.dtype), getattr(state, name)
       )
-      for name in bilevel.OF_TASKS
+      for name in bilevel.PER_TASK_FIELDS
     }
     return state._replace(**stacks)
 
@@ -152,20 +152,22 @@ class Family(NamedTuple):
     ]
 
 
-def make_family(config: ml_collections.ConfigDict) -> Family:
+def make_family(config: ml_collections.ConfigDict) -> MultitaskRun:
   """Checks a config and makes what does not need rows or weights.
 
   Raises:
     UserError: a task is unknown, or cannot be of the family.
   """
-  members = task_sets.members(config, config.meta.train, "train", "meta.train")
+  members = task_sets.resolve_tasks(
+    config, config.meta.train, "train", "meta.train"
+  )
   if config.meta.num_tasks > len(members):
     raise errors.UserError(
       f"config.meta.num_tasks: expected at most the {len(members)} tasks of "
       f"meta.train; found {config.meta.num_tasks}."
     )
   if config.meta.target:
-    targets = task_sets.members(
+    targets = task_sets.resolve_tasks(
       config, config.meta.target, "target", "meta.target"
     )
     task_sets.check_held_out(members, targets)
@@ -177,10 +179,10 @@ def make_family(config: ml_collections.ConfigDict) -> Family:
     objectives.make_probe_loss_fn(config.zo.objective, module, tokenizer),
     over_tasks=True,
   )
-  return Family(run._replace(algorithm=algorithm), members)
+  return MultitaskRun(run._replace(algorithm=algorithm), members)
 
 
-def load(workdir: str) -> tuple[Family, bilevel.BilevelState]:
+def load(workdir: str) -> tuple[MultitaskRun, bilevel.BilevelState]:
   """Reads a run's config and its best checkpoint.
 
   Raises:

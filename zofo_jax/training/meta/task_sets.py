@@ -17,12 +17,12 @@ from zofo_jax.builders import model as model_lib
 from zofo_jax.data import batching, splits
 from zofo_jax.tasks import groups
 
-Side = Literal["train", "target"]
+Split = Literal["train", "target"]
 # The keys of MetaICL's files.
 _METAICL = {"train": "train", "target": "test"}
 
 
-class Member(NamedTuple):
+class TaskSource(NamedTuple):
   """A task among others.
 
   Attributes:
@@ -34,12 +34,12 @@ class Member(NamedTuple):
   source: str | None
 
 
-def members(
+def resolve_tasks(
   config: ml_collections.ConfigDict,
   names: Sequence[str],
-  side: Side,
+  side: Split,
   field: str,
-) -> list[Member]:
+) -> list[TaskSource]:
   """Finds tasks by their names, each once.
 
   Args:
@@ -55,7 +55,7 @@ def members(
   Raises:
     UserError: a name is unknown, a task has no options, or there is none.
   """
-  found: dict[str, Member] = {}
+  found: dict[str, TaskSource] = {}
   for name in names:
     for member in _members_of(config, name, side, field):
       found.setdefault(member.task.name, member)
@@ -72,14 +72,16 @@ def members(
   return list(found.values())
 
 
-def _members_of(config, name: str, side: Side, field: str) -> Iterator[Member]:
+def _members_of(
+  config, name: str, side: Split, field: str
+) -> Iterator[TaskSource]:
   if name.endswith(".json"):
     yield from _metaicl_split(config, pathlib.Path(name), side, field)
   elif name in groups.ALL:
     for each in getattr(groups.ALL[name], side):
-      yield Member(tasks.get(each), config.data.dir)
+      yield TaskSource(tasks.get(each), config.data.dir)
   elif name in tasks.ALL:
-    yield Member(tasks.get(name), config.data.dir)
+    yield TaskSource(tasks.get(name), config.data.dir)
   else:
     known = [*groups.ALL, *tasks.ALL]
     raise errors.UserError(
@@ -91,9 +93,9 @@ def _members_of(config, name: str, side: Side, field: str) -> Iterator[Member]:
 def _metaicl_split(
   config: ml_collections.ConfigDict,
   path: pathlib.Path,
-  side: Side,
+  side: Split,
   field: str,
-) -> Iterator[Member]:
+) -> Iterator[TaskSource]:
   """Yields the tasks that a file of MetaICL's folder `config` lists."""
   try:
     names = json.loads(path.read_text())[_METAICL[side]]
@@ -110,11 +112,11 @@ def _metaicl_split(
   for name in names:
     task = dataclasses.replace(tasks.get("meta_icl"), name=name)
     folder = pathlib.Path(config.data.dir) / name
-    yield Member(task, str(folder / f"{name}_{config.meta.metaicl}"))
+    yield TaskSource(task, str(folder / f"{name}_{config.meta.metaicl}"))
 
 
 def check_held_out(
-  trained: Sequence[Member], targets: Sequence[Member]
+  trained: Sequence[TaskSource], targets: Sequence[TaskSource]
 ) -> None:
   """Stops on a target task that is trained on.
 
@@ -130,7 +132,7 @@ def check_held_out(
 
 
 def _own(
-  config: ml_collections.ConfigDict, member: Member
+  config: ml_collections.ConfigDict, member: TaskSource
 ) -> ml_collections.ConfigDict:
   own = config.copy_and_resolve_references()
   own.data.dir = member.source
@@ -140,7 +142,7 @@ def _own(
 def load_examples(
   config: ml_collections.ConfigDict,
   model: model_lib.Model,
-  found: Sequence[Member],
+  found: Sequence[TaskSource],
 ) -> list[data_lib.Examples]:
   """Reads, divides and encodes the rows of every task.
 
@@ -154,7 +156,7 @@ def load_examples(
 
 
 def load_rows(
-  config: ml_collections.ConfigDict, member: Member
+  config: ml_collections.ConfigDict, member: TaskSource
 ) -> splits.Splits:
   """Reads and divides the rows of a task; see `experiment.load_rows`."""
   return data_lib.load_rows(_own(config, member), member.task)

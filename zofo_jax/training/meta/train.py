@@ -19,7 +19,7 @@ from zofo_jax.training.meta import multitask_run, task_sets
 
 
 def _work(
-  family: multitask_run.Family, examples: list[data.Examples]
+  family: multitask_run.MultitaskRun, examples: list[data.Examples]
 ) -> loop.Work:
   """Says what the loop does."""
   config, pad = family.config, family.run.model.pad
@@ -36,8 +36,8 @@ def _work(
   def on_device(state, tasks, batch, hparams):
     if not of_tasks:
       return step_fn(state, batch, hparams)
-    moved, info = step_fn(multitask.take(state, tasks), batch, hparams)
-    return multitask.put(state, tasks, moved), info
+    moved, info = step_fn(multitask.gather_tasks(state, tasks), batch, hparams)
+    return multitask.scatter_tasks(state, tasks, moved), info
 
   places = jax.tree.map(lambda leaf: leaf.sharding, family.on_device())
   jitted = mesh_lib.jit_step(
@@ -57,13 +57,13 @@ def _work(
       batch = batch._replace(weights=weights.astype(np.float32))
     rest = batch, algorithm.make_hparams(config, number)
     if meta.on_host:
-      return multitask.take(state, tasks), *rest
+      return multitask.gather_tasks(state, tasks), *rest
     return state, tasks, *rest
 
   def step(state, number):
     moved, info = jitted(*arguments(state, number))
     if meta.on_host:
-      moved = multitask.put(state, drawn(number), moved)
+      moved = multitask.scatter_tasks(state, drawn(number), moved)
     return moved, info
 
   def compile_step(state, number):
