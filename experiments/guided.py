@@ -85,7 +85,7 @@ def run_one(task, seed, data, most):
   lengths, began = [], time.monotonic()
   for number in range(config.train.num_steps):
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)
-    batch = run.put(rows)
+    batch = run.shard_batch(rows)
     before, p = (jax.tree.map(jnp.copy, t) for t in (state.lower, state.upper))
     hparams = algorithm.make_hparams(config, number)
     state, _ = step_fn(state, batch, hparams)
@@ -100,7 +100,7 @@ def run_one(task, seed, data, most):
   scores = {
     f"test_{name}": run.evaluate(
       state.base, adapter, examples.test, name
-    ).worth()[run.task.metric]
+    ).metrics()[run.task.metric]
     for name, adapter in (("p", state.upper), ("s", state.lower), ("bare", {}))
   }
   return {

@@ -140,8 +140,8 @@ def main():
     for number in range(given.directions):
       own, frame = jax.random.split(jax.random.key(number))
       key = perturbed.Key(own, frame)
-      z = sampler.Sampler(kind).write(
-        base, key._replace(own=own[None]), jnp.ones(1)
+      z = sampler.Sampler(kind).weighted_sum(
+        base, key._replace(direction=own[None]), jnp.ones(1)
       )
       exact = dot(g, z)
       ends = [float(moved(base, z, s * given.eps, here)) for s in (-1, 1)]

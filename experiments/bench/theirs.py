@@ -182,7 +182,7 @@ def make_bilevel(work: workload.Work) -> Bilevel:
   """Makes the reference's iteration.
 
   T Adam steps on s with clipping; the gradient of p from two losses whose
-  graphs are alive together; a one-sided estimate for the backbone from six
+  graphs are any_finite together; a one-sided estimate for the backbone from six
   forward passes, written out as its whole gradient; one Adam over p and the
   backbone.
 

@@ -242,7 +242,7 @@ def test_theta_is_rebuilt_bit_for_bit(
     written = ledger.LedgerEntry(
       step + 1, np.asarray(info.coefficients), info.move
     )
-    text += written.text().encode()
+    text += written.serialize().encode()
   lines = ledger.parse(ledger.start({}).encode() + text, "f").lines
   for number, read in enumerate(lines):
     move = jax.tree.map(jnp.asarray, read.move)

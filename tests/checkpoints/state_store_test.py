@@ -237,9 +237,9 @@ def test_guard_counts_and_compares():
     assert not guard.update([1.0], dropped=True)
     assert not guard.update([1.0, float("nan")], dropped=False)
     assert not guard.update([1.0], dropped=False)
-  assert guard.memory["nonfinite"] == 4
+  assert guard.state["nonfinite"] == 4
   # What it knows goes through a checkpoint.
-  memory = json.loads(json.dumps(guard.memory))
+  memory = json.loads(json.dumps(guard.state))
   guard = guards.Guard(memory, max_nonfinite=0, max_loss_ratio=2.0)
   for _ in range(20):
     assert not guard.update([float("inf")], dropped=True)

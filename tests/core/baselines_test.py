@@ -67,7 +67,7 @@ def _mezo(whole):
   return baselines.make_zeroth_order_step(
     _loss,
     outer.sgd(LR),
-    whole=whole,
+    train_base=whole,
     sampler=sampler.Sampler(directions.Gaussian()),
     num_directions=2,
   )
@@ -81,11 +81,11 @@ def test_mezo_is_its_algorithm(whole):
   after, info = jax.jit(algorithm.step)(state, batch, HPARAMS)
   # z of each direction: what one unit of it adds to zeros.
   keys = moves.step_keys(state.key, 0)
-  both = zo.direction_keys(keys.direction, keys.frame, 2)
+  both = zo.direction_keys(keys.direction, keys.subspace, 2)
   moved = base if whole else adapter
   expected = moved
   for q in range(2):
-    key = both._replace(own=both.own[q])
+    key = both._replace(direction=both.direction[q])
     z = sampler.Sampler(directions.Gaussian()).perturb(
       jax.tree.map(jnp.zeros_like, moved), key, 1.0
     )
@@ -109,7 +109,7 @@ def test_mezo_is_its_algorithm(whole):
 @pytest.mark.parametrize("whole", [True, False])
 def test_first_order_is_optax(whole):
   tx = optax.adam(LR)
-  algorithm = baselines.make_first_order_step(_loss, tx, whole=whole)
+  algorithm = baselines.make_first_order_step(_loss, tx, train_base=whole)
   base, adapter = _start()
   batch = _batch()
   after, info = jax.jit(algorithm.step)(

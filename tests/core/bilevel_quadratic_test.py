@@ -38,7 +38,9 @@ def _algorithm(loss, upper_loss, **options):
 
 @functools.partial(jax.jit, static_argnums=3)
 def _unit(own, frame, tree, sampler):
-  return sampler.write(tree, perturbed.Key(own[None], frame), jnp.ones(1))
+  return sampler.weighted_sum(
+    tree, perturbed.Key(own[None], frame), jnp.ones(1)
+  )
 
 
 # Lower: min_s |s - A theta|^2 / 2.

@@ -129,7 +129,9 @@ def _slow_sgd(rate):
 
 @functools.partial(jax.jit, static_argnums=3)
 def _unit(own, frame, tree, sampler):
-  return sampler.write(tree, perturbed.Key(own[None], frame), jnp.ones(1))
+  return sampler.weighted_sum(
+    tree, perturbed.Key(own[None], frame), jnp.ones(1)
+  )
 
 
 @pytest.mark.parametrize(
@@ -197,7 +199,7 @@ def test_iteration_equals_the_transcription(
     coefficients, values = [], []
     estimate = jax.tree.map(np.zeros_like, base)
     for q in range(num_directions):
-      z = _float64(_unit(keys.own[q], keys.frame, _start()[1], probed))
+      z = _float64(_unit(keys.direction[q], keys.subspace, _start()[1], probed))
       at = lambda t, z=z, base=base, q=q: objective(
         jax.tree.map(lambda x, z: x + t * z, base, z), q
       )

@@ -50,7 +50,9 @@ def _estimate(step, num_directions, broken=()):
 
 @jax.jit
 def _unit(own, frame, tree):
-  return SAMPLER.write(tree, perturbed.Key(own[None], frame), jnp.ones(1))
+  return SAMPLER.weighted_sum(
+    tree, perturbed.Key(own[None], frame), jnp.ones(1)
+  )
 
 
 def _flat(tree):

@@ -31,30 +31,32 @@ def _keys(count, seed=0, frames=None):
 
 
 def _at(keys, q):
-  return directions.LeafKey(keys.own[q], keys.frame[q % len(keys.frame)])
+  return directions.LeafKey(
+    keys.direction[q], keys.subspace[q % len(keys.subspace)]
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _draw(kind, key, shape, rows=None):
-  return kind.draw(key, shape, rows)
+  return kind.sample(key, shape, rows)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _draws(kind, keys, shape):
   """Draws a z of every key, [Q, *shape]."""
-  frame_axis = 0 if len(keys.frame) == len(keys.own) else None
-  frame = keys.frame if frame_axis == 0 else keys.frame[0]
-  draw = lambda own, frame: kind.draw(directions.LeafKey(own, frame), shape)
-  return jax.vmap(draw, (0, frame_axis))(keys.own, frame)
+  frame_axis = 0 if len(keys.subspace) == len(keys.direction) else None
+  frame = keys.subspace if frame_axis == 0 else keys.subspace[0]
+  draw = lambda own, frame: kind.sample(directions.LeafKey(own, frame), shape)
+  return jax.vmap(draw, (0, frame_axis))(keys.direction, frame)
 
 
 @kinds
 def test_same_bits_in_every_transformation(kind):
   shape = (3, 70)
   keys = _keys(2)
-  eager = kind.draw(_at(keys, 1), shape)
+  eager = kind.sample(_at(keys, 1), shape)
   assert eager.shape == shape and eager.dtype == jnp.float32
-  draw = lambda key: kind.draw(key, shape)
+  draw = lambda key: kind.sample(key, shape)
 
   @jax.jit
   def compiled(keys):
@@ -76,7 +78,9 @@ def test_same_bits_on_every_mesh(kind, shape, spec):
   key = _at(_keys(1), 0)
   whole = _draw(kind, key, (16, 136))  # 136: no multiple of 64
   placed = NamedSharding(mesh, spec)
-  z = jax.jit(lambda key: kind.draw(key, (16, 136)), out_shardings=placed)(key)
+  z = jax.jit(lambda key: kind.sample(key, (16, 136)), out_shardings=placed)(
+    key
+  )
   assert z.sharding.spec == spec
   np.testing.assert_array_equal(z, whole)
 
@@ -90,7 +94,7 @@ def test_rows_are_rows_of_the_whole(kind, shape):
   rows = _draw(kind, key, shape, jnp.asarray(some))
   np.testing.assert_array_equal(rows, whole[some])
   block = jax.jit(
-    lambda start: kind.draw(key, shape, prng.RowRange(start, 66))
+    lambda start: kind.sample(key, shape, prng.RowRange(start, 66))
   )(64)
   np.testing.assert_array_equal(block, whole[64:])
 
@@ -140,15 +144,15 @@ def test_product_needs_no_z(kind, transposed):
 
   @jax.jit
   def products(x, own):
-    key = directions.LeafKey(own, keys.frame[0])
-    return kind.product(x, key, shape, transposed=transposed)
+    key = directions.LeafKey(own, keys.subspace[0])
+    return kind.matmul(x, key, shape, transposed=transposed)
 
   z = np.array(_draws(kind, keys, shape))
   z = np.swapaxes(z, 1, 2) if transposed else z
-  got = jax.vmap(products)(x, keys.own)
+  got = jax.vmap(products)(x, keys.direction)
   np.testing.assert_allclose(got, x @ z, rtol=1e-5, atol=1e-5)
   # In the dtype of x, whose products a model adds.
-  half = products(jnp.asarray(x[0], jnp.bfloat16), keys.own[0])
+  half = products(jnp.asarray(x[0], jnp.bfloat16), keys.direction[0])
   assert half.dtype == jnp.bfloat16
   np.testing.assert_allclose(half, x[0] @ z[0], atol=0.15)
 
@@ -158,25 +162,25 @@ def test_low_rank_product_where_it_is_smaller_than_z(rank):
   kind = directions.LowRank(rank)
   key = _at(_keys(1), 0)
   x = np.random.default_rng(0).normal(size=(20, 60)).astype(np.float32)
-  z = np.array(kind.draw(key, (60, 50)))
-  np.testing.assert_allclose(kind.product(x, key, (60, 50)), x @ z, atol=1e-4)
-  assert kind.product(np.tile(x, (2, 1)), key, (60, 50)) is None
+  z = np.array(kind.sample(key, (60, 50)))
+  np.testing.assert_allclose(kind.matmul(x, key, (60, 50)), x @ z, atol=1e-4)
+  assert kind.matmul(np.tile(x, (2, 1)), key, (60, 50)) is None
 
 
 @pytest.mark.parametrize("kind", [GAUSSIAN, RADEMACHER, SPARSE])
 def test_dense_kinds_have_no_shortcut(kind):
   keys = _keys(2)
-  assert kind.product(jnp.ones((1, 3)), _at(keys, 0), (3, 4)) is None
-  assert kind.combine(keys, jnp.ones(2), (3, 4)) is None
+  assert kind.matmul(jnp.ones((1, 3)), _at(keys, 0), (3, 4)) is None
+  assert kind.weighted_sum(keys, jnp.ones(2), (3, 4)) is None
 
 
 @pytest.mark.parametrize("shape", [(), (5,), (6, 9), (2, 3, 4)])
 @pytest.mark.parametrize("kind", [LOW_RANK, PER_EXAMPLE])
 def test_combine_is_the_weighted_sum(kind, shape):
   keys = _keys(4, frames=1)
-  keys = keys._replace(frame=jnp.tile(keys.frame, (4, 1)))
+  keys = keys._replace(subspace=jnp.tile(keys.subspace, (4, 1)))
   weights = jnp.array([0.5, -2.0, 1e-3, 0.0])
-  got = jax.jit(kind.combine, static_argnums=2)(keys, weights, shape)
+  got = jax.jit(kind.weighted_sum, static_argnums=2)(keys, weights, shape)
   if kind is LOW_RANK and len(shape) != 2:
     assert got is None
     return
@@ -198,7 +202,7 @@ def test_low_rank_directions_of_a_frame_share_v_alone():
   assert ranks(_keys(2)) == (3, 6, 6)
   # And the other way round: one U in two frames.
   keys = _keys(2)
-  keys = keys._replace(own=keys.own[jnp.array([0, 0])])
+  keys = keys._replace(direction=keys.direction[jnp.array([0, 0])])
   assert ranks(keys) == (3, 6, 3)
 
 
@@ -225,14 +229,14 @@ def test_sparse_moves_the_small_weights_of_each_row(dtype, threshold):
   key = _at(_keys(1), 0)
   z = _draw(RADEMACHER, key, weight.shape)
   np.testing.assert_array_equal(_draw(kind, key, weight.shape), z)
-  kept = np.array(jax.jit(kind.restrict)(z, weight))
+  kept = np.array(jax.jit(kind.mask)(z, weight))
   exact = np.array(weight, np.float64)
   limit = threshold * np.sqrt(np.mean(exact**2, axis=1, keepdims=True))
   np.testing.assert_array_equal(kept, np.where(np.abs(exact) <= limit, z, 0))
   share = math.erf(threshold / math.sqrt(2))  # of a Gaussian
   assert np.all(np.abs(np.mean(kept != 0, axis=1) - share) < 0.1)
   # Vectors, whose few elements are all of one kind, move whole.
-  np.testing.assert_array_equal(kind.restrict(z[0], weight[0]), z[0])
+  np.testing.assert_array_equal(kind.mask(z[0], weight[0]), z[0])
 
 
 @hypothesis.settings(max_examples=12, deadline=None, derandomize=True)
@@ -258,7 +262,7 @@ def test_low_rank_sums_are_exact_in_any_order(rank):
   kind = directions.LowRank(rank)
   key = directions.LeafKey(*jnp.arange(4, dtype=jnp.uint32).reshape(2, 2))
   u, v = (np.array(x, np.float64) for x in kind._factors(key, (40, 24)))
-  z = np.array(kind.draw(key, (40, 24)))
+  z = np.array(kind.sample(key, (40, 24)))
   # NumPy's float64 sum is exact; so must be float32's, before the scale.
   exact = (u @ v.T).astype(np.float32)
   np.testing.assert_array_equal(exact.astype(np.float64), u @ v.T)

@@ -329,7 +329,7 @@ def test_first_order_baselines_take_the_mean_gradient(whole):
     return _loss(base, adapter or {"a": jnp.zeros((D, 5))}, batch, None)
 
   algorithm = baselines.make_first_order_step(
-    loss, optax.sgd(0.1), whole=whole, over_tasks=True
+    loss, optax.sgd(0.1), train_base=whole, over_tasks=True
   )
   base, adapter = _base(), {} if whole else _adapters(1)
   state, info = jax.jit(algorithm.step)(

@@ -43,7 +43,9 @@ def _estimate(step, num_directions, broken=()):
 
 @jax.jit
 def _unit(own, frame, tree):
-  return SAMPLER.write(tree, perturbed.Key(own[None], frame), jnp.ones(1))
+  return SAMPLER.weighted_sum(
+    tree, perturbed.Key(own[None], frame), jnp.ones(1)
+  )
 
 
 def _flat(tree):
@@ -231,7 +233,10 @@ def test_broken_directions_do_not_count(make):
   tx = outer.to_outer_transform(make(1.0))
   base, estimate = _base(), _estimate(0, 4, broken=(1, 3))
   moved, _ = _updater(tx)(base, tx.init(base), estimate)
-  z = [_flat(_unit(k, estimate.keys.frame, base)) for k in estimate.keys.own]
+  z = [
+    _flat(_unit(k, estimate.keys.subspace, base))
+    for k in estimate.keys.direction
+  ]
   c = np.array(estimate.coefficients, np.float64)
   _close(_flat(moved), _flat(base) - (c[0] * z[0] + c[2] * z[2]) / 2)
 
@@ -242,7 +247,9 @@ def test_small_steps_survive_bfloat16(make):
   base = {"w": jnp.ones((40, 100), jnp.bfloat16)}
   tx = outer.to_outer_transform(make(2.0**-7 / 50))
   estimate = _estimate(0, 1)._replace(coefficients=-jnp.ones(1))
-  z = np.array(_unit(estimate.keys.own[0], estimate.keys.frame, base)["w"])
+  z = np.array(
+    _unit(estimate.keys.direction[0], estimate.keys.subspace, base)["w"]
+  )
 
   def step(i, carry):
     key = jax.random.fold_in(KEY, i)

@@ -63,13 +63,13 @@ def _estimate(base, examples, key, sampler=LAZY, estimator=zo.central):
 
 @jax.jit
 def _unit(own, frame, base):
-  return WHOLE.write(base, perturbed.Key(own[None], frame), jnp.ones(1))
+  return WHOLE.weighted_sum(base, perturbed.Key(own[None], frame), jnp.ones(1))
 
 
 def _each(estimate):
   """Yields every example's number and its z, whole."""
-  for i, own in enumerate(estimate.keys.own):
-    yield i, _unit(own, estimate.keys.frame, _base())
+  for i, own in enumerate(estimate.keys.direction):
+    yield i, _unit(own, estimate.keys.subspace, _base())
 
 
 def _shift(base, z, t):
@@ -118,11 +118,11 @@ def test_other_kinds_and_a_loop_over_examples():
 
   @jax.jit
   def alone(own, example):
-    key = perturbed.Key(own, estimate.keys.frame)
+    key = perturbed.Key(own, estimate.keys.subspace)
     at = lambda t: _loss(sampler.perturb(_base(), key, t), example)
     return jnp.stack([at(EPS), at(-EPS)])
 
-  for i, own in enumerate(estimate.keys.own):
+  for i, own in enumerate(estimate.keys.direction):
     example = jax.tree.map(lambda leaf, i=i: leaf[i], _examples())
     _close(estimate.values[i], alone(own, example))
 
@@ -185,5 +185,5 @@ def test_a_broken_example_is_dropped():
   assert int(estimate.num_nonfinite) == 1
   assert float(estimate.coefficients[1]) == 0.0
   np.testing.assert_allclose(
-    estimate.weights(), estimate.coefficients / 2, rtol=1e-6
+    estimate.mean_coefficients(), estimate.coefficients / 2, rtol=1e-6
   )

@@ -52,20 +52,20 @@ def _nodes(kind, tree, key, scale):
 @functools.partial(jax.jit, static_argnums=0)
 def _z(kind, tree, key):
   """Writes z of one key out, without nodes; int leaves give zeros."""
-  keys = perturbed.Key(key.own[None], key.frame)
-  return sampler.Sampler(kind).write(tree, keys, jnp.ones(1))
+  keys = perturbed.Key(key.direction[None], key.subspace)
+  return sampler.Sampler(kind).weighted_sum(tree, keys, jnp.ones(1))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _draw(kind, key, shape_of):
-  return kind.draw(key, shape_of.shape)
+  return kind.sample(key, shape_of.shape)
 
 
 def _node(kind, weight, scale, seed=0):
   """A node of one matrix, and its value by hand."""
   key = perturbed.leaf_keys(_key(seed), {"w": weight})["w"]
   scale = jnp.float32(scale)
-  z = kind.restrict(_draw(kind, key, weight), weight)
+  z = kind.mask(_draw(kind, key, weight), weight)
   whole = (weight.astype(jnp.float32) + scale * z).astype(weight.dtype)
   return perturbed.Perturbed(weight, key, scale, kind), whole
 
@@ -85,14 +85,14 @@ def _close(left, right, tolerance=1e-5):
 def test_a_key_for_every_leaf_and_layer():
   tree, key = _tree(), _key()
   keys = perturbed.leaf_keys(key, tree)
-  assert keys["head"].own.shape == keys["head"].frame.shape == (2,)
+  assert keys["head"].direction.shape == keys["head"].subspace.shape == (2,)
   for part in keys["layers"]["mlp"]["kernel"]:
     assert part.shape == (LAYERS, 2)
   # Without the pattern the same leaf is one array with one key.
   flat = perturbed.leaf_keys(key, tree, stacked="^$")
-  assert flat["layers"]["mlp"]["kernel"].own.shape == (2,)
+  assert flat["layers"]["mlp"]["kernel"].direction.shape == (2,)
   # All differ, those of one key used for both parts too.
-  keys = perturbed.leaf_keys(perturbed.Key(key.own, key.own), tree)
+  keys = perturbed.leaf_keys(perturbed.Key(key.direction, key.direction), tree)
   words = np.concatenate([k.reshape(-1, 2) for k in jax.tree.leaves(keys)])
   assert len(np.unique(words, axis=0)) == len(words) == 2 * (3 * LAYERS + 4)
 
@@ -110,13 +110,13 @@ def test_own_and_frame_reach_their_parts():
   tree, key = _tree(), _key(1)
   other = _key(2)
   both = perturbed.leaf_keys(key, tree)
-  mixed = perturbed.leaf_keys(key._replace(own=other.own), tree)
+  mixed = perturbed.leaf_keys(key._replace(direction=other.direction), tree)
   for old, new in zip(
     jax.tree.leaves(both, is_leaf=lambda x: isinstance(x, directions.LeafKey)),
     jax.tree.leaves(mixed, is_leaf=lambda x: isinstance(x, directions.LeafKey)),
   ):
     np.testing.assert_array_equal(old.frame, new.frame)
-    assert np.all(np.any(old.own != new.own, axis=-1))
+    assert np.all(np.any(old.direction != new.direction, axis=-1))
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])

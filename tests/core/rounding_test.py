@@ -22,7 +22,7 @@ def _keys(count, seed=0):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _add(sampler, *arguments, **options):
-  return sampler.add(*arguments, **options)
+  return sampler.apply_directions(*arguments, **options)
 
 
 @pytest.mark.parametrize("dtype", HALF)
@@ -96,9 +96,9 @@ def _displacements(dtype, rate, drift):
     full, stochastic, nearest = bases
     key = jax.random.fold_in(jax.random.key(3), i)
     return (
-      sampler.add(full, keys, weights),
-      sampler.add(stochastic, keys, weights, rounding_key=key),
-      sampler.add(nearest, keys, weights),
+      sampler.apply_directions(full, keys, weights),
+      sampler.apply_directions(stochastic, keys, weights, rounding_key=key),
+      sampler.apply_directions(nearest, keys, weights),
     )
 
   run = jax.jit(lambda bases: jax.lax.fori_loop(0, 1000, step, bases))

@@ -45,23 +45,25 @@ def _tree(dtype=jnp.float32):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _add(sampler, *arguments, **options):
-  return sampler.add(*arguments, **options)
+  return sampler.apply_directions(*arguments, **options)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _write(sampler, *arguments):
-  return sampler.write(*arguments)
+  return sampler.weighted_sum(*arguments)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _draw(kind, key, leaf, stacked):
-  one = lambda key, leaf: kind.restrict(kind.draw(key, leaf.shape), leaf)
+  one = lambda key, leaf: kind.mask(kind.sample(key, leaf.shape), leaf)
   return jax.vmap(one)(key, leaf) if stacked else one(key, leaf)
 
 
 def _z(kind, tree, keys, q):
   """Draws one z leaf by leaf."""
-  own = perturbed.leaf_keys(perturbed.Key(keys.own[q], keys.frame), tree)
+  own = perturbed.leaf_keys(
+    perturbed.Key(keys.direction[q], keys.subspace), tree
+  )
 
   def leaf_z(path, leaf, key):
     if leaf.dtype == jnp.int32:
@@ -120,7 +122,9 @@ def _kernels(name):
 def test_select_leaves_the_rest_untouched(kind):
   tree, keys = _tree(), _keys(1)
   sampler = sampler_lib.Sampler(kind, select=_kernels, lazy=True)
-  nodes = sampler.perturb(tree, perturbed.Key(keys.own[0], keys.frame), 0.1)
+  nodes = sampler.perturb(
+    tree, perturbed.Key(keys.direction[0], keys.subspace), 0.1
+  )
   moved = _add(sampler, tree, keys, jnp.ones(1), decay=0.5)
   z = _write(sampler, tree, keys, jnp.ones(1))
   everything = _write(sampler_lib.Sampler(kind), tree, keys, jnp.ones(1))
@@ -145,7 +149,7 @@ def test_layers_leave_the_others_untouched(kind, layers):
   sampler = sampler_lib.Sampler(kind, layers=layers)
   everything = sampler_lib.Sampler(kind)
   weights = jnp.array([1.0, 0.25])
-  key = perturbed.Key(keys.own[0], keys.frame)
+  key = perturbed.Key(keys.direction[0], keys.subspace)
   rest = [layer for layer in range(LAYERS) if layer not in layers]
   for run in (
     lambda s: _add(s, tree, keys, weights, rounding_key=jax.random.key(1)),
@@ -193,7 +197,7 @@ def test_sharded_rows_exchange_nothing(kind):
   sampler = sampler_lib.Sampler(kind)
   arguments = (_keys(2), jnp.array([0.5, -1.0]))
   add = jax.jit(
-    functools.partial(sampler.add, rounding_key=jax.random.key(4)),
+    functools.partial(sampler.apply_directions, rounding_key=jax.random.key(4)),
     donate_argnums=0,
   ).lower(tree, *arguments)
   compiled = add.compile()
@@ -222,7 +226,7 @@ def test_any_tree_is_perturbed_as_it_is_updated(kind, plain, stacked, dtype):
   tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
   keys = _keys(1)
   sampler = sampler_lib.Sampler(kind)
-  key = perturbed.Key(keys.own[0], keys.frame)
+  key = perturbed.Key(keys.direction[0], keys.subspace)
   shifted = jax.jit(sampler.perturb)(tree, key, 0.5)
   moved = _add(sampler, tree, keys, jnp.array([0.5]))
   assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(moved))
@@ -240,7 +244,9 @@ def test_any_tree_is_perturbed_as_it_is_updated(kind, plain, stacked, dtype):
 def test_a_donated_tree_is_written_in_place(kind, count):
   sampler, keys = sampler_lib.Sampler(kind), _keys(count)
   tree = {"layers": {"kernel": jnp.zeros((24, 256, 512))}}
-  add = jax.jit(lambda tree, c: sampler.add(tree, keys, c), donate_argnums=0)
+  add = jax.jit(
+    lambda tree, c: sampler.apply_directions(tree, keys, c), donate_argnums=0
+  )
   compiled = add.lower(tree, jnp.ones(count)).compile()
   memory = compiled.memory_analysis()
   leaf = tree["layers"]["kernel"]
@@ -256,7 +262,7 @@ def test_layers_are_written_at_once_or_one_by_one(platform, loops):
   sampler, keys = sampler_lib.Sampler(directions.Gaussian()), _keys(1)
   tree = {"layers": {"kernel": jnp.zeros((24, 256, 512))}}
   lowered = (
-    jax.jit(lambda tree, c: sampler.add(tree, keys, c))
+    jax.jit(lambda tree, c: sampler.apply_directions(tree, keys, c))
     .trace(tree, jnp.ones(1))
     .lower(lowering_platforms=(platform,))
   )
@@ -267,7 +273,7 @@ def test_no_layer_may_move():
   tree, keys = _tree(), _keys(1)
   sampler = sampler_lib.Sampler(RADEMACHER, layers=())
   new = _add(sampler, tree, keys, jnp.ones(1))
-  one = perturbed.Key(keys.own[0], keys.frame)
+  one = perturbed.Key(keys.direction[0], keys.subspace)
   read = jax.jit(lambda tree: sampler.perturb(tree, one, 0.5))(tree)
   for moved in (new, read):
     jax.tree.map(np.testing.assert_array_equal, moved["layers"], tree["layers"])

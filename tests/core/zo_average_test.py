@@ -59,7 +59,7 @@ def test_mean_over_directions_is_the_gradient(direction):
   tree, num_directions = _tree(), 4000
   gradient = jax.grad(_smooth)(tree)
   if isinstance(direction, directions.Sparse):  # of what is let move
-    gradient["plain"] = direction.restrict(gradient["plain"], tree["plain"])
+    gradient["plain"] = direction.mask(gradient["plain"], tree["plain"])
     assert 0 < np.sum(gradient["plain"] == 0) < 15
   # Each direction has a frame of its own: low-rank ones of one frame span V.
   estimate = _estimate_in_frames(_smooth, direction, num_directions, tree)
@@ -73,7 +73,7 @@ def _estimate_in_frames(fn, direction, num_directions, tree, eps=1e-2):
 
   def one(key):
     estimate = zo.estimate(fn, tree, key, eps, sampler=sampler)
-    z = _ravel(sampler.write(tree, estimate.keys, jnp.ones(1)))
+    z = _ravel(sampler.weighted_sum(tree, estimate.keys, jnp.ones(1)))
     return estimate.coefficients[0], z
 
   keys = jax.random.split(jax.random.key(2), num_directions)

@@ -48,10 +48,10 @@ def _rows(keys, tree, direction):
   write = sampler_lib.Sampler(direction).write
 
   def row(own):
-    keys_of_one = perturbed.Key(own[None], keys.frame)
+    keys_of_one = perturbed.Key(own[None], keys.subspace)
     return _ravel(write(tree, keys_of_one, jnp.ones(1)))
 
-  return jax.lax.map(row, keys.own)
+  return jax.lax.map(row, keys.direction)
 
 
 def _directions(estimate, tree, direction):
@@ -145,7 +145,7 @@ def test_directions_differ_and_follow_the_keys():
   direction = directions.LowRank(2)
   fn = _estimator(_linear, direction, zo.central, 3)
   framed = lambda key, frame: fn(
-    tree, jax.random.key(key), 0.1, frame_key=jax.random.key(frame)
+    tree, jax.random.key(key), 0.1, subspace_key=jax.random.key(frame)
   )
   first, again = (framed(3, 0) for _ in range(2))
   np.testing.assert_array_equal(first.coefficients, again.coefficients)
@@ -153,8 +153,8 @@ def test_directions_differ_and_follow_the_keys():
   seen = np.concatenate([each.coefficients for each in seen])
   assert len(np.unique(seen)) == 12
   # All directions of one frame, and of one key without one, share their V.
-  for frame_key in (jax.random.key(0), None):
-    estimate = fn(tree, jax.random.key(3), 0.1, frame_key=frame_key)
+  for subspace_key in (jax.random.key(0), None):
+    estimate = fn(tree, jax.random.key(3), 0.1, subspace_key=subspace_key)
     z = _directions(estimate, tree, direction)[:, -15:].astype(np.float32)
     assert np.linalg.matrix_rank(z.reshape(-1, 3)) == 2
 
@@ -180,7 +180,9 @@ def test_non_finite_evaluations_are_dropped_and_counted(estimator, bad):
   right = np.where(broken, 0, z.sum(axis=1))
   np.testing.assert_allclose(estimate.coefficients, right, rtol=1e-5, atol=1e-6)
   weights = right / (20 - broken.sum())
-  np.testing.assert_allclose(estimate.weights(), weights, rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(
+    estimate.mean_coefficients(), weights, rtol=1e-5, atol=1e-6
+  )
 
 
 @estimators
@@ -260,7 +262,9 @@ def test_a_score_without_a_gradient(estimator):
   @jax.jit
   def climb(i, tree):
     estimate = fn(tree, jax.random.key(i), 0.3)
-    return sampler.add(tree, estimate.keys, 0.3 * estimate.weights())
+    return sampler.apply_directions(
+      tree, estimate.keys, 0.3 * estimate.mean_coefficients()
+    )
 
   climbed = jax.jit(lambda tree: jax.lax.fori_loop(0, 200, climb, tree))(tree)
   assert accuracy(climbed) > accuracy(tree) + 0.2
@@ -277,7 +281,7 @@ def test_a_thousand_probes_leave_the_weights_as_they_are(dtype):
     fn = lambda tree: _linear(jax.tree.map(jnp.float32, tree))
     estimate = zo.estimate(fn, tree, key, 1e-3, sampler=sampler)
     # lr 0: the probes and the write, but no step.
-    tree = sampler.add(
+    tree = sampler.apply_directions(
       tree, estimate.keys, 0.0 * estimate.coefficients, rounding_key=key
     )
     return tree, total + jnp.abs(estimate.coefficients[0])

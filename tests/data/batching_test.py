@@ -25,7 +25,7 @@ def _examples(lengths):
         label=n % 2,
         right=(n % 2,),
         options=(True,) * (3 if both else 2),
-        where=f"made up row {n}",
+        source=f"made up row {n}",
       )
     )
   return made

@@ -285,7 +285,7 @@ def test_long_rows(tokenizer, caplog):
     kept = encode_options.encode_rows(
       CUSTOM[0], data, tokenizer, max_length=20, long_rows="drop"
     )
-  assert [e.where for e in kept] == ["made up row 4"]
+  assert [e.source for e in kept] == ["made up row 4"]
   assert "1 of 2 rows do not fit in 20 tokens" in caplog.text
   with pytest.raises(errors.UserError, match="none of 1 rows fits"):
     encode_options.encode_rows(

@@ -57,7 +57,7 @@ def test_formats_agree(tmp_path, ending):
   found = splits_lib.load_rows(TASK, tmp_path, "validation")
   assert _texts(found) == [r["text"] for r in records]
   assert [TASK.right(row) for row in found] == [(r["label"],) for r in records]
-  assert found[2].where == f"{path} row 3"
+  assert found[2].source == f"{path} row 3"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_hub_sets(monkeypatch, caplog):
   assert "1 rows without text left out" in caplog.text
   assert hub.asked[0] == (*TASK.hub, "train")
   assert len(sets.test) == 9
-  assert sets.test[0].where.startswith(f"{TASK.hub[0]}/test row ")
+  assert sets.test[0].source.startswith(f"{TASK.hub[0]}/test row ")
   found = splits_lib.load_rows(TASK, "hub:some/set/part", "train")
   assert len(found) == 40
   assert hub.asked[-1] == ("some/set", "part", "train")

@@ -98,13 +98,13 @@ def test_later_tokens_do_not_change_earlier_logits():
 class Waves(directions.Direction):
   """A direction that compiles in no time: sines of row, column and key."""
 
-  def draw(self, key, shape, rows=None):
+  def sample(self, key, shape, rows=None):
     if rows is None:
       rows = jnp.arange(shape[0])
     elif isinstance(rows, prng.RowRange):
       rows = rows.start + jnp.arange(rows.size)
     columns = jnp.arange(np.prod(shape[1:], dtype=int)) * 0.7
-    phase = (key.own[0] % 997).astype(jnp.float32)
+    phase = (key.direction[0] % 997).astype(jnp.float32)
     z = jnp.sin(
       phase
       + rows[..., None] * 1.3

@@ -213,7 +213,7 @@ def test_a_linear_penalty_rises_to_its_value(
   for number, penalty in enumerate((2.0, 4.0)):
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)
     hparams = bilevel.BilevelHParams(zo_eps=config.zo.eps, penalty=penalty)
-    state, _ = step(state, run.put(rows), hparams)
+    state, _ = step(state, run.shard_batch(rows), hparams)
   found = arrays(tmp_path)[2]
   for name in ("base", "upper", "lower"):
     leaves = jax.tree_util.tree_leaves_with_path(getattr(state, name))

@@ -137,7 +137,7 @@ def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
 def make_level_tx(
   config: ml_collections.ConfigDict, name: Literal["lower", "upper"]
 ) -> optax.GradientTransformation:
-  """Makes the optimizer of s ("lower") or p ("upper"), for a whole run."""
+  """Makes the optimizer of s ("lower") or p ("upper"), for a train_base run."""
   level = config[name]
   updates = config.lower.num_steps if name == "lower" else 1
   rate = make_schedule(
@@ -187,29 +187,29 @@ def make_algorithm(
       **zeroth_order,
     )
 
-  def peft(whole: bool = False) -> bilevel.BilevelAlgorithm:
+  def peft(train_base: bool = False) -> bilevel.BilevelAlgorithm:
     tx = make_level_tx(config, "lower")
     return baselines.make_first_order_step(
-      loss_fn, tx, whole=whole, over_tasks=over_tasks
+      loss_fn, tx, train_base=train_base, over_tasks=over_tasks
     )
 
-  def mezo(whole: bool = True) -> bilevel.BilevelAlgorithm:
+  def mezo(train_base: bool = True) -> bilevel.BilevelAlgorithm:
     # Adapters are small, and no model reads their parts lazily.
     kind = make_sampler(config.zo)
     return baselines.make_zeroth_order_step(
       probe_loss_fn or loss_fn,
       make_base_tx(config.zo),
-      whole=whole,
-      sampler=kind if whole else sampler.Sampler(kind.direction),
+      train_base=train_base,
+      sampler=kind if train_base else sampler.Sampler(kind.direction),
       **zeroth_order,
     )
 
   num_first = config.train.num_first_steps
   make = {
     "peft": peft,
-    "full": lambda: peft(whole=True),
+    "full": lambda: peft(train_base=True),
     "mezo": mezo,
-    "mezo_peft": lambda: mezo(whole=False),
+    "mezo_peft": lambda: mezo(train_base=False),
     "peft_then_mezo": lambda: baselines.two_stage(peft(), mezo(), num_first),
     "mezo_then_peft": lambda: baselines.two_stage(mezo(), peft(), num_first),
   }

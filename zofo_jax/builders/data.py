@@ -162,19 +162,19 @@ def load_examples(
     UserError: names the file and row that is wrong.
   """
   splits = load_rows(config, task)
-  lower = encode_trained(config, model, task, splits.lower)
-  upper = encode_trained(config, model, task, splits.upper)
+  lower = encode_train(config, model, task, splits.lower)
+  upper = encode_train(config, model, task, splits.upper)
   if config.data.pooled or config.method != "bilevel":
     lower = upper = [*lower, *upper]
   return Examples(
     lower=lower,
     upper=upper,
-    selection=encode_scored(config, model, task, splits.selection),
-    test=encode_scored(config, model, task, splits.test),
+    selection=encode_eval(config, model, task, splits.selection),
+    test=encode_eval(config, model, task, splits.test),
   )
 
 
-def encode_trained(
+def encode_train(
   config: ml_collections.ConfigDict,
   model: model_lib.Model,
   task: tasks.Task,
@@ -199,7 +199,7 @@ def encode_trained(
   )
 
 
-def encode_scored(
+def encode_eval(
   config: ml_collections.ConfigDict,
   model: model_lib.Model,
   task: tasks.Task,

@@ -87,7 +87,7 @@ class Run(NamedTuple):
     places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
     return mesh_lib.jit_step(self.algorithm.step, self.mesh, places)
 
-  def put(
+  def shard_batch(
     self, batch: bilevel.BilevelBatch, axis: int = 0
   ) -> bilevel.BilevelBatch:
     """Puts an iteration's rows on the mesh; `axis` is theirs in the batches."""
@@ -97,11 +97,11 @@ class Run(NamedTuple):
       upper=mesh_lib.shard_batch(self.mesh, batch.upper, axis=axis),
     )
 
-  def kept(self, state: bilevel.BilevelState) -> Any:
+  def selected_adapter(self, state: bilevel.BilevelState) -> Any:
     """Returns the adapter that selects, predicts and is exported."""
     return state.lower if self.config.keep == "s" else state.upper
 
-  def judge(
+  def score_predictions(
     self, examples: Sequence[encode_options.Example], scores: np.ndarray
   ) -> scoring.OptionPredictions:
     """Returns scores of options [N, O] with what the task measures them by."""
@@ -158,7 +158,7 @@ class Run(NamedTuple):
       label=label,
       shape=shape,
     )
-    return self.judge(examples, scores)
+    return self.score_predictions(examples, scores)
 
 
 def make_run(

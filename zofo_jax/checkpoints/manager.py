@@ -168,7 +168,7 @@ class Checkpoints:
     checksums.check(folder)
     self._sound.add(step)
 
-  def discard(self, step: int) -> None:
+  def quarantine(self, step: int) -> None:
     """Counts a checkpoint no more; moves it away if these are written to.
 
     Args:

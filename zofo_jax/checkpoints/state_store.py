@@ -86,8 +86,10 @@ class Store:
       folder / "checkpoints", keep=keep if write else None
     )
     # Whether checkpoints hold all but theta.
-    self._apart = bool(run.config.ckpt.base_every_steps)
-    self._apart |= not methods.METHODS[run.config.method].updates_base
+    self._base_stored_separately = bool(run.config.ckpt.base_every_steps)
+    self._base_stored_separately |= not methods.METHODS[
+      run.config.method
+    ].updates_base
     self._bases: manager.Checkpoints | None = None
     if run.config.ckpt.base_every_steps:
       self._bases = manager.Checkpoints(
@@ -107,7 +109,7 @@ class Store:
       self._bases.__exit__(*exception)
     self.checkpoints.__exit__(*exception)
 
-  def begin(self, state: bilevel.BilevelState) -> None:
+  def start_ledger(self, state: bilevel.BilevelState) -> None:
     """Starts the ledger of a run at its first state."""
     header = ledger.make_header(self._run.config, state.base, state.key)
     self._write_ledger(ledger.start(header))
@@ -175,12 +177,12 @@ class Store:
       last = self._bases.latest_step() or 0
       if step - last >= self._run.config.ckpt.base_every_steps:
         self._bases.save(step, {"base": state.base}, {})
-    if self._apart:
+    if self._base_stored_separately:
       state = state._replace(base={})
     extra = {
       **record,
       "config": self._run.config.to_dict(),
-      "ledger": self._writer.text(),  # its header has the versions
+      "ledger": self._writer.serialize(),  # its header has the versions
     }
     self.checkpoints.save(step, state, extra, metric=metric)
 
@@ -201,7 +203,7 @@ class Store:
         return self.restore(step)
       except manager.DamagedError as error:
         _say(f"{error} The one before it is used, if there is any.")
-        self.checkpoints.discard(step)
+        self.checkpoints.quarantine(step)
     return None
 
   def restore(self, step: int) -> tuple[bilevel.BilevelState, dict[str, Any]]:
@@ -212,20 +214,20 @@ class Store:
       DamagedError: it is not as it was written.
     """
     abstract = self._run.abstract_state()
-    if not self._apart:
+    if not self._base_stored_separately:
       return self.checkpoints.restore(abstract, step)
     abstract = abstract._replace(base={})
     state, extra = self.checkpoints.restore(abstract, step)
     where = f"{self.checkpoints.folder / str(step)}, ledger"
     found = ledger.parse(extra["ledger"].encode(), where)
-    base = self._theta(step, found, where)
+    base = self._rebuild_base(step, found, where)
     return state._replace(base=base), extra
 
   def _start(self, found: ledger.Ledger) -> Any:
     run = self._run
     return ledger.load_start(run.config, run.model, found.header, run.mesh)
 
-  def _theta(self, step: int, found: ledger.Ledger, where: str) -> Any:
+  def _rebuild_base(self, step: int, found: ledger.Ledger, where: str) -> Any:
     """Rebuilds theta from the newest sound base at or before a step."""
     if self._bases is None:
       return self._start(found)
@@ -239,7 +241,7 @@ class Store:
         break
       except manager.DamagedError as error:
         _say(f"{error} The one before it is used, or the model's weights.")
-        self._bases.discard(number)
+        self._bases.quarantine(number)
     if base is None:
       base = self._start(found)
     return ledger.advance(base, found.header, found.lines[start:step], where)

@@ -66,16 +66,18 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
     run = find(folder)
     examples = data.load_examples(run.config, run.model, run.task).test
   state = restore(run, folder)
-  result = run.evaluate(state.base, run.kept(state), examples, "test")
+  result = run.evaluate(
+    state.base, run.selected_adapter(state), examples, "test"
+  )
   evaluation: dict[str, Any] = {
     "task": run.task.name,
     "step": int(state.step),
     "num_test_rows": len(examples),
-    **result.worth(),
+    **result.metrics(),
     **result.intervals(),
   }
   report.write_json(folder / "evaluation.json", evaluation)
-  report.write_lines(folder / "predictions.jsonl", result.lines())
+  report.write_lines(folder / "predictions.jsonl", result.to_records())
   report.results_table(
     [evaluation], title=f"{folder}, adapter {run.config.keep}"
   )
@@ -103,12 +105,14 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
     asked = sources.load(run.task, source, "train", labelled=False)
     encoded = _encoded(run, asked)
   state = restore(run, folder)
-  result = run.evaluate(state.base, run.kept(state), encoded, "predict")
+  result = run.evaluate(
+    state.base, run.selected_adapter(state), encoded, "predict"
+  )
   if isinstance(result, scoring.GeneratedAnswers):
     answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
   else:
     answers = []
-    for row, line in zip(asked, result.lines(), strict=True):
+    for row, line in zip(asked, result.to_records(), strict=True):
       options = run.task.options(row, run.config.data.template)
       answer = options[line["prediction"]].strip()
       answers.append({"prediction": answer, "scores": line["scores"]})

@@ -49,13 +49,13 @@ def export(run_folder: str, folder: str, what: str) -> None:
         place,
         run.model.family,
         run.model.module.config,
-        run.kept(state),
+        run.selected_adapter(state),
         model_name=run.config.model.name,
       )
     else:
       base = state.base
       if what == "merged":
-        base = adapters.merge_lora(base, run.kept(state))
+        base = adapters.merge_lora(base, run.selected_adapter(state))
       model.save_base(place, run.config, run.model, base)
   except OSError as error:
     raise errors.UserError(

@@ -64,13 +64,13 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     "calibration": config.icl.calibration,
   }
   if len(results) > 1:
-    each = [result.worth() for result in results]
+    each = [result.metrics() for result in results]
     for name in each[0]:
       figures[name] = float(np.mean([one[name] for one in each]))
       figures[f"worst_{name}"] = min(one[name] for one in each)
     figures["sets"] = each
   else:
-    figures |= {**results[0].worth(), **results[0].intervals()}
+    figures |= {**results[0].metrics(), **results[0].intervals()}
   return _write(run, workdir, "icl", results[0], figures)
 
 
@@ -112,7 +112,7 @@ def _calibrated(run, base, result, nulls):
   else:
     counts = calibration.lengths(result.examples)
     scores = calibration.domain(result.scores, np.stack(null_scores), counts)
-  return run.judge(result.examples, scores)
+  return run.score_predictions(result.examples, scores)
 
 
 def linear_probe(
@@ -163,8 +163,8 @@ def linear_probe(
     c=config.probe.c,
     num_options=len(test[0].options),
   )
-  result = run.judge(test, score(features(test)))
-  figures = {**result.worth(), **result.intervals()}
+  result = run.score_predictions(test, score(features(test)))
+  figures = {**result.metrics(), **result.intervals()}
   return _write(run, workdir, "probe", result, figures)
 
 
@@ -209,7 +209,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     scoring.make_score_fn(apply.make_log_probs_fn(untied)), run.mesh, 2
   )
   result = run.evaluate(base, {}, examples.test, "test", score_fn=score_fn)
-  figures = {**result.worth(), **result.intervals()}
+  figures = {**result.metrics(), **result.intervals()}
   return _write(run, workdir, "head", result, figures)
 
 
@@ -275,7 +275,7 @@ def _write(
   }
   folder = epath.Path(workdir)
   report.write_json(folder / f"{name}.json", outcome)
-  report.write_lines(folder / f"{name}.jsonl", result.lines())
+  report.write_lines(folder / f"{name}.jsonl", result.to_records())
   plain = {k: v for k, v in outcome.items() if k != "sets"}
   report.results_table([plain], title=f"{folder}")
   return outcome

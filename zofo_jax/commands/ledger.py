@@ -168,8 +168,10 @@ def diff(path: str, other: str) -> int:
     if a is None or b is None:
       print(f"steps: {len(one.lines)} and {len(two.lines)}")
       return 1
-    if a.text() != b.text():
-      print(f"step {a.step}: {a.text().strip()} and {b.text().strip()}")
+    if a.serialize() != b.serialize():
+      print(
+        f"step {a.step}: {a.serialize().strip()} and {b.serialize().strip()}"
+      )
       return 1
   if not different:
     print("The ledgers are the same.")

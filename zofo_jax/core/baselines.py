@@ -52,7 +52,7 @@ def mean_loss(loss_fn: inner.LossFn, weights: jax.Array | None) -> inner.LossFn:
   return mean
 
 
-def _make_init(opt_init: Callable[[Any], Any], whole: bool) -> Any:
+def _make_init(opt_init: Callable[[Any], Any], train_base: bool) -> Any:
   """Makes init(key, base, adapter) of what moves one of the two; without s."""
 
   def init(key, base, adapter, unused=None):
@@ -62,8 +62,8 @@ def _make_init(opt_init: Callable[[Any], Any], whole: bool) -> Any:
       base=base,
       upper=adapter,
       lower={},
-      base_opt=opt_init(base) if whole else (),
-      upper_opt=() if whole else opt_init(adapter),
+      base_opt=opt_init(base) if train_base else (),
+      upper_opt=() if train_base else opt_init(adapter),
       lower_opt=(),
       key=key,
     )
@@ -75,7 +75,7 @@ def make_first_order_step(
   loss_fn: inner.LossFn,
   tx: optax.GradientTransformation,
   *,
-  whole: bool = False,
+  train_base: bool = False,
   over_tasks: bool = False,
 ) -> bilevel.BilevelAlgorithm:
   """Makes first-order training of an adapter, or of all weights.
@@ -85,7 +85,7 @@ def make_first_order_step(
   Args:
     loss_fn: loss of a batch; over tasks, of one task's.
     tx: optax transformation of what moves.
-    whole: move the backbone, the adapter beside it as it is; else the adapter.
+    train_base: move the backbone, the adapter beside it as it is; else the adapter.
     over_tasks: the batch has a leading axis of M tasks: leaves [M, T, ...], not
       [T, ...].
 
@@ -113,7 +113,7 @@ def make_first_order_step(
       loss = mean_loss(loss_fn, batch.weights)
       rows = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), rows)
     key = jax.random.fold_in(state.key, state.step)
-    if whole:
+    if train_base:
       base, base_opt, losses = inner.minimize(
         lambda adapter, base, *rest: loss(base, adapter, *rest),
         state.upper,
@@ -132,14 +132,14 @@ def make_first_order_step(
     info = BaselineInfo(losses, jnp.zeros([0], jnp.float32))
     return state._replace(step=state.step + 1), info
 
-  return bilevel.BilevelAlgorithm(_make_init(tx.init, whole), step)
+  return bilevel.BilevelAlgorithm(_make_init(tx.init, train_base), step)
 
 
 def make_zeroth_order_step(
   loss_fn: inner.LossFn,
   tx: outer.OuterTransform | optax.GradientTransformation,
   *,
-  whole: bool = True,
+  train_base: bool = True,
   over_tasks: bool = False,
   sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
   estimator: zo.Estimator = zo.central,
@@ -154,7 +154,7 @@ def make_zeroth_order_step(
   Args:
     loss_fn: loss of a batch; over tasks, of one task's.
     tx: of what moves, as `base_tx` of `bilevel_step`.
-    whole: move the backbone, the adapter beside it as it is; else the adapter.
+    train_base: move the backbone, the adapter beside it as it is; else the adapter.
     over_tasks: the batch has a leading axis of M tasks.
     sampler: which weights are probed and along what directions; not a lazy one
       for adapters.
@@ -173,11 +173,15 @@ def make_zeroth_order_step(
     keys = moves.step_keys(state.key, state.step, frame_steps)
 
     def objective(moved):
-      base, adapter = (moved, state.upper) if whole else (state.base, moved)
+      base, adapter = (
+        (moved, state.upper) if train_base else (state.base, moved)
+      )
       return loss(base, adapter, batch.upper, None)
 
     moved, opt_state = (
-      (state.base, state.base_opt) if whole else (state.upper, state.upper_opt)
+      (state.base, state.base_opt)
+      if train_base
+      else (state.upper, state.upper_opt)
     )
     estimate = zo.estimate(
       objective,
@@ -187,7 +191,7 @@ def make_zeroth_order_step(
       sampler=sampler,
       estimator=estimator,
       num_directions=num_directions,
-      frame_key=keys.frame,
+      subspace_key=keys.subspace,
       map_fn=map_fn,
     )
     moved, opt_state, move = outer.apply_transform(
@@ -196,27 +200,27 @@ def make_zeroth_order_step(
     info = BaselineInfo(
       jnp.mean(estimate.values, axis=-1), estimate.coefficients
     )
-    if whole:
+    if train_base:
       info = info._replace(move=move)
       state = state._replace(base=moved, base_opt=opt_state)
     else:
       state = state._replace(upper=moved, upper_opt=opt_state)
     return state._replace(step=state.step + 1), info
 
-  return bilevel.BilevelAlgorithm(_make_init(transform.init, whole), step)
+  return bilevel.BilevelAlgorithm(_make_init(transform.init, train_base), step)
 
 
 def two_stage(
   first: bilevel.BilevelAlgorithm,
   second: bilevel.BilevelAlgorithm,
-  num_first: int,
+  first_stage_steps: int,
 ) -> bilevel.BilevelAlgorithm:
   """Joins two algorithms that move different things: the backbone, an adapter.
 
   Args:
-    first: takes the iterations 0 to `num_first` - 1.
+    first: takes the iterations 0 to `first_stage_steps` - 1.
     second: takes all later ones.
-    num_first: how many the first takes.
+    first_stage_steps: how many the first takes.
 
   Returns:
     The algorithm, in whose info losses are means, of shape [], and an iteration
@@ -226,19 +230,22 @@ def two_stage(
   def init(key, base, adapter, unused=None):
     one, other = (a.init(key, base, adapter, unused) for a in (first, second))
 
-    def held(name):  # () where an algorithm does not move it
+    def merge_opt_state(name):  # () where an algorithm does not move it
       mine = getattr(one, name)
       unmoved = type(mine) is tuple and not mine
       return getattr(other, name) if unmoved else mine
 
-    return one._replace(base_opt=held("base_opt"), upper_opt=held("upper_opt"))
+    return one._replace(
+      base_opt=merge_opt_state("base_opt"),
+      upper_opt=merge_opt_state("upper_opt"),
+    )
 
   def step(state, batch, hparams):
-    told = [
+    infos = [
       jax.eval_shape(one.step, state, batch, hparams)[1]
       for one in (first, second)
     ]
-    widest: Any = max(told, key=lambda info: info.coefficients.size)
+    widest: Any = max(infos, key=lambda info: info.coefficients.size)
     blank = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
       (widest.coefficients, widest.move),
@@ -255,7 +262,12 @@ def two_stage(
       return call
 
     return jax.lax.cond(
-      state.step < num_first, alike(first), alike(second), state, batch, hparams
+      state.step < first_stage_steps,
+      alike(first),
+      alike(second),
+      state,
+      batch,
+      hparams,
     )
 
   return bilevel.BilevelAlgorithm(init, step)

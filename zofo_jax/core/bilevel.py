@@ -187,7 +187,7 @@ def bilevel_step(
     eps=hparams.zo_eps,
     sampler=sampler,
     estimator=estimator,
-    frame_key=keys.frame,
+    subspace_key=keys.subspace,
   )
   if per_example:
     # Behind the tasks' axis; an example is then one row of every task.
@@ -207,7 +207,7 @@ def bilevel_step(
   # p and theta move together: a broken gradient of p drops every direction. It
   # also tells the compiler that p's passes end before theta is written; not
   # knowing, it copies all layers' weights.
-  estimate = estimate.drop_unless(jnp.all(jnp.isfinite(upper_grad_norm)))
+  estimate = estimate.mask_nonfinite(jnp.all(jnp.isfinite(upper_grad_norm)))
   base, base_opt, move = outer.apply_transform(
     outer.to_outer_transform(base_tx),
     state.base,

@@ -1,6 +1,6 @@
 """Kinds of random directions z, each a function of a key and a position.
 
-A leaf's key has two parts: `own` is new for every direction, `frame` may be
+A leaf's key has two parts: `direction` is new for every direction, `subspace` may be
 shared by several, over steps (the subspace of low-rank directions) or over the
 examples of a batch. Every dense kind has E[z z^T] = I.
 """
@@ -25,19 +25,19 @@ class LeafKey(NamedTuple):
   """Key of one leaf's direction: uint32, each [2], or [layers, 2] if stacked.
 
   Attributes:
-    own: of this direction alone.
-    frame: of what it shares with other directions.
+    direction: of this direction alone.
+    subspace: of what it shares with other directions.
   """
 
-  own: jax.Array
-  frame: jax.Array
+  direction: jax.Array
+  subspace: jax.Array
 
 
 class Direction(Protocol):
   """A kind of random direction; hashable, so that jit can key on it."""
 
   @property
-  def dear(self) -> bool:
+  def cache_draw(self) -> bool:
     """Whether z is dearer to draw than to keep until its next use; here not."""
     return False
 
@@ -50,16 +50,16 @@ class Direction(Protocol):
     return True
 
   @property
-  def exact(self) -> bool:
+  def exact_in_low_precision(self) -> bool:
     """Whether every float dtype holds the numbers of z; here not."""
     return False
 
   @property
-  def joins(self) -> bool:
-    """Whether `combine` has a way of its own; here not."""
+  def has_weighted_sum(self) -> bool:
+    """Whether `weighted_sum` has a way of its own; here not."""
     return False
 
-  def draw(
+  def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     """Draws z of one leaf, or of some rows of its axis 0.
@@ -74,12 +74,12 @@ class Direction(Protocol):
     """
     ...
 
-  def restrict(self, z: jax.Array, weight: jax.Array) -> jax.Array:
+  def mask(self, z: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns the part of z along which these weights move; here all of it."""
     del weight
     return z
 
-  def product(
+  def matmul(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
   ) -> jax.Array | None:
     """Returns x z, or x z^T, if that needs no z; here None.
@@ -93,7 +93,7 @@ class Direction(Protocol):
     del x, key, shape, transposed
     return None
 
-  def combine(
+  def weighted_sum(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
   ) -> jax.Array | None:
     """Returns sum_q weights[q] z(keys[q]) in one go if it can; here None."""
@@ -125,15 +125,15 @@ class Gaussian(Direction):
   """z ~ N(0, I), drawn in float32."""
 
   @property
-  def dear(self) -> bool:
+  def cache_draw(self) -> bool:
     """Whether z is dearer to draw than to keep: a cipher and a quantile."""
     return True
 
-  def draw(
+  def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     """Draws z; see `Direction`."""
-    return sample_rows(prng.gaussian, key.own, shape, rows)
+    return sample_rows(prng.gaussian, key.direction, shape, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,15 +141,15 @@ class Rademacher(Direction):
   """z uniform on {-1, +1}^d, 64 elements a draw."""
 
   @property
-  def exact(self) -> bool:
+  def exact_in_low_precision(self) -> bool:
     """Whether every float dtype holds the numbers of z; here so."""
     return True
 
-  def draw(
+  def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     """Draws z; see `Direction`."""
-    return sample_rows(prng.rademacher, key.own, shape, rows)
+    return sample_rows(prng.rademacher, key.direction, shape, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -172,8 +172,8 @@ class LowRank(Direction):
     return self.rank <= 8
 
   @property
-  def joins(self) -> bool:
-    """Whether `combine` has a way of its own; here so."""
+  def has_weighted_sum(self) -> bool:
+    """Whether `weighted_sum` has a way of its own; here so."""
     return True
 
   def _scale(self) -> np.float32:
@@ -183,10 +183,10 @@ class LowRank(Direction):
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> tuple[jax.Array, jax.Array]:
     u = sample_rows(
-      prng.gaussian_materialized, key.own, (shape[0], self.rank), rows
+      prng.gaussian_materialized, key.direction, (shape[0], self.rank), rows
     )
     v = sample_rows(
-      prng.gaussian_materialized, key.frame, (shape[1], self.rank)
+      prng.gaussian_materialized, key.subspace, (shape[1], self.rank)
     )
     # In fixed point, and coarse enough that a sum of `rank` products is exact
     # in float32: z has the same bits in whatever order a program adds.
@@ -194,12 +194,12 @@ class LowRank(Direction):
     step = np.float32(2.0 ** -((24 - int(np.ceil(np.log2(largest)))) // 2))
     return jnp.round(u / step) * step, jnp.round(v / step) * step
 
-  def draw(
+  def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     """Draws z; see `Direction`."""
     if len(shape) != 2:
-      return sample_rows(prng.gaussian, key.own, shape, rows)
+      return sample_rows(prng.gaussian, key.direction, shape, rows)
     u, v = self._factors(key, shape, rows)
     # Outer products, which merge with what uses z; a product of matrices would
     # be written to memory whole.
@@ -207,7 +207,7 @@ class LowRank(Direction):
     terms = [u[..., r, None] * columns[r] for r in range(self.rank)]
     return functools.reduce(jnp.add, terms) * self._scale()
 
-  def product(
+  def matmul(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
   ) -> jax.Array | None:
     """Returns (x U) V^T, or (x V) U^T, where z is the larger thing to form."""
@@ -220,7 +220,7 @@ class LowRank(Direction):
     first = first * self._scale()
     return (x @ first.astype(x.dtype)) @ second.T.astype(x.dtype)
 
-  def combine(
+  def weighted_sum(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
   ) -> jax.Array | None:
     """Returns one product of rank Q * rank."""
@@ -228,7 +228,7 @@ class LowRank(Direction):
       return None
     u, v = jax.vmap(lambda key: self._factors(key, shape))(keys)
     weighted = u * weights[:, None, None]
-    # Scaled last, as in `draw`: one direction of weight 1 gives its own z.
+    # Scaled last, as in `sample`: one direction of weight 1 gives its own z.
     z = jnp.einsum("qir,qor->io", weighted, v, precision="highest")
     return z * self._scale()
 
@@ -253,57 +253,59 @@ class PerExample(Direction):
     return self.shared.elementwise
 
   @property
-  def joins(self) -> bool:
-    """Whether `combine` has a way of its own; here so."""
+  def has_weighted_sum(self) -> bool:
+    """Whether `weighted_sum` has a way of its own; here so."""
     return True
 
   def _shared(
-    self, frame: jax.Array, shape: Shape, rows: Rows | None = None
+    self, subspace_key: jax.Array, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     # Two keys, so that a Z of two factors does not draw the same one twice.
-    other = prng.fold_in(frame, np.uint32(0), np.uint32(4))
-    return self.shared.draw(LeafKey(frame, other), shape, rows)
+    other = prng.fold_in(subspace_key, np.uint32(0), np.uint32(4))
+    return self.shared.sample(LeafKey(subspace_key, other), shape, rows)
 
   def _signs(
-    self, own: jax.Array, shape: Shape, rows: Rows | None = None
+    self, direction_key: jax.Array, shape: Shape, rows: Rows | None = None
   ) -> tuple[jax.Array, jax.Array]:
     """Returns r [rows] and s [columns]."""
-    left = sample_rows(prng.rademacher, own, shape[:1], rows)
+    left = sample_rows(prng.rademacher, direction_key, shape[:1], rows)
     columns = int(np.prod(shape[1:], dtype=np.int64))
     # A key of its own, so that s does not repeat the signs of r; a vector has
     # no s.
-    other = prng.fold_in(own, np.uint32(0), np.uint32(3))
+    other = prng.fold_in(direction_key, np.uint32(0), np.uint32(3))
     right = sample_rows(prng.rademacher, other, (columns,))
     return left, right if len(shape) > 1 else jnp.ones_like(right)
 
-  def draw(
+  def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     """Draws z; see `Direction`."""
-    z = self._shared(key.frame, shape, rows)
-    left, right = self._signs(key.own, shape, rows)
+    z = self._shared(key.subspace, shape, rows)
+    left, right = self._signs(key.direction, shape, rows)
     signs = left[..., None] * right.reshape((1,) * left.ndim + (-1,))
     return z * signs.reshape(z.shape)
 
-  def product(
+  def matmul(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
   ) -> jax.Array:
     """Returns ((x o r) Z) o s, or ((x o s) Z^T) o r."""
-    first, second = self._signs(key.own, shape)
-    z = self._shared(key.frame, shape).astype(x.dtype)
+    first, second = self._signs(key.direction, shape)
+    z = self._shared(key.subspace, shape).astype(x.dtype)
     if transposed:
       first, second, z = second, first, z.T
     y = (x * jnp.broadcast_to(first.astype(x.dtype), x.shape)) @ z
     return y * jnp.broadcast_to(second.astype(x.dtype), y.shape)
 
-  def combine(
+  def weighted_sum(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
   ) -> jax.Array:
     """Returns Z o (R^T diag(weights) S), for keys of one frame."""
-    left, right = jax.vmap(lambda own: self._signs(own, shape))(keys.own)
+    left, right = jax.vmap(
+      lambda direction_key: self._signs(direction_key, shape)
+    )(keys.direction)
     left = left.reshape(weights.shape[0], -1)  # a scalar has no rows
     signs = jnp.einsum("qi,qo->io", left * weights[:, None], right)
-    return self._shared(keys.frame[0], shape) * signs.reshape(shape)
+    return self._shared(keys.subspace[0], shape) * signs.reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -323,27 +325,27 @@ class Sparse(Direction):
   threshold: float = 0.67
 
   @property
-  def dear(self) -> bool:
+  def cache_draw(self) -> bool:
     """Whether the dense kind is."""
-    return self.dense.dear
+    return self.dense.cache_draw
 
   @property
-  def exact(self) -> bool:
+  def exact_in_low_precision(self) -> bool:
     """Whether every float dtype holds the dense kind's numbers."""
-    return self.dense.exact
+    return self.dense.exact_in_low_precision
 
   @property
   def elementwise(self) -> bool:
     """Not so: the mask takes a whole row of weights."""
     return False
 
-  def draw(
+  def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
     """Draws z before it is masked; see `Direction`."""
-    return self.dense.draw(key, shape, rows)
+    return self.dense.sample(key, shape, rows)
 
-  def restrict(self, z: jax.Array, weight: jax.Array) -> jax.Array:
+  def mask(self, z: jax.Array, weight: jax.Array) -> jax.Array:
     """Returns z where the weights are small, else 0."""
     if weight.ndim < 2:
       return z

@@ -38,9 +38,9 @@ def apply_gradients(
   norm = optax.tree.norm(grads)
   updates, new_state = tx.update(grads, opt_state, adapter)
   new = (optax.apply_updates(adapter, updates), new_state)
-  sound = jnp.isfinite(norm)
+  is_finite = jnp.isfinite(norm)
   adapter, opt_state = jax.tree.map(
-    lambda n, o: jnp.where(sound, n, o), new, (adapter, opt_state)
+    lambda n, o: jnp.where(is_finite, n, o), new, (adapter, opt_state)
   )
   return adapter, opt_state, norm
 

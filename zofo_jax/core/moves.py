@@ -22,14 +22,14 @@ class StepKeys(NamedTuple):
     upper: of the step on p.
     direction: split into those of the directions.
     rounding: of the stochastic rounding of theta.
-    frame: of what directions share; see `directions.LeafKey`.
+    subspace: of what directions share; see `directions.LeafKey`.
   """
 
   lower: jax.Array
   upper: jax.Array
   direction: jax.Array
   rounding: jax.Array
-  frame: jax.Array
+  subspace: jax.Array
 
 
 def step_keys(
@@ -46,9 +46,11 @@ def step_keys(
     jax.random.fold_in(key, step), 4
   )
   # Apart from every step's key, which folds a step's number.
-  frame_root = jax.random.fold_in(key, np.uint32(2**32 - 1))
-  frame = jax.random.fold_in(frame_root, jnp.asarray(step) // frame_steps)
-  return StepKeys(lower, upper, direction, rounding, frame)
+  subspace_root = jax.random.fold_in(key, np.uint32(2**32 - 1))
+  subspace_key = jax.random.fold_in(
+    subspace_root, jnp.asarray(step) // frame_steps
+  )
+  return StepKeys(lower, upper, direction, rounding, subspace_key)
 
 
 class InPlaceUpdate(NamedTuple):
@@ -89,9 +91,9 @@ def replay_update(
   """
   keys = step_keys(key, step, frame_steps)
   num_directions = move.weights.shape[0]
-  return sampler.add(
+  return sampler.apply_directions(
     base,
-    zo.direction_keys(keys.direction, keys.frame, num_directions),
+    zo.direction_keys(keys.direction, keys.subspace, num_directions),
     move.weights,
     decay=move.decay,
     rounding_key=keys.rounding,

@@ -31,7 +31,7 @@ class OuterTransform(NamedTuple):
     init: (base) -> state.
     update: (base, state, estimate, sampler, objective, key) -> (base, state);
       the objective may be evaluated again, the typed key is for rounding.
-    weigh: of an update in place, (base, state, estimate, sampler, objective)
+    compute_update: of an update in place, (base, state, estimate, sampler, objective)
       -> (move, state): all of it but the writing. None if there is more to
       an update than a `Move` can say.
   """
@@ -41,23 +41,23 @@ class OuterTransform(NamedTuple):
     [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective, jax.Array],
     tuple[Any, Any],
   ]
-  weigh: ComputeUpdateFn | None = None
+  compute_update: ComputeUpdateFn | None = None
 
 
 def _in_place(
-  init: Callable[[Any], Any], weigh: ComputeUpdateFn
+  init: Callable[[Any], Any], compute_update: ComputeUpdateFn
 ) -> OuterTransform:
-  """Makes the update that writes what `weigh` says."""
+  """Makes the update that writes what `compute_update` says."""
 
   def update(base, state, estimate, sampler, objective, key):
-    move, state = weigh(base, state, estimate, sampler, objective)
+    move, state = compute_update(base, state, estimate, sampler, objective)
     return _write(base, estimate, sampler, move, key), state
 
-  return OuterTransform(init, update, weigh)
+  return OuterTransform(init, update, compute_update)
 
 
 def _write(base, estimate, sampler, move, key):
-  return sampler.add(
+  return sampler.apply_directions(
     base, estimate.keys, move.weights, decay=move.decay, rounding_key=key
   )
 
@@ -76,10 +76,10 @@ def apply_transform(
   Returns:
     (base, state, move); the move is None if `tx` does not write in place.
   """
-  if tx.weigh is None:
+  if tx.compute_update is None:
     update = tx.update(base, state, estimate, sampler, objective, key)
     return (*update, None)
-  move, state = tx.weigh(base, state, estimate, sampler, objective)
+  move, state = tx.compute_update(base, state, estimate, sampler, objective)
   return _write(base, estimate, sampler, move, key), state, move
 
 
@@ -207,25 +207,29 @@ def sgd(
     states = tuple(scaling.init() for scaling in scalings)
     return SgdState(count, jnp.asarray(rate, jnp.float32), states)
 
-  def weigh(base, state, estimate, sampler, objective):
+  def compute_update(base, state, estimate, sampler, objective):
     del base, sampler, objective
-    alive = jnp.any(estimate.num_nonfinite < estimate.coefficients.shape[0])
+    any_finite = jnp.any(
+      estimate.num_nonfinite < estimate.coefficients.shape[0]
+    )
     rate = state.learning_rate
     if schedule:
       rate = jnp.asarray(schedule(state.num_updates), jnp.float32)
     states = []
     for scaling, old in zip(scalings, state.scaling, strict=True):
       estimate, new = scaling.update(estimate, old)
-      states.append(jax.tree.map(lambda n, o: jnp.where(alive, n, o), new, old))
+      states.append(
+        jax.tree.map(lambda n, o: jnp.where(any_finite, n, o), new, old)
+      )
     move = moves.InPlaceUpdate(
-      weights=jnp.where(alive, -rate * estimate.weights(), 0.0),
-      decay=jnp.where(alive, rate * weight_decay, 0.0),
+      weights=jnp.where(any_finite, -rate * estimate.mean_coefficients(), 0.0),
+      decay=jnp.where(any_finite, rate * weight_decay, 0.0),
       learning_rate=rate,
     )
-    rate = jnp.where(alive, rate, state.learning_rate)
-    return move, SgdState(state.num_updates + alive, rate, tuple(states))
+    rate = jnp.where(any_finite, rate, state.learning_rate)
+    return move, SgdState(state.num_updates + any_finite, rate, tuple(states))
 
-  return _in_place(init, weigh)
+  return _in_place(init, compute_update)
 
 
 def conservative(learning_rate: float) -> OuterTransform:
@@ -240,13 +244,15 @@ def conservative(learning_rate: float) -> OuterTransform:
     The transformation, for one direction.
   """
   inner_sgd = sgd(learning_rate)
-  plain = inner_sgd.weigh
+  plain = inner_sgd.compute_update
   assert plain is not None
 
-  def weigh(base, state, estimate, sampler, objective):
+  def compute_update(base, state, estimate, sampler, objective):
     if estimate.coefficients.shape[0] != 1:
       raise ValueError("outer.conservative takes one direction a step.")
-    direction = perturbed.Key(estimate.keys.own[0], estimate.keys.frame)
+    direction = perturbed.Key(
+      estimate.keys.direction[0], estimate.keys.subspace
+    )
     size = state.learning_rate * estimate.coefficients[0]
     values = jax.lax.map(
       lambda t: objective(sampler.perturb(base, direction, t)),
@@ -259,7 +265,7 @@ def conservative(learning_rate: float) -> OuterTransform:
     chosen = estimate._replace(coefficients=factor * estimate.coefficients)
     return plain(base, state, chosen, sampler, objective)
 
-  return _in_place(inner_sgd.init, weigh)
+  return _in_place(inner_sgd.init, compute_update)
 
 
 def from_optax(
@@ -301,8 +307,8 @@ def from_optax(
       base = sampler_lib.apply_updates(base, updates, key)
       return base, (tx_state, tuple(new))
 
-    alive = estimate.num_nonfinite < estimate.coefficients.shape[0]
-    return jax.lax.cond(alive, step, lambda carry: carry, (base, state))
+    any_finite = estimate.num_nonfinite < estimate.coefficients.shape[0]
+    return jax.lax.cond(any_finite, step, lambda carry: carry, (base, state))
 
   return OuterTransform(init, update)
 

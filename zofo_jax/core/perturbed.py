@@ -30,12 +30,12 @@ class Key(NamedTuple):
   """Key of a direction of a whole tree: typed threefry PRNG keys, shape [].
 
   Attributes:
-    own: of this direction alone.
-    frame: of what it shares with other directions; see `directions.LeafKey`.
+    direction: of this direction alone.
+    subspace: of what it shares with other directions; see `directions.LeafKey`.
   """
 
-  own: jax.Array
-  frame: jax.Array
+  direction: jax.Array
+  subspace: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -62,7 +62,7 @@ class Perturbed:
 
   def add(self, z: jax.Array, stored: jax.Array) -> jax.Array:
     """Returns stored weights plus scale times what of z they move along."""
-    z = self.direction.restrict(z, stored)
+    z = self.direction.mask(z, stored)
     shifted = stored.astype(jnp.float32) + self.scale * z
     return shifted.astype(stored.dtype)
 
@@ -71,16 +71,19 @@ def _draw(weight: Perturbed, rows: directions.Rows | None = None) -> jax.Array:
   """Draws z, once for all signs that read it if that is dear."""
 
   def draw(key):
-    return weight.direction.draw(key, weight.shape, rows)
+    return weight.direction.sample(key, weight.shape, rows)
 
   def draw_apart(key):
     # Always so, which XLA does not see: what a branch returns is in memory, and
     # not computed anew in every use that it would be merged with.
     return jax.lax.cond(
-      (key.own[0] | 1) > 0, draw, lambda key: jnp.zeros_like(draw(key)), key
+      (key.direction[0] | 1) > 0,
+      draw,
+      lambda key: jnp.zeros_like(draw(key)),
+      key,
     )
 
-  if not weight.direction.dear:
+  if not weight.direction.cache_draw:
     return draw(weight.key)
   return jax.lax.platform_dependent(weight.key, cpu=draw_apart, default=draw)
 
@@ -129,7 +132,7 @@ def _materialize_after(
   if not narrow:
     return read(weight)
   stored, z = weight.value, _draw(weight)
-  if weight.direction.exact:
+  if weight.direction.exact_in_low_precision:
     z = z.astype(stored.dtype)
   stored, z = jax.lax.optimization_barrier((stored, z))
   return weight.add(z.astype(jnp.float32), stored)
@@ -145,7 +148,7 @@ def dot(x: jax.Array, weight: Any, after: jax.Array | None = None) -> jax.Array:
   """
   if not is_perturbed(weight):
     return x @ weight
-  product = weight.direction.product(x, weight.key, weight.shape)
+  product = weight.direction.matmul(x, weight.key, weight.shape)
   if product is None:
     return x @ jax.lax.platform_dependent(
       *(weight, jax.lax.stop_gradient((x, after))),
@@ -168,7 +171,7 @@ def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
 
   if not is_perturbed(weight):
     return times(weight)
-  product = weight.direction.product(
+  product = weight.direction.matmul(
     x, weight.key, weight.shape, transposed=True
   )
   if product is None:
@@ -184,7 +187,7 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
   """
   size = weight.shape[0]
   if not is_perturbed(weight) or (
-    weight.direction.product(x, weight.key, weight.shape, transposed=True)
+    weight.direction.matmul(x, weight.key, weight.shape, transposed=True)
     is not None
   ):
     return jax.nn.logsumexp(dot_transposed(x, weight), axis=-1)
@@ -256,7 +259,9 @@ def leaf_keys(key: Key, tree: Any, stacked: str = STACKED) -> Any:
     ]
 
   # The two parts count apart, so that equal keys give unequal numbers.
-  own, frame = (
+  direction_key, subspace_key = (
     part_keys(words, part) for part, words in zip((0, 2), data, strict=True)
   )
-  return jax.tree.unflatten(structure, map(directions.LeafKey, own, frame))
+  return jax.tree.unflatten(
+    structure, map(directions.LeafKey, direction_key, subspace_key)
+  )

@@ -1,7 +1,7 @@
 """Which weights move along which directions, and how the sum is written.
 
 A direction is a value: the z that `perturb` reads in a forward pass and the z
-that `add` writes are the same function of (key, leaf path, layer, element).
+that `apply_directions` writes are the same function of (key, leaf path, layer, element).
 """
 
 import dataclasses
@@ -61,7 +61,7 @@ class Sampler:
     def node(path, leaf, leaf_key):
       if not self._selects(path, leaf):
         return leaf
-      leaf_scale = jnp.broadcast_to(scale, leaf_key.own.shape[:-1])
+      leaf_scale = jnp.broadcast_to(scale, leaf_key.direction.shape[:-1])
       if self.layers is not None and leaf_scale.ndim:
         chosen = np.zeros(leaf_scale.shape, np.float32)
         chosen[list(self.layers)] = 1.0
@@ -73,7 +73,7 @@ class Sampler:
     )
     return nodes if self.lazy else perturbed.materialize(nodes)
 
-  def add(
+  def apply_directions(
     self,
     tree: Any,
     keys: perturbed.Key,
@@ -90,7 +90,7 @@ class Sampler:
 
     Args:
       tree: pytree of weights, any float dtype.
-      keys: keys of the directions, `own` [Q] and one `frame` []. Folded, not
+      keys: keys of the directions, `direction` [Q] and one `subspace` []. Folded, not
         consumed.
       weights: float32, shape [Q].
       decay: share taken off every matrix, not off vectors (norms and biases).
@@ -117,10 +117,12 @@ class Sampler:
 
     return self._map_selected(add_leaf, tree, keys, rounding_key)
 
-  def write(self, tree: Any, keys: perturbed.Key, weights: jax.Array) -> Any:
+  def weighted_sum(
+    self, tree: Any, keys: perturbed.Key, weights: jax.Array
+  ) -> Any:
     """Returns sum_q weights[q] * z(keys[q]) as a float32 tree like `tree`.
 
-    Zero where `add` would leave the weights untouched; arguments as there.
+    Zero where `apply_directions` would leave the weights untouched; arguments as there.
     """
 
     def new(stored, leaf_keys, _, part=None):
@@ -137,10 +139,10 @@ class Sampler:
   def _map_selected(self, fn, tree, keys, rounding_key):
     """Maps fn(leaf, keys [Q, ...] or None if not selected, rounding key)."""
     keys_tree = jax.vmap(
-      lambda own: perturbed.leaf_keys(
-        perturbed.Key(own, keys.frame), tree, self.stacked
+      lambda direction_key: perturbed.leaf_keys(
+        perturbed.Key(direction_key, keys.subspace), tree, self.stacked
       )
-    )(keys.own)
+    )(keys.direction)
     rounding = None
     if rounding_key is not None:
       pair = perturbed.Key(rounding_key, rounding_key)
@@ -148,8 +150,8 @@ class Sampler:
 
     def apply(path, leaf, leaf_keys, *round_key):
       selected = self._selects(path, leaf)
-      own = leaf_keys if selected else None
-      return fn(leaf, own, round_key[0].own if round_key else None)
+      keys = leaf_keys if selected else None
+      return fn(leaf, keys, round_key[0].direction if round_key else None)
 
     return jax.tree_util.tree_map_with_path(
       apply, tree, keys_tree, *([] if rounding is None else [rounding])
@@ -157,9 +159,9 @@ class Sampler:
 
   def _write(self, new, leaf, into, leaf_keys, round_key):
     """Returns `into` with new(weights, keys, rounding key) in moving layers."""
-    if leaf_keys.own.ndim == 2:  # no layers
-      several = leaf_keys.own.shape[0] > 1
-      joined = several and self.direction.joins
+    if leaf_keys.direction.ndim == 2:  # no layers
+      several = leaf_keys.direction.shape[0] > 1
+      joined = several and self.direction.has_weighted_sum
       if leaf.ndim != 2 or leaf.shape[0] <= perturbed.ROWS_PER_BLOCK or joined:
         return new(leaf, leaf_keys, round_key)
       return jax.lax.platform_dependent(
@@ -167,7 +169,7 @@ class Sampler:
         cpu=lambda leaf, _, *keys: new(leaf, *keys),
         default=functools.partial(self._write_rows, new, into is leaf),
       )
-    whole = self.layers is None and leaf_keys.own.shape[0] == 1
+    whole = self.layers is None and leaf_keys.direction.shape[0] == 1
     if whole and self.direction.elementwise:
 
       def at_once(leaf, _, leaf_keys, round_key):
@@ -215,11 +217,11 @@ class Sampler:
 
     def write_layer(i, stack):
       layer = numbers[i]
-      own = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
+      layer_keys = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
       rounding = None if round_key is None else _at(round_key, layer)
       # Read from where it will be written, else both would have to exist.
       stored = _at(stack if in_place else leaf, layer)
-      block = new(stored, own, rounding)
+      block = new(stored, layer_keys, rounding)
       return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
 
     return jax.lax.fori_loop(0, len(moving), write_layer, into)
@@ -232,18 +234,18 @@ class Sampler:
     whole, rows = part or (stored.shape, None)
     if weights.shape[0] == 1:
       only = jax.tree.map(lambda k: k[0], keys)
-      z = self.direction.draw(only, whole, rows)
-      return self.direction.restrict(weights[0] * z, stored)
-    combined = self.direction.combine(keys, weights, whole)
+      z = self.direction.sample(only, whole, rows)
+      return self.direction.mask(weights[0] * z, stored)
+    combined = self.direction.weighted_sum(keys, weights, whole)
     if combined is None:
 
       def add_one(q, total):
         key = jax.tree.map(lambda k: k[q], keys)
-        return total + weights[q] * self.direction.draw(key, whole, rows)
+        return total + weights[q] * self.direction.sample(key, whole, rows)
 
       zero = jnp.zeros(stored.shape, jnp.float32)
       combined = jax.lax.fori_loop(0, weights.shape[0], add_one, zero)
-    return self.direction.restrict(combined, stored)
+    return self.direction.mask(combined, stored)
 
 
 def apply_updates(tree: Any, updates: Any, rounding_key: jax.Array) -> Any:
@@ -265,7 +267,7 @@ def apply_updates(tree: Any, updates: Any, rounding_key: jax.Array) -> Any:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
       return leaf
     total = leaf.astype(jnp.float32) + update.astype(jnp.float32)
-    return _round(total, leaf.dtype, leaf_key.own)
+    return _round(total, leaf.dtype, leaf_key.direction)
 
   return jax.tree.map(add, tree, updates, keys)
 

@@ -95,7 +95,7 @@ class Estimate(NamedTuple):
   """A gradient estimate sum_q coefficients[q] z(keys[q]) / number of finite q.
 
   Attributes:
-    keys: keys of the directions: `own` [Q] and one `frame` [].
+    keys: keys of the directions: `direction` [Q] and one `subspace` [].
     coefficients: directional derivatives, float32, shape [Q]; zero where the
       evaluation was not finite.
     num_nonfinite: how many of them were not finite, int32, shape [].
@@ -109,17 +109,17 @@ class Estimate(NamedTuple):
   values: jax.Array
   aux: Any
 
-  def weights(self) -> jax.Array:
+  def mean_coefficients(self) -> jax.Array:
     """Returns the directions' weights in the gradient, float32 [Q]."""
     num_finite = self.coefficients.shape[0] - self.num_nonfinite
     return self.coefficients / jnp.maximum(num_finite, 1)
 
-  def drop_unless(self, sound: jax.Array) -> "Estimate":
-    """Returns the estimate, with no direction left unless `sound`, bool []."""
+  def mask_nonfinite(self, is_finite: jax.Array) -> "Estimate":
+    """Returns the estimate, with no direction left unless `is_finite`, bool []."""
     count = self.coefficients.shape[0]
     return self._replace(
-      coefficients=jnp.where(sound, self.coefficients, 0.0),
-      num_nonfinite=jnp.where(sound, self.num_nonfinite, count),
+      coefficients=jnp.where(is_finite, self.coefficients, 0.0),
+      num_nonfinite=jnp.where(is_finite, self.num_nonfinite, count),
     )
 
 
@@ -143,17 +143,19 @@ def _collect(keys: perturbed.Key, slopes: DirectionalDerivative) -> Estimate:
 
 
 def direction_keys(
-  key: jax.Array, frame_key: jax.Array | None, num_directions: int
+  key: jax.Array, subspace_key: jax.Array | None, num_directions: int
 ) -> perturbed.Key:
-  """Splits a key into those of the directions; `frame_key` as in `estimate`."""
-  frame = key if frame_key is None else frame_key
-  return perturbed.Key(own=jax.random.split(key, num_directions), frame=frame)
+  """Splits a key into the directions' keys; `subspace_key`: see `estimate`."""
+  subspace_key = key if subspace_key is None else subspace_key
+  return perturbed.Key(
+    direction=jax.random.split(key, num_directions), subspace=subspace_key
+  )
 
 
 def _replicate(x: jax.Array) -> jax.Array:
   """Returns x [B], whole on every device: B sums of one term each."""
-  own = jnp.eye(x.shape[0], dtype=bool)
-  return jnp.sum(jnp.where(own, x[None], 0.0), axis=1)
+  direction_key = jnp.eye(x.shape[0], dtype=bool)
+  return jnp.sum(jnp.where(direction_key, x[None], 0.0), axis=1)
 
 
 def estimate(
@@ -165,7 +167,7 @@ def estimate(
   sampler: sampler_lib.Sampler,
   estimator: Estimator = central,
   num_directions: int = 1,
-  frame_key: jax.Array | None = None,
+  subspace_key: jax.Array | None = None,
   has_aux: bool = False,
   map_fn: MapFn = jax.lax.map,
 ) -> Estimate:
@@ -180,7 +182,7 @@ def estimate(
     sampler: which weights are perturbed and along what.
     estimator: `central`, `forward` or `exact`.
     num_directions: Q.
-    frame_key: key of what the directions share, kept by the caller over
+    subspace_key: key of what the directions share, kept by the caller over
       several steps; a new one if None.
     has_aux: whether fn returns a pair.
     map_fn: how directions are evaluated: one after another, or as
@@ -196,21 +198,21 @@ def estimate(
     >>> sampler = zofo.Sampler(zofo.directions.Rademacher())
     >>> e = zofo.zo.estimate(lambda x: x @ gradient, jnp.zeros(3),
     ...                      jax.random.key(0), 0.5, sampler=sampler)
-    >>> z = sampler.add(jnp.zeros(3), e.keys, jnp.ones(1))
+    >>> z = sampler.apply_directions(jnp.zeros(3), e.keys, jnp.ones(1))
     >>> bool(jnp.allclose(e.coefficients[0], z @ gradient))
     True
   """
   eps = jnp.asarray(eps, jnp.float32)
-  keys = direction_keys(key, frame_key, num_directions)
+  keys = direction_keys(key, subspace_key, num_directions)
   value_of = _with_aux(fn, has_aux)
   origin = value_of(tree) if estimator.shared else None
 
-  def slope(own):
-    direction = perturbed.Key(own, keys.frame)
+  def slope(direction_key):
+    direction = perturbed.Key(direction_key, keys.subspace)
     line = lambda t: value_of(sampler.perturb(tree, direction, t))
     return estimator.slope(line, eps, origin)
 
-  return _collect(keys, map_fn(slope, keys.own))
+  return _collect(keys, map_fn(slope, keys.direction))
 
 
 def estimate_per_example(
@@ -222,7 +224,7 @@ def estimate_per_example(
   *,
   sampler: sampler_lib.Sampler,
   estimator: Estimator = central,
-  frame_key: jax.Array | None = None,
+  subspace_key: jax.Array | None = None,
   has_aux: bool = False,
 ) -> Estimate:
   """Estimates the gradient of the mean of fn, a direction for each example.
@@ -239,7 +241,7 @@ def estimate_per_example(
     eps: smoothing radius, float32, shape [].
     sampler: which weights are perturbed and along what.
     estimator: `central`, `forward` or `exact`.
-    frame_key: as for `estimate`.
+    subspace_key: as for `estimate`.
     has_aux: whether fn returns a pair.
 
   Returns:
@@ -247,21 +249,21 @@ def estimate_per_example(
   """
   eps = jnp.asarray(eps, jnp.float32)
   num_examples = jax.tree.leaves(examples)[0].shape[0]
-  keys = direction_keys(key, frame_key, num_examples)
+  keys = direction_keys(key, subspace_key, num_examples)
   value_of = _with_aux(fn, has_aux)
 
-  def slope(own, example):
-    direction = perturbed.Key(own, keys.frame)
+  def slope(direction_key, example):
+    direction = perturbed.Key(direction_key, keys.subspace)
     origin = value_of(tree, example) if estimator.shared else None
     line = lambda t: value_of(sampler.perturb(tree, direction, t), example)
     return estimator.slope(line, eps, origin)
 
-  slopes = jax.vmap(slope)(keys.own, examples)
+  slopes = jax.vmap(slope)(keys.direction, examples)
   # Where the batch is sharded its directions are too, and their sum would be an
   # exchange of whole matrices; every device is to have all B of them. Keys are
   # split anew, out of the compiler's sight.
   again = direction_keys(
-    jax.lax.optimization_barrier(key), keys.frame, num_examples
+    jax.lax.optimization_barrier(key), keys.subspace, num_examples
   )
   estimated = _collect(again, slopes)
   return estimated._replace(coefficients=_replicate(estimated.coefficients))
@@ -305,4 +307,6 @@ def gradient(
   Returns:
     A float32 tree like `tree`.
   """
-  return sampler.write(tree, estimated.keys, estimated.weights())
+  return sampler.weighted_sum(
+    tree, estimated.keys, estimated.mean_coefficients()
+  )

@@ -44,14 +44,14 @@ class Example(NamedTuple):
     label: the right option (the first of them).
     right: every right option; none if the label was not read.
     options: True for each option that is encoded.
-    where: file and row it came from.
+    source: file and row it came from.
   """
 
   rows: tuple[EncodedRow, ...]
   label: int
   right: tuple[int, ...]
   options: tuple[bool, ...]
-  where: str
+  source: str
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:
@@ -134,10 +134,10 @@ def encode(
   asked = range(len(options)) if mode == "classification" else (label,)
   pieces = {}
   for i in asked:
-    pieces[i] = _tokenize(tokenizer, prompt, options[i], row.where)
+    pieces[i] = _tokenize(tokenizer, prompt, options[i], row.source)
   if mode == "classification" and not task.template(version).may_repeat:
-    _check_distinct(options, pieces, row.where)
-  pieces = _fit(pieces, max_length, long_rows == "truncate", row.where)
+    _check_distinct(options, pieces, row.source)
+  pieces = _fit(pieces, max_length, long_rows == "truncate", row.source)
   singles: dict[tuple[int, ...], list[tuple[int, int]]] = {}
   encoded: list[EncodedRow] = []
   for i, (_, context, option) in pieces.items():
@@ -165,7 +165,7 @@ def encode(
     label=label,
     right=right,
     options=tuple(i in pieces for i in range(len(options))),
-    where=row.where,
+    source=row.source,
   )
 
 

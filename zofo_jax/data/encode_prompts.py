@@ -15,12 +15,12 @@ class Question(NamedTuple):
   Attributes:
     tokens: the prompt.
     answers: the accepted answers; none if the label was not read.
-    where: file and row it came from.
+    source: file and row it came from.
   """
 
   tokens: tuple[int, ...]
   answers: tuple[str, ...]
-  where: str
+  source: str
 
 
 def encode_question(
@@ -55,12 +55,12 @@ def encode_question(
     UserError: it has no tokens.
   """
   prompt = task.prompt(row, version) if prompt is None else prompt
-  lead, tokens = encode_options.prompt_tokens(tokenizer, prompt, row.where)
+  lead, tokens = encode_options.prompt_tokens(tokenizer, prompt, row.source)
   over = len(tokens) - max_length
   if over > 0:
     if not truncate or max_length <= lead:
       raise encode_options.TooLongError(
-        f"{row.where}: the prompt is {len(tokens)} tokens; at most "
+        f"{row.source}: the prompt is {len(tokens)} tokens; at most "
         f"{max_length} fit beside the answer (generate.max_new_tokens). Set "
         "data.long_rows to 'truncate' (at the left)."
       )
@@ -69,7 +69,7 @@ def encode_question(
   if labelled:
     options = task.options(row, version)
     answers = tuple(options[i].strip() for i in task.right(row))
-  return Question(tokens, answers, row.where)
+  return Question(tokens, answers, row.source)
 
 
 def encode_questions(

@@ -42,7 +42,7 @@ class OptionPredictions(NamedTuple):
       self.predictions, [e.right for e in self.examples]
     )
 
-  def worth(self) -> dict[str, float]:
+  def metrics(self) -> dict[str, float]:
     """Returns the value of each metric."""
     guess, truth = self.predictions, self._right()
     return {name: metrics.METRICS[name](guess, truth) for name in self.names}
@@ -57,11 +57,11 @@ class OptionPredictions(NamedTuple):
       for name in self.names
     }
 
-  def lines(self) -> list[dict[str, Any]]:
+  def to_records(self) -> list[dict[str, Any]]:
     """Returns what there is to say of each example."""
     return [
       {
-        "where": example.where,
+        "where": example.source,
         "prediction": prediction,
         "right": list(example.right),
         "scores": [float(one) for one in scores[: len(example.options)]],
@@ -95,7 +95,7 @@ class GeneratedAnswers(NamedTuple):
       for name, score in metrics.TEXT_METRICS.items()
     }
 
-  def worth(self) -> dict[str, float]:
+  def metrics(self) -> dict[str, float]:
     """Returns the mean of each metric."""
     return {name: float(each.mean()) for name, each in self._each().items()}
 
@@ -110,12 +110,12 @@ class GeneratedAnswers(NamedTuple):
       for name, each in self._each().items()
     }
 
-  def lines(self) -> list[dict[str, Any]]:
+  def to_records(self) -> list[dict[str, Any]]:
     """Returns what there is to say of each question."""
     each = self._each()
     return [
       {
-        "where": question.where,
+        "where": question.source,
         "prediction": text,
         "answers": list(question.answers),
         **{name: float(values[i]) for name, values in each.items()},

@@ -46,7 +46,7 @@ def plan(
   """
   topology = topologies.find(name)
   devices = aot.devices_of(topology) if topology.compiled else None
-  config = _settled(config)
+  config = _without_tokenizer(config)
   one = dict.fromkeys(mesh_lib.AXES, 1)
   chosen = dict(config.mesh) == {**one, "data": -1}
   # To choose a mesh nothing need fit the default one, which all rows divide.
@@ -81,11 +81,13 @@ def plan(
   }
   if path:
     report.write_json(epath.Path(path), plan)
-  _show(plan)
+  _print_plan(plan)
   return plan
 
 
-def _settled(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def _without_tokenizer(
+  config: ml_collections.ConfigDict,
+) -> ml_collections.ConfigDict:
   """Returns a copy of the config that needs no tokenizer."""
   config = config.copy_and_resolve_references()
   if config.prompt.init == "text":  # another start, of the same shape
@@ -186,7 +188,7 @@ def _smallest(
   return None
 
 
-def _show(plan: dict[str, Any]) -> None:
+def _print_plan(plan: dict[str, Any]) -> None:
   """Prints a plan for people."""
   how = "estimated from shapes" if plan["estimate"] else "by the compiler"
   mesh = ", ".join(f"mesh.{k}={v}" for k, v in plan["mesh"].items())

@@ -24,7 +24,7 @@ class Row(NamedTuple):
   """One row and where it came from, such as "sst2/train.jsonl row 3"."""
 
   fields: Mapping[str, Any]
-  where: str
+  source: str
 
 
 class Template(NamedTuple):
@@ -125,7 +125,7 @@ class Task:
       right = tuple(_call(self.label, row))
       if not right:
         raise errors.UserError(
-          f"{row.where}: task {self.name} finds no right option in this row."
+          f"{row.source}: task {self.name} finds no right option in this row."
         )
       return right
     value = row.fields[self.label]
@@ -138,7 +138,7 @@ class Task:
         else f"an integer from 0 to {count - 1}"
       )
       raise errors.UserError(
-        f"{row.where}: label column '{self.label}' holds {value!r}, but task "
+        f"{row.source}: label column '{self.label}' holds {value!r}, but task "
         f"{self.name} expects {expected}."
       )
     return (index,)
@@ -156,7 +156,7 @@ class Task:
     for column in self.columns if labelled else self.text:
       if column not in row.fields:
         raise errors.UserError(
-          f"{row.where}: no column '{column}', which task {self.name} reads; "
+          f"{row.source}: no column '{column}', which task {self.name} reads; "
           f"the row has {', '.join(map(str, row.fields))}."
           f"{errors.nearest(column, map(str, row.fields))}"
         )
@@ -164,12 +164,12 @@ class Task:
       value = row.fields[column]
       if not isinstance(value, str):
         raise errors.UserError(
-          f"{row.where}: column '{column}' holds "
+          f"{row.source}: column '{column}' holds "
           f"{json.dumps(value, default=str)[:40]} of type "
           f"{type(value).__name__}, but task {self.name} expects text."
         )
       if not value.strip():
-        raise errors.UserError(f"{row.where}: column '{column}' is empty.")
+        raise errors.UserError(f"{row.source}: column '{column}' is empty.")
     if labelled:
       self.right(row)
 
@@ -186,15 +186,15 @@ def _call(function: Callable[[Fields], Any], row: Row) -> Any:
   try:
     return function(fields)
   except ValueError as error:  # A sentence of the entry's own.
-    raise errors.UserError(f"{row.where}: {error}") from error
+    raise errors.UserError(f"{row.source}: {error}") from error
   except KeyError as error:
     raise errors.UserError(
-      f"{row.where}: no entry {error} in this row; it has "
+      f"{row.source}: no entry {error} in this row; it has "
       f"{', '.join(map(str, row.fields))}."
     ) from error
   except (TypeError, AttributeError, IndexError) as error:
     raise errors.UserError(
-      f"{row.where}: a column is not of the kind this task reads "
+      f"{row.source}: a column is not of the kind this task reads "
       f"({errors.first_line(error)})."
     ) from error
 

@@ -60,7 +60,7 @@ class Signals:
     self._number = number
     signal.signal(number, signal.SIG_DFL)
 
-  def due(self, step: int) -> int | None:
+  def preemption_requested(self, step: int) -> int | None:
     """Returns the signal after which a run should end with this step, if any.
 
     Args:
@@ -90,7 +90,7 @@ class Guard:
       max_loss_ratio: a moving average of the loss, above this many times the
         mean of the first ten, ends a run; 0 for no limit.
     """
-    self.memory: dict[str, Any] = {
+    self.state: dict[str, Any] = {
       "nonfinite": 0,
       "in_a_row": 0,
       "losses": [],
@@ -108,7 +108,7 @@ class Guard:
     Returns:
       Why the run should end; "" if it should not.
     """
-    memory = self.memory
+    memory = self.state
     if dropped or not all(map(math.isfinite, losses)):
       memory["nonfinite"] += 1
       memory["in_a_row"] += 1
@@ -123,7 +123,7 @@ class Guard:
     return self._compare(losses[-1]) if self._max_loss_ratio else ""
 
   def _compare(self, loss: float) -> str:
-    memory = self.memory
+    memory = self.state
     if len(memory["losses"]) < _START:
       memory["losses"].append(loss)
       return ""

@@ -28,7 +28,7 @@ class Work(NamedTuple):
       is told; `lower_loss` and `upper_loss` are shown.
     health: (info on the host) -> what `guards.Guard.update` looks at: the
       losses, and whether no direction was finite.
-    select: (state) -> what the selection rows say, and its worth: a checkpoint
+    select: (state) -> what the selection rows say, and its scores: a checkpoint
       of the highest is kept.
     spent: (number of iterations) -> what they cost; see `budget`.
   """
@@ -81,7 +81,7 @@ def _run(trained, folder, work, store):
     writer.truncate_after(-1)
     state, record = work.start()
     record |= {"seconds": 0.0, "guard": {}}
-    store.begin(state)
+    store.start_ledger(state)
   else:
     state, record = resumed
     writer.truncate_after(int(state.step))
@@ -152,14 +152,14 @@ def _iterate(trained, work, state, record, write, store, signals, profile):
       )
       return guard.update(*work.health(info))
 
-    def save(**worth: float) -> None:
-      record["guard"] = guard.memory
-      store.save(state, record, **worth)
+    def save(**options: Any) -> None:
+      record["guard"] = guard.state
+      store.save(state, record, **options)
 
     for step in range(start, total):
       with profile.of(step - start):
         state, info = work.step(state, step)
-      problem, number = flush(), signals.due(step)
+      problem, number = flush(), signals.preemption_requested(step)
       pending = (step + 1, info)
       evaluates = (step + 1) % options.eval_every_steps == 0
       evaluates = evaluates or step + 1 == total
@@ -173,10 +173,10 @@ def _iterate(trained, work, state, record, write, store, signals, profile):
           "saved."
         )
       if evaluates:
-        found, worth = work.select(state)
+        found, metric = work.select(state)
         scores = {f"selection_{name}": v for name, v in found.items()}
         write({"step": step + 1, **scores})
-        save(metric=worth)
+        save(metric=metric)
         # Evaluation is no part of the training time.
         began = time.monotonic() - record["seconds"]
       if number and step + 1 < total:

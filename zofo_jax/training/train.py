@@ -132,11 +132,11 @@ def _work(run: run_lib.Run, examples: data.Examples) -> loop.Work:
     base = model_lib.load_base(config, run.model, run.mesh)
     state = run.init(base, model_lib.load_adapter(config, run.model))
     zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
-    return state, {"zero_shot": zero_shot.worth()}
+    return state, {"zero_shot": zero_shot.metrics()}
 
   def arguments(state, number):
     rows = iteration_batch(config, examples, shape, run.model.pad, number)
-    return state, run.put(rows), algorithm.make_hparams(config, number)
+    return state, run.shard_batch(rows), algorithm.make_hparams(config, number)
 
   def step(state, number):
     return step_fn(*arguments(state, number))
@@ -152,10 +152,10 @@ def _work(run: run_lib.Run, examples: data.Examples) -> loop.Work:
 
   def select(state):
     result = run.evaluate(
-      state.base, run.kept(state), examples.selection, "selection"
+      state.base, run.selected_adapter(state), examples.selection, "selection"
     )
-    worth = result.worth()
-    return worth, worth[run.task.metric]
+    scores = result.metrics()
+    return scores, scores[run.task.metric]
 
   return loop.Work(
     start=start,
@@ -181,25 +181,25 @@ def best_selection(folder: epath.Path) -> dict[str, float]:
 def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
   """Tests p and s, and writes the table, the picture and the summary."""
   config = run.config
-  worth = {"zero_shot": record["zero_shot"]}
+  scores = {"zero_shot": record["zero_shot"]}
   # The other adapter's scores have its letter.
-  adapters = {"test": run.kept(state)}
+  adapters = {"test": run.selected_adapter(state)}
   other = "p" if config.keep == "s" else "s"
   if state.lower:
     adapters[f"test_{other}"] = {"p": state.upper, "s": state.lower}[other]
   for name, adapter in adapters.items():
     result = run.evaluate(state.base, adapter, examples.test, name)
-    worth[name] = result.worth()
+    scores[name] = result.metrics()
   num_steps = config.train.num_steps
   summary: dict[str, Any] = {
     "task": run.task.name,
     "model": config.model.name,
     "method": config.method,
     "keep": config.keep,
-    **{f"zero_shot_{k}": v for k, v in worth["zero_shot"].items()},
-    **{f"test_{k}": v for k, v in worth["test"].items()},
+    **{f"zero_shot_{k}": v for k, v in scores["zero_shot"].items()},
+    **{f"test_{k}": v for k, v in scores["test"].items()},
     **{
-      f"test_{k}_{other}": v for k, v in worth.get(f"test_{other}", {}).items()
+      f"test_{k}_{other}": v for k, v in scores.get(f"test_{other}", {}).items()
     },
     **best_selection(folder),
     "num_test_rows": len(examples.test),
@@ -223,7 +223,7 @@ def _finish(run, examples, state, record, folder, spent) -> dict[str, Any]:
       f"test_{other}": f"adapter {other}",
     }
   report.results_table(
-    [{"model": text, **worth[name]} for name, text in names.items()],
+    [{"model": text, **scores[name]} for name, text in names.items()],
     title=f"{run.task.name}: {len(examples.test)} test rows, never trained on",
   )
   if multihost.is_primary():

@@ -309,7 +309,7 @@ def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
   config.adapt.num_seeds = 1
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
   fresh = model_lib.init_adapter(config, run.model, key, base)
-  target = targets[1]._replace(shots=[targets[1].shots[1]])
+  target = targets[1]._replace(shots=[targets[1].support_examples[1]])
   alone = few_shot_lib.tune(
     run, few_shot_lib.Backbone("base", base, fresh), [target]
   )

@@ -20,7 +20,7 @@ from zofo_jax.checkpoints.ledger.replay import (
 
 __all__ = [
   "Ledger",
-  "Line",
+  "LedgerEntry",
   "Writer",
   "advance",
   "fingerprint",

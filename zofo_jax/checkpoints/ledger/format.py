@@ -36,7 +36,7 @@ class LedgerEntry(NamedTuple):
   coefficients: np.ndarray
   move: moves.InPlaceUpdate | None
 
-  def text(self) -> str:
+  def serialize(self) -> str:
     """Returns the line with its checksum and its end."""
     move = self.move
     fields = [
@@ -63,9 +63,9 @@ class Ledger(NamedTuple):
   lines: list[LedgerEntry]
   torn: bool = False
 
-  def text(self) -> str:
+  def serialize(self) -> str:
     """Returns the file's content, byte for byte."""
-    return start(self.header) + "".join(line.text() for line in self.lines)
+    return start(self.header) + "".join(line.serialize() for line in self.lines)
 
 
 def start(header: dict[str, Any]) -> str:
@@ -137,7 +137,7 @@ class Writer:
 
   def append(self, line: LedgerEntry) -> None:
     """Appends a line."""
-    self._parts.append(line.text())
+    self._parts.append(line.serialize())
     if self._file is None:
       return
     self._file.write(self._parts[-1])
@@ -147,7 +147,7 @@ class Writer:
     except io.UnsupportedOperation:
       pass  # a remote file system
 
-  def text(self) -> str:
+  def serialize(self) -> str:
     """Returns the file's content."""
     self._parts = ["".join(self._parts)]
     return self._parts[0]

@@ -42,7 +42,7 @@ def assess(
   """
   adapters = few_shot.tune(run, found, targets)
   base, seeds = found.base, range(run.config.adapt.num_seeds)
-  shape = task_sets.common_shape([batching.shape_of(t.test) for t in targets])
+  shape = task_sets.common_shape([batching.shape_of(t.query_examples) for t in targets])
   # All seeds of a target answer its rows together: scores [B, O, seeds].
   log_probs_fn = apply.make_log_probs_fn(run.model.module)
   score_fn = mesh_lib.jit_on_batches(
@@ -51,36 +51,40 @@ def assess(
     2,
   )
 
-  def worth(target, scores):
+  def score(target, scores):
     task = target.member.task
-    judged = run._replace(task=task).judge(target.test, scores)
-    return judged.worth()[task.metric]
+    judged = run._replace(task=task).score_predictions(
+      target.query_examples, scores
+    )
+    return judged.metrics()[task.metric]
 
   def in_context(target, seed):
     own, icl = run._replace(task=target.member.task), run.config.icl
-    few = target.shown[seed]
+    few = target.support_rows[seed]
     count = min(len(few), icl.num_shots)
     examples = demonstrations.encode_shown(
       own,
       in_context_lib.draw(own.task, few, count, seed, balanced=icl.balanced),
-      target.asked,
+      target.query_rows,
       [
         _as_cut(own, row, example)
-        for row, example in zip(target.asked, target.test, strict=True)
+        for row, example in zip(
+          target.query_rows, target.query_examples, strict=True
+        )
       ],
       # All that the model can read: `data.max_length` is for one row.
       max_length=data.context_length(run.config, run.model),
     )
     label = f"in context {own.task.name}"
     found = demonstrations.answer(own, base, examples, label)
-    return found.worth()[own.task.metric]
+    return found.metrics()[own.task.metric]
 
   def answer(target, adapter, fn, label):
     return scoring.score_options(
       fn,
       base,
       adapter,
-      target.test,
+      target.query_examples,
       batch_size=run.config.eval.batch_size,
       pad=run.model.pad,
       label=f"{label} {target.member.task.name}",
@@ -93,16 +97,16 @@ def assess(
       "backbone": found.name,
       "task": target.member.task.name,
       "metric": target.member.task.metric,
-      "num_test_rows": len(target.test),
-      "zero_shot": worth(target, answer(target, {}, run.score_fn, "zero-shot")),
+      "num_test_rows": len(target.query_examples),
+      "zero_shot": score(target, answer(target, {}, run.score_fn, "zero-shot")),
       "in_context": [in_context(target, seed) for seed in seeds],
     }
     if found.start:
       scores = answer(target, found.start, run.score_fn, "start")
-      row["start"] = worth(target, scores)
+      row["start"] = score(target, scores)
     own = jax.tree.map(lambda leaf, i=i: leaf[i], adapters)
     scores = answer(target, own, score_fn, "few-shot")
-    row["few_shot"] = [worth(target, scores[..., seed]) for seed in seeds]
+    row["few_shot"] = [score(target, scores[..., seed]) for seed in seeds]
     outcome.append(row)
   return outcome
 

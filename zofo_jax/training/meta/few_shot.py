@@ -28,17 +28,17 @@ class Target(NamedTuple):
 
   Attributes:
     member: the task.
-    shown: the few rows of each seed.
-    shots: the same, encoded.
-    asked: rows to be answered.
-    test: the same, encoded.
+    support_rows: the few training rows of each seed.
+    support_examples: the same, encoded.
+    query_rows: the test rows.
+    query_examples: the same, encoded.
   """
 
   member: task_sets.TaskSource
-  shown: list[list[tasks.Row]]
-  shots: list[list[encode_options.Example]]
-  asked: list[tasks.Row]
-  test: list[encode_options.Example]
+  support_rows: list[list[tasks.Row]]
+  support_examples: list[list[encode_options.Example]]
+  query_rows: list[tasks.Row]
+  query_examples: list[encode_options.Example]
 
 
 def load_targets(
@@ -55,12 +55,14 @@ def load_targets(
   for member in members:
     task, splits = member.task, task_sets.load_rows(config, member)
     pool = [*splits.lower, *splits.upper]
-    shown = [
+    support = [
       _few(config, member, pool, seed) for seed in range(config.adapt.num_seeds)
     ]
-    shots = [data_lib.encode_trained(config, model, task, few) for few in shown]
-    test = data_lib.encode_scored(config, model, task, splits.test)
-    targets.append(Target(member, shown, shots, splits.test, test))
+    encoded = [
+      data_lib.encode_train(config, model, task, few) for few in support
+    ]
+    test = data_lib.encode_eval(config, model, task, splits.test)
+    targets.append(Target(member, support, encoded, splits.test, test))
   return targets
 
 
@@ -129,7 +131,7 @@ def tune(run: run_lib.Run, found: Backbone, targets: Sequence[Target]) -> Any:
   options = config.adapt
   tx = algorithm.make_optimizer(options.optimizer, options.learning_rate)
   loss_fn = model_lib.make_loss_fn(config.loss, run.model.module)
-  few = [shots for target in targets for shots in target.shots]
+  few = [shots for target in targets for shots in target.support_examples]
   shape = batching.shape_of([e for shots in few for e in shots], multiple=8)
 
   def one(base, adapter, opt_state, batch, key):

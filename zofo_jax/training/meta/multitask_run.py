@@ -147,7 +147,7 @@ class MultitaskRun(NamedTuple):
         f"{label} {member.task.name}",
         shape=shape,
       )
-      .worth()
+      .metrics()
       for i, member in enumerate(self.members)
     ]
 

@@ -51,7 +51,7 @@ def _work(
       for i in tasks
     ]
     batch = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-    batch = family.run.put(batch, axis=1)
+    batch = family.run.shard_batch(batch, axis=1)
     if meta.weight_power:
       weights = np.asarray(sizes, np.float32)[tasks] ** meta.weight_power
       batch = batch._replace(weights=weights.astype(np.float32))
