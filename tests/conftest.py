@@ -52,8 +52,9 @@ defaults.base_config = _on_one_device
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
-  """Programs go to a cache, so that what is compiled again need not be."""
-  folder = str(tmp_path_factory.mktemp("programs"))
+  """Caches compiled programs, for this run or where the environment says."""
+  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+  folder = folder or str(tmp_path_factory.mktemp("programs"))
   jax.config.update("jax_compilation_cache_dir", folder)
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   compilation_cache.reset_cache()

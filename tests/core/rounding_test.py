@@ -58,7 +58,7 @@ def test_writes_round_each_weight_by_itself(dtype):
   sampler = sampler_lib.Sampler(RADEMACHER)
   keys, weights = _keys(1), jnp.array([spacing / 4])
   to_nearest = _add(sampler, tree, keys, weights)
-  z = jax.jit(sampler.write)(tree, keys, jnp.ones(1))
+  z = jax.jit(sampler.weighted_sum)(tree, keys, jnp.ones(1))
   rows = []
   for seed in (1, 2):
     moved = _add(

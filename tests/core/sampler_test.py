@@ -292,7 +292,7 @@ def test_a_table_by_blocks_of_rows_is_the_table_at_once(
   tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
   arguments = (tree, _keys(count), jnp.linspace(0.5, 1.0, count))
   options = {"decay": 0.1, "rounding_key": jax.random.key(5)}
-  add = sampler_lib.Sampler(kind).add
+  add = sampler_lib.Sampler(kind).apply_directions
   at_once = jax.jit(add)(*arguments, **options)
 
   def default(*operands, default, **branches):

@@ -45,7 +45,7 @@ def _ravel(tree):
 @functools.partial(jax.jit, static_argnames="direction")
 def _rows(keys, tree, direction):
   """Writes the z of every key out as a row, [Q, d]."""
-  write = sampler_lib.Sampler(direction).write
+  write = sampler_lib.Sampler(direction).weighted_sum
 
   def row(own):
     keys_of_one = perturbed.Key(own[None], keys.subspace)
