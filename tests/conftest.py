@@ -50,6 +50,16 @@ def _on_one_device():
 defaults.base_config = _on_one_device
 
 
+def pytest_collection_modifyitems(items):
+  """Skips what needs eight devices where there are fewer, as on one GPU."""
+  if jax.device_count() >= 8:
+    return
+  skip = pytest.mark.skip(reason="needs eight devices")
+  for item in items:
+    if item.get_closest_marker("many_devices"):
+      item.add_marker(skip)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory):
   """Caches compiled programs, for this run or where the environment says."""

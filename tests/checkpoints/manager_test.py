@@ -124,6 +124,7 @@ def test_state_may_be_donated_while_it_is_written(tmp_path):
   assert jax.tree.map(bits, restored) == expected
 
 
+@pytest.mark.many_devices
 def test_restores_onto_another_sharding(tmp_path):
   state = make_state()
   save(tmp_path, 0)

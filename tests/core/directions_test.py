@@ -67,6 +67,7 @@ def test_same_bits_in_every_transformation(kind):
     np.testing.assert_array_equal(other, eager)
 
 
+@pytest.mark.many_devices
 @kinds
 @pytest.mark.parametrize(
   "shape, spec",

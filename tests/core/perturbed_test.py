@@ -277,6 +277,7 @@ def test_half_precision(kind):
     assert perturbed.dot_transposed(x[:, :8], node).dtype == jnp.float32
 
 
+@pytest.mark.many_devices
 @kinds
 def test_same_bits_on_a_mesh(kind):
   mesh = jax.make_mesh(

@@ -185,6 +185,7 @@ def test_decay_skips_vectors():
     np.testing.assert_array_equal(got, old)
 
 
+@pytest.mark.many_devices
 @kinds
 def test_sharded_rows_exchange_nothing(kind):
   # Each device draws its own rows of z and moves its own weights.

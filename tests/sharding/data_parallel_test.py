@@ -11,6 +11,8 @@ from zofo_jax.core import directions, outer, perturbed, sampler, zo
 from zofo_jax.plan import hlo
 from zofo_jax.sharding import mesh as mesh_lib
 
+pytestmark = pytest.mark.many_devices
+
 BATCH, EPS = 16, 0.05
 
 

@@ -18,6 +18,8 @@ from zofo_jax.models.hf import published, weights
 from zofo_jax.plan import hlo
 from zofo_jax.sharding import mesh as mesh_lib
 
+pytestmark = pytest.mark.many_devices
+
 ONE = {"data": 1, "fsdp": 1, "model": 1, "pert": 1}
 CONFIGS = {
   "llama": {

@@ -19,6 +19,8 @@ import pytest
 from zofo_jax import errors, report
 from zofo_jax.sharding import multihost
 
+pytestmark = pytest.mark.many_devices
+
 LONG, LONG_WHY = os.environ.get("ZOFO_LONG_TESTS"), "needs ZOFO_LONG_TESTS=1"
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 

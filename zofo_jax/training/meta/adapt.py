@@ -42,7 +42,9 @@ def assess(
   """
   adapters = few_shot.tune(run, found, targets)
   base, seeds = found.base, range(run.config.adapt.num_seeds)
-  shape = task_sets.common_shape([batching.shape_of(t.query_examples) for t in targets])
+  shape = task_sets.common_shape(
+    [batching.shape_of(t.query_examples) for t in targets]
+  )
   # All seeds of a target answer its rows together: scores [B, O, seeds].
   log_probs_fn = apply.make_log_probs_fn(run.model.module)
   score_fn = mesh_lib.jit_on_batches(
