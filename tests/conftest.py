@@ -26,7 +26,6 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from tests import tiny
-from zofo_jax.config import defaults
 
 # Tests of one device run on others, too: ZOFO_TEST_PLATFORM=cuda
 jax.config.update("jax_platforms", os.environ.get("ZOFO_TEST_PLATFORM", "cpu"))
@@ -36,18 +35,6 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # Comparisons see rounding of float32, never of a faster matrix product.
 jax.config.update("jax_default_matmul_precision", "highest")
-
-# A run is on one device unless a test asks for more.
-_base_config = defaults.base_config
-
-
-def _on_one_device():
-  config = _base_config()
-  config.mesh.data = 1
-  return config
-
-
-defaults.base_config = _on_one_device
 
 
 def pytest_collection_modifyitems(items):
@@ -94,6 +81,12 @@ def command_line():
   from zofo_jax import main
 
   def run(*arguments):
+    arguments = [*map(str, arguments)]
+    # A run uses all eight devices unless it is given a mesh.
+    if any(a.startswith("--config=") for a in arguments) and not any(
+      a.startswith("--config.mesh.") for a in arguments
+    ):
+      arguments.append("--config.mesh.data=1")
     # Flags are global, and --config.* defines more of them: all is put back.
     with (
       pytest.MonkeyPatch.context() as patch,
@@ -104,7 +97,7 @@ def command_line():
       warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
       # There a file without get_config would find that of the last one.
       patch.delitem(sys.modules, "config_config", raising=False)
-      patch.setattr(sys, "argv", ["zofo_jax", *map(str, arguments)])
+      patch.setattr(sys, "argv", ["zofo_jax", *arguments])
       return main.main()
 
   return run

@@ -12,6 +12,18 @@ _PLACES = ("by the sea", "of two friends", "in the hills", "about a dog")
 _NAMES = ("", " for Ann", " for Bob", " for all")
 
 
+def base_config():
+  """Returns the default config of a run on one device.
+
+  The tests have eight devices; a run would use them all.
+  """
+  from zofo_jax.config import defaults
+
+  config = defaults.base_config()
+  config.mesh.data = 1
+  return config
+
+
 def _reviews():
   """Returns made-up rows of rotten_tomatoes, shuffled."""
   rows = [

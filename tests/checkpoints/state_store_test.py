@@ -17,12 +17,12 @@ import pytest
 import safetensors
 from etils import epath
 
+from tests import tiny
 from zofo_jax import errors, report
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import ledger, manager, state_store
 from zofo_jax.commands import export
 from zofo_jax.commands import ledger as ledger_command
-from zofo_jax.config import defaults
 from zofo_jax.training import guards, train
 
 STEPS = 8
@@ -37,7 +37,7 @@ CLOCK = (
 
 @pytest.fixture(scope="module")
 def config(tiny_model, tiny_rows):
-  config = defaults.base_config()
+  config = tiny.base_config()
   config.loss = "classification"
   config.penalty = 1.0
   config.model.name = str(tiny_model)

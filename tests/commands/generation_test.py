@@ -7,10 +7,11 @@ import shutil
 import numpy as np
 import pytest
 
+from tests import tiny
 from zofo_jax import errors, report
 from zofo_jax.builders import data
 from zofo_jax.builders import model as model_lib
-from zofo_jax.config import defaults, validate
+from zofo_jax.config import validate
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 
@@ -49,7 +50,7 @@ def question_rows(tmp_path_factory):
 
 
 def run_config(model, rows, **changes):
-  config = defaults.base_config()
+  config = tiny.base_config()
   config.model.name, config.data.dir = str(model), str(rows)
   config.data.task = "squad"
   config.update_from_flattened_dict(changes)

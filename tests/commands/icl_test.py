@@ -7,9 +7,9 @@ import shutil
 import numpy as np
 import pytest
 
+from tests import tiny
 from zofo_jax import errors
 from zofo_jax.commands import icl
-from zofo_jax.config import defaults
 from zofo_jax.evaluation import in_context
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
@@ -17,7 +17,7 @@ LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 
 @pytest.fixture
 def config(tiny_model, tiny_rows):
-  found = defaults.base_config()
+  found = tiny.base_config()
   found.model.name = str(tiny_model)
   found.data.dir = str(tiny_rows)
   found.data.task = "rotten_tomatoes"

@@ -11,6 +11,8 @@ import sys
 import jax
 import pytest
 
+from tests import tiny
+
 ROOT = pathlib.Path(__file__).parents[2]
 LLAMA = ROOT / "configs" / "llama.py"
 
@@ -325,9 +327,7 @@ def test_unwritable_workdir(train):
 def test_another_config_than_the_run_began_with(
   train, command_line, tmp_path, tiny_model, tiny_rows
 ):
-  from zofo_jax.config import defaults
-
-  config = defaults.base_config()
+  config = tiny.base_config()
   config.model.name = str(tiny_model)
   config.data.dir = str(tiny_rows)
   config.data.task = "rotten_tomatoes"

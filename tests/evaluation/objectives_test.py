@@ -12,11 +12,11 @@ import optax
 import pytest
 
 import zofo_jax as zofo
+from tests import tiny as tiny_files
 from zofo_jax import errors
 from zofo_jax.builders import data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
-from zofo_jax.config import defaults
 from zofo_jax.core import losses, perturbed
 from zofo_jax.data import batching
 from zofo_jax.evaluation import objectives
@@ -32,7 +32,7 @@ def exact(predicted, answer):
 @pytest.fixture(scope="module")
 def tiny(tiny_model, tiny_rows):
   """Module, weights, tokenizer, a batch with every option, and none padded."""
-  config = defaults.base_config()
+  config = tiny_files.base_config()
   config.model.name = str(tiny_model)
   config.data.dir = str(tiny_rows)
   config.data.task = "rotten_tomatoes"
@@ -175,7 +175,7 @@ def test_step_measures_the_probe_s_loss_alone():
 @pytest.mark.parametrize("objective", ["accuracy", "operator:gt"])
 def test_run_on_a_part_of_the_weights(tiny_model, tiny_rows, objective):
   """The config's objective moves the chosen layers' chosen weights alone."""
-  config = defaults.base_config()
+  config = tiny_files.base_config()
   config.model.name = str(tiny_model)
   config.data.dir = str(tiny_rows)
   config.data.task = "rotten_tomatoes"

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from zofo_jax import tasks
 from zofo_jax.builders import model as model_lib
-from zofo_jax.config import defaults
 from zofo_jax.data import encode_options
 from zofo_jax.evaluation import linear_probe, scoring
 from zofo_jax.models import apply
@@ -47,7 +47,7 @@ ROWS = {
 
 @pytest.fixture(scope="module")
 def real():
-  config = defaults.base_config()
+  config = tiny.base_config()
   config.model.name = str(FOLDER)
   model = model_lib.load_model(config)
   return model, model_lib.load_base(config, model)

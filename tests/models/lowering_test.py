@@ -6,8 +6,8 @@ import pytest
 from jax import export
 
 import zofo_jax as zofo
+from tests import tiny
 from zofo_jax import models
-from zofo_jax.config import defaults
 from zofo_jax.plan import estimate
 from zofo_jax.sharding import mesh as mesh_lib
 
@@ -35,7 +35,7 @@ def test_the_step_exports(name, monkeypatch):
     **SHAPES[name],
   }
   monkeypatch.setitem(estimate.published.CONFIGS, "tiny", hf_config)
-  config = defaults.base_config()
+  config = tiny.base_config()
   config.model.name = "tiny"
   config.model.dtype = "bfloat16"
   mesh = mesh_lib.make(config.mesh)

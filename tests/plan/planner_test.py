@@ -8,8 +8,8 @@ import jax
 import numpy as np
 import pytest
 
+from tests import tiny
 from zofo_jax import errors, models
-from zofo_jax.config import defaults
 from zofo_jax.models.hf import published, weights
 from zofo_jax.plan import estimate, planner, topologies
 from zofo_jax.sharding import mesh as mesh_lib
@@ -54,7 +54,7 @@ def test_every_size_of_the_configs_is_known(command_line, capsys):
 
 
 def config_of(name, **changes):
-  config = defaults.base_config()
+  config = tiny.base_config()
   config.mesh.data = -1
   config.model.name = name
   config.model.dtype = "bfloat16"

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests import tiny
 from zofo_jax.builders import run as run_lib
 from zofo_jax.commands import evaluate, export
-from zofo_jax.config import defaults
 from zofo_jax.config.validate import check
 from zofo_jax.errors import UserError
 from zofo_jax.models.hf import peft
@@ -63,7 +63,7 @@ def test_s_may_be_kept(command_line, tmp_path, tiny_model, tiny_rows, capsys):
   "changes", [{"method": "peft"}, {"command": "metatrain"}]
 )
 def test_s_is_bilevel_zofos_on_one_task(changes):
-  config = defaults.base_config()
+  config = tiny.base_config()
   config.keep = "s"
   config.update(changes)
   with pytest.raises(UserError, match=r"^config\.keep: "):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests import tiny
 from zofo_jax import errors, report, tasks
 from zofo_jax.builders import algorithm, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import manager
-from zofo_jax.config import defaults
 from zofo_jax.core import bilevel
 from zofo_jax.data import batching
 from zofo_jax.tasks import groups
@@ -283,7 +283,7 @@ def test_the_spread_is_that_of_a_sample():
 
 @pytest.fixture
 def config(tiny_model, family_rows):
-  found = defaults.base_config()
+  found = tiny.base_config()
   found.command = "adapt"
   found.model.name = str(tiny_model)
   found.data.dir = str(family_rows)
