@@ -87,12 +87,15 @@ def _parse(argv: list[str]) -> str:
     # A file that is not there may be noticed only when its fields are read.
     hasattr(_CONFIG.value, "items")
   except flags.Error as error:
-    raise errors.UserError(f"{error}.") from error
+    # ml_collections wraps what a config file raises in its traceback.
+    raise errors.first_cause(error) or errors.UserError(f"{error}.") from error
   except AttributeError as error:
     raise errors.UserError(
       show.unknown_field(argv)
       or f"--config: {show.file_of(argv)} is broken: {error}."
     ) from error
+  except errors.UserError:  # raised by the config file itself
+    raise
   except (ValueError, TypeError, LookupError, SyntaxError) as error:
     # Raised by ml_collections where a field's name or value is no Python.
     raise errors.UserError(

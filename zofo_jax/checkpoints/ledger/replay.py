@@ -85,6 +85,8 @@ def config_of(header: dict[str, Any], where: str) -> ml_collections.ConfigDict:
     config.model.update(header["model"])
     config.zo.update({k: _tupled(v) for k, v in header["zo"].items()})
     validate.check(config)
+  except errors.UserError:  # names the field
+    raise
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise errors.UserError(
       f"'{where}' line 1: not the header of a run ({errors.first_line(error)})."
