@@ -7,21 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.reference import make_logits as hf
-from zofo_jax import adapters, errors, models
+from tests.models.recorded import load
+from zofo_jax import adapters, errors
 from zofo_jax.core import directions, perturbed, sampler
 
 CASES = ["llama", "llama_dynamic", "opt", "opt_350m"]
 KINDS = ["lora", "prefix", "projected", "prompt", "all"]
 
 
-@functools.cache
 def recorded(name):
-  config, tensors, tokens, mask, _ = hf.load(name)
-  model, family = models.from_hf(config)
-  names = family.hf_parameters(model.config)
-  tree = hf.nest(tensors, names, model.config.num_layers)
-  return model, jax.tree.map(jnp.asarray, tree), tokens, mask
+  model, _, base, tokens, mask, _ = load(name)
+  return model, base, tokens, mask
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.recorded import load
 from tests.models.reference import make_logits as hf
 from zofo_jax import adapters, models
 from zofo_jax.core import directions, perturbed, sampler
@@ -22,13 +23,9 @@ PAD, VOCABULARY = 1, 96
 NO_STOPS = np.zeros(VOCABULARY, bool)
 
 
-@functools.cache
 def recorded(name):
-  config, tensors, tokens, mask, _ = hf.load(name)
-  module, family = models.from_hf(config)
-  names = family.hf_parameters(module.config)
-  tree = hf.nest(tensors, names, module.config.num_layers)
-  return module, jax.tree.map(jnp.asarray, tree), tokens, mask
+  model, _, base, tokens, mask, _ = load(name)
+  return model, base, tokens, mask
 
 
 @functools.partial(jax.jit, static_argnums=0)

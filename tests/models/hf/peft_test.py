@@ -8,21 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.models.recorded import load
 from tests.models.reference import make_logits as hf
-from zofo_jax import adapters, errors, models
+from zofo_jax import adapters, errors
 from zofo_jax.models.hf import peft as peft_folders
 
 CASES = ["llama", "opt"]
 # Length of rows in an OPT of 20 positions, beside 3 virtual ones: 12.
 
 
-@functools.cache
 def recorded(name):
-  config, tensors, tokens, mask, _ = hf.load(name)
-  model, family = models.from_hf(config)
-  names = family.hf_parameters(model.config)
-  tree = hf.nest(tensors, names, model.config.num_layers)
-  return model, family, jax.tree.map(jnp.asarray, tree), tokens, mask
+  return load(name)[:5]
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -1,0 +1,176 @@
+"""Decoders of every family, against recorded and live logits."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.models.recorded import build, load
+from tests.models.recorded import logits as logits_of
+from tests.models.reference import make_logits as hf
+from zofo_jax import models
+from zofo_jax.core import directions, perturbed, prng, sampler
+
+CASES = list(hf.CASES)
+
+
+def recorded(name, **options):
+  model, _, *rest = load(name, **options)
+  return model, *rest
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_the_recorded_ones(name):
+  model, base, tokens, mask, logits = recorded(name)
+  ours = logits_of(model, base, tokens, mask)
+  assert ours.dtype == jnp.float32
+  np.testing.assert_allclose(ours[mask], logits[mask], atol=1e-4)
+
+
+@pytest.mark.parity
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_logits_equal_those_of_transformers(name):
+  pytest.importorskip("torch")
+  config, tensors, tokens, mask, logits = hf.reference(hf.CASES[name], seed=1)
+  model, _, base = build(config, tensors)
+  ours = logits_of(model, base, tokens, mask)
+  np.testing.assert_allclose(ours[mask], logits[mask], atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_all_named(name):
+  model, family = models.from_hf(hf.load(name)[0])
+  shapes = jax.eval_shape(
+    lambda key: model.init(
+      key, jnp.ones((1, 2), int), jnp.ones((1, 2), bool), method="logits"
+    ),
+    jax.random.key(0),
+  )["params"]
+  paths = jax.tree_util.tree_leaves_with_path(shapes)
+  names = {perturbed.path_name(path) for path, _ in paths}
+  assert names == set(family.hf_parameters(model.config))
+  base = load(name).base
+  assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, shapes)
+
+
+@pytest.mark.parametrize(
+  "name", ["llama_dynamic", "qwen2_window", "opt", "opt_350m"]
+)
+def test_both_paddings_are_one_and_empty_rows_are_finite(name):
+  model, base, tokens, _, _ = recorded(name)
+  real = tokens[:1, :9]
+  pad = np.ones((1, 3), np.int32)
+  rows = np.concatenate(
+    [
+      np.concatenate([pad, real], axis=1),
+      np.concatenate([real, pad], axis=1),
+      np.ones((1, 12), np.int32),
+    ]
+  )
+  logits = logits_of(model, base, rows, rows != 1)
+  np.testing.assert_allclose(logits[0, 3:], logits[1, :9], atol=1e-5)
+  assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_later_tokens_do_not_change_earlier_logits(name):
+  model, base, tokens, _, _ = recorded(name)
+  mask = np.ones_like(tokens, bool)
+  changed = tokens.copy()
+  changed[:, 7] = (changed[:, 7] + 1) % 96
+  before = logits_of(model, base, tokens, mask)
+  after = logits_of(model, base, changed, mask)
+  np.testing.assert_array_equal(before[:, :7], after[:, :7])
+  assert (np.abs(before - after)[:, 7:].max(axis=-1) > 1e-4).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Waves(directions.Direction):
+  """A direction that compiles in no time: sines of row, column and key."""
+
+  def sample(self, key, shape, rows=None):
+    if rows is None:
+      rows = jnp.arange(shape[0])
+    elif isinstance(rows, prng.RowRange):
+      rows = rows.start + jnp.arange(rows.size)
+    columns = jnp.arange(np.prod(shape[1:], dtype=int)) * 0.7
+    phase = (key.direction[0] % 997).astype(jnp.float32)
+    z = jnp.sin(
+      phase
+      + rows[..., None] * 1.3
+      + jnp.expand_dims(columns, tuple(range(rows.ndim)))
+    )
+    return z.reshape(*rows.shape, *shape[1:])
+
+
+def targets():
+  positions = jnp.array([[3, 11], [8, 6], [0, 7]], jnp.int32)
+  slot = jnp.array([[0, 1, 1], [1, 0, 0], [1, 1, 0]], jnp.int32)
+  token = jnp.array([[5, 6, 7], [95, 4, 4], [50, 51, 52]], jnp.int32)
+  return positions, slot, token
+
+
+@pytest.mark.parametrize("name", ["llama_tied", "opt_350m"])
+def test_target_log_probs_are_those_of_the_logits(name):
+  model, base, tokens, mask, logits = recorded(name)
+  positions, slot, token = targets()
+  ours = jax.jit(model.apply)({"params": base}, tokens, mask, *targets())
+  shifted = logits.astype(np.float64)
+  log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+  for row in range(3):
+    for k in range(3):
+      place = positions[row, slot[row, k]]
+      expected = log_probs[row, place, token[row, k]]
+      np.testing.assert_allclose(ours[row, k], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama_biases", "opt_350m"])
+def test_perturbed_weights_act_as_their_values(name):
+  model, base, tokens, mask, _ = recorded(name)
+  key = perturbed.Key(jax.random.key(3), jax.random.key(4))
+  nodes = sampler.Sampler(Waves(), lazy=True).perturb(base, key, 1.0)
+
+  def scaled(scale):
+    step = lambda w: dataclasses.replace(w, scale=w.scale * scale)
+    is_leaf = lambda w: isinstance(w, perturbed.Perturbed)
+    return jax.tree.map(step, nodes, is_leaf=is_leaf)
+
+  score = lambda scale: logits_of(model, scaled(scale), tokens, mask)
+  both = jax.jit(jax.vmap(score))(jnp.array([1e-2, -1e-2]))
+  for scale, ours in zip((1e-2, -1e-2), both):
+    whole = logits_of(model, perturbed.materialize(scaled(scale)), tokens, mask)
+    np.testing.assert_allclose(ours, whole, atol=1e-4)
+  assert np.abs(both[0] - both[1])[mask].max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ["llama_llama3", "opt"])
+def test_bfloat16_runs_and_is_near_float32(name):
+  model, base, tokens, mask, logits = recorded(name)
+  small = jax.tree.map(lambda w: w.astype(jnp.bfloat16), base)
+  hidden = lambda base: model.apply(
+    {"params": base}, tokens, mask, method="hidden"
+  )
+  assert jax.eval_shape(hidden, small).dtype == jnp.bfloat16
+  ours = logits_of(model, small, tokens, mask)
+  assert ours.dtype == jnp.float32
+  spread = np.std(logits[mask])
+  assert np.abs(ours[mask] - logits[mask]).mean() < 0.02 * spread
+
+
+def test_remat_gives_the_same_gradients():
+  gradients = []
+  for remat in (False, True):
+    model, base, tokens, mask, _ = recorded("mistral", remat=remat)
+
+    def loss(base, model=model, tokens=tokens, mask=mask):
+      return model.apply({"params": base}, tokens, mask, *targets()).mean()
+
+    # Without it the products are kept, by a policy.
+    assert ("policy=None" in str(jax.make_jaxpr(loss)(base))) is remat
+    gradients.append(jax.jit(jax.grad(loss))(base))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), *gradients
+  )
