@@ -26,6 +26,10 @@ def run(model, base, adapter, tokens, mask):
   return model.apply(variables, tokens, mask, method="logits")
 
 
+def num_positions(adapter):
+  return adapters.prefix_length(adapter) + adapters.prompt_length(adapter)
+
+
 def make(kind, model, base, seed=1):
   """An adapter that matters, of one kind or all three."""
   key = jax.random.key(seed)
@@ -174,7 +178,7 @@ def test_a_batch_of_adapters_acts_one_by_one(kind):
   for adapter, ours in zip(each, together):
     alone = run(model, base, adapter, tokens, mask)
     np.testing.assert_allclose(ours, alone, atol=1e-4)
-  assert adapters.num_positions(batch) == adapters.num_positions(each[0])
+  assert num_positions(batch) == num_positions(each[0])
 
 
 def test_a_projected_prefix_acts_as_its_keys_and_values():
@@ -221,9 +225,9 @@ def test_starts_differ_by_key_and_know_their_shapes(name):
     )
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two)):
       assert not np.array_equal(a, b)
-  assert adapters.num_positions(make("all", model, base)) == 5
-  assert adapters.num_positions(make("projected", model, base)) == 3
-  assert adapters.num_positions(make("lora", model, base)) == 0
+  assert num_positions(make("all", model, base)) == 5
+  assert num_positions(make("projected", model, base)) == 3
+  assert num_positions(make("lora", model, base)) == 0
   prompt = adapters.init_prompt(
     jax.random.key(1), shapes, length=4, init="random"
   )["embed"]["prompt"]

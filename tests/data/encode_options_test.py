@@ -11,6 +11,7 @@ from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from zofo_jax import errors, tasks
 from zofo_jax.core import losses
 from zofo_jax.data import batching, encode_options
+from zofo_jax.data import tokenizer as tokenizer_lib
 
 TEXTS = [
   "the film was great . It was great",
@@ -161,9 +162,7 @@ def test_scores_equal_one_option_at_a_time(tokenizer, task):
   data = _reviews(20)
   examples = encode_options.encode_rows(task, data, tokenizer, max_length=200)
   shape = batching.shape_of(examples)
-  batch = batching.collate(
-    examples, shape, pad=encode_options.pad_id(tokenizer)
-  )
+  batch = batching.collate(examples, shape, pad=tokenizer_lib.pad_id(tokenizer))
   scores = losses.option_scores(_target_log_probs(batch), batch)
   expected = [
     [_slow_score(tokenizer, task.prompt(r), o) for o in task.options(r)]
@@ -267,13 +266,13 @@ def test_generation_has_no_options_to_classify(tokenizer):
 
 def _by_option(example):
   """Context and target tokens of every option."""
-  found = {}
+  by_option = {}
   for row in example.rows:
     for option in {o for _, _, o in row.targets}:
       places = [row.positions[s] for s, _, o in row.targets if o == option]
       targets = [t for _, t, o in row.targets if o == option]
-      found[option] = (row.tokens[: places[0] + 1], targets)
-  return found
+      by_option[option] = (row.tokens[: places[0] + 1], targets)
+  return by_option
 
 
 def test_long_rows(tokenizer, caplog):
@@ -319,10 +318,10 @@ def test_tokenizer_from_a_folder(tmp_path):
     tokenizer_object=_byte_level(True, "</s>"), eos_token="</s>"
   )
   made.save_pretrained(tmp_path / "model")
-  loaded = encode_options.load_tokenizer(tmp_path / "model")
+  loaded = tokenizer_lib.load_tokenizer(tmp_path / "model")
   assert loaded("a film")["input_ids"] == made("a film")["input_ids"]
-  assert encode_options.pad_id(loaded) == 1
+  assert tokenizer_lib.pad_id(loaded) == 1
   (tmp_path / "model" / "tokenizer.json").write_text(json.dumps({}))
   for folder in ("model", "nothing"):
     with pytest.raises(errors.UserError, match="Cannot load a tokenizer"):
-      encode_options.load_tokenizer(tmp_path / folder)
+      tokenizer_lib.load_tokenizer(tmp_path / folder)

@@ -54,7 +54,7 @@ def test_formats_agree(tmp_path, ending):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.Table.from_pylist(records), path)
-  found = splits_lib.load_rows(TASK, tmp_path, "validation")
+  found = sources.load(TASK, tmp_path, "validation")
   assert _texts(found) == [r["text"] for r in records]
   assert [TASK.right(row) for row in found] == [(r["label"],) for r in records]
   assert found[2].source == f"{path} row 3"
@@ -65,28 +65,28 @@ def test_formats_agree(tmp_path, ending):
 )
 def test_folder_or_folder_of_tasks(tmp_path, place):
   _write(tmp_path / place, _records(3))
-  assert len(splits_lib.load_rows(TASK, tmp_path, "train")) == 3
-  assert len(splits_lib.load_rows(TASK, str(tmp_path), "train")) == 3
+  assert len(sources.load(TASK, tmp_path, "train")) == 3
+  assert len(sources.load(TASK, str(tmp_path), "train")) == 3
 
 
 def test_rows_to_predict_need_no_label(tmp_path):
   path = _write(tmp_path / "asked.jsonl", [{"text": "good"}])
-  assert len(splits_lib.load_rows(TASK, path, "train", labelled=False)) == 1
+  assert len(sources.load(TASK, path, "train", labelled=False)) == 1
   with pytest.raises(errors.UserError, match="row 1: no column 'label'"):
-    splits_lib.load_rows(TASK, path, "train")
+    sources.load(TASK, path, "train")
 
 
 def test_configuration_folder_and_dev_file(tmp_path):
   task = tasks.get("wsc")
   _write(tmp_path / "wsc.fixed" / "dev.jsonl", [task.example])
-  assert len(splits_lib.load_rows(task, tmp_path, "validation")) == 1
+  assert len(sources.load(task, tmp_path, "validation")) == 1
 
 
 def test_one_file_is_train(tmp_path):
   path = _write(tmp_path / "mine.jsonl", _records(40))
-  assert len(splits_lib.load_rows(TASK, path, "train")) == 40
+  assert len(sources.load(TASK, path, "train")) == 40
   with pytest.raises(errors.UserError, match=r"one file.*no 'test'"):
-    splits_lib.load_rows(TASK, path, "test")
+    sources.load(TASK, path, "test")
   sets = splits_lib.load_splits(TASK, path)
   assert [len(s) for s in sets] == [16, 7, 7, 10]
 
@@ -106,35 +106,35 @@ def test_one_file_is_train(tmp_path):
 def test_broken_jsonl_names_file_and_row(tmp_path, text, sentence):
   (tmp_path / "train.jsonl").write_text(text)
   with pytest.raises(errors.UserError, match=rf"train\.jsonl.*{sentence}"):
-    splits_lib.load_rows(TASK, tmp_path, "train")
+    sources.load(TASK, tmp_path, "train")
 
 
 @pytest.mark.parametrize("line", ["just one", "a,1,2"])
 def test_broken_csv_names_file_and_row(tmp_path, line):
   (tmp_path / "train.csv").write_text(f"text,label\ngood,1\n{line}\n")
   with pytest.raises(errors.UserError, match=r"train\.csv row 2 .*2 cells"):
-    splits_lib.load_rows(TASK, tmp_path, "train")
+    sources.load(TASK, tmp_path, "train")
 
 
 def test_files_of_the_wrong_kind(tmp_path):
   (tmp_path / "train.jsonl").write_bytes(b'{"text": "caf\xe9", "label": 0}')
   with pytest.raises(errors.UserError, match="not UTF-8"):
-    splits_lib.load_rows(TASK, tmp_path, "train")
+    sources.load(TASK, tmp_path, "train")
   pytest.importorskip("pyarrow")
   (tmp_path / "a.parquet").write_bytes(b"no parquet here")
   with pytest.raises(errors.UserError, match="not a Parquet file"):
-    splits_lib.load_rows(TASK, tmp_path / "a.parquet", "train")
+    sources.load(TASK, tmp_path / "a.parquet", "train")
   (tmp_path / "a.txt").write_text("text")
   with pytest.raises(errors.UserError, match="unknown ending"):
-    splits_lib.load_rows(TASK, tmp_path / "a.txt", "train")
+    sources.load(TASK, tmp_path / "a.txt", "train")
 
 
 def test_missing_folders_and_files(tmp_path):
   _write(tmp_path / "movies" / "train.jsonl", _records(2))
   with pytest.raises(errors.UserError, match=r"No data folder.*'movies'"):
-    splits_lib.load_rows(TASK, tmp_path / "movie", "train")
+    sources.load(TASK, tmp_path / "movie", "train")
   with pytest.raises(errors.UserError, match=r"no test\.jsonl.*train\.jsonl"):
-    splits_lib.load_rows(TASK, tmp_path / "movies", "test")
+    sources.load(TASK, tmp_path / "movies", "test")
 
 
 class _Hub(types.ModuleType):
@@ -164,18 +164,18 @@ def test_hub_sets(monkeypatch, caplog):
   assert hub.asked[0] == (*TASK.hub, "train")
   assert len(sets.test) == 9
   assert sets.test[0].source.startswith(f"{TASK.hub[0]}/test row ")
-  found = splits_lib.load_rows(TASK, "hub:some/set/part", "train")
+  found = sources.load(TASK, "hub:some/set/part", "train")
   assert len(found) == 40
   assert hub.asked[-1] == ("some/set", "part", "train")
   with pytest.raises(
     errors.UserError,
     match=r"split 'validation' of 'some/set'.*: no validation$",
   ):
-    splits_lib.load_rows(TASK, "hub:some/set", "validation")
+    sources.load(TASK, "hub:some/set", "validation")
   with pytest.raises(errors.UserError, match="is no hub id"):
-    splits_lib.load_rows(TASK, "hub:set", "train")
+    sources.load(TASK, "hub:set", "train")
   with pytest.raises(errors.UserError, match="mpqa has no hub set"):
-    splits_lib.load_rows(tasks.get("mpqa"), None, "train")
+    sources.load(tasks.get("mpqa"), None, "train")
 
 
 def test_hub_sets_made_by_scripts(monkeypatch):
@@ -190,7 +190,7 @@ def test_hub_sets_made_by_scripts(monkeypatch):
   hub = types.ModuleType("datasets")
   monkeypatch.setattr(hub, "load_dataset", load_dataset, raising=False)
   monkeypatch.setitem(sys.modules, "datasets", hub)
-  assert len(splits_lib.load_rows(TASK, "hub:old/set/part", "train")) == 2
+  assert len(sources.load(TASK, "hub:old/set/part", "train")) == 2
   assert asked[1] == (
     ("old/set",),
     {"data_dir": "part", "revision": "refs/convert/parquet", "split": "train"},
@@ -201,7 +201,7 @@ def test_hub_names_of_splits(monkeypatch):
   task = tasks.get("mnli")
   hub = _Hub({"validation_matched": [task.example]})
   monkeypatch.setitem(sys.modules, "datasets", hub)
-  assert len(splits_lib.load_rows(task, None, "validation")) == 1
+  assert len(sources.load(task, None, "validation")) == 1
   assert sources.has_split(task, None, "validation")
   assert not sources.has_split(task, None, "train")
 
@@ -298,8 +298,8 @@ def test_files_of_one_beginning_as_metaicl_names_them(tmp_path):
   for split, count in (("train", 40), ("dev", 4), ("test", 6)):
     _write(tmp_path / f"mrpc_16_100_{split}.jsonl", _records(count, count * 99))
   source = tmp_path / "mrpc_16_100"
-  assert len(splits_lib.load_rows(TASK, source, "train")) == 40
+  assert len(sources.load(TASK, source, "train")) == 40
   assert len(splits_lib.load_splits(TASK, source).test) == 4
   assert len(splits_lib.load_splits(TASK, source, test_split="test").test) == 6
   with pytest.raises(errors.UserError, match="No data folder"):
-    splits_lib.load_rows(TASK, tmp_path / "mrpc_16_200", "train")
+    sources.load(TASK, tmp_path / "mrpc_16_200", "train")

@@ -7,6 +7,7 @@ import pytest
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import encode_options
+from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import calibration
 
 LEAST = np.finfo(np.float32).min
@@ -95,7 +96,7 @@ def test_every_task_has_a_null_prompt_or_says_why_not():
 
 
 def test_lengths(tiny_model):
-  tokenizer = encode_options.load_tokenizer(tiny_model)
+  tokenizer = tokenizer_lib.load_tokenizer(tiny_model)
   task = tasks.custom("own", prompt="{a} is", options=(" great", " great film"))
   row = tasks.Row({"a": "it", "label": 0}, "made up row 1")
   examples = [encode_options.encode(task, row, tokenizer, max_length=64)]

@@ -12,7 +12,8 @@ from tests.models.recorded import load
 from tests.models.reference import make_logits as hf
 from zofo_jax import adapters, models
 from zofo_jax.core import directions, perturbed, sampler
-from zofo_jax.data import batching, encode_options
+from zofo_jax.data import batching
+from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import beam_search, generation
 from zofo_jax.models import kv_cache
 from zofo_jax.models.hf import weights
@@ -338,7 +339,7 @@ def test_beams_draw_nothing():
 
 
 def test_stop_table_and_cut(tiny_model):
-  tokenizer = encode_options.load_tokenizer(tiny_model)
+  tokenizer = tokenizer_lib.load_tokenizer(tiny_model)
   table = generation.stop_table(tokenizer, 400, ids=[1], texts=["\n", "at"])
   assert table.dtype == bool and table.shape == (400,) and table[1]
   for text in ("\n", " great", " terrible", " a"):
@@ -351,7 +352,7 @@ def test_stop_table_and_cut(tiny_model):
 
 
 def test_texts_do_not_depend_on_the_batch_size(tiny_model):
-  tokenizer = encode_options.load_tokenizer(tiny_model)
+  tokenizer = tokenizer_lib.load_tokenizer(tiny_model)
   module, family = models.from_hf(
     json.loads((tiny_model / "config.json").read_text())
   )

@@ -6,6 +6,7 @@ import pytest
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import encode_options, encode_prompts
+from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import in_context
 
 TASK = tasks.get("sst2")
@@ -13,7 +14,7 @@ TASK = tasks.get("sst2")
 
 @pytest.fixture(scope="module")
 def tokenizer(tiny_model):
-  return encode_options.load_tokenizer(tiny_model)
+  return tokenizer_lib.load_tokenizer(tiny_model)
 
 
 def review(sentence, label=0):

@@ -1,17 +1,16 @@
-"""Adapters: LoRA, prefix tuning, prompt tuning, and any of them together.
+"""Adapters: LoRA, prefix tuning, prompt tuning, and combinations of them.
 
-An adapter is a tree that mirrors module paths and holds a `Lora` under each
-adapted matrix, a `Prefix` under each attention, a `Prompt` under the
-embedding; a model reads it as its collection "adapter", {} being none.
-Adapters of many tasks are a leading axis under `vmap`.
+An adapter is a nested dict that mirrors module paths, with a `Lora` under each
+adapted matrix, a `Prefix` under each attention and a `Prompt` under the
+embedding; {} is no adapter. Models read it as their variable collection
+"adapter". Adapters of several tasks are stacked on a leading axis and used
+under `vmap`.
 """
 
 from zofo_jax.adapters.composite import (
-  count_parameters,
   expand,
   has_dropout,
   join,
-  num_positions,
   parts,
   prefix_length,
   prompt_length,
@@ -40,7 +39,6 @@ __all__ = [
   "Prefix",
   "ProjectedPrefix",
   "Prompt",
-  "count_parameters",
   "expand",
   "has_dropout",
   "init_lora",
@@ -49,7 +47,6 @@ __all__ = [
   "join",
   "lora_product",
   "merge_lora",
-  "num_positions",
   "parts",
   "prefix_length",
   "prefix_of_tokens",

@@ -1,9 +1,8 @@
-"""What all kinds of adapters share: how a tree of them is made and asked."""
+"""Functions on adapters of any kind, or of several kinds at once."""
 
 from typing import Any
 
 import jax
-import numpy as np
 
 from zofo_jax.adapters import lora, prefix, prompt
 from zofo_jax.core import perturbed
@@ -12,7 +11,7 @@ _NODES = (lora.Lora, prefix.Prefix, prefix.ProjectedPrefix, prompt.Prompt)
 
 
 def parts(adapter: Any) -> dict[str, Any]:
-  """Returns the parts of an adapter by path: {"embed/prompt": Prompt, ...}."""
+  """Returns an adapter's parts by path: {"embed/prompt": Prompt, ...}."""
   flat = jax.tree_util.tree_leaves_with_path(
     adapter, is_leaf=lambda node: isinstance(node, _NODES)
   )
@@ -20,16 +19,16 @@ def parts(adapter: Any) -> dict[str, Any]:
 
 
 def join(*adapters: Any) -> dict[str, Any]:
-  """Makes one adapter of several kinds.
+  """Joins adapters of several kinds into one.
 
   Args:
-    *adapters: nested dicts without a part in common.
+    *adapters: nested dicts with disjoint parts.
 
   Returns:
-    A nested dict with the parts of all.
+    A nested dict with all parts.
 
   Raises:
-    ValueError: two of them have the same part.
+    ValueError: two adapters have a part at the same path.
   """
   joined: dict[str, Any] = {}
   for adapter in adapters:
@@ -44,9 +43,10 @@ def join(*adapters: Any) -> dict[str, Any]:
 
 
 def expand(adapter: Any) -> Any:
-  """Replaces every projected prefix by its keys and values.
+  """Replaces every projected prefix by the keys and values it computes.
 
-  Models do so themselves; for export, and to drop the network after training.
+  Models accept both. Use this for export, and to drop the projection network
+  after training.
   """
   return jax.tree.map(
     lambda node: (
@@ -58,7 +58,7 @@ def expand(adapter: Any) -> Any:
 
 
 def prefix_length(adapter: Any) -> int:
-  """Counts the positions of an adapter's prefix; 0 without one."""
+  """Returns the number of positions of the prefix; 0 without one."""
   for node in parts(adapter).values():
     if isinstance(node, prefix.Prefix):
       return node.key.shape[-3]
@@ -68,23 +68,13 @@ def prefix_length(adapter: Any) -> int:
 
 
 def prompt_length(adapter: Any) -> int:
-  """Counts the virtual tokens of an adapter's prompt; 0 without one."""
+  """Returns the number of virtual tokens of the prompt; 0 without one."""
   for node in parts(adapter).values():
     if isinstance(node, prompt.Prompt):
       return node.embedding.shape[-2]
   return 0
 
 
-def num_positions(adapter: Any) -> int:
-  """Counts the positions that an adapter takes from a row's context."""
-  return prefix_length(adapter) + prompt_length(adapter)
-
-
 def has_dropout(adapter: Any) -> bool:
-  """Tells whether a loss of this adapter needs a key while it trains."""
+  """Returns whether the training loss needs a key for the adapter's dropout."""
   return any(getattr(node, "dropout", 0.0) for node in parts(adapter).values())
-
-
-def count_parameters(tree: Any) -> int:
-  """Counts the elements of a tree of arrays or shapes."""
-  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

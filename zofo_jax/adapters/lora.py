@@ -1,7 +1,7 @@
 """LoRA adapters (Hu et al., 2021, "LoRA: low-rank adaptation of LLMs").
 
-W x becomes W x + (alpha / rank) B A x, in the parametrisation of PEFT; with
-rank stabilisation (Kalajdzievski, 2023, "rsLoRA") alpha / sqrt(rank) instead.
+W x becomes W x + (alpha / rank) B A x, parametrised as in PEFT; with rank
+stabilisation (Kalajdzievski, 2023, "rsLoRA") the factor is alpha / sqrt(rank).
 """
 
 import dataclasses
@@ -23,14 +23,14 @@ QUERY_VALUE = r"attention/(query|value)$"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lora:
-  """A low-rank addition to one weight matrix [in, out].
+  """A low-rank update of one weight matrix [in, out].
 
   Attributes:
     a: [in, R] or, stacked, [layers, in, R]; float32.
     b: [R, out] or [layers, R, out]; float32.
     scale: factor of the product; static.
-    dropout: probability that an input of the product is dropped while it
-      trains; static.
+    dropout: probability of dropping an input of the product during training;
+      static.
   """
 
   a: jax.Array
@@ -69,23 +69,25 @@ def init_lora(
   dropout: float = 0.0,
   rank_stabilized: bool = False,
 ) -> dict[str, Any]:
-  """Starts an adapter: A uniform within 1/sqrt(in), B zero, as PEFT does.
+  """Initialises LoRA as PEFT does: A uniform within 1/sqrt(in), B zero.
 
   Args:
     key: typed PRNG key. Folded with each module's path, not consumed.
     base: nested dict of weights, or of their shapes.
     rank: R, at least 1.
     alpha: numerator of the scale.
-    targets: pattern searched in the module path, `layers/attention/query`.
-    dropout: probability of the adapter's inputs to be dropped, below 1.
-    rank_stabilized: scale by alpha / sqrt(rank), not alpha / rank.
+    targets: regular expression searched in module paths such as
+      `layers/attention/query`.
+    dropout: probability of dropping an input of the adapter, in [0, 1).
+    rank_stabilized: whether to scale by alpha / sqrt(rank) instead of
+      alpha / rank.
 
   Returns:
     Nested dict like `base` with {"lora": Lora} at each module that matches.
 
   Raises:
-    UserError: the rank is below 1, the dropout is no probability below 1, or
-      no module matches `targets`.
+    UserError: the rank is below 1, the dropout is not in [0, 1), or no module
+      matches `targets`.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -113,10 +115,10 @@ def init_lora(
       continue
     *stack, features_in, features_out = leaf.shape
     bound = 1.0 / np.sqrt(features_in)
-    own = jax.random.fold_in(key, np.uint32(zlib.crc32(module.encode())))
+    module_key = jax.random.fold_in(key, np.uint32(zlib.crc32(module.encode())))
     lora = Lora(
       a=jax.random.uniform(
-        own, (*stack, features_in, rank), jnp.float32, -bound, bound
+        module_key, (*stack, features_in, rank), jnp.float32, -bound, bound
       ),
       b=jnp.zeros((*stack, rank, features_out), jnp.float32),
       scale=alpha / (math.sqrt(rank) if rank_stabilized else rank),
@@ -135,18 +137,18 @@ def init_lora(
 
 
 def merge_lora(base: Any, adapter: Any) -> Any:
-  """Folds an adapter into the weights: kernel + scale * A B.
+  """Merges an adapter into the weights: kernel + scale * A B.
 
   Args:
     base: nested dict of weights.
     adapter: nested dict from `init_lora` of the same model.
 
   Returns:
-    A new tree like `base`; the product is taken in float32, the sum is
+    A new tree like `base`. The product is computed in float32; the sum is
     rounded once to the kernel's dtype.
 
   Raises:
-    UserError: a part of the adapter is no LoRA; no weights act as it does.
+    UserError: a part of the adapter is not LoRA and has no equivalent weights.
   """
   merged = dict(base)
   for name, child in adapter.items():

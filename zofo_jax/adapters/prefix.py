@@ -1,7 +1,8 @@
-"""Prefix tuning (Li and Liang, 2021): keys and values before every layer's own.
+"""Prefix tuning (Li and Liang, 2021): trained keys and values in every layer.
 
-Real tokens see P extra positions in each attention, and count from P. Keys are
-stored as attention uses them: where a model rotates keys, already rotated.
+Tokens attend to P extra positions in each layer, and their own positions start
+at P. Keys are stored as attention uses them: in a model with rotary positions,
+already rotated.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ INITS = ("tokens", "random")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prefix:
-  """Keys and values of positions that no token has.
+  """Trained keys and values of P virtual positions.
 
   Attributes:
     key: [P, K, F] or, stacked, [layers, P, K, F]; float32.
@@ -35,9 +36,9 @@ class Prefix:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ProjectedPrefix:
-  """A prefix computed by a small network, which trains more steadily.
+  """A prefix computed by a small network, which makes training more stable.
 
-  out(tanh(hidden(embedding))), as PEFT's prefix_projection; float32.
+  out(tanh(hidden(embedding))), as with PEFT's prefix_projection; float32.
 
   Attributes:
     embedding: [P, E].
@@ -69,23 +70,23 @@ def prepend(
   value_BxSxKxF: jax.Array,
   allowed_Bx1xLxS: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Puts one layer's prefix in front of its keys and values.
+  """Prepends one layer's prefix to its keys and values.
 
   Args:
     prefix: [P, K, F].
     key_BxSxKxF: keys of the tokens.
-    value_BxSxKxF: their values.
-    allowed_Bx1xLxS: bool, which queries see which of them.
+    value_BxSxKxF: values of the tokens.
+    allowed_Bx1xLxS: bool, attention mask.
 
   Returns:
-    The three with S grown to P + S; every query sees the prefix.
+    Keys, values and mask with P + S slots; every query attends to the prefix.
   """
 
-  def front(extra, rest):
+  def front(extra, tokens):
     extra = jnp.broadcast_to(
-      extra[None].astype(rest.dtype), (rest.shape[0], *extra.shape)
+      extra[None].astype(tokens.dtype), (tokens.shape[0], *extra.shape)
     )
-    return jnp.concatenate([extra, rest], axis=1)
+    return jnp.concatenate([extra, tokens], axis=1)
 
   visible = jnp.ones((*allowed_Bx1xLxS.shape[:-1], prefix.key.shape[0]), bool)
   return (
@@ -96,11 +97,11 @@ def prepend(
 
 
 def prefix_of_tokens(module: Any, base: Any, tokens: jax.Array) -> Any:
-  """Makes the prefix that acts as given tokens at the start of the context.
+  """Returns the prefix equivalent to given tokens at the start of the context.
 
   Args:
     module: a decoder of `zofo_jax.models`.
-    base: its weights.
+    base: weights of the decoder.
     tokens: int32 [P].
 
   Returns:
@@ -126,23 +127,24 @@ def init_prefix(
   init: str = "tokens",
   projection: int = 0,
 ) -> dict[str, Any]:
-  """Starts a prefix.
+  """Initialises a prefix.
 
   Args:
     key: typed PRNG key. Folded, not consumed.
     module: a decoder of `zofo_jax.models`.
-    base: its weights, or their shapes for a random start.
+    base: weights of the decoder; shapes suffice for init="random".
     length: P, at least 1.
-    init: "tokens", the keys and values of random tokens, as MeZO does, or
+    init: "tokens", the keys and values of random tokens, as in MeZO, or
       "random", normal as in PEFT.
     projection: width M of the network that computes the prefix; 0 for none.
-      It cannot start from tokens.
+      Needs init="random".
 
   Returns:
     Nested dict with {"prefix": Prefix or ProjectedPrefix} at each attention.
 
   Raises:
-    UserError: the length is below 1, or there is no such start.
+    UserError: the length is below 1, or `init` is unknown or does not go with
+      `projection`.
 
   Example:
     >>> import jax
@@ -166,24 +168,24 @@ def init_prefix(
       f"one of {', '.join(INITS)}, and 'random' with a projection."
       f"{errors.nearest(init, INITS)}"
     )
-  own = jax.random.fold_in(key, np.uint32(zlib.crc32(b"prefix")))
+  key = jax.random.fold_in(key, np.uint32(zlib.crc32(b"prefix")))
   if init == "tokens":
-    tokens = jax.random.randint(own, (length,), 0, module.config.vocab_size)
+    tokens = jax.random.randint(key, (length,), 0, module.config.vocab_size)
     return prefix_of_tokens(module, base, tokens)
   shapes = prefix_shapes(module, length)
   paths, structure = jax.tree_util.tree_flatten_with_path(
     shapes, is_leaf=lambda node: isinstance(node, Prefix)
   )
-  started = []
+  prefixes = []
   for path, node in paths:
     name = perturbed.path_name(path)
-    here = jax.random.fold_in(own, np.uint32(zlib.crc32(name.encode())))
-    started.append(_random(here, node.key.shape, projection))
-  return jax.tree.unflatten(structure, started)
+    layer_key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
+    prefixes.append(_random(layer_key, node.key.shape, projection))
+  return jax.tree.unflatten(structure, prefixes)
 
 
 def prefix_shapes(module: Any, length: int) -> Any:
-  """Returns the shapes of a decoder's prefix, without running anything."""
+  """Returns the shapes of a decoder's prefix without computing it."""
   rows = jax.ShapeDtypeStruct((1, length), jnp.int32)
 
   def make(tokens):
@@ -196,7 +198,7 @@ def prefix_shapes(module: Any, length: int) -> Any:
 def _random(
   key: jax.Array, shape: tuple[int, ...], width: int
 ) -> Prefix | ProjectedPrefix:
-  """Starts a prefix as PEFT does: embeddings normal, matrices Kaiming."""
+  """Initialises as PEFT does: embeddings normal, matrices Kaiming uniform."""
   keys = jax.random.split(key, 5)
   if not width:
     return Prefix(*(jax.random.normal(k, shape) for k in keys[:2]))

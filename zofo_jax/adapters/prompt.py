@@ -1,4 +1,4 @@
-"""Prompt tuning (Lester et al., 2021): embeddings in front of every row."""
+"""Prompt tuning (Lester et al., 2021): trained embeddings before every row."""
 
 import dataclasses
 import zlib
@@ -16,10 +16,10 @@ INITS = ("tokens", "random", "text")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-  """Embeddings of tokens that no vocabulary has.
+  """Embeddings of P virtual tokens.
 
   Attributes:
-    embedding: [P, E], of the width of the model's own; float32.
+    embedding: [P, E], as wide as the model's embeddings; float32.
   """
 
   embedding: jax.Array
@@ -33,21 +33,21 @@ def init_prompt(
   init: str = "tokens",
   tokens: Any = None,
 ) -> dict[str, Any]:
-  """Starts a prompt.
+  """Initialises a prompt.
 
   Args:
     key: typed PRNG key. Folded, not consumed.
-    base: a decoder's weights; shapes are enough for a random start.
+    base: weights of a decoder; shapes suffice for init="random".
     length: P, at least 1.
     init: "tokens", embeddings of random tokens; "text", those of `tokens`; or
       "random", normal as in PEFT.
-    tokens: ids of the text, repeated or cut to P.
+    tokens: token ids of the text, repeated or cut to P.
 
   Returns:
     {"embed": {"prompt": Prompt}}.
 
   Raises:
-    UserError: the length is below 1, there is no such start, or no text.
+    UserError: the length is below 1, `init` is unknown, or the text is empty.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -68,12 +68,12 @@ def init_prompt(
       f"{errors.nearest(init, INITS)}"
     )
   table = base["embed"]["embedding"]
-  own = jax.random.fold_in(key, np.uint32(zlib.crc32(b"prompt")))
+  key = jax.random.fold_in(key, np.uint32(zlib.crc32(b"prompt")))
   if init == "random":
-    embedding = jax.random.normal(own, (length, table.shape[1]))
+    embedding = jax.random.normal(key, (length, table.shape[1]))
   else:
     if init == "tokens":
-      ids = jax.random.randint(own, (length,), 0, table.shape[0])
+      ids = jax.random.randint(key, (length,), 0, table.shape[0])
     elif tokens is None or not len(tokens):
       raise errors.UserError("The prompt's text is empty; expected some words.")
     else:

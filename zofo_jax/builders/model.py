@@ -18,7 +18,7 @@ import ml_collections
 from zofo_jax import adapters, errors, models
 from zofo_jax.config import defaults
 from zofo_jax.core import inner, losses, perturbed
-from zofo_jax.data import encode_options
+from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
 from zofo_jax.models.hf import hub, peft, weights
@@ -43,7 +43,7 @@ class Model(NamedTuple):
   @property
   def pad(self) -> int:
     """Token id that fills rows."""
-    return encode_options.pad_id(self.tokenizer)
+    return tokenizer_lib.pad_id(self.tokenizer)
 
 
 def load_model(
@@ -74,7 +74,7 @@ def load_model(
     if mesh
     else models.layers.no_constraint,
   )
-  tokenizer = encode_options.load_tokenizer(folder)
+  tokenizer = tokenizer_lib.load_tokenizer(folder)
   vocab_size = module.config.vocab_size
   if len(tokenizer) > vocab_size:
     raise errors.UserError(

@@ -1,7 +1,7 @@
-"""Batches of fixed shape: which rows, in which arrays.
+"""Batches of fixed shape.
 
-Which rows a training batch holds is a pure function of (seed, number of the
-batch), so a run resumes without any iterator state.
+The rows of a training batch are a pure function of (seed, batch number), so a
+run resumes without any iterator state.
 """
 
 import functools
@@ -13,8 +13,8 @@ import numpy as np
 from zofo_jax.core import losses
 from zofo_jax.data import encode_options
 
-# Row lengths that evaluation compiles for: two an octave, so padding stays
-# below a third and the programs few.
+# Sequence lengths that evaluation compiles for: two per power of two, which
+# keeps padding below a third and the number of programs small.
 _BUCKETS = tuple(
   sorted({2**i for i in range(4, 17)} | {3 * 2**i for i in range(3, 16)})
 )
@@ -31,11 +31,11 @@ class Shape(NamedTuple):
 
 
 class EvalBatch(NamedTuple):
-  """A batch and, for each of its examples, its place in the data set.
+  """A batch and the index of each of its examples in the data set.
 
   Attributes:
     batch: the arrays.
-    places: int [B]; -1 for an example that only fills the batch.
+    places: int [B], indices into the data set; -1 for padding examples.
   """
 
   batch: losses.Batch
@@ -43,12 +43,12 @@ class EvalBatch(NamedTuple):
 
 
 class PromptBatch(NamedTuple):
-  """Prompts to go on from, and each one's place in the data set.
+  """A batch of prompts and the index of each one in the data set.
 
   Attributes:
-    tokens: int32 [B, L], padded at the left.
+    tokens: int32 [B, L], padded on the left.
     mask: bool [B, L], True at real tokens.
-    places: int [B]; -1 for a prompt that only fills the batch.
+    places: int [B], indices into the data set; -1 for padding prompts.
   """
 
   tokens: np.ndarray
@@ -59,13 +59,13 @@ class PromptBatch(NamedTuple):
 def batch_indices(
   seed: int, num_rows: int, batch_size: int, index: int
 ) -> np.ndarray:
-  """Returns the rows of batch number `index`, a pure function of its inputs.
+  """Returns the row indices of batch number `index`.
 
-  Batches cut an endless sequence of seeded permutations, one an epoch, into
-  pieces; every row comes once an epoch, and a batch may span two epochs.
+  Batches are consecutive pieces of an endless sequence of seeded permutations,
+  one per epoch. Every row occurs once per epoch; a batch may span two epochs.
 
   Args:
-    seed: chooses the permutations; give each stream of batches its own.
+    seed: seed of the permutations; use a different one for each stream.
     num_rows: rows of the data set.
     batch_size: rows of a batch.
     index: number of the batch, from 0.
@@ -87,7 +87,7 @@ def _epoch(seed: int, num_rows: int, epoch: int) -> np.ndarray:
 def shape_of(
   examples: Sequence[encode_options.Example], *, multiple: int = 16
 ) -> Shape:
-  """Returns the least batch sizes that hold every example.
+  """Returns the smallest shape that holds every example.
 
   Args:
     examples: the data set.
@@ -113,14 +113,14 @@ def collate(
 ) -> losses.Batch:
   """Stacks examples into arrays of a fixed shape.
 
-  What only fills the batch repeats real tokens with weight 0, never a fully
-  masked row, whose attention would be undefined.
+  Padding examples repeat a real one with weight 0: attention would be
+  undefined in a row that is masked entirely.
 
   Args:
     examples: at least one.
     shape: sizes, at least those of the examples.
-    pad: token id at the right of rows.
-    batch_size: examples of the batch, if more than are given.
+    pad: padding token id; rows are padded on the right.
+    batch_size: number of examples to pad to; 0 for no padding.
 
   Returns:
     NumPy arrays, B = max(batch_size, len(examples)).
@@ -176,23 +176,24 @@ def eval_batches(
   pad: int,
   shape: Shape | None = None,
 ) -> Iterator[EvalBatch]:
-  """Yields every example once, by length, in batches of few shapes.
+  """Yields every example once, sorted by length, in batches of few shapes.
 
   Args:
     examples: the data set.
-    batch_size: examples of every batch; the last one is filled up.
-    pad: token id at the right of rows.
-    shape: sizes of the batches, but for the length; None for the examples' own.
+    batch_size: examples of every batch; the last one is padded.
+    pad: padding token id.
+    shape: sizes of the batches except the length; None: the smallest that hold
+      all examples.
 
   Yields:
-    Batches with the places of their examples; `restore` undoes the order.
+    Batches with the indices of their examples; `restore` undoes the sorting.
   """
   lengths = [max(len(r.tokens) for r in e.rows) for e in examples]
-  whole = shape or shape_of(examples)
+  shape = shape or shape_of(examples)
   for places, length in _by_length(lengths, batch_size):
     batch = collate(
       [examples[i] for i in places if i >= 0],
-      whole._replace(length=length),
+      shape._replace(length=length),
       pad=pad,
       batch_size=batch_size,
     )
@@ -202,15 +203,15 @@ def eval_batches(
 def prompt_batches(
   prompts: Sequence[Sequence[int]], batch_size: int, *, pad: int
 ) -> Iterator[PromptBatch]:
-  """Yields every prompt once, by length, in batches of few shapes.
+  """Yields every prompt once, sorted by length, in batches of few shapes.
 
   Args:
-    prompts: token ids of each.
-    batch_size: prompts of every batch; the last one is filled up.
-    pad: token id at the left of rows.
+    prompts: token ids of each prompt.
+    batch_size: prompts of every batch; the last one is padded.
+    pad: padding token id; prompts are padded on the left.
 
   Yields:
-    Batches with the places of their prompts.
+    Batches with the indices of their prompts.
   """
   for places, length in _by_length([len(p) for p in prompts], batch_size):
     tokens = np.full((batch_size, length), pad, np.int32)
@@ -225,7 +226,7 @@ def prompt_batches(
 def _by_length(
   lengths: Sequence[int], batch_size: int
 ) -> Iterator[tuple[np.ndarray, int]]:
-  """Yields places of rows, -1 after the last, and a length that holds them."""
+  """Yields indices of rows, -1 for padding, and a length that holds them."""
   order = np.argsort(lengths, kind="stable")
   for start in range(0, len(order), batch_size):
     chosen = order[start : start + batch_size]
@@ -238,14 +239,14 @@ def _by_length(
 def restore(
   outputs: Sequence[np.ndarray], places: Sequence[np.ndarray]
 ) -> np.ndarray:
-  """Puts outputs of evaluation batches back in the data set's order.
+  """Reorders outputs of evaluation batches into the data set's order.
 
   Args:
-    outputs: one array [B, ...] a batch.
+    outputs: one array [B, ...] per batch.
     places: the batches' `places`.
 
   Returns:
-    [examples, ...], without what filled the last batch.
+    [examples, ...], without the padding of the last batch.
   """
   flat, place = np.concatenate(outputs), np.concatenate(places)
   real = place >= 0

@@ -1,34 +1,33 @@
-"""From a task's rows to token arrays of fixed shape.
+"""Encodes rows whose options are scored as token sequences with targets.
 
-An option's tokens are those of prompt + option that reach past the prompt's
-end, found by the tokenizer's character offsets: where a tokenizer merges
-across the boundary, the merged token belongs to the option. Scores then
-condition on exactly the tokens before it, one option at a time or together.
+An option's tokens are those tokens of prompt + option that end after the
+prompt, by the tokenizer's character offsets: a token that spans the boundary
+belongs to the option. Scores are conditioned on exactly the tokens before it,
+whether options are scored in one sequence or in several.
 """
 
 import logging
-import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from zofo_jax import errors, tasks
+from zofo_jax.data import tokenizer as tokenizer_lib
 
 Mode = Literal["classification", "likelihood"]
 LongRows = Literal["error", "truncate", "drop"]
 
 
 class TooLongError(errors.UserError):
-  """A row does not fit the longest row of tokens."""
+  """A row is longer than the maximum number of tokens."""
 
 
 class EncodedRow(NamedTuple):
-  """One row of tokens and the targets read from it.
+  """One token sequence and the targets that are predicted from it.
 
   Attributes:
-    tokens: the row.
-    positions: where hidden states are read.
-    targets: (slot in `positions`, token, option) of each target.
+    tokens: token ids.
+    positions: positions whose hidden states predict targets.
+    targets: (index into `positions`, token, option) of each target.
   """
 
   tokens: tuple[int, ...]
@@ -37,14 +36,15 @@ class EncodedRow(NamedTuple):
 
 
 class Example(NamedTuple):
-  """A row of data as rows of tokens.
+  """A row of data as one or more token sequences.
 
   Attributes:
-    rows: one for all options of one token, one for each longer option.
-    label: the right option (the first of them).
-    right: every right option; none if the label was not read.
-    options: True for each option that is encoded.
-    source: file and row it came from.
+    rows: one sequence for all single-token options, one for each longer
+      option.
+    label: index of the correct option, the first if there are several.
+    right: indices of all correct options; empty if the label was not read.
+    options: for each option, whether it is encoded.
+    source: file and row of the data.
   """
 
   rows: tuple[EncodedRow, ...]
@@ -52,39 +52,6 @@ class Example(NamedTuple):
   right: tuple[int, ...]
   options: tuple[bool, ...]
   source: str
-
-
-def load_tokenizer(folder: str | pathlib.Path) -> Any:
-  """Loads a fast tokenizer from a folder or a hub id; needs no torch.
-
-  Raises:
-    UserError: nothing there, or only a slow tokenizer without offsets.
-  """
-  # Spares users without torch a notice on models, which come from elsewhere.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  import transformers  # Slow to import, and needed here alone.
-
-  try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
-  except Exception as error:  # Its own errors have no common ancestor.
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise errors.UserError(
-      f"Cannot load a tokenizer from '{folder}': {reason}"
-    ) from error
-  if not tokenizer.is_fast:
-    raise errors.UserError(
-      f"The tokenizer of '{folder}' has no tokenizer.json; expected a fast "
-      "tokenizer, which knows its tokens' places in the text."
-    )
-  return tokenizer
-
-
-def pad_id(tokenizer: Any) -> int:
-  """Returns the id that fills rows; any will do, since it is masked."""
-  for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-    if token is not None:
-      return token
-  return 0
 
 
 def encode(
@@ -99,28 +66,27 @@ def encode(
   labelled: bool = True,
   prompt: str | None = None,
 ) -> Example:
-  """Encodes a row's options, or its right option alone, as rows of tokens.
+  """Encodes all options of a row, or its correct option only.
 
   Args:
-    task: gives prompt, options and label.
+    task: defines prompt, options and label.
     row: the data.
-    tokenizer: a fast tokenizer (`load_tokenizer`).
-    mode: "classification" encodes every option; "likelihood" the right one
-      only, for training by teacher forcing.
-    max_length: longest row of tokens.
+    tokenizer: a fast tokenizer (`tokenizer.load_tokenizer`).
+    mode: "classification" encodes every option; "likelihood" only the correct
+      one, for training with teacher forcing.
+    max_length: maximum number of tokens of a sequence.
     version: the template version.
-    long_rows: "truncate" cuts prompts that are too long at the left, behind
-      the tokens that the tokenizer puts before any text; otherwise they are
-      an error.
-    labelled: False leaves the label unread; the example's is then 0.
-    prompt: what is before the option, if not the task's own prompt.
+    long_rows: "truncate" cuts prompts that are too long on the left, after the
+      leading special tokens; with any other value they are an error.
+    labelled: if False, the label is not read and the example's label is 0.
+    prompt: replaces the task's prompt.
 
   Returns:
     The example.
 
   Raises:
     TooLongError: the prompt is too long.
-    UserError: options are empty or alike.
+    UserError: an option has no tokens, or two options have the same tokens.
   """
   prompt = task.prompt(row, version) if prompt is None else prompt
   options = task.options(row, version)
@@ -131,10 +97,10 @@ def encode(
       f"Task {task.name} is answered by generation; it has no options to "
       "classify, so expected the loss 'likelihood'."
     )
-  asked = range(len(options)) if mode == "classification" else (label,)
-  pieces = {}
-  for i in asked:
-    pieces[i] = _tokenize(tokenizer, prompt, options[i], row.source)
+  indices = range(len(options)) if mode == "classification" else (label,)
+  pieces = {
+    i: _tokenize(tokenizer, prompt, options[i], row.source) for i in indices
+  }
   if mode == "classification" and not task.template(version).may_repeat:
     _check_distinct(options, pieces, row.source)
   pieces = _fit(pieces, max_length, long_rows == "truncate", row.source)
@@ -180,10 +146,13 @@ def encode_rows(
   long_rows: LongRows = "error",
   labelled: bool = True,
 ) -> list[Example]:
-  """Encodes a set of rows; see `encode`. "drop" leaves long rows out.
+  """Encodes several rows; see `encode`.
+
+  With long_rows="drop", rows that are too long are left out and their number
+  is logged.
 
   Returns:
-    The examples, in the rows' order; those dropped are counted in the log.
+    The examples, in the order of the rows.
 
   Raises:
     UserError: as `encode`, or no row fits.
@@ -220,108 +189,60 @@ def encode_rows(
 
 
 def _tokenize(
-  tokenizer: Any, prompt: str, option: str, where: str
+  tokenizer: Any, prompt: str, option: str, source: str
 ) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
-  """Splits the tokens of prompt + option where the option begins.
+  """Tokenizes prompt + option and splits it where the option starts.
 
   Returns:
-    How many tokens the tokenizer puts before any text, the tokens before the
-    option (those included), and the option's.
+    The number of leading special tokens, the tokens before the option (leading
+    ones included), and the option's tokens.
   """
-  ids, ends, lead = _split(tokenizer, prompt + option)
-  start, count = lead, len(ids)
+  ids, ends, num_leading = tokenizer_lib.tokenize(tokenizer, prompt + option)
+  start, count = num_leading, len(ids)
   while start < count and ends[start] <= len(prompt):
     start += 1
   if start == count:
     raise errors.UserError(
-      f"{where}: option {option!r} gives no token after the prompt; expected "
+      f"{source}: option {option!r} gives no token after the prompt; expected "
       "a word."
     )
-  lead, context = _not_empty(tokenizer, lead, ids[:start], where)
-  return lead, context, tuple(ids[start:])
-
-
-def prompt_tokens(
-  tokenizer: Any, prompt: str, where: str
-) -> tuple[int, tuple[int, ...]]:
-  """Returns a prompt's tokens, and before them how many precede any text.
-
-  Raises:
-    UserError: there is nothing to start from.
-  """
-  ids, _, lead = _split(tokenizer, prompt)
-  return _not_empty(tokenizer, lead, ids, where)
-
-
-def _split(tokenizer: Any, text: str) -> tuple[list[int], list[int], int]:
-  """Tokenizes a text.
-
-  Returns:
-    Its tokens, without those that the tokenizer puts after any text, where
-    each ends in the text, and how many the tokenizer puts before any.
-  """
-  found = tokenizer(
-    text,
-    return_offsets_mapping=True,
-    return_special_tokens_mask=True,
-    verbose=False,
+  num_leading, context = tokenizer_lib.with_begin_token(
+    tokenizer, num_leading, ids[:start], source
   )
-  ids, ends = found["input_ids"], [end for _, end in found["offset_mapping"]]
-  special = found["special_tokens_mask"]
-  count = len(ids)
-  while count and special[count - 1]:  # An end-of-text that some put last.
-    count -= 1
-  lead = 0
-  while lead < count and special[lead]:
-    lead += 1
-  return ids[:count], ends[:count], lead
+  return num_leading, context, tuple(ids[start:])
 
 
-def _not_empty(
-  tokenizer: Any, lead: int, ids: Sequence[int], where: str
-) -> tuple[int, tuple[int, ...]]:
-  """Starts a context that has no token with the begin of text."""
-  if ids:
-    return lead, tuple(ids)
-  begin = tokenizer.bos_token_id
-  if begin is None:
-    raise errors.UserError(
-      f"{where}: the prompt is empty and the tokenizer has no "
-      "begin-of-text token to start from."
-    )
-  return 1, (begin,)
-
-
-def _check_distinct(options, pieces, where) -> None:
-  """Raises if two options are the same tokens, so that neither can win."""
+def _check_distinct(options, pieces, source) -> None:
+  """Raises if two options have the same tokens and would always tie."""
   seen: dict[Any, int] = {}
   for i, (_, context, option) in pieces.items():
     j = seen.setdefault((context, option), i)
     if j != i:
       raise errors.UserError(
-        f"{where}: options {options[j]!r} and {options[i]!r} are the same "
+        f"{source}: options {options[j]!r} and {options[i]!r} are the same "
         "tokens; expected options that differ."
       )
 
 
-def _fit(pieces, max_length, truncate, where):
-  """Cuts every option's context to the same budget, or complains."""
+def _fit(pieces, max_length, truncate, source):
+  """Truncates every context to what the longest option leaves, or raises."""
   longest = max(len(option) for _, _, option in pieces.values())
   budget = max_length - (longest - 1)
   fitted = {}
-  for i, (lead, context, option) in pieces.items():
+  for i, (num_leading, context, option) in pieces.items():
     if len(context) > budget:
       if not truncate:
         raise TooLongError(
-          f"{where}: prompt and option are {len(context) + longest - 1} "
+          f"{source}: prompt and option are {len(context) + longest - 1} "
           f"tokens; at most {max_length} fit. Set data.long_rows to "
           "'truncate' (at the left) or 'drop'."
         )
-      if budget <= lead:
+      if budget <= num_leading:
         raise TooLongError(
-          f"{where}: an option of {longest} tokens leaves no room for a "
+          f"{source}: an option of {longest} tokens leaves no room for a "
           f"prompt in {max_length} tokens."
         )
-      context = context[:lead] + context[len(context) - (budget - lead) :]
-    fitted[i] = (lead, context, option)
+      kept = budget - num_leading
+      context = context[:num_leading] + context[len(context) - kept :]
+    fitted[i] = (num_leading, context, option)
   return fitted

@@ -1,4 +1,4 @@
-"""From a task's rows to prompts that are answered by generated text."""
+"""Encodes rows that are answered by generated text as prompts."""
 
 import functools
 import logging
@@ -7,15 +7,16 @@ from typing import Any, NamedTuple
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import encode_options
+from zofo_jax.data import tokenizer as tokenizer_lib
 
 
 class Question(NamedTuple):
   """A row of data as a prompt.
 
   Attributes:
-    tokens: the prompt.
-    answers: the accepted answers; none if the label was not read.
-    source: file and row it came from.
+    tokens: token ids of the prompt.
+    answers: the accepted answers; empty if the label was not read.
+    source: file and row of the data.
   """
 
   tokens: tuple[int, ...]
@@ -34,37 +35,39 @@ def encode_question(
   labelled: bool = True,
   prompt: str | None = None,
 ) -> Question:
-  """Encodes the prompt of a row of a task whose kind is "generation".
+  """Encodes the prompt of a row of a task of kind "generation".
 
   Args:
-    task: gives prompt and answers.
+    task: defines prompt and answers.
     row: the data.
-    tokenizer: a fast tokenizer (`encode.load_tokenizer`).
-    max_length: longest prompt in tokens.
+    tokenizer: a fast tokenizer (`tokenizer.load_tokenizer`).
+    max_length: maximum length of a prompt in tokens.
     version: the template version.
-    truncate: cut a prompt that is too long at the left, behind the tokens that
-      the tokenizer puts before any text.
-    labelled: False leaves the answers unread.
-    prompt: what is asked, if not the task's own prompt.
+    truncate: cut a prompt that is too long on the left, after the leading
+      special tokens.
+    labelled: if False, the answers are not read.
+    prompt: replaces the task's prompt.
 
   Returns:
     The question.
 
   Raises:
     TooLongError: the prompt is too long.
-    UserError: it has no tokens.
+    UserError: the prompt has no tokens.
   """
   prompt = task.prompt(row, version) if prompt is None else prompt
-  lead, tokens = encode_options.prompt_tokens(tokenizer, prompt, row.source)
-  over = len(tokens) - max_length
-  if over > 0:
-    if not truncate or max_length <= lead:
+  num_leading, tokens = tokenizer_lib.prompt_tokens(
+    tokenizer, prompt, row.source
+  )
+  excess = len(tokens) - max_length
+  if excess > 0:
+    if not truncate or max_length <= num_leading:
       raise encode_options.TooLongError(
         f"{row.source}: the prompt is {len(tokens)} tokens; at most "
         f"{max_length} fit beside the answer (generate.max_new_tokens). Set "
         "data.long_rows to 'truncate' (at the left)."
       )
-    tokens = (*tokens[:lead], *tokens[lead + over :])
+    tokens = (*tokens[:num_leading], *tokens[num_leading + excess :])
   answers: tuple[str, ...] = ()
   if labelled:
     options = task.options(row, version)
@@ -82,14 +85,19 @@ def encode_questions(
   truncate: bool = False,
   labelled: bool = True,
 ) -> list[Question]:
-  """Encodes a set of rows; see `encode_question`.
+  """Encodes several rows; see `encode_question`.
+
+  With `truncate`, the number of truncated prompts is logged.
 
   Returns:
-    A question for every row; the log counts those that were cut.
+    One question for each row.
+
+  Raises:
+    UserError: as `encode_question`.
   """
-  found, cut = [], 0
+  questions, num_truncated = [], 0
   for row in data:
-    ask = functools.partial(
+    encode = functools.partial(
       encode_question,
       *(task, row, tokenizer),
       max_length=max_length,
@@ -97,25 +105,29 @@ def encode_questions(
       labelled=labelled,
     )
     try:
-      found.append(ask())
+      questions.append(encode())
     except encode_options.TooLongError:
       if not truncate:
         raise
-      found.append(ask(truncate=True))
-      cut += 1
-  if cut:
+      questions.append(encode(truncate=True))
+      num_truncated += 1
+  if num_truncated:
     logging.warning(
       "%s: %d of %d prompts are cut to %d tokens at the left",
-      *(task.name, cut, len(data), max_length),
+      *(task.name, num_truncated, len(data), max_length),
     )
-  return found
+  return questions
 
 
 def check_room(max_new_tokens: int, context: int) -> int:
-  """Returns how long prompts may be in a context beside their answers.
+  """Returns the maximum length of a prompt that leaves room for its answer.
+
+  Args:
+    max_new_tokens: maximum length of an answer.
+    context: the model's context length.
 
   Raises:
-    UserError: there is no room.
+    UserError: no room is left for a prompt.
   """
   if max_new_tokens >= context:
     raise errors.UserError(

@@ -1,7 +1,6 @@
-"""Rows of labelled data: from files, folders and the Hugging Face hub.
+"""Reads rows of labelled data from files, folders and the Hugging Face hub.
 
-Every row keeps the file and the number it came from, so that any later
-complaint can name them.
+Every row keeps its file and row number, so that error messages can name them.
 """
 
 import csv
@@ -16,7 +15,7 @@ from typing import Any
 from zofo_jax import errors, tasks
 
 _CONVERTED = "refs/convert/parquet"
-# Our name of a split and the file names that may hold it.
+# Split -> base names of files that may hold it.
 _SPLITS = {"validation": ("validation", "valid", "dev", "val")}
 
 
@@ -30,13 +29,13 @@ def load(
   """Reads and checks every row of a split.
 
   Args:
-    task: says which columns a row must have and checks each row.
-    source: a folder with `<split>.jsonl`, `.csv` or `.parquet` (or with a
-      sub-folder of the task's name that has them); the common beginning of
-      such files, `DIR/mrpc_16_100` for `mrpc_16_100_<split>.jsonl` as MetaICL
-      names them; one such file, which is the split "train";
-      "hub:owner/name" or "hub:owner/name/config"; or None for the task's own
-      hub set.
+    task: defines which columns a row must have and checks each row.
+    source: one of: a folder with `<split>.jsonl`, `.csv` or `.parquet`, or
+      with a subfolder of the task's name that has them; the common prefix of
+      such files, as MetaICL names them (`DIR/mrpc_16_100` for
+      `mrpc_16_100_<split>.jsonl`); a single file, which is the split "train";
+      "hub:owner/name" or "hub:owner/name/config"; None for the task's default
+      data set on the hub.
     split: "train", "validation" or "test".
     labelled: False for rows to be predicted, which need no label.
 
@@ -44,33 +43,33 @@ def load(
     The rows, in the file's order.
 
   Raises:
-    UserError: nothing there, or a broken row; with the file and row.
+    UserError: there is no such data, or a row is invalid; names file and row.
   """
   hub = _hub_id(task, source)
   if hub:
-    where = "/".join(filter(None, hub))
-    found = _read_hub(task, *hub, split)
+    name = "/".join(filter(None, hub))
+    rows = _read_hub(task, *hub, split)
   else:
     path = _local_file(task, pathlib.Path(str(source)), split)
-    where = str(path)
-    found = _read_file(path)
-  if not found:
-    raise errors.UserError(f"{where}: split '{split}' has no rows.")
-  for row in found:
+    name = str(path)
+    rows = _read_file(path)
+  if not rows:
+    raise errors.UserError(f"{name}: split '{split}' has no rows.")
+  for row in rows:
     task.check(row, labelled=labelled)
-  return found
+  return rows
 
 
 def has_split(
   task: tasks.Task, source: str | pathlib.Path | None, split: str
 ) -> bool:
-  """Says whether a source has a split, without reading its rows."""
+  """Returns whether a source has a split, without reading its rows."""
   hub = _hub_id(task, source)
   if not hub:
     path = pathlib.Path(str(source))
     return not path.is_file() and _find_file(path, task, split) is not None
   name = task.hub_splits.get(split, split)
-  return name in _ask_hub(
+  return name in _call_datasets(
     "get_dataset_split_names", hub, f"splits of '{hub[0]}'"
   )
 
@@ -117,7 +116,7 @@ def _read_parquet(path: pathlib.Path) -> Iterator[tuple[int, Any]]:
   yield from enumerate(rows, 1)
 
 
-# File endings that can be read.
+# Reader of each file extension.
 _READERS: dict[str, Callable[[pathlib.Path], Iterator[tuple[int, Any]]]] = {
   ".jsonl": _read_jsonl,
   ".csv": _read_csv,
@@ -126,17 +125,17 @@ _READERS: dict[str, Callable[[pathlib.Path], Iterator[tuple[int, Any]]]] = {
 
 
 def _read_file(path: pathlib.Path) -> list[tasks.Row]:
-  """Reads one file of rows, by its ending."""
+  """Reads the rows of one file with the reader of its extension."""
   rows = []
   try:
     for number, fields in _READERS[path.suffix](path):
-      where = f"{path} row {number}"
+      source = f"{path} row {number}"
       if not isinstance(fields, dict):
         raise errors.UserError(
-          f"{where}: found a {type(fields).__name__}; expected a JSON object "
+          f"{source}: found a {type(fields).__name__}; expected a JSON object "
           "of columns."
         )
-      rows.append(tasks.Row(fields, where))
+      rows.append(tasks.Row(fields, source))
   except UnicodeDecodeError as error:
     raise errors.UserError(
       f"{path}: not UTF-8 text (byte {error.start}: {error.reason})."
@@ -147,7 +146,7 @@ def _read_file(path: pathlib.Path) -> list[tasks.Row]:
 def _hub_id(
   task: tasks.Task, source: str | pathlib.Path | None
 ) -> tuple[str, str | None] | None:
-  """Returns hub id and configuration, or None for a local source."""
+  """Returns the hub id and configuration, or None for a local source."""
   if source is None:
     if task.hub is None:
       raise errors.UserError(
@@ -165,10 +164,10 @@ def _hub_id(
   return parts[1], parts[2]
 
 
-def _ask_hub(
-  function: str, hub: tuple[str, str | None], what: str, **options: str
+def _call_datasets(
+  name: str, hub: tuple[str, str | None], what: str, **options: str
 ) -> Any:
-  """Calls a function of the package datasets on a hub set."""
+  """Calls a function of the package `datasets` on a data set of the hub."""
   try:
     datasets = importlib.import_module("datasets")
   except ImportError as error:
@@ -176,16 +175,16 @@ def _ask_hub(
       f"Reading {what} from the hub needs the package datasets; or point "
       "data.dir at a folder of JSONL files."
     ) from error
-  ask = getattr(datasets, function)
+  function = getattr(datasets, name)
   try:
     try:
-      return ask(*hub, **options)
+      return function(*hub, **options)
     except RuntimeError as error:
       if "scripts are no longer supported" not in str(error):
         raise
-      # The hub keeps a converted copy, a folder for each configuration.
-      return ask(hub[0], data_dir=hub[1], revision=_CONVERTED, **options)
-  except Exception as error:  # Its own errors have no common ancestor.
+      # The hub keeps a converted copy with a folder for each configuration.
+      return function(hub[0], data_dir=hub[1], revision=_CONVERTED, **options)
+  except Exception as error:  # Its exceptions share no base class.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise errors.UserError(
       f"Cannot read {what} from the hub: {reason}"
@@ -195,39 +194,39 @@ def _ask_hub(
 def _read_hub(
   task: tasks.Task, hub: str, config: str | None, split: str
 ) -> list[tasks.Row]:
-  """Reads a split of a hub set; leaves out rows without text, and says so."""
+  """Reads a split from the hub; drops rows without text, with a warning."""
   name = task.hub_splits.get(split, split)
   what = f"split '{name}' of '{hub}'"
-  table = _ask_hub("load_dataset", (hub, config), what, split=name)
-  where = "/".join(filter(None, (hub, config, name)))
-  found = [
-    tasks.Row(dict(f), f"{where} row {i}") for i, f in enumerate(table, 1)
+  table = _call_datasets("load_dataset", (hub, config), what, split=name)
+  prefix = "/".join(filter(None, (hub, config, name)))
+  rows = [
+    tasks.Row(dict(f), f"{prefix} row {i}") for i, f in enumerate(table, 1)
   ]
-  full = [
+  with_text = [
     row
-    for row in found
+    for row in rows
     if all(str(row.fields.get(column, "-")).strip() for column in task.text)
   ]
-  if len(full) < len(found):
+  if len(with_text) < len(rows):
     logging.warning(
-      "%s: %d rows without text left out", where, len(found) - len(full)
+      "%s: %d rows without text left out", prefix, len(rows) - len(with_text)
     )
-  return full
+  return with_text
 
 
 def _find_file(
   source: pathlib.Path, task: tasks.Task, split: str
 ) -> pathlib.Path | None:
   """Returns the file of a split in a folder, or None if there is none."""
-  starts = [f"{source}/", f"{source / task.name}/"]
+  prefixes = [f"{source}/", f"{source / task.name}/"]
   if task.hub and task.hub[1]:
-    starts.append(f"{source / task.hub[1]}/")
+    prefixes.append(f"{source / task.hub[1]}/")
   if not source.is_dir():
-    starts = [f"{source}_"]
-  for start in starts:
+    prefixes = [f"{source}_"]
+  for prefix in prefixes:
     for name in _SPLITS.get(split, (split,)):
-      for ending in _READERS:
-        path = pathlib.Path(f"{start}{name}{ending}")
+      for suffix in _READERS:
+        path = pathlib.Path(f"{prefix}{name}{suffix}")
         if path.is_file():
           return path
   return None
@@ -236,7 +235,7 @@ def _find_file(
 def _local_file(
   task: tasks.Task, source: pathlib.Path, split: str
 ) -> pathlib.Path:
-  """Returns the file of a split, or raises a sentence on what is missing."""
+  """Returns the file of a split, or raises a `UserError` if there is none."""
   if source.is_file():
     if source.suffix not in _READERS:
       raise errors.UserError(
@@ -251,14 +250,14 @@ def _local_file(
   if path is not None:
     return path
   if not source.is_dir():
-    near = (
+    suggestion = (
       errors.nearest(source.name, [p.name for p in source.parent.iterdir()])
       if source.parent.is_dir()
       else ""
     )
-    raise errors.UserError(f"No data folder {source}.{near}")
-  found = ", ".join(sorted(p.name for p in source.iterdir())[:12])
+    raise errors.UserError(f"No data folder {source}.{suggestion}")
+  names = ", ".join(sorted(p.name for p in source.iterdir())[:12])
   raise errors.UserError(
     f"{source} has no {split}.jsonl (or .csv, .parquet) for task "
-    f"{task.name}; it holds {found or 'nothing'}."
+    f"{task.name}; it holds {names or 'nothing'}."
   )

@@ -1,8 +1,8 @@
-"""A task's data divided into the sets of a run.
+"""Splits of a task's data: lower level, upper level, selection and test.
 
-Which rows a set holds is a pure function of a seed. numpy's RandomState draws
-them: its numbers are the same in every version, and the permutations those
-that MeZO takes its first 1000 rows from.
+The rows of each split are a pure function of a seed. They are drawn with
+numpy's RandomState, whose numbers are stable across versions, and with the
+permutations from which MeZO takes its first 1,000 rows.
 """
 
 import json
@@ -16,17 +16,16 @@ import numpy as np
 from zofo_jax import errors, tasks
 from zofo_jax.data import sources
 
-load_rows = sources.load
-
 
 class Counts(NamedTuple):
-  """How many rows each set gets; 666, 334 and 1000 are the paper's.
+  """Number of rows of each split; 666, 334 and 1,000 are the paper's.
 
   Attributes:
     lower: rows of the lower level (D_p).
     upper: rows of the upper level (D_f).
-    selection: rows by which the best checkpoint is chosen. 0 takes the upper
-      set again, as the PyTorch code does: a set that training has seen.
+    selection: rows on which the best checkpoint is selected. 0 reuses the
+      upper-level rows, as the PyTorch code does, although training has seen
+      them.
     test: rows of the final test.
   """
 
@@ -40,7 +39,7 @@ _PAPER = Counts()
 
 
 class Splits(NamedTuple):
-  """The four sets of a run."""
+  """The four splits of a run."""
 
   lower: list[tasks.Row]
   upper: list[tasks.Row]
@@ -57,30 +56,31 @@ def load_splits(
   seed: int = 0,
   test_split: str | None = None,
 ) -> Splits:
-  """Reads a task's data and divides it into the four sets of a run.
+  """Reads a task's data and splits it.
 
   Args:
     task: the task.
-    source: as in `load_rows`.
-    counts: rows of each set.
-    shots: as in `split`.
-    seed: chooses the rows.
-    test_split: where test rows come from; None means the validation split as
-      in the paper, else the test split, else rows held out of train.
+    source: as for `sources.load`.
+    counts: rows of each split.
+    shots: as for `split`.
+    seed: seed of the random choice of rows.
+    test_split: the data set's split that provides test rows. None: validation,
+      as in the paper; if there is none, test; if there is none either, rows
+      held out of train.
 
   Returns:
-    The four sets.
+    The four splits.
 
   Raises:
-    UserError: as `load_rows` and `split`.
+    UserError: as `sources.load` and `split`.
   """
-  train = load_rows(task, source, "train")
+  train = sources.load(task, source, "train")
   if test_split is None:
     present = [
       s for s in ("validation", "test") if sources.has_split(task, source, s)
     ]
     test_split = present[0] if present else None
-  test = load_rows(task, source, test_split) if test_split else None
+  test = sources.load(task, source, test_split) if test_split else None
   return split(task, train, test, counts=counts, shots=shots, seed=seed)
 
 
@@ -93,29 +93,29 @@ def split(
   shots: int = 0,
   seed: int = 0,
 ) -> Splits:
-  """Divides rows into lower, upper, selection and test sets.
+  """Splits rows into lower, upper, selection and test.
 
-  A seeded permutation of `train` gives lower, upper, selection and, where
-  there are no separate test rows, test, in this order. Rows that read the
-  same as an earlier one or as a test row are passed over, so the four sets
-  share no text. Too few rows: a quarter is the test set (if it comes from
-  train) and a quarter of the rest the selection set; of what is left, a third
-  is upper, as in the paper; no set exceeds its count.
+  A seeded permutation of `train` is cut into lower, upper, selection and, if
+  `test` is None, test, in this order. Rows with the same text as an earlier
+  row or as a test row are skipped, so no text is in two splits. If there are
+  too few rows, test (if it is taken from train) gets a quarter of them,
+  selection a quarter of the remaining ones, and upper a third of what is then
+  left, as in the paper; no split exceeds its count.
 
   Args:
-    task: says which columns make a row's text.
+    task: defines which columns make up a row's text.
     train: rows of the train split.
-    test: rows of the split to test on.
-    counts: rows of each set.
-    shots: if not 0, lower and upper have that many rows of every label each,
-      whatever their counts; they are drawn first.
-    seed: chooses the rows.
+    test: rows to test on; None to hold them out of `train`.
+    counts: rows of each split.
+    shots: if not 0, lower and upper each get this many rows of every label,
+      regardless of `counts`; they are drawn first.
+    seed: seed of the random choice of rows.
 
   Returns:
-    The four sets.
+    The four splits.
 
   Raises:
-    UserError: a count is not positive, or too few rows for four sets.
+    UserError: a count is not positive, or there are too few rows.
   """
   for field, count in counts._asdict().items():
     if count < (0 if field == "selection" else 1):
@@ -152,10 +152,10 @@ def k_shot(
     task: reads a row's label.
     train: rows to draw from.
     k: rows per label.
-    seed: chooses the rows; another seed gives another training set.
+    seed: seed of the random choice of rows.
 
   Returns:
-    k rows for each label that occurs.
+    k rows of each label that occurs.
 
   Raises:
     UserError: a label has fewer than k rows.
@@ -182,28 +182,28 @@ def _balanced_first(
   seed: int,
   test: Sequence[tasks.Row] | None,
 ) -> tuple[list[tasks.Row], Counts]:
-  """Moves balanced lower and upper sets to the pool's front.
+  """Moves balanced lower and upper rows to the front of the pool.
 
   Returns:
-    The pool, and counts of which the other sets take what is left.
+    The reordered pool and the counts adjusted to it.
   """
-  both = k_shot(task, pool, 2 * shots, seed)
+  balanced = k_shot(task, pool, 2 * shots, seed)
   sets: tuple[list[tasks.Row], list[tasks.Row]] = ([], [])
   seen: dict[int, int] = {}
-  for row in both:
+  for row in balanced:
     label = task.right(row)[0]
     sets[seen.get(label, 0) >= shots].append(row)
     seen[label] = seen.get(label, 0) + 1
-  drawn = set(map(id, both))
-  rest = [row for row in pool if id(row) not in drawn]
-  held_out = min(counts.test, len(rest) // 2) if test is None else 0
-  selection = min(counts.selection, len(rest) - held_out)
+  drawn = set(map(id, balanced))
+  remaining = [row for row in pool if id(row) not in drawn]
+  held_out = min(counts.test, len(remaining) // 2) if test is None else 0
+  selection = min(counts.selection, len(remaining) - held_out)
   if (counts.selection and not selection) or (test is None and not held_out):
     raise errors.UserError(
       f"Task {task.name}: {len(pool)} different rows in train are too few for "
       f"{2 * shots} of each label and further sets (data.shots)."
     )
-  return [*sets[0], *sets[1], *rest], Counts(
+  return [*sets[0], *sets[1], *remaining], Counts(
     len(sets[0]), len(sets[1]), selection, held_out or counts.test
   )
 
@@ -211,40 +211,41 @@ def _balanced_first(
 def _distinct(
   task: tasks.Task,
   pool: Sequence[tasks.Row],
-  apart: Sequence[tasks.Row],
+  excluded: Sequence[tasks.Row],
 ) -> list[tasks.Row]:
-  """Returns the rows whose text is neither in `apart` nor earlier in `pool`."""
+  """Returns rows whose text is neither in `excluded` nor earlier in `pool`."""
 
   def text(row):
     columns = (*task.text, *task.other)
     return json.dumps([row.fields[c] for c in columns], default=str)
 
-  seen = {text(row) for row in apart}
-  kept = []
+  seen = {text(row) for row in excluded}
+  distinct = []
   for row in pool:
     key = text(row)
     if key not in seen:
       seen.add(key)
-      kept.append(row)
-  return kept
+      distinct.append(row)
+  return distinct
 
 
 def _sizes(
   task: tasks.Task, total: int, counts: Counts, *, hold_out: bool
 ) -> Counts:
-  """Returns the sets' sizes; test is 0 unless it is held out of train."""
-  asked = counts if hold_out else counts._replace(test=0)
-  if total >= sum(asked):
-    return asked
-  test = min(asked.test, total // 4)
-  selection = min(asked.selection, (total - test) // 4)
+  """Returns the splits' sizes; test is 0 unless it is held out of train."""
+  requested = counts if hold_out else counts._replace(test=0)
+  if total >= sum(requested):
+    return requested
+  test = min(requested.test, total // 4)
+  selection = min(requested.selection, (total - test) // 4)
   left = total - test - selection
-  upper = min(asked.upper, left // 3)
-  sizes = Counts(min(asked.lower, left - upper), upper, selection, test)
-  if any(want and not size for want, size in zip(asked, sizes, strict=True)):
+  upper = min(requested.upper, left // 3)
+  sizes = Counts(min(requested.lower, left - upper), upper, selection, test)
+  pairs = zip(requested, sizes, strict=True)
+  if any(wanted and not size for wanted, size in pairs):
     raise errors.UserError(
       f"Task {task.name}: {total} different rows in train are too few for "
-      f"{', '.join(f for f, want in asked._asdict().items() if want)} sets."
+      f"{', '.join(f for f, n in requested._asdict().items() if n)} sets."
     )
   logging.warning(
     "%s: train has %d different rows, hence %s",

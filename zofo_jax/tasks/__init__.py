@@ -1,7 +1,8 @@
-"""Every task by name, and the means to declare one's own."""
+"""The built-in tasks by name, and `custom` to define others."""
 
 from zofo_jax import errors
 from zofo_jax.tasks import (
+  fact_checking,
   generation,
   hate_and_stance,
   multiple_choice,
@@ -24,15 +25,16 @@ ALL: dict[str, Task] = {
     *generation.TASKS,
     *sentence_pairs.TASKS,
     *hate_and_stance.TASKS,
+    *fact_checking.TASKS,
   )
 }
 
 
 def get(name: str) -> Task:
-  """Returns the task of that name.
+  """Returns the task with the given name.
 
   Raises:
-    UserError: there is none; the sentence suggests the nearest.
+    UserError: there is no such task; the message suggests the nearest name.
   """
   if name not in ALL:
     raise errors.UserError(

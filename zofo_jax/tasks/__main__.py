@@ -4,7 +4,7 @@ from zofo_jax import tasks
 
 
 def describe(task: tasks.Task) -> str:
-  """Returns a task's facts and, for each version, prompt and options."""
+  """Describes a task: metric, columns, and prompt and options by version."""
   row = tasks.Row(task.example, f"{task.name} example")
   hub = "/".join(filter(None, task.hub or ())) or "no hub set"
   lines = [f"{task.name}  ({task.kind}, {task.metric}; {hub})"]
@@ -24,7 +24,7 @@ def describe(task: tasks.Task) -> str:
 
 
 def main() -> None:
-  """Prints the list; the right options of the examples bear a star."""
+  """Prints all tasks; correct options are marked with a star."""
   for task in tasks.ALL.values():
     print(describe(task), end="\n\n")
 

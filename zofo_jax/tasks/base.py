@@ -1,8 +1,8 @@
-"""What a task is: columns, a prompt, the options after it, and a metric.
+"""The definition of a task: columns, prompt, options and metric.
 
-An entry is data. A template is a `str.format` pattern over the row's columns,
-or a small function where a pattern is not enough; the text of an option is
-what follows the prompt, its leading space or line break included.
+Tasks are data. A template is a `str.format` pattern over the row's columns, or
+a small function where a pattern is not enough. The text of an option directly
+follows the prompt and includes its leading space or line break.
 """
 
 import dataclasses
@@ -21,21 +21,22 @@ Version = int | Literal["reference"]
 
 
 class Row(NamedTuple):
-  """One row and where it came from, such as "sst2/train.jsonl row 3"."""
+  """A row and its source, such as "sst2/train.jsonl row 3"."""
 
   fields: Mapping[str, Any]
   source: str
 
 
 class Template(NamedTuple):
-  """A prompt and what may follow it.
+  """A prompt and its options.
 
   Attributes:
     prompt: pattern over the columns, or a function of them.
-    options: one pattern per option, or a function giving the options' texts.
-      For generation: the accepted answers, the first of which is trained on.
-    may_repeat: two options may read the same (the first one then wins); only
-      for a reference variant that publishes such a mistake.
+    options: one pattern per option, or a function that returns the options'
+      texts. For generation: the accepted answers; the first is the training
+      target.
+    may_repeat: whether two options may have the same text (the first one then
+      wins). Only for reference variants that were published with this mistake.
   """
 
   prompt: str | Callable[[Fields], str]
@@ -45,22 +46,23 @@ class Template(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """One task, declared.
+  """The definition of a task.
 
   Attributes:
-    name: what users call it.
+    name: name in configs, such as "sst2".
     templates: the template versions 0, 1, 2, ...
-    example: a short made-up row, for the listing and the tests.
-    text: columns that must hold text that is not empty.
+    example: a short made-up row, for `python -m zofo_jax.tasks` and tests.
+    text: columns that must hold non-empty text.
     other: further columns that a template or `label` reads.
-    label: column of the label, or a function giving all right options.
+    label: column of the label, or a function that returns the indices of all
+      correct options.
     labels: label values in the options' order; None if they are 0, 1, 2, ...
-    hub: id on the Hugging Face hub and the configuration there.
-    hub_splits: the hub's names of our splits, where they differ.
+    hub: id and configuration of the data set on the Hugging Face hub.
+    hub_splits: names of the splits on the hub, where they differ.
     metric: how predictions are scored.
-    kind: what the options are.
-    reference: the template as the PyTorch code has it, where results depend
-      on a mistake in it.
+    kind: classification, multiple choice or generation.
+    reference: the PyTorch code's template, where it has a mistake that affects
+      results.
   """
 
   name: str
@@ -78,7 +80,7 @@ class Task:
 
   @property
   def columns(self) -> tuple[str, ...]:
-    """Every column that a row must have."""
+    """All columns that a row must have."""
     label = (self.label,) if isinstance(self.label, str) else ()
     return (*self.text, *self.other, *label)
 
@@ -86,8 +88,8 @@ class Task:
     """Returns a template version.
 
     Args:
-      version: its number, or "reference" for the PyTorch code's variant
-        (which is version 0 where the two do not differ).
+      version: number of the version, or "reference" for the PyTorch code's
+        variant, which is version 0 unless the task has a `reference`.
 
     Raises:
       UserError: the task has no such version.
@@ -109,17 +111,17 @@ class Task:
     return _call(prompt, row)
 
   def options(self, row: Row, version: Version = 0) -> tuple[str, ...]:
-    """Returns the texts that may follow the prompt, leading space included."""
+    """Returns the options' texts, leading space included."""
     options = self.template(version).options
     if callable(options):
       return tuple(_call(options, row))
     return tuple(_call(option.format_map, row) for option in options)
 
   def right(self, row: Row) -> tuple[int, ...]:
-    """Returns the indices of every right option, at least one.
+    """Returns the indices of all correct options, at least one.
 
     Raises:
-      UserError: the label is out of range, of a wrong type or missing.
+      UserError: the label is missing, out of range or of the wrong type.
     """
     if callable(self.label):
       right = tuple(_call(self.label, row))
@@ -144,14 +146,14 @@ class Task:
     return (index,)
 
   def check(self, row: Row, *, labelled: bool = True) -> None:
-    """Checks that a row has the columns, their types and a label in range.
+    """Checks a row's columns, their types and the label.
 
     Args:
       row: the row.
-      labelled: False for a row to be predicted, which needs its text only.
+      labelled: False for a row to be predicted, which needs only its text.
 
     Raises:
-      UserError: with the file and the row.
+      UserError: the row is invalid; names file and row.
     """
     for column in self.columns if labelled else self.text:
       if column not in row.fields:
@@ -175,9 +177,10 @@ class Task:
 
 
 def _call(function: Callable[[Fields], Any], row: Row) -> Any:
-  """Calls an entry's function; what it finds wrong gets the row's name.
+  """Calls a task's function on a row; its errors become `UserError`s.
 
-  Spaces around a column's text go, as in MeZO (GLUE's sentences end in one).
+  Whitespace around a column's text is stripped, as in MeZO (GLUE's sentences
+  end in a space).
   """
   fields = {
     name: value.strip() if isinstance(value, str) else value
@@ -185,7 +188,7 @@ def _call(function: Callable[[Fields], Any], row: Row) -> Any:
   }
   try:
     return function(fields)
-  except ValueError as error:  # A sentence of the entry's own.
+  except ValueError as error:  # Raised by the task, with a full sentence.
     raise errors.UserError(f"{row.source}: {error}") from error
   except KeyError as error:
     raise errors.UserError(
@@ -202,7 +205,7 @@ def _call(function: Callable[[Fields], Any], row: Row) -> Any:
 def _label_index(
   value: Any, labels: Sequence[str] | None, count: int
 ) -> int | None:
-  """Returns the option index of a label value, or None if there is none."""
+  """Returns the option index of a label value, or None if it is invalid."""
   if labels is not None:
     if isinstance(value, float) and value.is_integer():
       value = int(value)

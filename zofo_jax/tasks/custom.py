@@ -1,4 +1,4 @@
-"""A task of the user's own, out of a config's plain values."""
+"""Custom tasks, defined by plain values as in a config."""
 
 import string
 from collections.abc import Callable, Sequence
@@ -24,26 +24,26 @@ def custom(
   labels: Sequence[str] | None = None,
   metric: Metric | None = None,
 ) -> Task:
-  """Makes a task like the built-in ones.
+  """Defines a task like the built-in ones.
 
   Args:
-    name: what to call it.
+    name: name of the task.
     prompt: pattern such as "{review} It was"; braces name columns.
-    options: one text per label, such as " bad"; may name columns too, which
-      makes multiple choice ("{ending0}"). None for a task that is answered by
-      generating text.
-    label: column of the label; without options, of the answer: a text, or a
-      list of all that are accepted.
-    labels: label values in the options' order, where they are not 0, 1, ...
-    metric: how predictions are scored; None for accuracy, or token F1 without
+    options: one text per label, such as " bad". An option may name columns
+      too, as in "{ending0}", for multiple choice. Empty for a task that is
+      answered by generating text.
+    label: column of the label. Without options: column of the answer, a text
+      or a list of all accepted answers.
+    labels: label values in the options' order, unless they are 0, 1, ...
+    metric: how predictions are scored; None: accuracy, or token F1 without
       options.
 
   Returns:
     The task.
 
   Raises:
-    UserError: a pattern is broken, a metric of another kind, or one option
-      alone, or too few labels.
+    UserError: a pattern is malformed, the metric does not fit the kind of
+      task, there is only one option, or not one label per option.
 
   Example:
     >>> from zofo_jax import tasks
@@ -63,12 +63,12 @@ def custom(
       f"Task {name}: labels has {len(labels)} entries and options "
       f"{len(options)}; one label per option expected."
     )
-  known = get_args(OptionMetric if options else TextMetric)
+  metrics = get_args(OptionMetric if options else TextMetric)
   metric = metric or ("accuracy" if options else "token_f1")
-  if metric not in known:
+  if metric not in metrics:
     raise errors.UserError(
-      f"Task {name}: metric is '{metric}'; expected one of {', '.join(known)}."
-      f"{errors.nearest(metric, known)}"
+      f"Task {name}: metric is '{metric}'; expected one of "
+      f"{', '.join(metrics)}.{errors.nearest(metric, metrics)}"
     )
   example = {column: f"<{column}>" for column in texts}
   if not options:
@@ -97,7 +97,7 @@ def custom(
 
 
 def _columns(name: str, prompt: str, options: Sequence[str]) -> tuple[str, ...]:
-  """Returns the columns that the patterns name, each once."""
+  """Returns the columns that the patterns name, without duplicates."""
   texts: list[str] = []
   for field, pattern in [
     ("prompt", prompt),
@@ -129,14 +129,14 @@ def _columns(name: str, prompt: str, options: Sequence[str]) -> tuple[str, ...]:
 
 
 def _answers_of(column: str) -> Callable[[Fields], list[str]]:
-  """Makes the function that reads a row's accepted answers.
+  """Returns a function that reads a row's accepted answers.
 
-  Each ends in the line break at which generation stops.
+  Every answer ends with the line break at which generation stops.
   """
 
   def answers(fields):
     value = fields[column]
-    found = [value] if isinstance(value, str | int | float) else list(value)
-    return [f" {answer}\n" for answer in dict.fromkeys(found)]
+    accepted = [value] if isinstance(value, str | int | float) else list(value)
+    return [f" {answer}\n" for answer in dict.fromkeys(accepted)]
 
   return answers

@@ -1,7 +1,7 @@
-"""Answers to be generated: the options are the accepted answers.
+"""Tasks answered by generated text: the options are the accepted answers.
 
-Each ends in the line break at which generation stops, as in MeZO; training
-takes the first.
+Every answer ends with the line break at which generation stops, as in MeZO;
+the first is the training target.
 """
 
 from zofo_jax.tasks.base import Fields, Task, Template

@@ -1,14 +1,14 @@
-"""Groups of tasks for meta-training: those trained on, and those held out."""
+"""Groups of tasks for meta-training: training tasks and held-out targets."""
 
 from typing import NamedTuple
 
 
 class Group(NamedTuple):
-  """Names of tasks.
+  """Names of training and target tasks.
 
   Attributes:
     train: tasks to train on.
-    target: tasks to adapt to afterwards, none of which is trained on.
+    target: tasks to adapt to afterwards, disjoint from `train`.
   """
 
   train: tuple[str, ...]
@@ -16,7 +16,7 @@ class Group(NamedTuple):
 
 
 ALL: dict[str, Group] = {
-  # The hand-written tasks of the paper's PyTorch code.
+  # The tasks defined in the paper's PyTorch code.
   "sentiment": Group(
     train=(
       "tweet_eval_sentiment",
@@ -42,8 +42,8 @@ ALL: dict[str, Group] = {
     train=("qqp", "medical_questions_pairs", "sick", "wiki_qa"),
     target=("mrpc",),
   ),
-  # Short texts, for a small machine. SST-2 is no target: its sentences are from
-  # the reviews of rotten_tomatoes.
+  # Short texts, for small machines. SST-2 is not a target because its sentences
+  # come from the reviews of rotten_tomatoes.
   "short": Group(
     train=("rotten_tomatoes", "subj", "emotion", "mpqa"),
     target=("cr", "tweet_eval_sentiment", "tweet_eval_emotion"),

@@ -1,4 +1,4 @@
-"""Entries of one shape: a single text and fixed label words."""
+"""Constructors for tasks with a single text and fixed label words."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +9,7 @@ from zofo_jax.tasks.base import Task, Template
 def text_task(
   name: str, hub: str, words: Sequence[str], pattern: str, **more: Any
 ) -> Task:
-  """An entry whose only column is `text`."""
+  """Returns a task whose only text column is `text`."""
   more.setdefault("example", {"text": "We won again today!", "label": 0})
   return Task(
     name=name,
@@ -23,7 +23,7 @@ def text_task(
 def tweets_task(
   name: str, words: Sequence[str], pattern: str, **more: Any
 ) -> Task:
-  """An entry of TweetEval."""
+  """Returns a task of TweetEval."""
   return text_task(
     f"tweet_eval_{name}",
     "cardiffnlp/tweet_eval",

@@ -1,7 +1,8 @@
-"""Multiple choice: every row brings its own options.
+"""Multiple choice: every row has its own options.
 
-COPA, ReCoRD and WinoGrande are MeZO's and the PyTorch code's; the common-sense
-sets after lm-evaluation-harness; MetaICL's JSONL as that code reads it.
+COPA, ReCoRD and WinoGrande follow MeZO and Bilevel-ZOFO's PyTorch code; the
+common-sense tasks follow lm-evaluation-harness; `meta_icl` reads MetaICL's
+JSONL files as MetaICL's code does.
 """
 
 import re
@@ -25,7 +26,7 @@ def _copa(fields: Fields) -> str:
 
 
 def _copa_options(fields: Fields) -> list[str]:
-  """The choices, their first word in lower case unless it is "I"."""
+  """Returns the choices with a lower-case first word, unless it is "I"."""
   options = []
   for choice in (fields["choice1"], fields["choice2"]):
     first, *others = choice.split(" ")
@@ -44,7 +45,7 @@ def _entities(fields: Fields) -> list[str]:
 
 
 def _record_options(fields: Fields) -> list[str]:
-  """The query with each entity in the placeholder's stead."""
+  """Returns the query with the placeholder replaced by each entity."""
   return [
     " " + fields["query"].replace("@placeholder", entity)
     for entity in _entities(fields)
@@ -56,7 +57,7 @@ def _record_right(fields: Fields) -> list[int]:
 
 
 def _blank(fields: Fields) -> tuple[str, str]:
-  """WinoGrande: the text before the blank and the text after it."""
+  """Splits WinoGrande's sentence into the texts before and after the blank."""
   parts = fields["sentence"].split("_")
   if len(parts) != 2:
     raise ValueError(
@@ -76,7 +77,7 @@ def _winogrande_options(fields: Fields) -> list[str]:
 
 
 def _listed(fields: Fields) -> list[str]:
-  """Options of sets with `choices` = {"label": [...], "text": [...]}."""
+  """Returns the options of `choices` = {"label": [...], "text": [...]}."""
   return [f" {text}" for text in fields["choices"]["text"]]
 
 
@@ -86,7 +87,7 @@ def _keyed(fields: Fields) -> list[int]:
 
 
 def _clean(text: str) -> str:
-  """Removes WikiHow's bracketed marks, as lm-evaluation-harness does."""
+  """Removes WikiHow's bracketed markup, as lm-evaluation-harness does."""
   text = re.sub(r"\[.*?\]", "", text.replace(" [title]", ". "))
   return " ".join(text.split())
 
@@ -108,7 +109,7 @@ def _meta_icl(fields: Fields) -> str:
 
 
 def _outputs(fields: Fields) -> list[str]:
-  """MetaICL: the options, or the answer alone where there are none."""
+  """Returns MetaICL's options, or only the answer if there are none."""
   return list(fields["options"]) or [fields["output"]]
 
 
@@ -119,7 +120,7 @@ def _output(fields: Fields) -> list[int]:
 def _question(
   name: str, hub: tuple[str, str | None], column: str, pattern: str
 ) -> Task:
-  """An entry with `choices` and `answerKey`."""
+  """Returns a task with the columns `choices` and `answerKey`."""
   return Task(
     name=name,
     kind="multiple choice",

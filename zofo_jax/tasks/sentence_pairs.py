@@ -1,8 +1,8 @@
-"""Two texts and a question: GLUE, entailment, paraphrase.
+"""Two texts and a question: entailment, paraphrase, question answering.
 
 Patterns and label words are those of MeZO and of Bilevel-ZOFO's PyTorch code,
-with label words that it had inverted or swapped put right (MRPC, QQP, MNLI,
-ANLI, WNLI, WikiQA). QNLI and CoLA, which it lacks, ask in the same manner.
+with inverted or swapped label words corrected (MRPC, QQP, MNLI, ANLI, WNLI,
+WikiQA). That code lacks QNLI, whose pattern here follows the others.
 """
 
 from zofo_jax.tasks.base import Task, Template
@@ -21,10 +21,10 @@ _NLI = {
 
 
 def _sentences(
-  one: str, two: str, question: str, noun: str = "Sentence"
+  first: str, second: str, question: str, noun: str = "Sentence"
 ) -> str:
-  """Pattern of two numbered texts and a question about them."""
-  return f"{noun} 1: {{{one}}}\n{noun} 2: {{{two}}}\n{question}\n"
+  """Returns the pattern of two numbered texts and a question about them."""
+  return f"{noun} 1: {{{first}}}\n{noun} 2: {{{second}}}\n{question}\n"
 
 
 _GLUE = (
@@ -112,18 +112,6 @@ _GLUE = (
       "sentence": "The tower is 40 metres tall.",
       "label": 0,
     },
-  ),
-  Task(
-    name="cola",
-    hub=("nyu-mll/glue", "cola"),
-    text=("sentence",),
-    templates=(
-      Template(
-        "{sentence}\nIs this sentence grammatical? Yes or No?\n", _NO_YES
-      ),
-    ),
-    metric="matthews",
-    example={"sentence": "Cat the sleeps.", "label": 0},
   ),
   Task(
     name="wnli",

@@ -1,8 +1,9 @@
-"""Single texts: sentiment, emotion, topic.
+"""Single texts: sentiment, emotion, topic, grammatical acceptability.
 
 Patterns and label words are those of MeZO and of Bilevel-ZOFO's PyTorch code,
-with label words that it had inverted or lost put right; LM-BFF's for SST-5,
-CR and MPQA, after Zhao et al. (2021) for TREC and AG News.
+with its inverted or missing label words corrected; LM-BFF's for SST-5, CR and
+MPQA; after Zhao et al. (2021) for TREC and AG News. CoLA, which none of them
+has, asks its question as they do.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ _POLARITY = (" terrible", " great")
 
 
 def _it_was(column: str, words: Sequence[str]) -> tuple[Template, ...]:
-  """The pattern of reviews; version 1 is the text alone."""
+  """Returns the templates of reviews; version 1 is the text alone."""
   text = "{" + column + "}"
   return (Template(f"{text} It was", words), Template(text, words))
 
@@ -56,7 +57,8 @@ _REVIEWS = (
     hub=("cardiffnlp/tweet_eval", "sentiment"),
     text=("text",),
     templates=_it_was("text", (" terrible", " neutral", " great")),
-    # There a positive tweet is trained towards "neutral" and never predicted.
+    # In that code, the word for positive tweets is "neutral" as well, so they
+    # are never predicted.
     reference=Template(
       "{text} It was", (" terrible", " neutral", " neutral"), may_repeat=True
     ),
@@ -101,7 +103,7 @@ _REVIEWS = (
         "{sentence} The sentiment was", (" negative", " neutral", " positive")
       ),
     ),
-    # There the words are in another order than the set's labels.
+    # In that code, the words are not in the order of the labels.
     reference=Template(
       "{sentence} The sentiment was", (" positive", " negative", " neutral")
     ),
@@ -180,4 +182,19 @@ _EMOTIONS = (
   ),
 )
 
-TASKS = (*_REVIEWS, *_TOPICS, *_EMOTIONS)
+_ACCEPTABILITY = (
+  Task(
+    name="cola",
+    hub=("nyu-mll/glue", "cola"),
+    text=("sentence",),
+    templates=(
+      Template(
+        "{sentence}\nIs this sentence grammatical? Yes or No?\n", ("No", "Yes")
+      ),
+    ),
+    metric="matthews",
+    example={"sentence": "Cat the sleeps.", "label": 0},
+  ),
+)
+
+TASKS = (*_REVIEWS, *_TOPICS, *_EMOTIONS, *_ACCEPTABILITY)

@@ -1,4 +1,4 @@
-"""SuperGLUE's classification tasks, as MeZO and the PyTorch code ask them."""
+"""SuperGLUE's classification tasks, as posed by MeZO and the PyTorch code."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ _YES_NO = ("Yes", "No")
 
 
 def _boolq(end: str) -> Callable[[Fields], str]:
-  """Prompt of BoolQ: the question capitalised and with its mark."""
+  """Returns BoolQ's prompt; the question is capitalised and ends in "?"."""
 
   def prompt(fields: Fields) -> str:
     question = fields["question"]

@@ -1,0 +1,126 @@
+"""Loading fast tokenizers and tokenizing text with character offsets."""
+
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from zofo_jax import errors
+
+
+def load_tokenizer(folder: str | pathlib.Path) -> Any:
+  """Loads a fast tokenizer from a folder or a hub id; needs no torch.
+
+  Args:
+    folder: folder with tokenizer.json, or a hub id.
+
+  Returns:
+    The tokenizer, a `transformers.PreTrainedTokenizerFast`.
+
+  Raises:
+    UserError: there is no tokenizer, or only a slow one without offsets.
+  """
+  # Without torch, transformers warns that models are unavailable. They are
+  # not used.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+  import transformers  # Imported here because it is slow to import.
+
+  try:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+  except Exception as error:  # Its exceptions share no base class.
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise errors.UserError(
+      f"Cannot load a tokenizer from '{folder}': {reason}"
+    ) from error
+  if not tokenizer.is_fast:
+    raise errors.UserError(
+      f"The tokenizer of '{folder}' has no tokenizer.json; expected a fast "
+      "tokenizer, which knows its tokens' places in the text."
+    )
+  return tokenizer
+
+
+def pad_id(tokenizer: Any) -> int:
+  """Returns the padding token's id; any id works, since padding is masked."""
+  for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+    if token is not None:
+      return token
+  return 0
+
+
+def prompt_tokens(
+  tokenizer: Any, prompt: str, source: str
+) -> tuple[int, tuple[int, ...]]:
+  """Returns the number of leading special tokens and a prompt's tokens.
+
+  Args:
+    tokenizer: a fast tokenizer.
+    prompt: the text.
+    source: file and row, for error messages.
+
+  Returns:
+    How many special tokens the tokenizer puts before the text, and all tokens,
+    those included.
+
+  Raises:
+    UserError: the prompt is empty and there is no begin-of-text token.
+  """
+  ids, _, num_leading = tokenize(tokenizer, prompt)
+  return with_begin_token(tokenizer, num_leading, ids, source)
+
+
+def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int], int]:
+  """Tokenizes a text and drops trailing special tokens.
+
+  Args:
+    tokenizer: a fast tokenizer.
+    text: the text.
+
+  Returns:
+    Token ids, the character offset at which each token ends, and the number of
+    leading special tokens.
+  """
+  encoding = tokenizer(
+    text,
+    return_offsets_mapping=True,
+    return_special_tokens_mask=True,
+    verbose=False,
+  )
+  ids = encoding["input_ids"]
+  ends = [end for _, end in encoding["offset_mapping"]]
+  special = encoding["special_tokens_mask"]
+  count = len(ids)
+  while count and special[count - 1]:  # Some append an end-of-text token.
+    count -= 1
+  num_leading = 0
+  while num_leading < count and special[num_leading]:
+    num_leading += 1
+  return ids[:count], ends[:count], num_leading
+
+
+def with_begin_token(
+  tokenizer: Any, num_leading: int, ids: Sequence[int], source: str
+) -> tuple[int, tuple[int, ...]]:
+  """Replaces an empty context by the begin-of-text token.
+
+  Args:
+    tokenizer: a fast tokenizer.
+    num_leading: number of leading special tokens in `ids`.
+    ids: token ids of the context.
+    source: file and row, for error messages.
+
+  Returns:
+    The number of leading special tokens and the ids, at least one.
+
+  Raises:
+    UserError: the context is empty and there is no begin-of-text token.
+  """
+  if ids:
+    return num_leading, tuple(ids)
+  begin = tokenizer.bos_token_id
+  if begin is None:
+    raise errors.UserError(
+      f"{source}: the prompt is empty and the tokenizer has no "
+      "begin-of-text token to start from."
+    )
+  return 1, (begin,)
