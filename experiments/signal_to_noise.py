@@ -28,7 +28,8 @@ from zofo_jax import adapters, report
 from zofo_jax.builders import data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
-from zofo_jax.core import directions, perturbed, sampler
+from zofo_jax.core import directions, sampler
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.data import batching
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -139,7 +140,7 @@ def main():
     every, total = [], jax.tree.map(jnp.zeros_like, base)
     for number in range(given.directions):
       own, frame = jax.random.split(jax.random.key(number))
-      key = perturbed.Key(own, frame)
+      key = keys_lib.DirectionKey(own, frame)
       z = sampler.Sampler(kind).weighted_sum(
         base, key._replace(direction=own[None]), jnp.ones(1)
       )

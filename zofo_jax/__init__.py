@@ -3,22 +3,22 @@
 from zofo_jax.core import (
   baselines,
   directions,
+  keys,
   losses,
   multitask,
   outer,
   perturbed,
   zo,
 )
-from zofo_jax.core.bilevel import (
+from zofo_jax.core.bilevel import bilevel_step, make_bilevel_step
+from zofo_jax.core.sampler import Sampler
+from zofo_jax.core.types import (
   BilevelAlgorithm,
   BilevelBatch,
   BilevelHParams,
   BilevelInfo,
   BilevelState,
-  bilevel_step,
-  make_bilevel_step,
 )
-from zofo_jax.core.sampler import Sampler
 
 __version__ = "0.1.0"
 
@@ -32,6 +32,7 @@ __all__ = [
   "baselines",
   "bilevel_step",
   "directions",
+  "keys",
   "losses",
   "make_bilevel_step",
   "multitask",

@@ -17,6 +17,7 @@ import zofo_jax as zofo
 from zofo_jax import adapters
 from zofo_jax.builders import model
 from zofo_jax.core import losses
+from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import encode_options
 from zofo_jax.evaluation import scoring
 from zofo_jax.models import apply, llama, opt
@@ -64,13 +65,13 @@ def _random_base(module: Any, dtype: str) -> Any:
   rng = np.random.default_rng(0)
 
   def leaf(path, shape):
-    if zofo.perturbed.path_name(path).endswith("scale"):
+    if tree_lib.path_name(path).endswith("scale"):
       return jnp.ones(shape.shape, dtype)
     values = rng.standard_normal(shape.shape, np.float32)
     values *= 0.02
     return jnp.asarray(values, dtype)
 
-  return jax.tree_util.tree_map_with_path(leaf, shapes)
+  return jax.tree.map_with_path(leaf, shapes)
 
 
 def device_peak_bytes() -> int | None:

@@ -137,7 +137,7 @@ def result(
       for number in steps:
         state, _ = states.restore(number)
         state = state._replace(key=jax.random.key_data(state.key))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        for path, leaf in jax.tree.leaves_with_path(state):
           name = f"{number}{jax.tree_util.keystr(path)}"
           found[name] = _digest(np.ascontiguousarray(leaf).tobytes())
           if not np.isfinite(np.asarray(leaf, np.float64)).all():

@@ -10,6 +10,7 @@ import pytest
 from tests.models.recorded import load
 from zofo_jax import adapters, errors
 from zofo_jax.core import directions, perturbed, sampler
+from zofo_jax.core import keys as keys_lib
 
 CASES = ["llama", "llama_dynamic", "opt", "opt_350m"]
 KINDS = ["lora", "prefix", "projected", "prompt", "all"]
@@ -159,7 +160,7 @@ def test_gradients_are_finite_differences(kind):
 def test_perturbed_weights_act_as_their_values(kind):
   model, base, tokens, mask = recorded("llama")
   adapter = make(kind, model, base)
-  key = perturbed.Key(jax.random.key(3), jax.random.key(4))
+  key = keys_lib.DirectionKey(jax.random.key(3), jax.random.key(4))
   nodes = sampler.Sampler(directions.Rademacher(), lazy=True).perturb(
     base, key, 1e-2
   )

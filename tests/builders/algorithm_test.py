@@ -10,7 +10,8 @@ from zofo_jax.builders import algorithm as algorithm_lib
 from zofo_jax.builders import budget, data, model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import defaults, validate
-from zofo_jax.core import bilevel, perturbed
+from zofo_jax.core import perturbed
+from zofo_jax.core.types import BilevelBatch, BilevelHParams
 from zofo_jax.training import train
 
 
@@ -46,9 +47,9 @@ def test_every_choice_takes_a_step(direction, estimator, optimizer):
     jnp.ones((4, 2)),
     jnp.ones((4, 2)),
   )
-  batch = bilevel.BilevelBatch(lower=x[None], penalty=x, upper=x)
+  batch = BilevelBatch(lower=x[None], penalty=x, upper=x)
   after, info = jax.eval_shape(
-    algorithm.step, state, batch, bilevel.BilevelHParams(penalty=1.0)
+    algorithm.step, state, batch, BilevelHParams(penalty=1.0)
   )
   assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
   assert info.upper_loss.shape == ()
@@ -99,7 +100,7 @@ def test_losses_of_a_model(tiny_model, tiny_rows, loss, dtype, rtol):
     run_lib.make_run(config).algorithm.step,
     before,
     batch,
-    bilevel.BilevelHParams(),
+    BilevelHParams(),
   )
   assert info.lower_loss.shape == (config.lower.num_steps,)
   kinds = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), (before, after))

@@ -16,8 +16,9 @@ from zofo_jax import errors
 from zofo_jax.checkpoints import ledger
 from zofo_jax.checkpoints.ledger import replay
 from zofo_jax.commands import ledger as command
-from zofo_jax.core import bilevel, directions, moves, outer, perturbed
+from zofo_jax.core import bilevel, directions, outer, perturbed
 from zofo_jax.core import sampler as sampler_lib
+from zofo_jax.core.types import BilevelBatch, BilevelHParams, InPlaceUpdate
 
 
 def line(step, *weights, move=True):
@@ -26,7 +27,7 @@ def line(step, *weights, move=True):
   return ledger.LedgerEntry(
     step,
     2 * weights,
-    moves.InPlaceUpdate(weights, np.float32(1e-30), np.float32(0.1))
+    InPlaceUpdate(weights, np.float32(1e-30), np.float32(0.1))
     if move
     else None,
   )
@@ -226,7 +227,7 @@ def test_theta_is_rebuilt_bit_for_bit(
   )
   step_fn = jax.jit(algorithm.step, donate_argnums=0)
   again_fn = jax.jit(
-    functools.partial(moves.replay_update, sampler=sampler, frame_steps=2),
+    functools.partial(outer.replay_update, sampler=sampler, frame_steps=2),
     donate_argnums=0,
   )
   adapter = jnp.zeros((8, 40))
@@ -237,8 +238,8 @@ def test_theta_is_rebuilt_bit_for_bit(
   text = b""
   for step in range(3):
     x = jax.random.normal(jax.random.key(step), (4, 5, 8))
-    batch = bilevel.BilevelBatch(lower=x[:2], penalty=x[2], upper=x[3])
-    state, info = step_fn(state, batch, bilevel.BilevelHParams(penalty=1.0))
+    batch = BilevelBatch(lower=x[:2], penalty=x[2], upper=x[3])
+    state, info = step_fn(state, batch, BilevelHParams(penalty=1.0))
     written = ledger.LedgerEntry(
       step + 1, np.asarray(info.coefficients), info.move
     )

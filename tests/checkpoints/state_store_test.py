@@ -70,7 +70,7 @@ def states(folder):
     for step in opened.checkpoints.steps():
       state, _ = opened.restore(step)
       state = state._replace(key=jax.random.key_data(state.key))
-      for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+      for path, leaf in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path)
         found[step, name] = np.asarray(leaf).tobytes()
   return found

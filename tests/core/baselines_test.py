@@ -18,17 +18,16 @@ from zofo_jax.commands import evaluate
 from zofo_jax.config import methods
 from zofo_jax.core import (
   baselines,
-  bilevel,
   directions,
-  moves,
   outer,
   sampler,
-  zo,
 )
+from zofo_jax.core import keys as keys_lib
+from zofo_jax.core.types import BilevelBatch, BilevelHParams
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 D, ROWS, T = 5, 4, 3
-HPARAMS = bilevel.BilevelHParams(1e-2)
+HPARAMS = BilevelHParams(1e-2)
 LR = 0.05
 
 
@@ -52,7 +51,7 @@ def _batch(seed=1):
     jnp.asarray(draw(size=(*lead, D)), jnp.float32),
     jnp.asarray(draw(size=lead), jnp.float32),
   )
-  return bilevel.BilevelBatch(make(T, ROWS), (), make(ROWS))
+  return BilevelBatch(make(T, ROWS), (), make(ROWS))
 
 
 def _close(ours, theirs, rtol=1e-4):
@@ -80,8 +79,8 @@ def test_mezo_is_its_algorithm(whole):
   batch = _batch()
   after, info = jax.jit(algorithm.step)(state, batch, HPARAMS)
   # z of each direction: what one unit of it adds to zeros.
-  keys = moves.step_keys(state.key, 0)
-  both = zo.direction_keys(keys.direction, keys.subspace, 2)
+  keys = keys_lib.step_keys(state.key, 0)
+  both = keys_lib.direction_keys(keys.direction, keys.subspace, 2)
   moved = base if whole else adapter
   expected = moved
   for q in range(2):

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import zofo_jax as zofo
 from zofo_jax.core import directions, outer, perturbed, sampler, zo
+from zofo_jax.core import keys as keys_lib
 
 D, ROWS, T = 8, 8, 3
 SAMPLER = sampler.Sampler(directions.Rademacher())
@@ -61,7 +62,7 @@ def _remember_keys(tx, num_directions):
   """Keeps the keys of the last estimate in the state, for the slow path."""
   tx = outer.to_outer_transform(tx)
   blank = jax.random.key(0)
-  blank = perturbed.Key(jax.random.split(blank, num_directions), blank)
+  blank = keys_lib.DirectionKey(jax.random.split(blank, num_directions), blank)
 
   def update(base, state, estimate, *rest):
     base, state = tx.update(base, state[0], estimate, *rest)

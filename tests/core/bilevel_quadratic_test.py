@@ -8,7 +8,8 @@ import numpy as np
 import optax
 
 import zofo_jax as zofo
-from zofo_jax.core import directions, outer, perturbed, sampler
+from zofo_jax.core import directions, outer, sampler
+from zofo_jax.core import keys as keys_lib
 
 SAMPLER = sampler.Sampler(directions.Rademacher())
 
@@ -17,7 +18,7 @@ def _remember_keys(tx, num_directions):
   """Keeps the keys of the last estimate in the state, for the slow path."""
   tx = outer.to_outer_transform(tx)
   blank = jax.random.key(0)
-  blank = perturbed.Key(jax.random.split(blank, num_directions), blank)
+  blank = keys_lib.DirectionKey(jax.random.split(blank, num_directions), blank)
 
   def update(base, state, estimate, *rest):
     base, state = tx.update(base, state[0], estimate, *rest)
@@ -39,7 +40,7 @@ def _algorithm(loss, upper_loss, **options):
 @functools.partial(jax.jit, static_argnums=3)
 def _unit(own, frame, tree, sampler):
   return sampler.weighted_sum(
-    tree, perturbed.Key(own[None], frame), jnp.ones(1)
+    tree, keys_lib.DirectionKey(own[None], frame), jnp.ones(1)
   )
 
 

@@ -13,6 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zofo_jax.core import directions, prng
+from zofo_jax.core import keys as keys_lib
 
 GAUSSIAN = directions.Gaussian()
 RADEMACHER = directions.Rademacher()
@@ -27,11 +28,11 @@ def _keys(count, seed=0, frames=None):
   """Keys of `count` directions, of as many frames or of one."""
   words = np.random.default_rng(seed).integers(2**32, size=(2, count, 2))
   own, frame = jnp.asarray(words.astype(np.uint32))
-  return directions.LeafKey(own, frame if frames is None else frame[:1])
+  return keys_lib.LeafKey(own, frame if frames is None else frame[:1])
 
 
 def _at(keys, q):
-  return directions.LeafKey(
+  return keys_lib.LeafKey(
     keys.direction[q], keys.subspace[q % len(keys.subspace)]
   )
 
@@ -46,7 +47,7 @@ def _draws(kind, keys, shape):
   """Draws a z of every key, [Q, *shape]."""
   frame_axis = 0 if len(keys.subspace) == len(keys.direction) else None
   frame = keys.subspace if frame_axis == 0 else keys.subspace[0]
-  draw = lambda own, frame: kind.sample(directions.LeafKey(own, frame), shape)
+  draw = lambda own, frame: kind.sample(keys_lib.LeafKey(own, frame), shape)
   return jax.vmap(draw, (0, frame_axis))(keys.direction, frame)
 
 
@@ -145,7 +146,7 @@ def test_product_needs_no_z(kind, transposed):
 
   @jax.jit
   def products(x, own):
-    key = directions.LeafKey(own, keys.subspace[0])
+    key = keys_lib.LeafKey(own, keys.subspace[0])
     return kind.matmul(x, key, shape, transposed=transposed)
 
   z = np.array(_draws(kind, keys, shape))
@@ -261,7 +262,7 @@ def test_any_shape(kind, shape, seed):
 @pytest.mark.parametrize("rank", [1, 4, 16, 64])
 def test_low_rank_sums_are_exact_in_any_order(rank):
   kind = directions.LowRank(rank)
-  key = directions.LeafKey(*jnp.arange(4, dtype=jnp.uint32).reshape(2, 2))
+  key = keys_lib.LeafKey(*jnp.arange(4, dtype=jnp.uint32).reshape(2, 2))
   u, v = (np.array(x, np.float64) for x in kind._factors(key, (40, 24)))
   z = np.array(kind.sample(key, (40, 24)))
   # NumPy's float64 sum is exact; so must be float32's, before the scale.

@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from zofo_jax.core import directions, outer, perturbed, sampler, zo
+from zofo_jax.core import directions, outer, sampler, zo
+from zofo_jax.core import keys as keys_lib
 
 SAMPLER = sampler.Sampler(directions.Rademacher())
 KEY = jax.random.key(99)
@@ -33,7 +34,7 @@ def _estimate(step, num_directions, broken=()):
   values = rng.normal(size=(num_directions, 2))
   values[~finite, 0] = np.nan
   return zo.Estimate(
-    keys=perturbed.Key(jax.random.split(own, num_directions), frame),
+    keys=keys_lib.DirectionKey(jax.random.split(own, num_directions), frame),
     coefficients=jnp.asarray(coefficients, jnp.float32),
     num_nonfinite=jnp.int32(len(broken)),
     values=jnp.asarray(values, jnp.float32),
@@ -44,7 +45,7 @@ def _estimate(step, num_directions, broken=()):
 @jax.jit
 def _unit(own, frame, tree):
   return SAMPLER.weighted_sum(
-    tree, perturbed.Key(own[None], frame), jnp.ones(1)
+    tree, keys_lib.DirectionKey(own[None], frame), jnp.ones(1)
   )
 
 

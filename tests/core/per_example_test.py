@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from zofo_jax.core import directions, outer, perturbed, zo
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
 from zofo_jax.models import llama
 
@@ -63,7 +64,9 @@ def _estimate(base, examples, key, sampler=LAZY, estimator=zo.central):
 
 @jax.jit
 def _unit(own, frame, base):
-  return WHOLE.weighted_sum(base, perturbed.Key(own[None], frame), jnp.ones(1))
+  return WHOLE.weighted_sum(
+    base, keys_lib.DirectionKey(own[None], frame), jnp.ones(1)
+  )
 
 
 def _each(estimate):
@@ -118,7 +121,7 @@ def test_other_kinds_and_a_loop_over_examples():
 
   @jax.jit
   def alone(own, example):
-    key = perturbed.Key(own, estimate.keys.subspace)
+    key = keys_lib.DirectionKey(own, estimate.keys.subspace)
     at = lambda t: _loss(sampler.perturb(_base(), key, t), example)
     return jnp.stack([at(EPS), at(-EPS)])
 

@@ -11,6 +11,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zofo_jax.core import directions, perturbed, sampler
+from zofo_jax.core import keys as keys_lib
 
 RADEMACHER = directions.Rademacher()
 LOW_RANK = directions.LowRank(2)
@@ -26,7 +27,7 @@ LAYERS = 3
 
 
 def _key(seed=0):
-  return perturbed.Key(*jax.random.split(jax.random.key(seed)))
+  return keys_lib.DirectionKey(*jax.random.split(jax.random.key(seed)))
 
 
 def _tree(dtype=jnp.float32):
@@ -52,7 +53,7 @@ def _nodes(kind, tree, key, scale):
 @functools.partial(jax.jit, static_argnums=0)
 def _z(kind, tree, key):
   """Writes z of one key out, without nodes; int leaves give zeros."""
-  keys = perturbed.Key(key.direction[None], key.subspace)
+  keys = keys_lib.DirectionKey(key.direction[None], key.subspace)
   return sampler.Sampler(kind).weighted_sum(tree, keys, jnp.ones(1))
 
 
@@ -63,7 +64,7 @@ def _draw(kind, key, shape_of):
 
 def _node(kind, weight, scale, seed=0):
   """A node of one matrix, and its value by hand."""
-  key = perturbed.leaf_keys(_key(seed), {"w": weight})["w"]
+  key = keys_lib.leaf_keys(_key(seed), {"w": weight})["w"]
   scale = jnp.float32(scale)
   z = kind.mask(_draw(kind, key, weight), weight)
   whole = (weight.astype(jnp.float32) + scale * z).astype(weight.dtype)
@@ -84,15 +85,17 @@ def _close(left, right, tolerance=1e-5):
 
 def test_a_key_for_every_leaf_and_layer():
   tree, key = _tree(), _key()
-  keys = perturbed.leaf_keys(key, tree)
+  keys = keys_lib.leaf_keys(key, tree)
   assert keys["head"].direction.shape == keys["head"].subspace.shape == (2,)
   for part in keys["layers"]["mlp"]["kernel"]:
     assert part.shape == (LAYERS, 2)
   # Without the pattern the same leaf is one array with one key.
-  flat = perturbed.leaf_keys(key, tree, stacked="^$")
+  flat = keys_lib.leaf_keys(key, tree, stacked="^$")
   assert flat["layers"]["mlp"]["kernel"].direction.shape == (2,)
   # All differ, those of one key used for both parts too.
-  keys = perturbed.leaf_keys(perturbed.Key(key.direction, key.direction), tree)
+  keys = keys_lib.leaf_keys(
+    keys_lib.DirectionKey(key.direction, key.direction), tree
+  )
   words = np.concatenate([k.reshape(-1, 2) for k in jax.tree.leaves(keys)])
   assert len(np.unique(words, axis=0)) == len(words) == 2 * (3 * LAYERS + 4)
 
@@ -101,30 +104,33 @@ def test_keys_depend_on_the_path_alone():
   tree, key = _tree(), _key()
   alone = {"layers": {"mlp": {"kernel": tree["layers"]["mlp"]["kernel"]}}}
   _same(
-    perturbed.leaf_keys(key, alone)["layers"]["mlp"]["kernel"],
-    perturbed.leaf_keys(key, tree)["layers"]["mlp"]["kernel"],
+    keys_lib.leaf_keys(key, alone)["layers"]["mlp"]["kernel"],
+    keys_lib.leaf_keys(key, tree)["layers"]["mlp"]["kernel"],
   )
 
 
 def test_own_and_frame_reach_their_parts():
   tree, key = _tree(), _key(1)
   other = _key(2)
-  both = perturbed.leaf_keys(key, tree)
-  mixed = perturbed.leaf_keys(key._replace(direction=other.direction), tree)
+  both = keys_lib.leaf_keys(key, tree)
+  mixed = keys_lib.leaf_keys(key._replace(direction=other.direction), tree)
   for old, new in zip(
-    jax.tree.leaves(both, is_leaf=lambda x: isinstance(x, directions.LeafKey)),
-    jax.tree.leaves(mixed, is_leaf=lambda x: isinstance(x, directions.LeafKey)),
+    jax.tree.leaves(both, is_leaf=lambda x: isinstance(x, keys_lib.LeafKey)),
+    jax.tree.leaves(mixed, is_leaf=lambda x: isinstance(x, keys_lib.LeafKey)),
   ):
-    np.testing.assert_array_equal(old.frame, new.frame)
+    np.testing.assert_array_equal(old.subspace, new.subspace)
     assert np.all(np.any(old.direction != new.direction, axis=-1))
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 def test_other_generators_are_refused(impl):
   good, bad = jax.random.key(0), jax.random.key(0, impl=impl)
-  for key in (perturbed.Key(bad, good), perturbed.Key(good, bad)):
+  for key in (
+    keys_lib.DirectionKey(bad, good),
+    keys_lib.DirectionKey(good, bad),
+  ):
     with pytest.raises(ValueError, match="threefry"):
-      perturbed.leaf_keys(key, _tree())
+      keys_lib.leaf_keys(key, _tree())
 
 
 # --- Reading -----------------------------------------------------------------

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofo_jax.core import directions, perturbed
+from zofo_jax.core import directions, rounding
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
 
 RADEMACHER = directions.Rademacher()
@@ -17,7 +18,7 @@ HALF = [jnp.bfloat16, jnp.float16]
 
 def _keys(count, seed=0):
   own, frame = jax.random.split(jax.random.key(seed))
-  return perturbed.Key(jax.random.split(own, count), frame)
+  return keys_lib.DirectionKey(jax.random.split(own, count), frame)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -30,7 +31,7 @@ def test_stochastic_rounding_is_exact_on_average(dtype):
   values = np.array([0.3, -0.02, 1.0, 1.0 + 1e-4, -3e-6, 0.0, 5.5], np.float32)
   count = 20_000
   block = jnp.asarray(np.tile(values, (count, 1)))
-  rounded = jax.jit(sampler_lib._round, static_argnums=1)(
+  rounded = jax.jit(rounding.stochastic_round, static_argnums=1)(
     block, jnp.dtype(dtype), jax.random.key_data(jax.random.key(0))
   )
   assert rounded.dtype == dtype
@@ -90,7 +91,7 @@ def _displacements(dtype, rate, drift):
 
   def step(i, bases):
     own = jax.random.fold_in(jax.random.key(1), 0 if drift else i)
-    keys = perturbed.Key(own[None], jax.random.key(2))
+    keys = keys_lib.DirectionKey(own[None], jax.random.key(2))
     c = jnp.asarray(coefficients)[i]
     weights = -rate * (jnp.abs(c) if drift else c)[None]
     full, stochastic, nearest = bases

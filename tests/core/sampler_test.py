@@ -12,7 +12,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zofo_jax.core import directions, perturbed
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
+from zofo_jax.core import tree as tree_lib
 
 RADEMACHER = directions.Rademacher()
 KINDS = [
@@ -28,7 +30,7 @@ LAYERS = 4
 
 def _keys(count, seed=0):
   own, frame = jax.random.split(jax.random.key(seed))
-  return perturbed.Key(jax.random.split(own, count), frame)
+  return keys_lib.DirectionKey(jax.random.split(own, count), frame)
 
 
 def _tree(dtype=jnp.float32):
@@ -61,16 +63,16 @@ def _draw(kind, key, leaf, stacked):
 
 def _z(kind, tree, keys, q):
   """Draws one z leaf by leaf."""
-  own = perturbed.leaf_keys(
-    perturbed.Key(keys.direction[q], keys.subspace), tree
+  own = keys_lib.leaf_keys(
+    keys_lib.DirectionKey(keys.direction[q], keys.subspace), tree
   )
 
   def leaf_z(path, leaf, key):
     if leaf.dtype == jnp.int32:
       return np.zeros(leaf.shape)
-    return _draw(kind, key, leaf, "layers" in perturbed.path_name(path))
+    return _draw(kind, key, leaf, "layers" in tree_lib.path_name(path))
 
-  return jax.tree_util.tree_map_with_path(leaf_z, tree, own)
+  return jax.tree.map_with_path(leaf_z, tree, own)
 
 
 def _same(left, right):
@@ -123,7 +125,7 @@ def test_select_leaves_the_rest_untouched(kind):
   tree, keys = _tree(), _keys(1)
   sampler = sampler_lib.Sampler(kind, select=_kernels, lazy=True)
   nodes = sampler.perturb(
-    tree, perturbed.Key(keys.direction[0], keys.subspace), 0.1
+    tree, keys_lib.DirectionKey(keys.direction[0], keys.subspace), 0.1
   )
   moved = _add(sampler, tree, keys, jnp.ones(1), decay=0.5)
   z = _write(sampler, tree, keys, jnp.ones(1))
@@ -149,7 +151,7 @@ def test_layers_leave_the_others_untouched(kind, layers):
   sampler = sampler_lib.Sampler(kind, layers=layers)
   everything = sampler_lib.Sampler(kind)
   weights = jnp.array([1.0, 0.25])
-  key = perturbed.Key(keys.direction[0], keys.subspace)
+  key = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
   rest = [layer for layer in range(LAYERS) if layer not in layers]
   for run in (
     lambda s: _add(s, tree, keys, weights, rounding_key=jax.random.key(1)),
@@ -227,7 +229,7 @@ def test_any_tree_is_perturbed_as_it_is_updated(kind, plain, stacked, dtype):
   tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
   keys = _keys(1)
   sampler = sampler_lib.Sampler(kind)
-  key = perturbed.Key(keys.direction[0], keys.subspace)
+  key = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
   shifted = jax.jit(sampler.perturb)(tree, key, 0.5)
   moved = _add(sampler, tree, keys, jnp.array([0.5]))
   assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(moved))
@@ -274,7 +276,7 @@ def test_no_layer_may_move():
   tree, keys = _tree(), _keys(1)
   sampler = sampler_lib.Sampler(RADEMACHER, layers=())
   new = _add(sampler, tree, keys, jnp.ones(1))
-  one = perturbed.Key(keys.direction[0], keys.subspace)
+  one = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
   read = jax.jit(lambda tree: sampler.perturb(tree, one, 0.5))(tree)
   for moved in (new, read):
     jax.tree.map(np.testing.assert_array_equal, moved["layers"], tree["layers"])

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofo_jax.core import directions, perturbed, zo
+from zofo_jax.core import directions, zo
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
 
 RADEMACHER = directions.Rademacher()
@@ -48,7 +49,7 @@ def _rows(keys, tree, direction):
   write = sampler_lib.Sampler(direction).weighted_sum
 
   def row(own):
-    keys_of_one = perturbed.Key(own[None], keys.subspace)
+    keys_of_one = keys_lib.DirectionKey(own[None], keys.subspace)
     return _ravel(write(tree, keys_of_one, jnp.ones(1)))
 
   return jax.lax.map(row, keys.direction)
@@ -206,31 +207,6 @@ def test_values_and_aux_are_those_of_the_points(estimator):
   np.testing.assert_allclose(
     estimate.values, (points**2).sum(axis=-1), rtol=1e-5
   )
-
-
-@estimators
-def test_parts_of_a_batch_give_the_estimate_of_the_whole(estimator):
-  rng = np.random.default_rng(3)
-  batch = {
-    "x": jnp.asarray(rng.normal(size=(12, 5)), jnp.float32),
-    "y": jnp.asarray(rng.normal(size=12), jnp.float32),
-  }
-
-  def loss(tree, scale, batch):
-    prediction = jnp.tanh(batch["x"] @ tree["plain"]).sum(axis=1)
-    return scale * jnp.mean((prediction - batch["y"]) ** 2)
-
-  run = lambda loss: _estimator(
-    lambda tree: loss(tree, 2.0, batch), RADEMACHER, estimator, 2
-  )(_tree(), jax.random.key(7), 0.1)
-  whole = run(loss)
-  for num_parts in (1, 4):
-    parts = run(zo.accumulate(loss, num_parts))
-    for one, other in (
-      (parts.coefficients, whole.coefficients),
-      (parts.values, whole.values),
-    ):
-      np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("estimator", [zo.central, zo.forward])

@@ -12,6 +12,7 @@ from tests.models.recorded import load
 from tests.models.reference import make_logits as hf
 from zofo_jax import adapters, models
 from zofo_jax.core import directions, perturbed, sampler
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.data import batching
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import beam_search, generation
@@ -95,7 +96,7 @@ def test_perturbed_weights_and_adapters_generate():
   lora = jax.tree.map(
     lambda leaf: jax.random.normal(jax.random.key(2), leaf.shape) / 4, lora
   )
-  key = perturbed.Key(jax.random.key(3), jax.random.key(4))
+  key = keys_lib.DirectionKey(jax.random.key(3), jax.random.key(4))
   nodes = sampler.Sampler(directions.Rademacher(), lazy=True).perturb(
     base, key, 0.05
   )

@@ -17,7 +17,8 @@ from zofo_jax import errors
 from zofo_jax.builders import data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
-from zofo_jax.core import losses, perturbed
+from zofo_jax.core import losses
+from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import batching
 from zofo_jax.evaluation import objectives
 from zofo_jax.models import apply
@@ -196,8 +197,8 @@ def test_run_on_a_part_of_the_weights(tiny_model, tiny_rows, objective):
     zofo.BilevelHParams(zo_eps=config.zo.eps, penalty=1.0),
   )
   assert np.any(info.coefficients) and np.all(np.isfinite(info.coefficients))
-  for path, old in jax.tree_util.tree_leaves_with_path(before):
-    name = perturbed.path_name(path)
+  for path, old in jax.tree.leaves_with_path(before):
+    name = tree_lib.path_name(path)
     new = functools.reduce(
       lambda tree, part: tree[part], name.split("/"), state.base
     )

@@ -12,6 +12,8 @@ from tests.models.recorded import logits as logits_of
 from tests.models.reference import make_logits as hf
 from zofo_jax import models
 from zofo_jax.core import directions, perturbed, prng, sampler
+from zofo_jax.core import keys as keys_lib
+from zofo_jax.core import tree as tree_lib
 
 CASES = list(hf.CASES)
 
@@ -49,8 +51,8 @@ def test_parameters_are_all_named(name):
     ),
     jax.random.key(0),
   )["params"]
-  paths = jax.tree_util.tree_leaves_with_path(shapes)
-  names = {perturbed.path_name(path) for path, _ in paths}
+  paths = jax.tree.leaves_with_path(shapes)
+  names = {tree_lib.path_name(path) for path, _ in paths}
   assert names == set(family.hf_parameters(model.config))
   base = load(name).base
   assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, shapes)
@@ -130,7 +132,7 @@ def test_target_log_probs_are_those_of_the_logits(name):
 @pytest.mark.parametrize("name", ["llama_biases", "opt_350m"])
 def test_perturbed_weights_act_as_their_values(name):
   model, base, tokens, mask, _ = recorded(name)
-  key = perturbed.Key(jax.random.key(3), jax.random.key(4))
+  key = keys_lib.DirectionKey(jax.random.key(3), jax.random.key(4))
   nodes = sampler.Sampler(Waves(), lazy=True).perturb(base, key, 1.0)
 
   def scaled(scale):

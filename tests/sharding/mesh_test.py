@@ -13,7 +13,8 @@ import pytest
 import zofo_jax as zofo
 from zofo_jax import adapters, errors, models
 from zofo_jax.builders import model as model_lib
-from zofo_jax.core import directions, losses, outer, perturbed, sampler
+from zofo_jax.core import directions, losses, outer, sampler
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.models.hf import published, weights
 from zofo_jax.plan import hlo
 from zofo_jax.sharding import mesh as mesh_lib
@@ -178,7 +179,7 @@ def test_an_iteration_is_the_same_on_every_mesh(sizes):
 def test_z_has_the_same_bits_on_every_mesh(kind):
   _, family, base = model("opt")
   some = sampler.Sampler(kind)
-  keys = perturbed.Key(
+  keys = keys_lib.DirectionKey(
     jax.random.split(jax.random.key(3), 1), jax.random.key(4)
   )
 

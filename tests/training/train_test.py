@@ -16,7 +16,7 @@ from zofo_jax.builders import data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import manager
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import BilevelHParams
 from zofo_jax.report import curves
 from zofo_jax.training import train
 
@@ -99,7 +99,7 @@ def arrays(folder):
       state = state._replace(key=jax.random.key_data(state.key))
       found[step] = {
         jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+        for path, leaf in jax.tree.leaves_with_path(state)
       }
   return found
 
@@ -129,7 +129,7 @@ def test_theta_moves_without_first_order_state(done, tiny_model):
     path: leaf - last[f".base{path}"]
     for path, leaf in (
       (jax.tree_util.keystr(path), np.asarray(leaf))
-      for path, leaf in jax.tree_util.tree_leaves_with_path(before)
+      for path, leaf in jax.tree.leaves_with_path(before)
     )
   }
   assert all(np.any(change) for change in moved.values())
@@ -212,11 +212,11 @@ def test_a_linear_penalty_rises_to_its_value(
   step = run.jit_step()
   for number, penalty in enumerate((2.0, 4.0)):
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)
-    hparams = bilevel.BilevelHParams(zo_eps=config.zo.eps, penalty=penalty)
+    hparams = BilevelHParams(zo_eps=config.zo.eps, penalty=penalty)
     state, _ = step(state, run.shard_batch(rows), hparams)
   found = arrays(tmp_path)[2]
   for name in ("base", "upper", "lower"):
-    leaves = jax.tree_util.tree_leaves_with_path(getattr(state, name))
+    leaves = jax.tree.leaves_with_path(getattr(state, name))
     for path, leaf in leaves:
       saved = found[f".{name}{jax.tree_util.keystr(path)}"]
       np.testing.assert_array_equal(saved, leaf)

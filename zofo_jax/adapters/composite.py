@@ -5,17 +5,16 @@ from typing import Any
 import jax
 
 from zofo_jax.adapters import lora, prefix, prompt
-from zofo_jax.core import perturbed
+from zofo_jax.core import tree as tree_lib
 
 _NODES = (lora.Lora, prefix.Prefix, prefix.ProjectedPrefix, prompt.Prompt)
 
 
 def parts(adapter: Any) -> dict[str, Any]:
   """Returns an adapter's parts by path: {"embed/prompt": Prompt, ...}."""
-  flat = jax.tree_util.tree_leaves_with_path(
+  return tree_lib.named_leaves(
     adapter, is_leaf=lambda node: isinstance(node, _NODES)
   )
-  return {perturbed.path_name(path): node for path, node in flat}
 
 
 def join(*adapters: Any) -> dict[str, Any]:

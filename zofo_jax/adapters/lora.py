@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax import errors
-from zofo_jax.core import perturbed
+from zofo_jax.core import tree as tree_lib
 
 QUERY_VALUE = r"attention/(query|value)$"
 
@@ -106,8 +106,8 @@ def init_lora(
     )
   adapter: dict[str, Any] = {}
   modules = []
-  for path, leaf in jax.tree_util.tree_leaves_with_path(base):
-    module, _, leaf_name = perturbed.path_name(path).rpartition("/")
+  for name, leaf in tree_lib.named_leaves(base).items():
+    module, _, leaf_name = name.rpartition("/")
     if leaf_name != "kernel":
       continue
     modules.append(module)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax import errors
-from zofo_jax.core import perturbed
+from zofo_jax.core import tree as tree_lib
 
 INITS = ("tokens", "random")
 
@@ -178,7 +178,7 @@ def init_prefix(
   )
   prefixes = []
   for path, node in paths:
-    name = perturbed.path_name(path)
+    name = tree_lib.path_name(path)
     layer_key = jax.random.fold_in(key, np.uint32(zlib.crc32(name.encode())))
     prefixes.append(_random(layer_key, node.key.shape, projection))
   return jax.tree.unflatten(structure, prefixes)

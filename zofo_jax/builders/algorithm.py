@@ -15,12 +15,13 @@ from zofo_jax.core import (
   baselines,
   bilevel,
   directions,
-  inner,
   outer,
-  perturbed,
   sampler,
   zo,
 )
+from zofo_jax.core import keys as keys_lib
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.types import BilevelAlgorithm, BilevelHParams, LossFn
 
 
 def make_schedule(
@@ -95,8 +96,7 @@ def check_sampler(zo_config: ml_collections.ConfigDict, base: Any) -> None:
     UserError: says what there is.
   """
   shapes = {
-    perturbed.path_name(path): leaf.shape
-    for path, leaf in jax.tree_util.tree_leaves_with_path(base)
+    name: leaf.shape for name, leaf in tree_lib.named_leaves(base).items()
   }
   if not any(re.search(zo_config.select, path) for path in shapes):
     raise errors.UserError(
@@ -104,9 +104,7 @@ def check_sampler(zo_config: ml_collections.ConfigDict, base: Any) -> None:
       f"are {', '.join(shapes)}."
     )
   stacked = [
-    shape
-    for path, shape in shapes.items()
-    if re.search(perturbed.STACKED, path)
+    shape for path, shape in shapes.items() if re.search(keys_lib.STACKED, path)
   ]
   wrong = [i for i in zo_config.layers if i not in range(stacked[0][0])]
   if wrong or len(set(zo_config.layers)) < len(zo_config.layers):
@@ -148,7 +146,7 @@ def make_level_tx(
 
 def make_hparams(
   config: ml_collections.ConfigDict, number: int
-) -> bilevel.BilevelHParams:
+) -> BilevelHParams:
   """Makes the numbers that are traced, of the iteration of this number.
 
   A linear lambda is penalty * (number + 1) / num_steps.
@@ -156,17 +154,17 @@ def make_hparams(
   penalty = float(config.penalty)
   if config.penalty_schedule == "linear":
     penalty *= (number + 1) / config.train.num_steps
-  return bilevel.BilevelHParams(zo_eps=float(config.zo.eps), penalty=penalty)
+  return BilevelHParams(zo_eps=float(config.zo.eps), penalty=penalty)
 
 
 def make_algorithm(
   config: ml_collections.ConfigDict,
-  loss_fn: inner.LossFn,
-  probe_loss_fn: inner.LossFn | None = None,
+  loss_fn: LossFn,
+  probe_loss_fn: LossFn | None = None,
   *,
   over_tasks: bool = False,
   map_fn: zo.MapFn = jax.lax.map,
-) -> bilevel.BilevelAlgorithm:
+) -> BilevelAlgorithm:
   """Makes the (init, step) pair of `config.method`."""
   zeroth_order: dict[str, Any] = {
     "estimator": ESTIMATORS[config.zo.estimator],
@@ -187,13 +185,13 @@ def make_algorithm(
       **zeroth_order,
     )
 
-  def peft(train_base: bool = False) -> bilevel.BilevelAlgorithm:
+  def peft(train_base: bool = False) -> BilevelAlgorithm:
     tx = make_level_tx(config, "lower")
     return baselines.make_first_order_step(
       loss_fn, tx, train_base=train_base, over_tasks=over_tasks
     )
 
-  def mezo(train_base: bool = True) -> bilevel.BilevelAlgorithm:
+  def mezo(train_base: bool = True) -> BilevelAlgorithm:
     # Adapters are small, and no model reads their parts lazily.
     kind = make_sampler(config.zo)
     return baselines.make_zeroth_order_step(

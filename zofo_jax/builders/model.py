@@ -17,7 +17,9 @@ import ml_collections
 
 from zofo_jax import adapters, errors, models
 from zofo_jax.config import defaults
-from zofo_jax.core import inner, losses, perturbed
+from zofo_jax.core import losses
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.types import LossFn
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
@@ -207,8 +209,7 @@ def load_adapter(config: ml_collections.ConfigDict, model: Model) -> Any:
   shapes = {}
   for name, tree in (("found", found), ("expected", expected)):
     shapes[name] = {
-      perturbed.path_name(path): leaf.shape
-      for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+      name: leaf.shape for name, leaf in tree_lib.named_leaves(tree).items()
     } | {
       f"{path}/scale": part.scale
       for path, part in adapters.parts(tree).items()
@@ -250,7 +251,7 @@ def save_base(
   (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
 
 
-def make_loss_fn(name: str, module: nn.Module) -> inner.LossFn:
+def make_loss_fn(name: str, module: nn.Module) -> LossFn:
   """Makes the loss that `config.loss` names, over a model's targets."""
   reduce_fn = {
     "likelihood": losses.likelihood,

@@ -15,7 +15,7 @@ from zofo_jax.builders import algorithm as algorithm_lib
 from zofo_jax.builders import data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.config import defaults, methods, validate
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import BilevelAlgorithm, BilevelBatch, BilevelState
 from zofo_jax.data import batching, encode_options
 from zofo_jax.evaluation import generation, objectives, scoring
 from zofo_jax.models import apply
@@ -38,12 +38,12 @@ class Run(NamedTuple):
   config: ml_collections.ConfigDict
   model: model_lib.Model
   task: tasks.Task
-  algorithm: bilevel.BilevelAlgorithm
+  algorithm: BilevelAlgorithm
   score_fn: scoring.ScoreFn
   mesh: mesh_lib.AnyMesh
   generate_fn: generation.GenerateFn | None = None
 
-  def init(self, base: Any, adapter: Any = None) -> bilevel.BilevelState:
+  def init(self, base: Any, adapter: Any = None) -> BilevelState:
     """Starts a state at a backbone; p and s begin independently.
 
     Args:
@@ -58,7 +58,7 @@ class Run(NamedTuple):
     state = jax.jit(rest, out_shardings=places._replace(base=()))(base, adapter)
     return state._replace(base=base)
 
-  def _init(self, base: Any, adapter: Any = None) -> bilevel.BilevelState:
+  def _init(self, base: Any, adapter: Any = None) -> BilevelState:
     key = jax.random.key(self.config.seed)
     upper_key, lower_key, step_key = jax.random.split(key, 3)
 
@@ -73,7 +73,7 @@ class Run(NamedTuple):
       step_key, base, start(upper_key), start(lower_key)
     )
 
-  def abstract_state(self) -> bilevel.BilevelState:
+  def abstract_state(self) -> BilevelState:
     """Returns the shapes and shardings of a state; reads no weights."""
     base = model_lib.abstract_base(self.config, self.model)
     state = jax.eval_shape(self._init, base)
@@ -87,9 +87,7 @@ class Run(NamedTuple):
     places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
     return mesh_lib.jit_step(self.algorithm.step, self.mesh, places)
 
-  def shard_batch(
-    self, batch: bilevel.BilevelBatch, axis: int = 0
-  ) -> bilevel.BilevelBatch:
+  def shard_batch(self, batch: BilevelBatch, axis: int = 0) -> BilevelBatch:
     """Puts an iteration's rows on the mesh; `axis` is theirs in the batches."""
     return batch._replace(
       lower=mesh_lib.shard_batch(self.mesh, batch.lower, axis=axis + 1),
@@ -97,7 +95,7 @@ class Run(NamedTuple):
       upper=mesh_lib.shard_batch(self.mesh, batch.upper, axis=axis),
     )
 
-  def selected_adapter(self, state: bilevel.BilevelState) -> Any:
+  def selected_adapter(self, state: BilevelState) -> Any:
     """Returns the adapter that selects, predicts and is exported."""
     return state.lower if self.config.keep == "s" else state.upper
 

@@ -22,7 +22,7 @@ from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import ledger, manager
 from zofo_jax.config import defaults, methods
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import BilevelState
 from zofo_jax.sharding import mesh as mesh_lib
 
 LEDGER = "ledger.txt"
@@ -58,7 +58,7 @@ class Trained(Protocol):
   def mesh(self) -> mesh_lib.AnyMesh:
     """The grid of devices."""
 
-  def abstract_state(self) -> bilevel.BilevelState:
+  def abstract_state(self) -> BilevelState:
     """Returns the shapes and shardings of a state; reads no weights."""
 
 
@@ -109,12 +109,12 @@ class Store:
       self._bases.__exit__(*exception)
     self.checkpoints.__exit__(*exception)
 
-  def start_ledger(self, state: bilevel.BilevelState) -> None:
+  def start_ledger(self, state: BilevelState) -> None:
     """Starts the ledger of a run at its first state."""
     header = ledger.make_header(self._run.config, state.base, state.key)
     self._write_ledger(ledger.start(header))
 
-  def resume(self) -> tuple[bilevel.BilevelState, dict[str, Any]] | None:
+  def resume(self) -> tuple[BilevelState, dict[str, Any]] | None:
     """Reads the latest checkpoint that is as it was written.
 
     Returns:
@@ -135,7 +135,7 @@ class Store:
     self._write_ledger(text)
     return state, record
 
-  def best(self) -> tuple[bilevel.BilevelState, dict[str, Any]]:
+  def best(self) -> tuple[BilevelState, dict[str, Any]]:
     """Reads the best checkpoint that is as it was written.
 
     Raises:
@@ -157,7 +157,7 @@ class Store:
 
   def save(
     self,
-    state: bilevel.BilevelState,
+    state: BilevelState,
     record: Mapping[str, Any],
     metric: float = -math.inf,
   ) -> None:
@@ -197,7 +197,7 @@ class Store:
 
   def _first_sound(
     self, choose: Callable[[], int | None]
-  ) -> tuple[bilevel.BilevelState, dict[str, Any]] | None:
+  ) -> tuple[BilevelState, dict[str, Any]] | None:
     while (step := choose()) is not None:
       try:
         return self.restore(step)
@@ -206,7 +206,7 @@ class Store:
         self.checkpoints.quarantine(step)
     return None
 
-  def restore(self, step: int) -> tuple[bilevel.BilevelState, dict[str, Any]]:
+  def restore(self, step: int) -> tuple[BilevelState, dict[str, Any]]:
     """Reads a checkpoint; theta is rebuilt if it is not in it.
 
     Raises:

@@ -12,7 +12,7 @@ from zofo_jax import errors, report, tasks
 from zofo_jax.builders import data
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import state_store
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import BilevelState
 from zofo_jax.data import encode_options, sources
 from zofo_jax.evaluation import scoring
 from zofo_jax.sharding import multihost
@@ -34,7 +34,7 @@ def find(folder: epath.Path) -> run_lib.Run:
   return run_lib.make_run(config)
 
 
-def restore(run: run_lib.Run, folder: epath.Path) -> bilevel.BilevelState:
+def restore(run: run_lib.Run, folder: epath.Path) -> BilevelState:
   """Reads a run's best checkpoint, on whatever devices there are now.
 
   Raises:

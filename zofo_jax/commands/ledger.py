@@ -141,7 +141,7 @@ def verify(path: str, base: str | None, to: int | None, folder: str) -> None:
   del state
   theta, _ = rebuild(path, base, step)
   for (key, ours), theirs in zip(
-    jax.tree_util.tree_leaves_with_path(theta),
+    jax.tree.leaves_with_path(theta),
     jax.tree.leaves(stored),
     strict=True,
   ):

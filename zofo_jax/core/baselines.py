@@ -13,8 +13,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import bilevel, inner, moves, outer, zo
+from zofo_jax.core import inner, outer, zo
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
+from zofo_jax.core.types import (
+  BilevelAlgorithm,
+  BilevelState,
+  InPlaceUpdate,
+  LossFn,
+)
 
 
 class BaselineInfo(NamedTuple):
@@ -28,10 +35,10 @@ class BaselineInfo(NamedTuple):
 
   upper_loss: jax.Array
   coefficients: jax.Array
-  move: moves.InPlaceUpdate | None = None
+  move: InPlaceUpdate | None = None
 
 
-def mean_loss(loss_fn: inner.LossFn, weights: jax.Array | None) -> inner.LossFn:
+def mean_loss(loss_fn: LossFn, weights: jax.Array | None) -> LossFn:
   """Makes the mean over tasks of a loss at one adapter.
 
   Args:
@@ -57,7 +64,7 @@ def _make_init(opt_init: Callable[[Any], Any], train_base: bool) -> Any:
 
   def init(key, base, adapter, unused=None):
     del unused
-    return bilevel.BilevelState(
+    return BilevelState(
       step=jnp.zeros([], jnp.int32),
       base=base,
       upper=adapter,
@@ -72,12 +79,12 @@ def _make_init(opt_init: Callable[[Any], Any], train_base: bool) -> Any:
 
 
 def make_first_order_step(
-  loss_fn: inner.LossFn,
+  loss_fn: LossFn,
   tx: optax.GradientTransformation,
   *,
   train_base: bool = False,
   over_tasks: bool = False,
-) -> bilevel.BilevelAlgorithm:
+) -> BilevelAlgorithm:
   """Makes first-order training of an adapter, or of all weights.
 
   An iteration takes T steps, on the batches `batch.lower`.
@@ -85,7 +92,8 @@ def make_first_order_step(
   Args:
     loss_fn: loss of a batch; over tasks, of one task's.
     tx: optax transformation of what moves.
-    train_base: move the backbone, the adapter beside it as it is; else the adapter.
+    train_base: update the backbone and keep the adapter fixed; otherwise update
+      the adapter.
     over_tasks: the batch has a leading axis of M tasks: leaves [M, T, ...], not
       [T, ...].
 
@@ -94,14 +102,14 @@ def make_first_order_step(
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
-    >>> from zofo_jax import baselines, bilevel
+    >>> import zofo_jax as zofo
     >>> loss = lambda base, adapter, batch, key: jnp.mean(
     ...   (base + adapter - batch) ** 2)
-    >>> algorithm = baselines.make_first_order_step(loss, optax.sgd(0.25))
+    >>> algorithm = zofo.baselines.make_first_order_step(loss, optax.sgd(0.25))
     >>> state = algorithm.init(jax.random.key(0), jnp.zeros(2), jnp.zeros(2))
-    >>> batch = bilevel.BilevelBatch(lower=jnp.ones((1, 2)), penalty=(),
+    >>> batch = zofo.BilevelBatch(lower=jnp.ones((1, 2)), penalty=(),
     ...   upper=())
-    >>> state, info = algorithm.step(state, batch, bilevel.BilevelHParams())
+    >>> state, info = algorithm.step(state, batch, zofo.BilevelHParams())
     >>> state.upper.tolist(), info.upper_loss.tolist()
     ([0.25, 0.25], [1.0])
   """
@@ -132,11 +140,11 @@ def make_first_order_step(
     info = BaselineInfo(losses, jnp.zeros([0], jnp.float32))
     return state._replace(step=state.step + 1), info
 
-  return bilevel.BilevelAlgorithm(_make_init(tx.init, train_base), step)
+  return BilevelAlgorithm(_make_init(tx.init, train_base), step)
 
 
 def make_zeroth_order_step(
-  loss_fn: inner.LossFn,
+  loss_fn: LossFn,
   tx: outer.OuterTransform | optax.GradientTransformation,
   *,
   train_base: bool = True,
@@ -146,7 +154,7 @@ def make_zeroth_order_step(
   num_directions: int = 1,
   frame_steps: int = 1,
   map_fn: zo.MapFn = jax.lax.map,
-) -> bilevel.BilevelAlgorithm:
+) -> BilevelAlgorithm:
   """Makes MeZO: one estimate of the loss's gradient, one step along it.
 
   An iteration takes one step, on the batch `batch.upper`.
@@ -154,7 +162,8 @@ def make_zeroth_order_step(
   Args:
     loss_fn: loss of a batch; over tasks, of one task's.
     tx: of what moves, as `base_tx` of `bilevel_step`.
-    train_base: move the backbone, the adapter beside it as it is; else the adapter.
+    train_base: update the backbone and keep the adapter fixed; otherwise update
+      the adapter.
     over_tasks: the batch has a leading axis of M tasks.
     sampler: which weights are probed and along what directions; not a lazy one
       for adapters.
@@ -170,7 +179,7 @@ def make_zeroth_order_step(
 
   def step(state, batch, hparams):
     loss = mean_loss(loss_fn, batch.weights) if over_tasks else loss_fn
-    keys = moves.step_keys(state.key, state.step, frame_steps)
+    keys = keys_lib.step_keys(state.key, state.step, frame_steps)
 
     def objective(moved):
       base, adapter = (
@@ -207,14 +216,14 @@ def make_zeroth_order_step(
       state = state._replace(upper=moved, upper_opt=opt_state)
     return state._replace(step=state.step + 1), info
 
-  return bilevel.BilevelAlgorithm(_make_init(transform.init, train_base), step)
+  return BilevelAlgorithm(_make_init(transform.init, train_base), step)
 
 
 def two_stage(
-  first: bilevel.BilevelAlgorithm,
-  second: bilevel.BilevelAlgorithm,
+  first: BilevelAlgorithm,
+  second: BilevelAlgorithm,
   first_stage_steps: int,
-) -> bilevel.BilevelAlgorithm:
+) -> BilevelAlgorithm:
   """Joins two algorithms that move different things: the backbone, an adapter.
 
   Args:
@@ -270,4 +279,4 @@ def two_stage(
       hparams,
     )
 
-  return bilevel.BilevelAlgorithm(init, step)
+  return BilevelAlgorithm(init, step)

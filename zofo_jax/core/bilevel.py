@@ -14,64 +14,51 @@ theta descends the mean of their G along one estimate.
 
 import functools
 from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import inner, loss_terms, moves, outer, zo
+from zofo_jax.core import inner, loss_terms, outer, zo
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
-from zofo_jax.core.types import BilevelAlgorithm as BilevelAlgorithm
-from zofo_jax.core.types import BilevelBatch as BilevelBatch
-from zofo_jax.core.types import BilevelHParams as BilevelHParams
-from zofo_jax.core.types import BilevelInfo as BilevelInfo
-from zofo_jax.core.types import BilevelState as BilevelState
-
-_Step = TypeVar("_Step", bound=Callable[..., Any])
-# What has an axis of tasks, where there is one, in a state and in an info.
-PER_TASK_FIELDS = ("upper", "lower", "upper_opt", "lower_opt")
-_PER_TASK_METRICS = (
-  "lower_loss",
-  "upper_loss",
-  "penalty_loss",
-  "upper_grad_norm",
+from zofo_jax.core.types import (
+  BilevelAlgorithm,
+  BilevelBatch,
+  BilevelHParams,
+  BilevelInfo,
+  BilevelState,
+  LossFn,
 )
 
 
-def _parts(tree: Any, names: tuple[str, ...]) -> dict[str, Any]:
-  return {name: getattr(tree, name) for name in names}
+def _over_tasks(fn: Callable[..., Any], num_tasks: int | None) -> Any:
+  """Maps a function over the tasks' axis of its arguments, if there is one.
+
+  A single task is computed without the axis, so that the results are those of a
+  step without it, bit for bit.
+  """
+  if num_tasks is None:
+    return fn
+  if num_tasks > 1:
+    return jax.vmap(fn)
+
+  def call(*args):
+    result = fn(*jax.tree.map(lambda leaf: leaf[0], args))
+    return jax.tree.map(lambda leaf: leaf[None], result)
+
+  return call
 
 
-def _one_task_alone(step: _Step) -> _Step:
-  """Makes a step over one task take the operations of one without the axis."""
-
-  @functools.wraps(step)
-  def call(state, batch, *args, over_tasks=False, **options):
-    if not over_tasks or jax.tree.leaves(batch.upper)[0].shape[0] > 1:
-      return step(state, batch, *args, over_tasks=over_tasks, **options)
-    parts, batch = jax.tree.map(
-      lambda leaf: leaf[0], (_parts(state, PER_TASK_FIELDS), batch)
-    )
-    state, info = step(state._replace(**parts), batch, *args, **options)
-    parts, told = jax.tree.map(
-      lambda leaf: leaf[None],
-      (_parts(state, PER_TASK_FIELDS), _parts(info, _PER_TASK_METRICS)),
-    )
-    return state._replace(**parts), info._replace(**told)
-
-  return cast(_Step, call)
-
-
-@_one_task_alone
 def bilevel_step(
   state: BilevelState,
   batch: BilevelBatch,
   hparams: BilevelHParams = BilevelHParams(),
   *,
-  lower_loss_fn: inner.LossFn,
-  upper_loss_fn: inner.LossFn,
-  probe_loss_fn: inner.LossFn | None = None,
+  lower_loss_fn: LossFn,
+  upper_loss_fn: LossFn,
+  probe_loss_fn: LossFn | None = None,
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
@@ -116,43 +103,49 @@ def bilevel_step(
   Returns:
     The new state and what to log.
   """
-  keys = moves.step_keys(state.key, state.step, frame_steps)
+  keys = keys_lib.step_keys(state.key, state.step, frame_steps)
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
-  each = jax.vmap if over_tasks else lambda fn: fn
+  num_tasks = None
   adapter_keys = (keys.lower, keys.upper)
   if over_tasks:
     num_tasks = jax.tree.leaves(batch.upper)[0].shape[0]
     adapter_keys = jax.tree.map(
-      lambda key: jax.random.split(key, num_tasks), adapter_keys
+      lambda key: (
+        jax.random.split(key, num_tasks) if num_tasks > 1 else key[None]
+      ),
+      adapter_keys,
     )
 
-  def move_adapters(upper, upper_opt, lower, lower_opt, rows, own):
+  def move_adapters(upper, upper_opt, lower, lower_opt, rows, adapter_keys):
+    lower_key, upper_key = adapter_keys
     lower, lower_opt, lower_loss = inner.minimize(
       lower_loss_fn,
       state.base,
       lower,
       lower_opt,
       rows.lower,
-      own[0],
+      lower_key,
       tx=lower_tx,
     )
 
-    both = (
+    upper_terms = (
       (upper_loss_fn, upper, rows.upper),
       (lower_loss_fn, upper, rows.penalty),
     )
     losses, grads = loss_terms.loss_gradients(
-      both, state.base, jax.random.split(own[1], 2)
+      upper_terms, state.base, jax.random.split(upper_key, 2)
     )
     grads = jax.tree.map(lambda f, g: (f + penalty * g).astype(f.dtype), *grads)
     upper, upper_opt, norm = inner.apply_gradients(
       grads, upper_opt, upper, tx=upper_tx
     )
-    found = (lower_loss, losses[0], losses[1], norm)
-    return upper, upper_opt, lower, lower_opt, found
+    metrics = (lower_loss, losses[0], losses[1], norm)
+    return upper, upper_opt, lower, lower_opt, metrics
 
-  upper, upper_opt, lower, lower_opt, found = each(move_adapters)(
+  upper, upper_opt, lower, lower_opt, adapter_metrics = _over_tasks(
+    move_adapters, num_tasks
+  )(
     state.upper,
     state.upper_opt,
     state.lower,
@@ -160,25 +153,27 @@ def bilevel_step(
     batch._replace(weights=None),
     adapter_keys,
   )
-  lower_loss, upper_loss, penalty_loss, upper_grad_norm = found
+  lower_loss, upper_loss, penalty_loss, upper_grad_norm = adapter_metrics
 
   def penalized(base, rows=batch.upper, penalty_rows=batch.penalty):
     upper_fn = probe_loss_fn or upper_loss_fn
     lower_fn = probe_loss_fn or lower_loss_fn
 
     def of_task(upper, lower, rows, penalty_rows):
-      three = (
+      terms = (
         (upper_fn, upper, rows),
         (lower_fn, upper, penalty_rows),
         (lower_fn, lower, penalty_rows),
       )
       upper_loss, penalty_loss, lower_loss = loss_terms.evaluate_losses(
-        three, base, None
+        terms, base, None
       )
       return upper_loss + penalty * (penalty_loss - lower_loss)
 
     # Within the tasks' axis theta has none: a weight is perturbed once for all.
-    values = each(of_task)(state.upper, lower, rows, penalty_rows)
+    values = _over_tasks(of_task, num_tasks)(
+      state.upper, lower, rows, penalty_rows
+    )
     return jnp.average(values, weights=batch.weights) if over_tasks else values
 
   estimate_fn = functools.partial(
@@ -242,10 +237,10 @@ def bilevel_step(
 
 
 def make_bilevel_step(
-  lower_loss_fn: inner.LossFn,
-  upper_loss_fn: inner.LossFn | None = None,
+  lower_loss_fn: LossFn,
+  upper_loss_fn: LossFn | None = None,
   *,
-  probe_loss_fn: inner.LossFn | None = None,
+  probe_loss_fn: LossFn | None = None,
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
@@ -284,7 +279,7 @@ def make_bilevel_step(
   """
   upper_loss_fn = upper_loss_fn or lower_loss_fn
   base_transform = outer.to_outer_transform(base_tx)
-  each = jax.vmap if over_tasks else lambda fn: fn
+  map_tasks = jax.vmap if over_tasks else lambda fn: fn
 
   def init(key, base, upper, lower):
     return BilevelState(
@@ -293,8 +288,8 @@ def make_bilevel_step(
       upper=upper,
       lower=lower,
       base_opt=base_transform.init(base),
-      upper_opt=each(upper_tx.init)(upper),
-      lower_opt=each(lower_tx.init)(lower),
+      upper_opt=map_tasks(upper_tx.init)(upper),
+      lower_opt=map_tasks(lower_tx.init)(lower),
       key=key,
     )
 

@@ -1,36 +1,25 @@
 """Kinds of random directions z, each a function of a key and a position.
 
-A leaf's key has two parts: `direction` is new for every direction, `subspace` may be
-shared by several, over steps (the subspace of low-rank directions) or over the
-examples of a batch. Every dense kind has E[z z^T] = I.
+A leaf's key has two parts: `direction` is new for every direction, `subspace`
+may be shared by several; see `keys.LeafKey`. Every dense kind has
+E[z z^T] = I.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax.core import prng
+from zofo_jax.core.keys import LeafKey
 
 # Rows of a leaf's axis 0: their numbers, or consecutive ones.
 Rows = jax.Array | prng.RowRange
 Shape = tuple[int, ...]
-
-
-class LeafKey(NamedTuple):
-  """Key of one leaf's direction: uint32, each [2], or [layers, 2] if stacked.
-
-  Attributes:
-    direction: of this direction alone.
-    subspace: of what it shares with other directions.
-  """
-
-  direction: jax.Array
-  subspace: jax.Array
 
 
 class Direction(Protocol):

@@ -5,15 +5,14 @@ L(theta, s; D_p), in one `lax.scan`. The backbone is closed over, so nothing
 is ever differentiated with respect to it.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-# (base, adapter, batch, key) -> scalar loss. A None key means no dropout.
-LossFn = Callable[[Any, Any, Any, jax.Array | None], jax.Array]
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.types import LossFn
 
 
 def apply_gradients(
@@ -39,9 +38,7 @@ def apply_gradients(
   updates, new_state = tx.update(grads, opt_state, adapter)
   new = (optax.apply_updates(adapter, updates), new_state)
   is_finite = jnp.isfinite(norm)
-  adapter, opt_state = jax.tree.map(
-    lambda n, o: jnp.where(is_finite, n, o), new, (adapter, opt_state)
-  )
+  adapter, opt_state = tree_lib.where(is_finite, new, (adapter, opt_state))
   return adapter, opt_state, norm
 
 

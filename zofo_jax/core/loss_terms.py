@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from zofo_jax.core import inner
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.types import LossFn
 
 # A loss, the adapter and the batch that it takes.
-Term = tuple[inner.LossFn, Any, Any]
+Term = tuple[LossFn, Any, Any]
 
 
 def _same_structure(trees: Iterable[Any]) -> bool:
@@ -36,10 +37,9 @@ def evaluate_losses(
   """
   loss_fns, adapters, batches = zip(*terms, strict=True)
   if len(set(loss_fns)) == 1 and _same_structure(zip(adapters, batches)):
-    stack = lambda *leaves: jnp.stack(leaves)
     losses = jax.vmap(
       loss_fns[0], in_axes=(None, 0, 0, None if keys is None else 0)
-    )(base, jax.tree.map(stack, *adapters), jax.tree.map(stack, *batches), keys)
+    )(base, tree_lib.stack(adapters), tree_lib.stack(batches), keys)
   else:
     losses = jnp.stack(
       [
@@ -68,22 +68,22 @@ def loss_gradients(
   """
   loss_fns, adapters, batches = zip(*terms, strict=True)
 
-  def one(loss_fn, adapter, batch, key):
+  def value_and_grad(loss_fn, adapter, batch, key):
     return jax.value_and_grad(loss_fn, argnums=1)(base, adapter, batch, key)
 
   if len(set(loss_fns)) == 1 and _same_structure(zip(adapters, batches)):
-    stack = lambda *leaves: jnp.stack(leaves)
-    stacked = (
-      jax.tree.map(stack, *adapters),
-      jax.tree.map(stack, *batches),
-      keys,
+    stacked = (tree_lib.stack(adapters), tree_lib.stack(batches), keys)
+    losses, stacked_grads = jax.lax.map(
+      lambda term: value_and_grad(loss_fns[0], *term), stacked
     )
-    losses, each = jax.lax.map(lambda term: one(loss_fns[0], *term), stacked)
     grads = [
-      jax.tree.map(lambda leaf, i=i: leaf[i], each) for i in range(len(terms))
+      jax.tree.map(lambda leaf, i=i: leaf[i], stacked_grads)
+      for i in range(len(terms))
     ]
   else:
-    found = [one(*term, key) for term, key in zip(terms, keys, strict=True)]
-    losses = jnp.stack([loss for loss, _ in found])
-    grads = [grad for _, grad in found]
+    pairs = [
+      value_and_grad(*term, key) for term, key in zip(terms, keys, strict=True)
+    ]
+    losses = jnp.stack([loss for loss, _ in pairs])
+    grads = [grad for _, grad in pairs]
   return losses.astype(jnp.float32), grads

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import PER_TASK_FIELDS, BilevelState
 
 
 def inclusion_probabilities(
@@ -36,9 +36,9 @@ def inclusion_probabilities(
 
   Example:
     >>> from zofo_jax import multitask
-    >>> multitask.inclusion([10, 30, 160], 1, power=1.0).tolist()
+    >>> multitask.inclusion_probabilities([10, 30, 160], 1, power=1.0).tolist()
     [0.05, 0.15, 0.8]
-    >>> multitask.inclusion([10, 30, 160], 2, power=1.0).tolist()
+    >>> multitask.inclusion_probabilities([10, 30, 160], 2, power=1.0).tolist()
     [0.25, 0.75, 1.0]
   """
   if not 1 <= count <= len(sizes):
@@ -66,9 +66,9 @@ def sample_tasks(
 ) -> np.ndarray:
   """Draws different tasks for an iteration: a pure function of its arguments.
 
-  Systematic sampling: every task's chance is exactly that of `inclusion_probabilities`, so
-  the mean over the sampled tasks is, on average, the mean over all tasks
-  weighted by their chances.
+  Systematic sampling: every task's probability is exactly that of
+  `inclusion_probabilities`, so the mean over the sampled tasks is, on average,
+  the mean over all tasks weighted by their probabilities.
 
   Args:
     seed: chooses the draws.
@@ -91,9 +91,7 @@ def sample_tasks(
   return np.sort(order[np.searchsorted(ends, points, side="right")])
 
 
-def gather_tasks(
-  state: bilevel.BilevelState, tasks: Any
-) -> bilevel.BilevelState:
+def gather_tasks(state: BilevelState, tasks: Any) -> BilevelState:
   """Returns a state whose stacks hold some tasks only.
 
   Args:
@@ -104,14 +102,14 @@ def gather_tasks(
   return state._replace(
     **{
       name: jax.tree.map(gather, getattr(state, name))
-      for name in bilevel.PER_TASK_FIELDS
+      for name in PER_TASK_FIELDS
     }
   )
 
 
 def scatter_tasks(
-  state: bilevel.BilevelState, tasks: Any, moved: bilevel.BilevelState
-) -> bilevel.BilevelState:
+  state: BilevelState, tasks: Any, moved: BilevelState
+) -> BilevelState:
   """Returns `moved` with its tasks back among all the others.
 
   The other tasks' numbers stay as they are, bit for bit. NumPy stacks are
@@ -132,6 +130,6 @@ def scatter_tasks(
   return moved._replace(
     **{
       name: jax.tree.map(scatter, getattr(state, name), getattr(moved, name))
-      for name in bilevel.PER_TASK_FIELDS
+      for name in PER_TASK_FIELDS
     }
   )

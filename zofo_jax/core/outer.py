@@ -12,15 +12,28 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import moves, perturbed, zo
+from zofo_jax.core import keys as keys_lib
+from zofo_jax.core import rounding, zo
 from zofo_jax.core import sampler as sampler_lib
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.coefficients import (
+  CoefficientTransform as CoefficientTransform,
+)
+from zofo_jax.core.coefficients import RunningScale as RunningScale
+from zofo_jax.core.coefficients import clip as clip
+from zofo_jax.core.coefficients import (
+  scale_by_running_rms as scale_by_running_rms,
+)
+from zofo_jax.core.coefficients import scale_by_std as scale_by_std
+from zofo_jax.core.coefficients import sign as sign
+from zofo_jax.core.types import InPlaceUpdate as InPlaceUpdate
 
 # (base) -> value of the objective that was estimated.
 Objective = Callable[[Any], jax.Array]
 # (base, state, estimate, sampler, objective) -> (move, state)
 ComputeUpdateFn = Callable[
   [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective],
-  tuple[moves.InPlaceUpdate, Any],
+  tuple[InPlaceUpdate, Any],
 ]
 
 
@@ -31,9 +44,9 @@ class OuterTransform(NamedTuple):
     init: (base) -> state.
     update: (base, state, estimate, sampler, objective, key) -> (base, state);
       the objective may be evaluated again, the typed key is for rounding.
-    compute_update: of an update in place, (base, state, estimate, sampler, objective)
-      -> (move, state): all of it but the writing. None if there is more to
-      an update than a `Move` can say.
+    compute_update: (base, state, estimate, sampler, objective) ->
+      (InPlaceUpdate, state). Computes the in-place update without applying it.
+      None for transforms that cannot be expressed as an `InPlaceUpdate`.
   """
 
   init: Callable[[Any], Any]
@@ -70,7 +83,7 @@ def apply_transform(
   sampler: sampler_lib.Sampler,
   objective: Objective,
   key: jax.Array,
-) -> tuple[Any, Any, moves.InPlaceUpdate | None]:
+) -> tuple[Any, Any, InPlaceUpdate | None]:
   """Updates as `tx.update` does, and tells what was written.
 
   Returns:
@@ -83,86 +96,37 @@ def apply_transform(
   return _write(base, estimate, sampler, move, key), state, move
 
 
-class CoefficientTransform(NamedTuple):
-  """A change of an estimate's coefficients, with a few numbers of state.
+def replay_update(
+  base: Any,
+  key: jax.Array,
+  step: jax.typing.ArrayLike,
+  move: InPlaceUpdate,
+  *,
+  sampler: sampler_lib.Sampler,
+  frame_steps: int = 1,
+) -> Any:
+  """Takes a step on theta again, bit for bit; donate `base` if jitted.
 
-  Attributes:
-    init: () -> state.
-    update: (estimate, state) -> (estimate, state), new coefficients in it.
+  Args:
+    base: theta before the step.
+    key: the run's typed PRNG key.
+    step: number of the iteration, from 0.
+    move: what the step was.
+    sampler: as in the run.
+    frame_steps: as in the run.
+
+  Returns:
+    theta after the step.
   """
-
-  init: Callable[[], Any]
-  update: Callable[[zo.Estimate, Any], tuple[zo.Estimate, Any]]
-
-
-def _stateless(fn: Callable[[zo.Estimate], jax.Array]) -> CoefficientTransform:
-  return CoefficientTransform(
-    init=lambda: (),
-    update=lambda estimate, state: (
-      estimate._replace(coefficients=fn(estimate)),
-      state,
-    ),
+  keys = keys_lib.step_keys(key, step, frame_steps)
+  num_directions = move.weights.shape[0]
+  return sampler.apply_directions(
+    base,
+    keys_lib.direction_keys(keys.direction, keys.subspace, num_directions),
+    move.weights,
+    decay=move.decay,
+    rounding_key=keys.rounding,
   )
-
-
-def clip(limit: float) -> CoefficientTransform:
-  """Clips every coefficient to [-limit, limit] (QZO, arXiv 2505.13430)."""
-  return _stateless(lambda e: jnp.clip(e.coefficients, -limit, limit))
-
-
-def sign() -> CoefficientTransform:
-  """Keeps the coefficients' signs alone: steps of one size."""
-  return _stateless(lambda e: jnp.sign(e.coefficients))
-
-
-def scale_by_std(epsilon: float = 1e-8) -> CoefficientTransform:
-  """Divides by the standard deviation of the evaluated values.
-
-  FZOO (arXiv 2506.09034): Adam-like steps without state. Needs several values:
-  more than one direction, or two points along one.
-  """
-
-  def scale(estimate):
-    std = jnp.std(estimate.values, where=jnp.isfinite(estimate.values))
-    return estimate.coefficients / (std + epsilon)
-
-  return _stateless(scale)
-
-
-class RunningScale(NamedTuple):
-  """State of `scale_by_running_rms`: int32 [] and float32 []."""
-
-  num_updates: jax.Array
-  mean_square: jax.Array
-
-
-def scale_by_running_rms(
-  decay: float = 0.99, epsilon: float = 1e-8
-) -> CoefficientTransform:
-  """Divides by the running root mean square of the coefficients.
-
-  One adaptive number for all weights, as good as Adam's one for each (MEAZO,
-  arXiv 2605.03869).
-  """
-
-  def init():
-    return RunningScale(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
-
-  def update(estimate, state):
-    # Of the finite ones: the others are zero, and would make it smaller.
-    finite = estimate.coefficients.shape[0] - estimate.num_nonfinite
-    square = jnp.sum(jnp.square(estimate.coefficients))
-    square = square / jnp.maximum(finite, 1)
-    count = state.num_updates + 1
-    mean = decay * state.mean_square + (1 - decay) * square
-    rms = jnp.sqrt(mean / (1 - decay ** count.astype(jnp.float32)))
-    coefficients = estimate.coefficients / (rms + epsilon)
-    return (
-      estimate._replace(coefficients=coefficients),
-      RunningScale(count, mean),
-    )
-
-  return CoefficientTransform(init, update)
 
 
 class SgdState(NamedTuple):
@@ -218,10 +182,8 @@ def sgd(
     states = []
     for scaling, old in zip(scalings, state.scaling, strict=True):
       estimate, new = scaling.update(estimate, old)
-      states.append(
-        jax.tree.map(lambda n, o: jnp.where(any_finite, n, o), new, old)
-      )
-    move = moves.InPlaceUpdate(
+      states.append(tree_lib.where(any_finite, new, old))
+    move = InPlaceUpdate(
       weights=jnp.where(any_finite, -rate * estimate.mean_coefficients(), 0.0),
       decay=jnp.where(any_finite, rate * weight_decay, 0.0),
       learning_rate=rate,
@@ -250,7 +212,7 @@ def conservative(learning_rate: float) -> OuterTransform:
   def compute_update(base, state, estimate, sampler, objective):
     if estimate.coefficients.shape[0] != 1:
       raise ValueError("outer.conservative takes one direction a step.")
-    direction = perturbed.Key(
+    direction = keys_lib.DirectionKey(
       estimate.keys.direction[0], estimate.keys.subspace
     )
     size = state.learning_rate * estimate.coefficients[0]
@@ -304,43 +266,13 @@ def from_optax(
         new.append(scaling_state)
       gradient = zo.gradient(base, scaled, sampler)
       updates, tx_state = tx.update(gradient, tx_state, full(base))
-      base = sampler_lib.apply_updates(base, updates, key)
+      base = rounding.apply_updates(base, updates, key)
       return base, (tx_state, tuple(new))
 
     any_finite = estimate.num_nonfinite < estimate.coefficients.shape[0]
     return jax.lax.cond(any_finite, step, lambda carry: carry, (base, state))
 
   return OuterTransform(init, update)
-
-
-def as_gradient_transformation(
-  scaling: CoefficientTransform,
-) -> optax.GradientTransformationExtraArgs:
-  """Makes a scaling an optax transformation of an explicit gradient tree.
-
-  Its update takes the estimate as an extra argument and multiplies the gradient
-  by how much the coefficients grow: exact for one direction, and for scalings
-  that treat all directions alike (`scale_by_std`, `scale_by_running_rms`).
-
-  Args:
-    scaling: the change of the coefficients.
-
-  Returns:
-    A transformation with update(updates, state, params, *, estimate).
-  """
-
-  def init(params):
-    del params
-    return scaling.init()
-
-  def update(updates, state, params=None, *, estimate, **extra_args):
-    del params, extra_args
-    scaled, state = scaling.update(estimate, state)
-    old, new = estimate.coefficients, scaled.coefficients
-    ratio = jnp.vdot(old, new) / jnp.maximum(jnp.vdot(old, old), 1e-30)
-    return optax.tree.scale(ratio, updates), state
-
-  return optax.GradientTransformationExtraArgs(init, update)
 
 
 def to_outer_transform(

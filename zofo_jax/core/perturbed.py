@@ -3,39 +3,24 @@
 `perturb` pairs each weight with the key of its z in a `Perturbed` node and
 draws nothing. The node is a pytree: `lax.scan` over stacked layers slices it,
 `vmap` over scales or examples batches it. A model reads its weights through
-`read`, `take`, `read_rows`, `dot` and `dot_transposed`, and a perturbed one exists
-a layer at a time, if at all.
+`read`, `take`, `read_rows`, `dot` and `dot_transposed`, and a perturbed one
+exists a layer at a time, if at all.
 
 Keys: direction -> leaf path -> layer (of stacked leaves) -> element.
 """
 
 import dataclasses
 import functools
-import re
-import zlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from zofo_jax.core import directions, prng
+from zofo_jax.core import directions, prng, xla
+from zofo_jax.core import keys as keys_lib
 
-STACKED = r"(^|/)layers/"
 # Rows that exist at a time of a table that is perturbed or written whole.
 ROWS_PER_BLOCK = 4096
-
-
-class Key(NamedTuple):
-  """Key of a direction of a whole tree: typed threefry PRNG keys, shape [].
-
-  Attributes:
-    direction: of this direction alone.
-    subspace: of what it shares with other directions; see `directions.LeafKey`.
-  """
-
-  direction: jax.Array
-  subspace: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -51,7 +36,7 @@ class Perturbed:
   """
 
   value: jax.Array
-  key: directions.LeafKey
+  key: keys_lib.LeafKey
   scale: jax.Array
   direction: directions.Direction = dataclasses.field(metadata={"static": True})
 
@@ -73,19 +58,13 @@ def _draw(weight: Perturbed, rows: directions.Rows | None = None) -> jax.Array:
   def draw(key):
     return weight.direction.sample(key, weight.shape, rows)
 
-  def draw_apart(key):
-    # Always so, which XLA does not see: what a branch returns is in memory, and
-    # not computed anew in every use that it would be merged with.
-    return jax.lax.cond(
-      (key.direction[0] | 1) > 0,
-      draw,
-      lambda key: jnp.zeros_like(draw(key)),
-      key,
-    )
-
   if not weight.direction.cache_draw:
     return draw(weight.key)
-  return jax.lax.platform_dependent(weight.key, cpu=draw_apart, default=draw)
+  return xla.by_platform(
+    weight.key,
+    cpu=lambda key: xla.in_a_branch(draw, key, key.direction[0]),
+    default=draw,
+  )
 
 
 def is_perturbed(weight: Any) -> bool:
@@ -119,41 +98,43 @@ def read_rows(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
 
 
 def _materialize_after(
-  weight: Perturbed, before: Any, narrow: bool = False
+  weight: Perturbed, before: Any, keep_dtype: bool = False
 ) -> jax.Array:
-  """Reads a whole weight when something is there, and not earlier.
+  """Materialises a weight only after `before` has been computed.
 
-  XLA would form all of a layer's matrices at once. On CPU it does not, and is
-  quicker unhindered. If `narrow`, both parts of the sum, which serve all signs,
-  are kept as narrow as they are; XLA:TPU would keep them in float32.
+  If `keep_dtype`, the stored weight and z, which serve both signs, are kept in
+  the weight's dtype; XLA:TPU would keep them in float32.
   """
-  key, _ = jax.lax.optimization_barrier((weight.key, before))
-  weight = dataclasses.replace(weight, key=key)
-  if not narrow:
+  weight = dataclasses.replace(weight, key=xla.depends_on(weight.key, before))
+  if not keep_dtype:
     return read(weight)
   stored, z = weight.value, _draw(weight)
   if weight.direction.exact_in_low_precision:
     z = z.astype(stored.dtype)
-  stored, z = jax.lax.optimization_barrier((stored, z))
+  stored, z = xla.no_fusion((stored, z))
   return weight.add(z.astype(jnp.float32), stored)
 
 
-def dot(x: jax.Array, weight: Any, after: jax.Array | None = None) -> jax.Array:
+def dot(
+  x: jax.Array, weight: Any, depends_on: jax.Array | None = None
+) -> jax.Array:
   """Multiplies x [..., in] by a weight [in, out].
 
   Args:
     x: [..., in].
     weight: [in, out], perturbed or not.
-    after: what is there before a perturbed weight is formed, beside x.
+    depends_on: a value that must be computed, as x must, before the weight is
+      materialised: an ordering hint for XLA.
   """
   if not is_perturbed(weight):
     return x @ weight
   product = weight.direction.matmul(x, weight.key, weight.shape)
   if product is None:
-    return x @ jax.lax.platform_dependent(
-      *(weight, jax.lax.stop_gradient((x, after))),
+    return x @ xla.by_platform(
+      weight,
+      jax.lax.stop_gradient((x, depends_on)),
       cpu=lambda weight, _: read(weight),
-      tpu=functools.partial(_materialize_after, narrow=True),
+      tpu=functools.partial(_materialize_after, keep_dtype=True),
       default=_materialize_after,
     )
   # In float32: a scale rounded to bfloat16 is another step than is divided by.
@@ -211,57 +192,3 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
 def materialize(tree: Any) -> Any:
   """Replaces every `Perturbed` node by its value, whole."""
   return jax.tree.map(read, tree, is_leaf=is_perturbed)
-
-
-def path_name(path: tuple[Any, ...]) -> str:
-  """Writes a key path as `layers/attention/query/kernel`."""
-  return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def leaf_keys(key: Key, tree: Any, stacked: str = STACKED) -> Any:
-  """Gives every leaf the key of its direction.
-
-  Args:
-    key: key of the direction. Folded, not consumed.
-    tree: any pytree of arrays.
-    stacked: pattern of the paths whose axis 0 counts layers.
-
-  Returns:
-    A tree like `tree` of `directions.LeafKey`.
-
-  Raises:
-    ValueError: a key is not threefry. Other generators give different numbers
-      under vmap and in a loop, so z could not be drawn again.
-  """
-  data = [jax.random.key_data(part) for part in key]
-  for words in data:
-    if words.shape != (2,):
-      raise ValueError(
-        "directions need one threefry key (jax.random.key(seed)); got key data "
-        f"of shape {words.shape}"
-      )
-
-  paths, structure = jax.tree_util.tree_flatten_with_path(tree)
-  names = [path_name(path) for path, _ in paths]
-  crcs = np.array([zlib.crc32(n.encode()) for n in names], np.uint32)
-  depths = [
-    leaf.shape[0] if re.search(stacked, name) else 0
-    for name, (_, leaf) in zip(names, paths, strict=True)
-  ]
-  layers = np.arange(max(depths, default=0), dtype=np.uint32)[None]
-
-  def part_keys(words, part):
-    """Folds paths and layers in, for all leaves at once: quick to compile."""
-    whole = prng.fold_in(words, crcs, np.uint32(part))
-    sliced = prng.fold_in(whole[:, None], layers, np.uint32(1))
-    return [
-      sliced[i, :depth] if depth else whole[i] for i, depth in enumerate(depths)
-    ]
-
-  # The two parts count apart, so that equal keys give unequal numbers.
-  direction_key, subspace_key = (
-    part_keys(words, part) for part, words in zip((0, 2), data, strict=True)
-  )
-  return jax.tree.unflatten(
-    structure, map(directions.LeafKey, direction_key, subspace_key)
-  )

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zofo_jax.core import xla
+
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = np.uint32(0x1BD11BDA)
 # Largest |z| of `gaussian`, whose uniform numbers have 23 bits.
@@ -93,62 +95,62 @@ def threefry2x32(
   return x0, x1
 
 
-@functools.partial(jax.jit, static_argnames="finish")
+@functools.partial(jax.jit, static_argnames="transform")
 def threefry2x32_materialized(
   key: jax.Array,
   high: jax.Array,
   low: jax.Array,
-  finish: Callable[[jax.Array, jax.Array], Any] | None = None,
+  transform: Callable[[jax.Array, jax.Array], Any] | None = None,
 ) -> Any:
-  """Returns threefry2x32(key, high, low), or `finish` of it, from memory.
+  """Returns threefry2x32(key, high, low), computed once and stored.
 
-  For numbers that many elements share: XLA merges what it can with its use, and
-  would compute them anew for each of these elements.
+  For numbers that many elements share: XLA would otherwise fuse the cipher with
+  its uses, and compute it anew for each of these elements.
 
   Args:
     key: as for `threefry2x32`; so are `high` and `low`.
     high: uint32.
     low: uint32.
-    finish: makes numbers of the two words.
+    transform: function of the two words; its result is stored instead.
 
   Returns:
-    The two words, or what `finish` makes of them.
+    The two words, or `transform` of them.
   """
 
   def at_once(key, high, low):
     words = threefry2x32(key, high, low)
-    return jax.lax.optimization_barrier(finish(*words) if finish else words)
+    return xla.no_fusion(transform(*words) if transform else words)
 
-  return jax.lax.platform_dependent(
+  return xla.by_platform(
     *(key, high, low),
-    cuda=at_once,
-    rocm=at_once,
-    default=functools.partial(_looped, finish=finish),
+    gpu=at_once,
+    default=functools.partial(_threefry2x32_loop, transform=transform),
   )
 
 
-def _looped(key, high, low, finish):
-  """Returns what `threefry2x32_materialized` does, by a loop, which XLA never reaches into.
+def _threefry2x32_loop(key, high, low, transform):
+  """Computes `threefry2x32_materialized` in a loop, which XLA does not fuse.
 
-  For where barriers are gone before XLA merges. On a GPU they are not, and each
-  turn would be launched by itself. Also quicker to compile.
+  For platforms (CPU, TPU) that remove optimization barriers before fusion. GPUs
+  keep them, and a loop would launch a kernel per iteration. A loop also
+  compiles faster.
   """
   schedule = jnp.stack(_schedule(key))
   rotations = jnp.array(_ROTATIONS, jnp.uint32)
   x0, x1 = jnp.broadcast_arrays(high + schedule[0], low + schedule[1])
 
-  # `finish` is in the loop, too, and the last turn's result is the one.
+  # `transform` is part of the loop: only the last iteration's result is used.
   def next_block(block, carry):
     x0, x1, _ = carry
     x0, x1 = _rounds(x0, x1, rotations[block % 2])
     number = block + 1
     x0 = x0 + schedule[number % 3]
     x1 = x1 + (schedule[(number + 1) % 3] + jnp.uint32(number))
-    return x0, x1, finish(x0, x1) if finish else ()
+    return x0, x1, transform(x0, x1) if transform else ()
 
-  made = finish(x0, x1) if finish else ()
-  x0, x1, made = jax.lax.fori_loop(0, 5, next_block, (x0, x1, made))
-  return made if finish else (x0, x1)
+  result = transform(x0, x1) if transform else ()
+  x0, x1, result = jax.lax.fori_loop(0, 5, next_block, (x0, x1, result))
+  return result if transform else (x0, x1)
 
 
 def fold_in(
@@ -259,7 +261,7 @@ def gaussian_materialized(
 ) -> jax.Array:
   """Draws the numbers of `gaussian`, each to be shared by many elements."""
   return threefry2x32_materialized(
-    key, *_counters(rows, columns), finish=_normal
+    key, *_counters(rows, columns), transform=_normal
   )
 
 

@@ -1,7 +1,7 @@
 """Which weights move along which directions, and how the sum is written.
 
-A direction is a value: the z that `perturb` reads in a forward pass and the z
-that `apply_directions` writes are the same function of (key, leaf path, layer, element).
+The z that `perturb` reads in a forward pass and the z that `apply_directions`
+adds to the weights are the same function of a key; see `keys`.
 """
 
 import dataclasses
@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax.core import directions, perturbed, prng
+from zofo_jax.core import directions, perturbed, prng, rounding, xla
+from zofo_jax.core import keys as keys_lib
+from zofo_jax.core import tree as tree_lib
 
 
 def _everything(name: str) -> bool:
@@ -39,15 +41,15 @@ class Sampler:
   direction: directions.Direction = directions.Gaussian()
   select: Callable[[str], bool] = _everything
   layers: tuple[int, ...] | None = None
-  stacked: str = perturbed.STACKED
+  stacked: str = keys_lib.STACKED
   lazy: bool = False
 
   def _selects(self, path: tuple[Any, ...], leaf: Any) -> bool:
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return floating and self.select(perturbed.path_name(path))
+    return floating and self.select(tree_lib.path_name(path))
 
   def perturb(
-    self, tree: Any, key: perturbed.Key, scale: jax.typing.ArrayLike
+    self, tree: Any, key: keys_lib.DirectionKey, scale: jax.typing.ArrayLike
   ) -> Any:
     """Returns tree + scale * z(key), as nodes if `lazy`, else as arrays.
 
@@ -68,15 +70,15 @@ class Sampler:
         leaf_scale = leaf_scale * chosen
       return perturbed.Perturbed(leaf, leaf_key, leaf_scale, self.direction)
 
-    nodes = jax.tree_util.tree_map_with_path(
-      node, tree, perturbed.leaf_keys(key, tree, self.stacked)
+    nodes = jax.tree.map_with_path(
+      node, tree, keys_lib.leaf_keys(key, tree, self.stacked)
     )
     return nodes if self.lazy else perturbed.materialize(nodes)
 
   def apply_directions(
     self,
     tree: Any,
-    keys: perturbed.Key,
+    keys: keys_lib.DirectionKey,
     weights: jax.Array,
     *,
     decay: jax.typing.ArrayLike = 0.0,
@@ -90,8 +92,8 @@ class Sampler:
 
     Args:
       tree: pytree of weights, any float dtype.
-      keys: keys of the directions, `direction` [Q] and one `subspace` []. Folded, not
-        consumed.
+      keys: keys of the directions, `direction` [Q] and one `subspace` [].
+        Folded, not consumed.
       weights: float32, shape [Q].
       decay: share taken off every matrix, not off vectors (norms and biases).
       rounding_key: typed key for stochastic rounding to dtypes narrower than
@@ -108,7 +110,7 @@ class Sampler:
         block = block - decay * block
       block = block + self._sum(stored, leaf_keys, weights, part)
       rows = None if part is None else part[1]
-      return _round(block, stored.dtype, round_key, rows)
+      return rounding.stochastic_round(block, stored.dtype, round_key, rows)
 
     def add_leaf(leaf, leaf_keys, round_key):
       if leaf_keys is None:
@@ -118,11 +120,12 @@ class Sampler:
     return self._map_selected(add_leaf, tree, keys, rounding_key)
 
   def weighted_sum(
-    self, tree: Any, keys: perturbed.Key, weights: jax.Array
+    self, tree: Any, keys: keys_lib.DirectionKey, weights: jax.Array
   ) -> Any:
     """Returns sum_q weights[q] * z(keys[q]) as a float32 tree like `tree`.
 
-    Zero where `apply_directions` would leave the weights untouched; arguments as there.
+    Zero where `apply_directions` leaves the weights untouched; it explains the
+    arguments.
     """
 
     def new(stored, leaf_keys, _, part=None):
@@ -139,23 +142,21 @@ class Sampler:
   def _map_selected(self, fn, tree, keys, rounding_key):
     """Maps fn(leaf, keys [Q, ...] or None if not selected, rounding key)."""
     keys_tree = jax.vmap(
-      lambda direction_key: perturbed.leaf_keys(
-        perturbed.Key(direction_key, keys.subspace), tree, self.stacked
+      lambda direction_key: keys_lib.leaf_keys(
+        keys_lib.DirectionKey(direction_key, keys.subspace), tree, self.stacked
       )
     )(keys.direction)
-    rounding = None
+    rounding_keys = []
     if rounding_key is not None:
-      pair = perturbed.Key(rounding_key, rounding_key)
-      rounding = perturbed.leaf_keys(pair, tree, self.stacked)
+      pair = keys_lib.DirectionKey(rounding_key, rounding_key)
+      rounding_keys = [keys_lib.leaf_keys(pair, tree, self.stacked)]
 
     def apply(path, leaf, leaf_keys, *round_key):
       selected = self._selects(path, leaf)
       keys = leaf_keys if selected else None
       return fn(leaf, keys, round_key[0].direction if round_key else None)
 
-    return jax.tree_util.tree_map_with_path(
-      apply, tree, keys_tree, *([] if rounding is None else [rounding])
-    )
+    return jax.tree.map_with_path(apply, tree, keys_tree, *rounding_keys)
 
   def _write(self, new, leaf, into, leaf_keys, round_key):
     """Returns `into` with new(weights, keys, rounding key) in moving layers."""
@@ -164,7 +165,7 @@ class Sampler:
       joined = several and self.direction.has_weighted_sum
       if leaf.ndim != 2 or leaf.shape[0] <= perturbed.ROWS_PER_BLOCK or joined:
         return new(leaf, leaf_keys, round_key)
-      return jax.lax.platform_dependent(
+      return xla.by_platform(
         *(leaf, into, leaf_keys, round_key),
         cpu=lambda leaf, _, *keys: new(leaf, *keys),
         default=functools.partial(self._write_rows, new, into is leaf),
@@ -178,11 +179,10 @@ class Sampler:
 
       # One pass over the memory, in parallel and in place but on TPU, which
       # would need as much again.
-      return jax.lax.platform_dependent(
+      return xla.by_platform(
         *(leaf, into, leaf_keys, round_key),
         cpu=at_once,
-        cuda=at_once,
-        rocm=at_once,
+        gpu=at_once,
         default=functools.partial(self._write_layers, new, into is leaf),
       )
     return self._write_layers(
@@ -218,10 +218,10 @@ class Sampler:
     def write_layer(i, stack):
       layer = numbers[i]
       layer_keys = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
-      rounding = None if round_key is None else _at(round_key, layer)
+      layer_round_key = None if round_key is None else _at(round_key, layer)
       # Read from where it will be written, else both would have to exist.
       stored = _at(stack if in_place else leaf, layer)
-      block = new(stored, layer_keys, rounding)
+      block = new(stored, layer_keys, layer_round_key)
       return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
 
     return jax.lax.fori_loop(0, len(moving), write_layer, into)
@@ -248,52 +248,5 @@ class Sampler:
     return self.direction.mask(combined, stored)
 
 
-def apply_updates(tree: Any, updates: Any, rounding_key: jax.Array) -> Any:
-  """Returns tree + updates, as optax does, but rounded stochastically.
-
-  Args:
-    tree: pytree of weights, any dtype.
-    updates: a tree like it.
-    rounding_key: typed key, folded with every leaf's path; unused for float32.
-
-  Returns:
-    A tree like `tree`, of its dtypes.
-  """
-  keys = perturbed.leaf_keys(
-    perturbed.Key(rounding_key, rounding_key), tree, stacked="^$"
-  )
-
-  def add(leaf, update, leaf_key):
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-      return leaf
-    total = leaf.astype(jnp.float32) + update.astype(jnp.float32)
-    return _round(total, leaf.dtype, leaf_key.direction)
-
-  return jax.tree.map(add, tree, updates, keys)
-
-
 def _at(stack, layer, axis=0):
   return jax.lax.dynamic_index_in_dim(stack, layer, axis, keepdims=False)
-
-
-def _round(
-  block: jax.Array,
-  dtype: Any,
-  key: jax.Array | None,
-  rows: prng.RowRange | None = None,
-) -> jax.Array:
-  """Rounds float32 to a dtype: to nearest, or stochastically from a key.
-
-  `rows` says which rows of a leaf the block is.
-  """
-  nearest = block.astype(dtype)
-  if key is None or nearest.dtype == block.dtype:
-    return nearest
-  # The neighbour on the other side of the exact value is taken with the
-  # probability that makes the expectation exact.
-  error = block - nearest.astype(jnp.float32)
-  side = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
-  other = jnp.nextafter(nearest, side)
-  gap = jnp.abs(other.astype(jnp.float32) - nearest.astype(jnp.float32))
-  uniform = directions.sample_rows(prng.uniform, key, block.shape, rows)
-  return jnp.where(uniform * gap < jnp.abs(error), other, nearest)

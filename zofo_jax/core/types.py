@@ -1,12 +1,33 @@
 """What the step of Bilevel-ZOFO takes and gives."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import optax
 
-from zofo_jax.core import moves
+# Any pytree of arrays.
+PyTree: TypeAlias = Any
+# Pytrees of parameters: of the backbone or of an adapter.
+Params: TypeAlias = Any
+# (base, adapter, batch, key) -> scalar loss. A None key means no dropout.
+LossFn: TypeAlias = Callable[
+  [Params, Params, PyTree, jax.Array | None], jax.Array
+]
+
+
+class InPlaceUpdate(NamedTuple):
+  """A step on theta, to be written in place.
+
+  Attributes:
+    weights: factors of the directions, float32, shape [Q]; NumPy's as well.
+    decay: share taken off every matrix, float32, shape [].
+    learning_rate: what the weights were made with, float32, shape [].
+  """
+
+  weights: Any
+  decay: Any
+  learning_rate: Any
 
 
 class BilevelState(NamedTuple):
@@ -31,6 +52,10 @@ class BilevelState(NamedTuple):
   upper_opt: optax.OptState
   lower_opt: optax.OptState
   key: jax.Array
+
+
+# Fields of a state that have an axis of tasks where there are several.
+PER_TASK_FIELDS = ("upper", "lower", "upper_opt", "lower_opt")
 
 
 class BilevelBatch(NamedTuple):
@@ -80,7 +105,7 @@ class BilevelInfo(NamedTuple):
   coefficients: jax.Array
   num_nonfinite: jax.Array
   upper_grad_norm: jax.Array
-  move: moves.InPlaceUpdate | None = None
+  move: InPlaceUpdate | None = None
 
 
 class BilevelAlgorithm(NamedTuple):

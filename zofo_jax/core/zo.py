@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zofo_jax.core import perturbed
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
+from zofo_jax.core import xla
 
 # (fn, keys [Q]) -> what fn gives for each key, stacked.
 MapFn = Callable[[Callable[[jax.Array], Any], jax.Array], Any]
@@ -39,40 +40,42 @@ class Estimator(NamedTuple):
   """A way to take a directional derivative.
 
   Attributes:
-    slope: (line, eps, origin) -> Slope; origin is (f(x), aux) where it is
-      shared between directions, else None.
+    derivative: (line, eps, base_value) -> DirectionalDerivative; base_value is
+      (f(x), aux) if directions share it, else None.
     evaluations: forward passes for each direction.
     shared: forward passes for all of them together: 1 if f(x) is needed.
   """
 
-  slope: Callable[[LineFn, jax.Array, Any], DirectionalDerivative]
+  derivative: Callable[[LineFn, jax.Array, Any], DirectionalDerivative]
   evaluations: int
   shared: int
 
 
 def _central(
-  line: LineFn, eps: jax.Array, origin: Any
+  line: LineFn, eps: jax.Array, base_value: Any
 ) -> DirectionalDerivative:
-  del origin
+  del base_value
   # Both signs are a batch axis of one evaluation: they share one draw of z.
   values, aux = jax.vmap(line)(jnp.stack([eps, -eps]))
   return DirectionalDerivative((values[0] - values[1]) / (2 * eps), values, aux)
 
 
 def _forward(
-  line: LineFn, eps: jax.Array, origin: Any
+  line: LineFn, eps: jax.Array, base_value: Any
 ) -> DirectionalDerivative:
   value, aux = line(eps)
-  return _one_point((value - origin[0]) / eps, value, aux)
+  return _one_point((value - base_value[0]) / eps, value, aux)
 
 
-def _exact(line: LineFn, eps: jax.Array, origin: Any) -> DirectionalDerivative:
-  del origin
+def _exact(
+  line: LineFn, eps: jax.Array, base_value: Any
+) -> DirectionalDerivative:
+  del base_value
   # The tangent is z itself, formed layer by layer like the perturbation.
-  value, slope, aux = jax.jvp(
+  value, coefficient, aux = jax.jvp(
     line, (jnp.zeros_like(eps),), (jnp.ones_like(eps),), has_aux=True
   )
-  return _one_point(slope, value, aux)
+  return _one_point(coefficient, value, aux)
 
 
 def _one_point(
@@ -103,7 +106,7 @@ class Estimate(NamedTuple):
     aux: f's auxiliary output there; leaves [Q, points, ...].
   """
 
-  keys: perturbed.Key
+  keys: keys_lib.DirectionKey
   coefficients: jax.Array
   num_nonfinite: jax.Array
   values: jax.Array
@@ -115,7 +118,7 @@ class Estimate(NamedTuple):
     return self.coefficients / jnp.maximum(num_finite, 1)
 
   def mask_nonfinite(self, is_finite: jax.Array) -> "Estimate":
-    """Returns the estimate, with no direction left unless `is_finite`, bool []."""
+    """Returns the estimate, or one of zeros unless `is_finite`, bool []."""
     count = self.coefficients.shape[0]
     return self._replace(
       coefficients=jnp.where(is_finite, self.coefficients, 0.0),
@@ -131,31 +134,23 @@ def _with_aux(fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
   return call
 
 
-def _collect(keys: perturbed.Key, slopes: DirectionalDerivative) -> Estimate:
-  finite = jnp.isfinite(slopes.coefficient)
+def _collect(
+  keys: keys_lib.DirectionKey, derivatives: DirectionalDerivative
+) -> Estimate:
+  finite = jnp.isfinite(derivatives.coefficient)
   return Estimate(
     keys=keys,
-    coefficients=jnp.where(finite, slopes.coefficient, 0.0),
+    coefficients=jnp.where(finite, derivatives.coefficient, 0.0),
     num_nonfinite=jnp.sum(~finite, dtype=jnp.int32),
-    values=slopes.values,
-    aux=slopes.aux,
-  )
-
-
-def direction_keys(
-  key: jax.Array, subspace_key: jax.Array | None, num_directions: int
-) -> perturbed.Key:
-  """Splits a key into the directions' keys; `subspace_key`: see `estimate`."""
-  subspace_key = key if subspace_key is None else subspace_key
-  return perturbed.Key(
-    direction=jax.random.split(key, num_directions), subspace=subspace_key
+    values=derivatives.values,
+    aux=derivatives.aux,
   )
 
 
 def _replicate(x: jax.Array) -> jax.Array:
   """Returns x [B], whole on every device: B sums of one term each."""
-  direction_key = jnp.eye(x.shape[0], dtype=bool)
-  return jnp.sum(jnp.where(direction_key, x[None], 0.0), axis=1)
+  diagonal = jnp.eye(x.shape[0], dtype=bool)
+  return jnp.sum(jnp.where(diagonal, x[None], 0.0), axis=1)
 
 
 def estimate(
@@ -203,16 +198,16 @@ def estimate(
     True
   """
   eps = jnp.asarray(eps, jnp.float32)
-  keys = direction_keys(key, subspace_key, num_directions)
+  keys = keys_lib.direction_keys(key, subspace_key, num_directions)
   value_of = _with_aux(fn, has_aux)
-  origin = value_of(tree) if estimator.shared else None
+  base_value = value_of(tree) if estimator.shared else None
 
-  def slope(direction_key):
-    direction = perturbed.Key(direction_key, keys.subspace)
+  def derivative(direction_key):
+    direction = keys_lib.DirectionKey(direction_key, keys.subspace)
     line = lambda t: value_of(sampler.perturb(tree, direction, t))
-    return estimator.slope(line, eps, origin)
+    return estimator.derivative(line, eps, base_value)
 
-  return _collect(keys, map_fn(slope, keys.direction))
+  return _collect(keys, map_fn(derivative, keys.direction))
 
 
 def estimate_per_example(
@@ -249,47 +244,24 @@ def estimate_per_example(
   """
   eps = jnp.asarray(eps, jnp.float32)
   num_examples = jax.tree.leaves(examples)[0].shape[0]
-  keys = direction_keys(key, subspace_key, num_examples)
+  keys = keys_lib.direction_keys(key, subspace_key, num_examples)
   value_of = _with_aux(fn, has_aux)
 
-  def slope(direction_key, example):
-    direction = perturbed.Key(direction_key, keys.subspace)
-    origin = value_of(tree, example) if estimator.shared else None
+  def derivative(direction_key, example):
+    direction = keys_lib.DirectionKey(direction_key, keys.subspace)
+    base_value = value_of(tree, example) if estimator.shared else None
     line = lambda t: value_of(sampler.perturb(tree, direction, t), example)
-    return estimator.slope(line, eps, origin)
+    return estimator.derivative(line, eps, base_value)
 
-  slopes = jax.vmap(slope)(keys.direction, examples)
+  derivatives = jax.vmap(derivative)(keys.direction, examples)
   # Where the batch is sharded its directions are too, and their sum would be an
   # exchange of whole matrices; every device is to have all B of them. Keys are
   # split anew, out of the compiler's sight.
-  again = direction_keys(
-    jax.lax.optimization_barrier(key), keys.subspace, num_examples
+  rederived_keys = keys_lib.direction_keys(
+    xla.recompute(key), keys.subspace, num_examples
   )
-  estimated = _collect(again, slopes)
+  estimated = _collect(rederived_keys, derivatives)
   return estimated._replace(coefficients=_replicate(estimated.coefficients))
-
-
-def accumulate(
-  fn: Callable[..., jax.Array], num_parts: int
-) -> Callable[..., jax.Array]:
-  """Evaluates fn(..., batch) in parts, one after another: less memory.
-
-  Args:
-    fn: its last argument is a batch; its value is a mean over the batch.
-    num_parts: divides the leading axis of every leaf of the batch.
-
-  Returns:
-    A function like fn: the mean over equal parts of the batch.
-  """
-
-  def mean(*args):
-    *rest, batch = args
-    parts = jax.tree.map(
-      lambda leaf: leaf.reshape(num_parts, -1, *leaf.shape[1:]), batch
-    )
-    return jnp.mean(jax.lax.map(lambda part: fn(*rest, part), parts))
-
-  return mean
 
 
 def gradient(

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax import errors
-from zofo_jax.core import inner, losses
+from zofo_jax.core import losses
+from zofo_jax.core.types import LossFn
 from zofo_jax.models import apply
 
 # (what the model would write, the right answer) -> score, the higher the
@@ -124,7 +125,7 @@ def find_score(name: str) -> Score:
 
 def make_probe_loss_fn(
   name: str, module: nn.Module, tokenizer: Any
-) -> inner.LossFn | None:
+) -> LossFn | None:
   """Makes what `config.zo.objective` names.
 
   Args:

@@ -14,7 +14,8 @@ import jax
 from zofo_jax import errors
 from zofo_jax.builders import algorithm, model
 from zofo_jax.builders import run as run_lib
-from zofo_jax.core import bilevel, inner, zo
+from zofo_jax.core import inner, zo
+from zofo_jax.core.types import BilevelHParams
 from zofo_jax.plan import estimate, hlo, topologies
 from zofo_jax.report import progress
 from zofo_jax.sharding import mesh as mesh_lib
@@ -88,7 +89,7 @@ def lower_programs(run: run_lib.Run) -> dict[str, jax.stages.Lowered]:
     return base_tx.update(base, opt, estimated, sampler, objective, key)
 
   rows, key = batch.upper, state.key
-  hparams = bilevel.BilevelHParams(config.zo.eps, config.penalty)
+  hparams = BilevelHParams(config.zo.eps, config.penalty)
   options = mesh_lib.compiler_options(run.mesh)
   return {
     "forward": jax.jit(

@@ -13,7 +13,8 @@ from zofo_jax.builders import algorithm, budget, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import validate
-from zofo_jax.core import bilevel, perturbed
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.types import BilevelBatch, BilevelHParams, BilevelState
 from zofo_jax.data import batching, encode_options
 from zofo_jax.evaluation import scoring
 from zofo_jax.models import apply
@@ -25,7 +26,7 @@ def abstract_batch(
   config: ml_collections.ConfigDict,
   model: model_lib.Model,
   mesh: mesh_lib.AnyMesh,
-) -> bilevel.BilevelBatch:
+) -> BilevelBatch:
   """Returns the shapes of an iteration's rows, of data.max_length tokens each.
 
   Rows are of two options of one token, as those of SST-2.
@@ -46,7 +47,7 @@ def abstract_batch(
       one,
     )
 
-  return bilevel.BilevelBatch(
+  return BilevelBatch(
     lower=rows(config.lower.batch_size, config.lower.num_steps),
     penalty=rows(config.upper.batch_size),
     upper=rows(config.upper.batch_size),
@@ -102,7 +103,7 @@ def _hf_config(name: str) -> dict[str, Any]:
   return json.loads(path.read_text())
 
 
-def sizes(state: bilevel.BilevelState) -> dict[str, int]:
+def sizes(state: BilevelState) -> dict[str, int]:
   """Returns the bytes of the weights, and of the rest of a state, a chip."""
   weights = _local_bytes(state.base)
   return {"weights": weights, "optimizer": _local_bytes(state) - weights}
@@ -120,7 +121,7 @@ def _local_bytes(tree: Any) -> int:
 
 
 def estimate(
-  run: run_lib.Run, state: bilevel.BilevelState, mesh: mesh_lib.AnyMesh
+  run: run_lib.Run, state: BilevelState, mesh: mesh_lib.AnyMesh
 ) -> dict[str, int]:
   """Estimates the bytes a chip from shapes alone, as a plan names them.
 
@@ -142,8 +143,8 @@ def estimate(
   found, base = sizes(state), state.base
   kernels = [
     leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(base["layers"])
-    if perturbed.path_name(path).endswith("kernel")
+    for name, leaf in tree_lib.named_leaves(base["layers"]).items()
+    if name.endswith("kernel")
   ]
   width = kernels[0].dtype.itemsize
   length = data.max_train_length(config, run.model)
@@ -199,5 +200,5 @@ def flops(run: run_lib.Run) -> float:
   """Counts the operations of an iteration's products of matrices, all chips."""
   batch = abstract_batch(run.config, run.model, run.mesh)
   return budget.flops(
-    run.algorithm.step, run.abstract_state(), batch, bilevel.BilevelHParams()
+    run.algorithm.step, run.abstract_state(), batch, BilevelHParams()
   )

@@ -12,7 +12,7 @@ from etils import epath
 
 from zofo_jax import errors, report
 from zofo_jax.builders import run as run_lib
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import BilevelState
 from zofo_jax.plan import aot, estimate, topologies
 from zofo_jax.sharding import mesh as mesh_lib
 
@@ -96,7 +96,7 @@ def _without_tokenizer(
 
 
 def choose(
-  run: run_lib.Run, state: bilevel.BilevelState, topology: topologies.Topology
+  run: run_lib.Run, state: BilevelState, topology: topologies.Topology
 ) -> dict[str, int]:
   """Chooses the mesh that divides the weights least and is estimated to fit.
 
@@ -173,9 +173,7 @@ def _other_remat(run: run_lib.Run) -> run_lib.Run:
   return estimate.make_run(config, run.mesh)
 
 
-def _smallest(
-  run: run_lib.Run, state: bilevel.BilevelState, kind: str
-) -> str | None:
+def _smallest(run: run_lib.Run, state: BilevelState, kind: str) -> str | None:
   """Returns the least slice on which the run is estimated to fit."""
   for topology in topologies.slices(kind):
     try:

@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
-from zofo_jax.core import perturbed
+from zofo_jax.core import tree as tree_lib
 
 # Devices that exchange most are neighbours: `model` varies fastest.
 AXES = ("pert", "data", "fsdp", "model")
@@ -163,7 +163,7 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
   def place(path, leaf):
     if not leaf.shape:
       return replicated(mesh)
-    name = perturbed.path_name(path)
+    name = tree_lib.path_name(path)
     found = [spec for pattern, spec in rules if re.search(pattern, name)]
     if not found:
       raise errors.UserError(
@@ -180,7 +180,7 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
         )
     return NamedSharding(mesh, found[0])
 
-  return jax.tree_util.tree_map_with_path(place, tree)
+  return jax.tree.map_with_path(place, tree)
 
 
 def with_shardings(tree: Any, places: Any) -> Any:
@@ -199,7 +199,7 @@ def state_shardings(mesh: AnyMesh, state: Any, rules: Rules) -> Any:
 
   Args:
     mesh: the grid.
-    state: `bilevel.BilevelState`, or a named tuple with these two fields.
+    state: `BilevelState`, or a named tuple with these two fields.
     rules: for the paths of the backbone's weights.
 
   Returns:

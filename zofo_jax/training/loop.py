@@ -10,7 +10,7 @@ from etils import epath
 from zofo_jax import errors, report
 from zofo_jax.checkpoints import state_store
 from zofo_jax.config import defaults
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import BilevelState
 from zofo_jax.report import profiler, trackers
 from zofo_jax.report import progress as progress_lib
 from zofo_jax.training import guards
@@ -33,18 +33,18 @@ class Work(NamedTuple):
     spent: (number of iterations) -> what they cost; see `budget`.
   """
 
-  start: Callable[[], tuple[bilevel.BilevelState, dict[str, Any]]]
-  compile: Callable[[bilevel.BilevelState, int], jax.stages.Compiled]
-  step: Callable[[bilevel.BilevelState, int], tuple[bilevel.BilevelState, Any]]
+  start: Callable[[], tuple[BilevelState, dict[str, Any]]]
+  compile: Callable[[BilevelState, int], jax.stages.Compiled]
+  step: Callable[[BilevelState, int], tuple[BilevelState, Any]]
   told: Callable[[int, Any], dict[str, Any]]
   health: Callable[[Any], tuple[list[float], bool]]
-  select: Callable[[bilevel.BilevelState], tuple[dict[str, float], float]]
+  select: Callable[[BilevelState], tuple[dict[str, float], float]]
   spent: Callable[[int], dict[str, float]]
 
 
 def run(
   trained: state_store.Trained, folder: epath.Path, work: Work
-) -> tuple[bilevel.BilevelState, dict[str, Any]]:
+) -> tuple[BilevelState, dict[str, Any]]:
   """Runs to the end, from the latest checkpoint if there is one.
 
   Args:

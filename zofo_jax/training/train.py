@@ -17,7 +17,8 @@ from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import state_store
 from zofo_jax.config import methods
-from zofo_jax.core import baselines, bilevel
+from zofo_jax.core import baselines
+from zofo_jax.core.types import BilevelBatch, BilevelInfo
 from zofo_jax.data import batching
 from zofo_jax.report import progress as progress_lib
 from zofo_jax.sharding import multihost
@@ -30,7 +31,7 @@ def iteration_batch(
   shape: batching.Shape,
   pad: int,
   step: int,
-) -> bilevel.BilevelBatch:
+) -> BilevelBatch:
   """Returns the rows of an outer iteration: a pure function of its number."""
 
   def batch(pool, seed, size, index):
@@ -46,7 +47,7 @@ def iteration_batch(
     for index in range(num_inner)
   ]
   size = config.upper.batch_size
-  return bilevel.BilevelBatch(
+  return BilevelBatch(
     lower=jax.tree.map(lambda *leaves: np.stack(leaves), *lower),
     penalty=batch(examples.lower, seed + 1, size, step),
     upper=batch(examples.upper, seed + 2, size, step),
@@ -80,7 +81,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def health(
-  info: bilevel.BilevelInfo | baselines.BaselineInfo,
+  info: BilevelInfo | baselines.BaselineInfo,
 ) -> tuple[list[float], bool]:
   """Returns an iteration's losses, and whether it moved nothing for its NaN."""
   losses = [float(loss) for loss in np.ravel(info.upper_loss)]
@@ -112,7 +113,7 @@ def row_flops(
   )
 
 
-def told(info: bilevel.BilevelInfo | baselines.BaselineInfo) -> dict[str, Any]:
+def told(info: BilevelInfo | baselines.BaselineInfo) -> dict[str, Any]:
   """Returns what `metrics.jsonl` is told of an iteration."""
   row = info._asdict()
   del row["move"]  # the ledger's

@@ -16,7 +16,7 @@ from zofo_jax.builders import algorithm, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import manager
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import PER_TASK_FIELDS
 from zofo_jax.data import batching
 from zofo_jax.tasks import groups
 from zofo_jax.training import train
@@ -88,7 +88,7 @@ def arrays(folder, step):
   state = state._replace(key=jax.random.key_data(state.key))
   return {
     jax.tree_util.keystr(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    for path, leaf in jax.tree.leaves_with_path(state)
   }
 
 
@@ -229,7 +229,7 @@ def test_baselines_move_what_they_should(lora, start, tmp_path, method):
   moved = {
     jax.tree_util.keystr(path): not np.array_equal(old, new)
     for (path, old), new in zip(
-      jax.tree_util.tree_leaves_with_path(before),
+      jax.tree.leaves_with_path(before),
       jax.tree.leaves(state.base),
       strict=True,
     )
@@ -338,7 +338,7 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
   (examples,) = task_sets.load_examples(config, model, family.members)
   shape = data.train_shape(examples)
   many = family.init(model_lib.load_base(config, model))
-  of_tasks = {name: getattr(many, name) for name in bilevel.PER_TASK_FIELDS}
+  of_tasks = {name: getattr(many, name) for name in PER_TASK_FIELDS}
   one = many._replace(**jax.tree.map(lambda leaf: leaf[0], of_tasks))
   # Both as compiled programs.
   alone = jax.jit(
@@ -354,7 +354,7 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
     np.testing.assert_array_equal(told.coefficients, info.coefficients)
     np.testing.assert_array_equal(told.lower_loss[0], info.lower_loss)
   jax.tree.map(np.testing.assert_array_equal, many.base, one.base)
-  for name in bilevel.PER_TASK_FIELDS:
+  for name in PER_TASK_FIELDS:
     jax.tree.map(
       np.testing.assert_array_equal,
       getattr(many, name),

@@ -17,7 +17,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import errors
-from zofo_jax.core import moves
+from zofo_jax.core.types import InPlaceUpdate
 from zofo_jax.sharding import multihost
 
 FORMAT = "zofo_jax ledger 1"
@@ -34,7 +34,7 @@ class LedgerEntry(NamedTuple):
 
   step: int
   coefficients: np.ndarray
-  move: moves.InPlaceUpdate | None
+  move: InPlaceUpdate | None
 
   def serialize(self) -> str:
     """Returns the line with its checksum and its end."""
@@ -205,7 +205,7 @@ def _line(text: str, where: str, number: int) -> LedgerEntry:
       _floats(coefficients),
       None
       if weights == "-"
-      else moves.InPlaceUpdate(
+      else InPlaceUpdate(
         weights=_floats(weights),
         decay=_floats(decay)[0],
         learning_rate=_floats(rate)[0],

@@ -22,15 +22,16 @@ from zofo_jax.builders import algorithm
 from zofo_jax.builders import model as model_lib
 from zofo_jax.checkpoints.ledger import format as ledger_format
 from zofo_jax.config import defaults, validate
-from zofo_jax.core import moves, perturbed
+from zofo_jax.core import outer
+from zofo_jax.core import tree as tree_lib
 from zofo_jax.sharding import mesh as mesh_lib
 
 
 def fingerprint(tree: Any) -> str:
   """Returns the SHA-256 of a tree's paths, types, shapes and bytes."""
   digest = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    about = f"{perturbed.path_name(path)} {leaf.dtype} {leaf.shape}\n"
+  for name, leaf in tree_lib.named_leaves(tree).items():
+    about = f"{name} {leaf.dtype} {leaf.shape}\n"
     digest.update(about.encode())
     if not getattr(leaf, "is_fully_addressable", True):
       # Parts are with other processes: one leaf at a time is gathered.
@@ -159,7 +160,7 @@ def _step_fn(zo: str) -> Callable[..., Any]:
   config = config_of({"model": {"name": "any"}, "zo": json.loads(zo)}, zo)
   return jax.jit(
     functools.partial(
-      moves.replay_update,
+      outer.replay_update,
       sampler=algorithm.make_sampler(config.zo),
       frame_steps=config.zo.frame_steps,
     ),

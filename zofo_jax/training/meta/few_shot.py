@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -17,6 +16,7 @@ from zofo_jax.builders import data as data_lib
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.core import inner
+from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import batching, encode_options
 from zofo_jax.data import splits as splits_lib
 from zofo_jax.report import progress as progress_lib
@@ -100,7 +100,7 @@ class Backbone(NamedTuple):
 
 
 def _stack(trees: Sequence[Any]) -> Any:
-  return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+  return tree_lib.stack(trees)
 
 
 def _starts(run: run_lib.Run, found: Backbone, num_targets: int) -> Any:

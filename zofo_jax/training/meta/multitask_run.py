@@ -19,7 +19,7 @@ from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import state_store
 from zofo_jax.config import methods
-from zofo_jax.core import bilevel
+from zofo_jax.core.types import PER_TASK_FIELDS, BilevelState
 from zofo_jax.data import batching
 from zofo_jax.evaluation import objectives
 from zofo_jax.sharding import mesh as mesh_lib
@@ -52,7 +52,7 @@ class MultitaskRun(NamedTuple):
     """The grid of devices."""
     return self.run.mesh
 
-  def init(self, base: Any) -> bilevel.BilevelState:
+  def init(self, base: Any) -> BilevelState:
     """Starts a state at a backbone; every p and s begins independently."""
     config, init = self.config, self.run.algorithm.init
     upper_key, lower_key, step_key = jax.random.split(
@@ -78,7 +78,7 @@ class MultitaskRun(NamedTuple):
 
     def stacks(state):
       # A task at a time, so that no more than one need be on the device.
-      parts = {name: getattr(state, name) for name in bilevel.PER_TASK_FIELDS}
+      parts = {name: getattr(state, name) for name in PER_TASK_FIELDS}
       return jax.device_get(parts) if config.meta.on_host else parts
 
     state = alone(0)
@@ -88,7 +88,7 @@ class MultitaskRun(NamedTuple):
     joined = jax.tree.map(lambda *leaves: join(leaves), *parts)
     return state._replace(**joined)
 
-  def on_device(self) -> bilevel.BilevelState:
+  def on_device(self) -> BilevelState:
     """Returns the shapes and shardings of a state that is all on the devices.
 
     Stacks are whole everywhere, of however many tasks they are.
@@ -103,7 +103,7 @@ class MultitaskRun(NamedTuple):
     )
     return mesh_lib.with_shardings(state, places)
 
-  def abstract_state(self) -> bilevel.BilevelState:
+  def abstract_state(self) -> BilevelState:
     """Returns the shapes and shardings of a state; reads no weights."""
     state = self.on_device()
     if not self.config.meta.on_host:
@@ -112,17 +112,17 @@ class MultitaskRun(NamedTuple):
       name: jax.tree.map(
         lambda leaf: np.empty(leaf.shape, leaf.dtype), getattr(state, name)
       )
-      for name in bilevel.PER_TASK_FIELDS
+      for name in PER_TASK_FIELDS
     }
     return state._replace(**stacks)
 
-  def adapter(self, state: bilevel.BilevelState, task: int) -> Any:
+  def adapter(self, state: BilevelState, task: int) -> Any:
     """Returns the adapter that a trained task is answered with."""
     if self.config.method != "bilevel":
       return state.upper
     return jax.tree.map(lambda leaf: leaf[task], state.upper)
 
-  def mean_adapter(self, state: bilevel.BilevelState) -> Any:
+  def mean_adapter(self, state: BilevelState) -> Any:
     """Returns what a new task may start from; {} where there is no adapter."""
     if self.config.method != "bilevel":
       return state.upper
@@ -130,7 +130,7 @@ class MultitaskRun(NamedTuple):
 
   def evaluate(
     self,
-    state: bilevel.BilevelState,
+    state: BilevelState,
     rows: Sequence[Sequence[Any]],
     label: str,
     *,
@@ -182,7 +182,7 @@ def make_family(config: ml_collections.ConfigDict) -> MultitaskRun:
   return MultitaskRun(run._replace(algorithm=algorithm), members)
 
 
-def load(workdir: str) -> tuple[MultitaskRun, bilevel.BilevelState]:
+def load(workdir: str) -> tuple[MultitaskRun, BilevelState]:
   """Reads a run's config and its best checkpoint.
 
   Raises:
