@@ -1,7 +1,6 @@
-"""Draws the pictures of README and documentation: python docs/draw.py."""
+"""Draws the figure of the README and the documentation: python docs/draw.py."""
 
 import pathlib
-import runpy
 import sys
 
 import matplotlib
@@ -12,11 +11,11 @@ from matplotlib import patches
 
 HERE = pathlib.Path(__file__).parent
 INK, PALE = "#37474f", "#eceff1"
-FIRST, ZEROTH, CORE = "#ffe0b2", "#b3e5fc", "#dcedc8"
+FIRST, ZEROTH = "#ffe0b2", "#b3e5fc"
 
 
 def figure(width, height):
-  """Returns axes without frame, in units of an inch from the upper left."""
+  """Returns axes without a frame; units are inches from the upper left."""
   drawn = plt.figure(figsize=(width, height))
   axes = drawn.add_axes((0, 0, 1, 1))
   axes.set_xlim(0, width)
@@ -54,7 +53,7 @@ def arrow(axes, start, end, text="", shift=(0, 0)):
 
 def save(drawn, name):
   drawn.savefig(HERE / f"{name}.svg", metadata={"Date": None})
-  if len(sys.argv) > 1:  # a folder for pictures to look at
+  if len(sys.argv) > 1:  # a folder for a PNG preview
     drawn.savefig(pathlib.Path(sys.argv[1]) / f"{name}.png", dpi=110)
 
 
@@ -106,23 +105,7 @@ def method():
   save(drawn, "method")
 
 
-def house():
-  told = runpy.run_path(str(HERE.parent / "tests" / "house_test.py"))
-  floors, core = told["FLOORS"], told["CORE"]
-  step, widest = 0.36, max(map(len, floors))
-  width = 1.25 * widest + 0.1
-  drawn, axes = figure(width, step * len(floors) + 0.1)
-  for i, names in enumerate(floors):
-    left = (width - 1.25 * len(names)) / 2
-    for j, name in enumerate(names):
-      color = CORE if name in core else PALE
-      where = (left + 1.25 * j + 0.05, 0.05 + step * i)
-      box(axes, *where, 1.15, step - 0.08, name, color, size=8)
-  save(drawn, "house")
-
-
 if __name__ == "__main__":
-  matplotlib.rcParams["svg.hashsalt"] = "zofo_jax"  # the same file every time
+  matplotlib.rcParams["svg.hashsalt"] = "zofo_jax"  # a reproducible file
   matplotlib.rcParams["svg.fonttype"] = "path"
   method()
-  house()

@@ -1,4 +1,4 @@
-"""Makes TeX in the built pages MathML, so that they need no script."""
+"""Converts TeX in the built pages to MathML, so that they need no script."""
 
 import html
 import re
@@ -11,7 +11,7 @@ _TEX = re.compile(
 
 
 def on_page_content(content, **unused):
-  """Is called by MkDocs with the HTML of every page."""
+  """Hook that MkDocs calls with the HTML of every page."""
 
   def convert(match):
     display = "block" if match[2] == "[" else "inline"
