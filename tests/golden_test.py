@@ -38,15 +38,16 @@ import pytest
 import safetensors.numpy
 
 import zofo_jax as zofo
+from zofo_jax.core import keys
 
 # --- All names of the library that these tests use --------------------------
 
-Key = zofo.perturbed.Key
+Key = keys.DirectionKey
 Sampler = zofo.Sampler
-apply_directions = Sampler.add
-weighted_sum = Sampler.write
+apply_directions = Sampler.apply_directions
+weighted_sum = Sampler.weighted_sum
 dot = zofo.perturbed.dot
-read = zofo.perturbed.value
+read = zofo.perturbed.read
 sgd, clip = zofo.outer.sgd, zofo.outer.clip
 scale_by_running_rms = zofo.outer.scale_by_running_rms
 # Run as `python -m`; `main` is the fixture `command_line`.
