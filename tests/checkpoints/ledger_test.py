@@ -34,7 +34,7 @@ def line(step, *weights, move=True):
 
 
 def content(*lines):
-  return ledger.Ledger({"key": [0, 1]}, list(lines)).text().encode()
+  return ledger.Ledger({"key": [0, 1]}, list(lines)).serialize().encode()
 
 
 GOOD = content(line(1, 0.1, -3e-45), line(2, np.inf), line(3, 2.0, move=False))
@@ -45,7 +45,7 @@ GOOD = content(line(1, 0.1, -3e-45), line(2, np.inf), line(3, 2.0, move=False))
 
 def test_numbers_come_back_to_the_bit():
   found = ledger.parse(GOOD, "f")
-  assert found.text().encode() == GOOD and not found.torn
+  assert found.serialize().encode() == GOOD and not found.torn
   assert found.header == {"key": [0, 1]}
   one, two, three = found.lines
   np.testing.assert_array_equal(
@@ -118,7 +118,7 @@ def test_writer_appends(tmp_path):
   for number in (1, 2):
     writer.append(line(number, 0.5))
     # On the disk before the call returns.
-    assert path.read_text() == writer.text()
+    assert path.read_text() == writer.serialize()
   writer.close()
   assert path.read_bytes() == content(line(1, 0.5), line(2, 0.5))
 

@@ -134,7 +134,7 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
     move=move._replace(weights=-move.weights)
   )
   other = done.parent / "other.txt"
-  other.write_text(found.text())
+  other.write_text(found.serialize())
   assert ledger_command.main(["verify", f"--ledger={other}", arguments[1]]) == 2
   assert "differ in ['" in capsys.readouterr().err
 

@@ -201,7 +201,7 @@ class Store:
     while (step := choose()) is not None:
       try:
         return self.restore(step)
-      except manager.DamagedError as error:
+      except manager.CorruptCheckpointError as error:
         _say(f"{error} The one before it is used, if there is any.")
         self.checkpoints.quarantine(step)
     return None
@@ -211,7 +211,7 @@ class Store:
 
     Raises:
       UserError: there is none of this step, or it is not of this config.
-      DamagedError: it is not as it was written.
+      CorruptCheckpointError: it is not as it was written.
     """
     abstract = self._run.abstract_state()
     if not self._base_stored_separately:
@@ -239,7 +239,7 @@ class Store:
         tree, _ = self._bases.restore({"base": abstract}, number)
         start, base = number, tree["base"]
         break
-      except manager.DamagedError as error:
+      except manager.CorruptCheckpointError as error:
         _say(f"{error} The one before it is used, or the model's weights.")
         self._bases.quarantine(number)
     if base is None:
