@@ -131,7 +131,7 @@ def result(
 
     run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
     found: dict[str, str] = {}
-    with state_store.Store(run, epath.Path(folder)) as states:
+    with state_store.open_store(run, epath.Path(folder)) as states:
       last = states.checkpoints.latest_step()
       steps = [last, states.checkpoints.best_step()] if step is None else [step]
       for number in steps:

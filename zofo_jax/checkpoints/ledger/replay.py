@@ -41,21 +41,22 @@ def fingerprint(tree: Any) -> str:
 
 
 def make_header(
-  config: ml_collections.ConfigDict, base: Any, key: jax.Array
+  model: Mapping[str, Any], zo: Mapping[str, Any], base: Any, key: jax.Array
 ) -> dict[str, Any]:
-  """Says what a run's steps rest on.
+  """Returns the header of a run's ledger: what its entries depend on.
 
   Args:
-    config: the run's config; its `model` and `zo` are kept.
-    base: theta before the first step.
+    model: the section `model` of the run's config.
+    zo: the section `zo`.
+    base: θ before the first step.
     key: the run's typed PRNG key.
 
   Returns:
     A dictionary of JSON.
   """
   return {
-    "model": config.model.to_dict(),
-    "zo": _jsonable(config.zo.to_dict()),
+    "model": dict(model),
+    "zo": _jsonable(dict(zo)),
     "base_sha256": fingerprint(base),
     "key": np.asarray(jax.random.key_data(key)).tolist(),
     "versions": versions(),
