@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from zofo_jax import adapters, errors, models
+from zofo_jax import adapters, errors, models, report
 from zofo_jax.config import defaults
 from zofo_jax.core import losses
 from zofo_jax.core import tree as tree_lib
@@ -249,7 +249,7 @@ def save_base(
   fields = json.loads((model.folder / "config.json").read_text())
   fields.pop("dtype", None)
   fields["torch_dtype"] = config.model.dtype  # read by every version
-  (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+  report.write_json(folder / "config.json", fields)
 
 
 def make_loss_fn(name: str, module: nn.Module) -> LossFn:

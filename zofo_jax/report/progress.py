@@ -1,4 +1,4 @@
-"""Long work shows itself: a bar or lines with rate, time left and memory."""
+"""Progress of long work: a bar, or lines, with rate, time left and memory."""
 
 import functools
 import math
@@ -13,7 +13,7 @@ from zofo_jax.sharding import multihost
 
 
 class Progress:
-  """Shows how long work goes on: a bar on a terminal, else a line at times."""
+  """Displays progress: a bar on a terminal, else a line from time to time."""
 
   def __init__(
     self,
@@ -30,9 +30,9 @@ class Progress:
 
     Args:
       total: the number of steps at the end.
-      label: what is done.
-      unit: what a step is, in the plural.
-      start: steps done before, by the run that is resumed.
+      label: the name of the work.
+      unit: of a step, in the plural.
+      start: steps done so far, by the run that is resumed.
       stream: where to write; None for standard error.
       seconds_between_lines: how often to write when it is no terminal.
       clock: the time in seconds.
@@ -44,11 +44,11 @@ class Progress:
     self._every = seconds_between_lines
     self._clock = clock
     self._last_line = -math.inf
-    # The rate is that of the last updates. The first step of all is left out
-    # of it as soon as there is another: it holds the compilation.
+    # The rate is that of the last updates. The first step, which includes
+    # compilation, is left out as soon as there is another.
     self._times = deque([(start, clock())], maxlen=30)
     self._first = True
-    self._first_process = multihost.is_primary()
+    self._is_primary = multihost.is_primary()
     self._bar: Any = None
     self._task: Any = None
 
@@ -63,7 +63,7 @@ class Progress:
 
   def update(self, step: int, **values: float) -> None:
     """Shows that `step` steps are done, with numbers such as lower=0.31."""
-    if not self._first_process:
+    if not self._is_primary:
       return
     now = self._clock()
     if self._first and len(self._times) == 2:
@@ -86,7 +86,7 @@ class Progress:
 
   def say(self, text: str) -> None:
     """Writes a line, above the bar where there is one."""
-    if not self._first_process:
+    if not self._is_primary:
       return
     if self._bar is not None:
       self._bar.console.print(text, markup=False, highlight=False)
@@ -113,7 +113,7 @@ class Progress:
 
 @functools.cache
 def _terminal(stream: IO[str]) -> Any:
-  """Gives the one console of a stream, on which a bar may stand in a bar."""
+  """Returns the only console of a stream: bars can then be nested."""
   from rich import console
 
   return console.Console(file=stream)
@@ -122,9 +122,10 @@ def _terminal(stream: IO[str]) -> Any:
 def _duration(seconds: float) -> str:
   if not math.isfinite(seconds):
     return "?"
-  minutes, rest = divmod(round(seconds), 60)
+  minutes, seconds = divmod(round(seconds), 60)
   hours, minutes = divmod(minutes, 60)
-  return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+  text = f"{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+  return f"{hours}:{text}" if hours else text
 
 
 def _gigabytes(number: int) -> str:

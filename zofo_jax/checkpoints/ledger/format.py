@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from zofo_jax import errors
+from zofo_jax import errors, report
 from zofo_jax.core.types import InPlaceUpdate
 from zofo_jax.sharding import multihost
 
@@ -130,9 +130,7 @@ class Writer:
     self._file: IO[Any] | None = None
     if not multihost.is_primary():
       return
-    beside = self.path.with_name(self.path.name + ".tmp")
-    beside.write_text(content)
-    beside.replace(self.path)
+    report.write_text(self.path, content)
     self._file = self.path.open("a")
 
   def append(self, line: LedgerEntry) -> None:
