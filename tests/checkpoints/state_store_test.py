@@ -157,7 +157,7 @@ def test_a_signal_and_damage_lose_nothing(
   flip(folder / "ledger.txt")
   with (folder / "ledger.txt").open("a") as file:
     file.write("8 1 38")
-  with pytest.raises(errors.UserError, match=r"line \d is damaged"):
+  with pytest.raises(errors.UserError, match=r"line \d is corrupt"):
     ledger.read(folder / "ledger.txt")
   train.train(config, str(folder))
   said = caplog.text
@@ -235,17 +235,17 @@ def test_another_config_names_its_fields(done, config, tmp_path):
 def test_guard_counts_and_compares():
   guard = guards.Guard({}, max_nonfinite=3, max_loss_ratio=2.0)
   for _ in range(2):
-    assert not guard.update([1.0], dropped=True)
-    assert not guard.update([1.0, float("nan")], dropped=False)
-    assert not guard.update([1.0], dropped=False)
+    assert not guard.update([1.0], skipped=True)
+    assert not guard.update([1.0, float("nan")], skipped=False)
+    assert not guard.update([1.0], skipped=False)
   assert guard.state["nonfinite"] == 4
   # What it knows goes through a checkpoint.
   memory = json.loads(json.dumps(guard.state))
   guard = guards.Guard(memory, max_nonfinite=0, max_loss_ratio=2.0)
   for _ in range(20):
-    assert not guard.update([float("inf")], dropped=True)
-    assert not guard.update([1.0], dropped=False)
-  problems = [guard.update([8.0], dropped=False) for _ in range(3)]
+    assert not guard.update([float("inf")], skipped=True)
+    assert not guard.update([1.0], skipped=False)
+  problems = [guard.update([8.0], skipped=False) for _ in range(3)]
   assert [bool(p) for p in problems] == [False, True, True]  # 1.7, 2.33, ...
   assert "above 2 times the 1 of its start" in problems[1]
 
