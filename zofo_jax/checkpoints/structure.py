@@ -24,15 +24,15 @@ def check_structure(saved: Any, expected: Any, name: str) -> None:
     UserError: names the first leaf that is missing, is not expected, or has
       another shape or type.
   """
-  found = {path: _describe(leaf) for path, leaf in _flatten(saved).items()}
+  actual = {path: _describe(leaf) for path, leaf in _flatten(saved).items()}
   wanted = {path: _describe(leaf) for path, leaf in _flatten(expected).items()}
-  for path in sorted(found.keys() | wanted.keys()):
-    if found.get(path) != wanted.get(path):
+  for path in sorted(actual.keys() | wanted.keys()):
+    if actual.get(path) != wanted.get(path):
       raise errors.UserError(
         f"The checkpoint '{name}' does not fit this configuration: leaf "
-        f"'{path}' is {found.get(path, 'missing')} there, expected "
+        f"'{path}' is {actual.get(path, 'missing')} there, expected "
         f"{wanted.get(path, 'no such leaf')}."
-        + ("" if path in found else errors.nearest(path, found))
+        + ("" if path in actual else errors.nearest(path, actual))
       )
 
 

@@ -117,8 +117,8 @@ def load_start(
   expected, actual = header.get("base_sha256", ""), fingerprint(base)
   if actual != expected:
     raise errors.UserError(
-      f"{model.folder}: these are not the weights that the ledger started from: "
-      f"expected SHA-256 {expected[:12]}…, found {actual[:12]}…"
+      f"{model.folder}: these are not the weights that the ledger started "
+      f"from: expected SHA-256 {expected[:12]}…, found {actual[:12]}…"
     )
   return base
 
