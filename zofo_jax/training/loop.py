@@ -101,4 +101,5 @@ def train_loop(
       fetch()
       for hook in hooks:
         hook.on_state(step + 1, state)
+  fetch()
   return state
