@@ -1,9 +1,9 @@
-"""Kills, fills, flips and cuts: does a run come to what it would have?
+"""Fault injection: kill, fill the disk, flip and truncate files.
 
 `python experiments/faults.py --trials N --json FILE` runs the tiny
-configuration in processes of its own, does one harm to each at a random point,
-starts it again, and compares all that is left with an uninterrupted run, bit
-for bit. README.md says what the faults are.
+configuration in processes of its own, injects one fault into each at a random
+point, resumes it, and compares its results with an uninterrupted run, bit for
+bit. README.md describes the faults.
 """
 
 import argparse
@@ -32,9 +32,9 @@ class Case(NamedTuple):
   Attributes:
     home: has the model, the rows and the compiled programs.
     folder: of the run.
-    rare: whether theta lies apart and is rebuilt from the ledger.
-    draw: decides where it hurts.
-    seconds: what an uninterrupted run takes.
+    rare: whether the backbone is stored separately and rebuilt from the ledger.
+    draw: chooses the point of the fault.
+    seconds: the time of an uninterrupted run.
     reference: folder of an uninterrupted run.
   """
 
@@ -46,11 +46,11 @@ class Case(NamedTuple):
   reference: pathlib.Path
 
   def start(self, **options: Any) -> int:
-    """Starts the run, or goes on with it."""
+    """Starts or resumes the run."""
     return trial.start(self.home, self.folder, rare=self.rare, **options)
 
-  def told(self) -> str:
-    """Returns what the run said."""
+  def output(self) -> str:
+    """Returns the output of the run."""
     path = pathlib.Path(f"{self.folder}.log")
     return path.read_text() if path.exists() else ""
 
@@ -66,25 +66,25 @@ def _signal(case: Case, number: int) -> tuple[int, ...]:
 
 
 def kill(case: Case) -> None:
-  """Ends the process at once."""
+  """Kills the process."""
   _signal(case, signal.SIGKILL)
 
 
 def sigterm(case: Case) -> None:
-  """Asks the process to end; it has one last save."""
+  """Asks the process to end, which it does after a last save."""
   codes = _signal(case, signal.SIGTERM)
   assert not set(codes) - {0, -signal.SIGTERM}, codes
 
 
 def disk_full(case: Case) -> None:
-  """Lets no file grow above a size: writes fail as on a full disk."""
+  """Limits the size of files: writes fail as on a full disk."""
   code = trial.wait(case.start(max_bytes=int(10 ** case.draw.uniform(2, 5.5))))
   assert code in (0, 2), code
-  assert (code == 2) == ("zofo_jax: " in case.told()), case.told()
+  assert (code == 2) == ("zofo_jax: " in case.output()), case.output()
 
 
 def _files(case: Case) -> list[pathlib.Path]:
-  """Runs for a while; returns what it left of states and the ledger."""
+  """Runs for a while; returns the files of its states and the ledger."""
   process = case.start()
   if trial.wait(process, case.draw.uniform(0.5, 1.0) * case.seconds) is None:
     os.kill(process, signal.SIGKILL)
@@ -114,7 +114,7 @@ def flip(case: Case) -> None:
 
 
 def truncate(case: Case) -> None:
-  """Cuts a file short, or takes it away."""
+  """Truncates a file, or removes it."""
   if files := _files(case):
     path = case.draw.choice(files)
     if case.draw.random() < 0.3:
@@ -123,8 +123,8 @@ def truncate(case: Case) -> None:
       os.truncate(path, case.draw.randrange(path.stat().st_size))
 
 
-def tear(case: Case) -> None:
-  """Cuts the ledger within a line, or adds half of one."""
+def truncate_ledger(case: Case) -> None:
+  """Truncates the ledger within a line, or adds half of one."""
   _files(case)
   path = case.folder / "ledger.txt"
   if not path.exists():
@@ -137,15 +137,15 @@ def tear(case: Case) -> None:
 
 
 def nan(case: Case) -> None:
-  """Gives batches that are not numbers from some step on.
+  """Makes batches NaN from some step on.
 
-  The run stops by itself; what it saved is compared with the uninterrupted one
-  at that step, and it is then begun anew.
+  The run stops by itself; the state that it saved is compared with that of the
+  uninterrupted run at that step, and the run is then started anew.
   """
   first = case.draw.randrange(1, trial.STEPS // trial.EVAL_EVERY)
   first *= trial.EVAL_EVERY
   code = trial.wait(case.start(nan_from=first))
-  assert code == 2 and "were not finite" in case.told(), (code, case.told())
+  assert code == 2 and "were not finite" in case.output(), (code, case.output())
   last = max(int(p.name) for p in (case.folder / "checkpoints").iterdir())
   ours = trial.result(case.home, case.folder, last)
   theirs = trial.result(case.home, case.reference, first)
@@ -166,13 +166,13 @@ FAULTS: dict[str, Callable[[Case], None]] = {
   "disk full": disk_full,
   "flipped bit": flip,
   "truncated or missing file": truncate,
-  "torn ledger": tear,
+  "torn ledger": truncate_ledger,
   "NaN batches": nan,
 }
 
 
 def attempt(case: Case, fault: str, expected: dict[str, str]) -> str:
-  """Does a harm, goes on, compares; returns what is wrong, if anything."""
+  """Injects a fault, resumes, compares; returns what is wrong, if anything."""
   try:
     FAULTS[fault](case)
   except AssertionError as error:
@@ -189,7 +189,7 @@ def attempt(case: Case, fault: str, expected: dict[str, str]) -> str:
     if found.get(name) != expected.get(name)
   )
   if different:
-    kind = "lost" if "zofo_jax: " in case.told() else "silently wrong"
+    kind = "lost" if "zofo_jax: " in case.output() else "silently wrong"
     return f"{kind}: {', '.join(different[:3])} differ"
   return ""
 
@@ -201,7 +201,7 @@ def campaign(
   path: pathlib.Path,
   faults: list[str],
 ) -> dict[str, Any]:
-  """Runs trials, each fault in turn; the file is written after each."""
+  """Runs trials, each fault in turn; writes the file after each."""
   for name in ("model", "rows"):
     (folder / name).mkdir()
   tiny.write_rows(folder / "rows")
@@ -232,7 +232,7 @@ def campaign(
       rows[fault][name] += problem.startswith(name.replace("_", " "))
     if problem:
       wrong.append(f"trial {number}, {fault}, rare {rare}: {problem}")
-      print(wrong[-1], case.told(), sep="\n", file=sys.stderr)
+      print(wrong[-1], case.output(), sep="\n", file=sys.stderr)
     summary = {
       "trials": number + 1,
       **{n: sum(row[n] for row in rows.values()) for n in WRONG},
@@ -248,7 +248,7 @@ WRONG = ("lost", "silently_wrong")
 
 
 def _fork_to_write_model(folder: pathlib.Path) -> None:
-  # Apart, as everything that asks jax for a device: this process is copied.
+  # In a process of its own, like all uses of a device: this one is forked.
   def work() -> int:
     tiny.write_model(folder / "model")
     return 0
@@ -266,7 +266,7 @@ def main() -> None:
   parser.add_argument("--only", choices=FAULTS, help="one kind of fault")
   given = parser.parse_args()
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
-  # Copied by every process to come.
+  # Imported once, before the forks.
   import matplotlib.figure  # noqa: F401
   import orbax.checkpoint  # noqa: F401
   import transformers

@@ -30,6 +30,7 @@ mistake in the command, its config or its files, told in one sentence; 143 or
 Small on purpose: everything worth testing lives in importable modules.
 """
 
+import logging
 import sys
 from collections.abc import Sequence
 
@@ -216,6 +217,9 @@ def _run(argv: list[str]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs a command line, `sys.argv` if None, and returns the exit code."""
+  handler = logging.StreamHandler()  # standard error
+  handler.setFormatter(logging.Formatter("zofo_jax: %(message)s"))
+  logging.getLogger("zofo_jax").handlers = [handler]
   try:
     _run(list(sys.argv if argv is None else argv))
   except errors.UserError as error:

@@ -1,8 +1,9 @@
-"""A run of the tiny configuration in a process, and what it came to."""
+"""A run of the tiny configuration in a process, and its results."""
 
 import contextlib
 import hashlib
 import json
+import logging
 import os
 import pathlib
 import resource
@@ -16,7 +17,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
 STEPS, EVAL_EVERY, BASE_EVERY, MAX_NONFINITE = 20, 4, 8, 2
-# By process: what writes down what it says.
+# The processes that copy the output of a run to its log, by its id.
 _KEEPERS: dict[int, subprocess.Popen] = {}
 SCRATCH = (
   "seconds",
@@ -28,7 +29,12 @@ SCRATCH = (
 
 
 def make_config(home: pathlib.Path, rare: bool) -> ml_collections.ConfigDict:
-  """Returns the tiny configuration; `rare`: theta now and then alone."""
+  """Returns the tiny configuration.
+
+  Args:
+    home: has the model and the rows.
+    rare: whether the backbone is written less often than the rest.
+  """
   from zofo_jax.config import defaults
 
   config = defaults.base_config()
@@ -61,10 +67,10 @@ def start(
 
   Args:
     home: has the model, the rows and the programs compiled before.
-    folder: of the run; `folder.log` gets what it says.
+    folder: of the run; its output goes to `folder.log`.
     rare: as for `make_config`.
-    max_bytes: largest file that the process may write: a full disk.
-    nan_from: first step whose batches are not numbers.
+    max_bytes: the largest file that the process may write, as on a full disk.
+    nan_from: the first step whose batches are NaN.
 
   Returns:
     The process's id.
@@ -74,6 +80,9 @@ def start(
     from zofo_jax import errors
     from zofo_jax.training import guards, train
 
+    handler = logging.StreamHandler()  # warnings, as the command line does
+    handler.setFormatter(logging.Formatter("zofo_jax: %(message)s"))
+    logging.getLogger("zofo_jax").handlers = [handler]
     if nan_from is not None:
       _break_batches(train, nan_from)
     if max_bytes is not None:
@@ -108,7 +117,7 @@ def wait(process: int, seconds: float | None = None) -> int | None:
 def result(
   home: pathlib.Path, folder: pathlib.Path, step: int | None = None
 ) -> dict[str, str]:
-  """Reads what a run came to.
+  """Reads the results of a run.
 
   Args:
     home: as for `start`.
@@ -131,7 +140,7 @@ def result(
 
     run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
     found: dict[str, str] = {}
-    with state_store.Store(run, epath.Path(folder)) as states:
+    with state_store.open_store(run, epath.Path(folder)) as states:
       last = states.checkpoints.latest_step()
       steps = [last, states.checkpoints.best_step()] if step is None else [step]
       for number in steps:

@@ -34,7 +34,7 @@ def line(step, *weights, move=True):
 
 
 def content(*lines):
-  return ledger.Ledger({"key": [0, 1]}, list(lines)).text().encode()
+  return ledger.Ledger({"key": [0, 1]}, list(lines)).serialize().encode()
 
 
 GOOD = content(line(1, 0.1, -3e-45), line(2, np.inf), line(3, 2.0, move=False))
@@ -45,7 +45,7 @@ GOOD = content(line(1, 0.1, -3e-45), line(2, np.inf), line(3, 2.0, move=False))
 
 def test_numbers_come_back_to_the_bit():
   found = ledger.parse(GOOD, "f")
-  assert found.text().encode() == GOOD and not found.torn
+  assert found.serialize().encode() == GOOD and not found.truncated
   assert found.header == {"key": [0, 1]}
   one, two, three = found.lines
   np.testing.assert_array_equal(
@@ -57,11 +57,11 @@ def test_numbers_come_back_to_the_bit():
   assert three.move is None and three.coefficients == [4.0]
 
 
-def test_a_torn_last_line_is_dropped():
+def test_a_truncated_last_line_is_dropped():
   cut = GOOD.rstrip(b"\n").rpartition(b"\n")[0] + b"\n"
   for end in range(len(cut) + 1, len(GOOD)):
     found = ledger.parse(GOOD[:end], "f")
-    assert found.torn and [x.step for x in found.lines] == [1, 2]
+    assert found.truncated and [x.step for x in found.lines] == [1, 2]
 
 
 def test_every_flipped_bit_is_noticed():
@@ -75,14 +75,14 @@ def test_every_flipped_bit_is_noticed():
       except errors.UserError as error:
         assert "'f'" in str(error)
         continue
-      # What ends the file became something else: the line is torn.
-      assert place == len(GOOD) - 1 and found.torn
+      # What ends the file became something else: the line is truncated.
+      assert place == len(GOOD) - 1 and found.truncated
       assert len(found.lines) == len(whole.lines) - 1
 
 
 def test_a_damaged_line_is_named():
   broken = GOOD.replace(b"\n2 1", b"\n2 2")
-  with pytest.raises(errors.UserError, match="'f' line 3 is damaged: its chec"):
+  with pytest.raises(errors.UserError, match="'f' line 3 is corrupt: its chec"):
     ledger.parse(broken, "f")
   first, *rest = GOOD.splitlines(keepends=True)
   with pytest.raises(errors.UserError, match="line 2: expected step 1; found"):
@@ -118,7 +118,7 @@ def test_writer_appends(tmp_path):
   for number in (1, 2):
     writer.append(line(number, 0.5))
     # On the disk before the call returns.
-    assert path.read_text() == writer.text()
+    assert path.read_text() == writer.serialize()
   writer.close()
   assert path.read_bytes() == content(line(1, 0.5), line(2, 0.5))
 
@@ -129,7 +129,9 @@ def test_info_and_diff(tmp_path, capsys):
   two.write_bytes(content(line(1, 0.5), line(2, 0.125)) + b"3 1")
   assert command.main(["info", "--ledger", str(two)]) == 0
   said = capsys.readouterr().out
-  assert "steps: 2, and a torn line" in said and "coefficients 0.25" in said
+  assert (
+    "steps: 2, and a truncated line" in said and "coefficients 0.25" in said
+  )
   assert command.main(["diff", "--ledger", str(one), str(one)]) == 0
   assert command.main(["diff", "--ledger", str(one), str(two)]) == 1
   assert "step 2: " in capsys.readouterr().out

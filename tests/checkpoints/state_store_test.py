@@ -23,6 +23,7 @@ from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import ledger, manager, state_store
 from zofo_jax.commands import export
 from zofo_jax.commands import ledger as ledger_command
+from zofo_jax.config import defaults
 from zofo_jax.training import guards, train
 
 STEPS = 8
@@ -66,7 +67,7 @@ def states(folder):
   """Reads every state of a run as {(step, name): bytes}."""
   run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
   found = {}
-  with state_store.Store(run, epath.Path(folder)) as opened:
+  with state_store.open_store(run, epath.Path(folder)) as opened:
     for step in opened.checkpoints.steps():
       state, _ = opened.restore(step)
       state = state._replace(key=jax.random.key_data(state.key))
@@ -134,13 +135,13 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
     move=move._replace(weights=-move.weights)
   )
   other = done.parent / "other.txt"
-  other.write_text(found.text())
+  other.write_text(found.serialize())
   assert ledger_command.main(["verify", f"--ledger={other}", arguments[1]]) == 2
   assert "differ in ['" in capsys.readouterr().err
 
 
 def test_a_signal_and_damage_lose_nothing(
-  done, config, tmp_path, monkeypatch, capsys
+  done, config, tmp_path, monkeypatch, caplog
 ):
   folder = tmp_path / "run"
   stopped = stopped_at(monkeypatch, config, folder, 7)
@@ -156,14 +157,14 @@ def test_a_signal_and_damage_lose_nothing(
   flip(folder / "ledger.txt")
   with (folder / "ledger.txt").open("a") as file:
     file.write("8 1 38")
-  with pytest.raises(errors.UserError, match=r"line \d is damaged"):
+  with pytest.raises(errors.UserError, match=r"line \d is corrupt"):
     ledger.read(folder / "ledger.txt")
   train.train(config, str(folder))
-  said = capsys.readouterr().err
-  assert "checkpoints/7' is damaged: 'state/" in said
-  assert "checkpoints/6' has lost 'state/" in said
-  assert "bases/4' is damaged: 'state/" in said
-  assert "ledger.txt' is damaged; it is written anew" in said
+  said = caplog.text
+  assert "checkpoints/7' is corrupt: 'state/" in said
+  assert "checkpoints/6' lacks 'state/" in said
+  assert "bases/4' is corrupt: 'state/" in said
+  assert "ledger.txt' is corrupt; it is written anew" in said
   assert sorted(p.name for p in (folder / "damaged/checkpoints").iterdir()) == [
     "6",
     "7",
@@ -223,28 +224,28 @@ def test_another_config_names_its_fields(done, config, tmp_path):
   changed = config.copy_and_resolve_references()
   changed.upper.learning_rate = 1.0
   with pytest.raises(errors.UserError, match=r"upper.learning_rate was 0.01"):
-    state_store.check_config(changed, epath.Path(done))
+    state_store.check_config(defaults.flat(changed), epath.Path(done))
   changed.ckpt.may_change = ("upper.learning_rate", "zo.rank")
-  state_store.check_config(changed, epath.Path(done))
+  state_store.check_config(defaults.flat(changed), epath.Path(done))
   changed.zo.rank = 7  # would give the ledger's lines another meaning
   with pytest.raises(errors.UserError, match=r"\(zo.rank never may\)"):
-    state_store.check_config(changed, epath.Path(done))
+    state_store.check_config(defaults.flat(changed), epath.Path(done))
 
 
 def test_guard_counts_and_compares():
   guard = guards.Guard({}, max_nonfinite=3, max_loss_ratio=2.0)
   for _ in range(2):
-    assert not guard.update([1.0], dropped=True)
-    assert not guard.update([1.0, float("nan")], dropped=False)
-    assert not guard.update([1.0], dropped=False)
+    assert not guard.update([1.0], skipped=True)
+    assert not guard.update([1.0, float("nan")], skipped=False)
+    assert not guard.update([1.0], skipped=False)
   assert guard.state["nonfinite"] == 4
   # What it knows goes through a checkpoint.
   memory = json.loads(json.dumps(guard.state))
   guard = guards.Guard(memory, max_nonfinite=0, max_loss_ratio=2.0)
   for _ in range(20):
-    assert not guard.update([float("inf")], dropped=True)
-    assert not guard.update([1.0], dropped=False)
-  problems = [guard.update([8.0], dropped=False) for _ in range(3)]
+    assert not guard.update([float("inf")], skipped=True)
+    assert not guard.update([1.0], skipped=False)
+  problems = [guard.update([8.0], skipped=False) for _ in range(3)]
   assert [bool(p) for p in problems] == [False, True, True]  # 1.7, 2.33, ...
   assert "above 2 times the 1 of its start" in problems[1]
 
@@ -264,7 +265,7 @@ def test_what_is_handed_over_gives_the_same_logits(
   for what in export.WHAT:
     export.export(str(done), str(tmp_path / what), what)
   run = run_lib.make_run(config)
-  with state_store.Store(run, epath.Path(done)) as opened:
+  with state_store.open_store(run, epath.Path(done)) as opened:
     state, _ = opened.best()
   tokens = np.arange(20, 32, dtype=np.int32).reshape(2, 6)
   mask = np.ones_like(tokens, bool)

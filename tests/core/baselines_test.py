@@ -227,7 +227,7 @@ def test_a_resumed_run_of_two_parts_is_the_uninterrupted_one(
       )
       assert code == 0
     run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
-    with evaluate.state_store.Store(run, epath.Path(folder)) as store:
+    with evaluate.state_store.open_store(run, epath.Path(folder)) as store:
       states.append(store.restore(8)[0])
   keys = [state.key for state in states]
   assert jax.random.key_data(keys[0]).tolist() == (

@@ -1,4 +1,4 @@
-"""Progress on plain streams and in a real terminal, and memory figures."""
+"""Progress on plain streams and in a real terminal."""
 
 import io
 import os
@@ -50,7 +50,7 @@ def test_a_clock_that_stands_still_does_no_harm():
 
 def test_a_bar_on_a_terminal():
   code = (
-    "from zofo_jax import progress\n"
+    "from zofo_jax.report import progress\n"
     "with progress.Progress(40) as p:\n"
     "  for i in range(1, 41):\n"
     "    p.update(i, lower=1 / i, upper=2 / i)\n"
@@ -82,28 +82,3 @@ def test_a_bar_on_a_terminal():
   assert "half [way]" in text
   assert "selection" in text and "9/9" in text and "accuracy 0.75" in text
   assert "━" in text
-
-
-def test_peak_memory_is_that_of_this_process_and_stays():
-  code = """
-import numpy as np
-from zofo_jax import progress
-before = progress.peak_rss_bytes()
-block = np.ones(50_000_000)
-full = progress.rss_bytes()
-del block
-print(before, full, progress.rss_bytes(), progress.peak_rss_bytes())
-"""
-  output = subprocess.check_output([sys.executable, "-c", code], text=True)
-  before, full, after, peak = map(int, output.split())
-  slack = 1_000_000  # the kernel counts in batches of pages
-  assert full - before > 390_000_000
-  assert after < full - 390_000_000
-  assert peak > full - slack
-
-
-def test_a_peak_is_no_lower_than_what_is_now(monkeypatch):
-  read = {"VmRSS": 8192, "VmHWM": 4096}
-  monkeypatch.setattr(progress, "_proc_status", read.get)
-  found = progress.memory()
-  assert found["rss_bytes"] == found["peak_rss_bytes"] == 8192

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from zofo_jax.core import directions, outer, perturbed, sampler, zo
 from zofo_jax.plan import hlo
+from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
 
 pytestmark = pytest.mark.many_devices
@@ -129,14 +130,14 @@ def test_devices_exchange_scalars_alone(kind, estimator, per_example):
 
 def test_groups_of_directions_exchange_scalars_alone():
   mesh = mesh_lib.make({"pert": 4, "data": 2, "fsdp": 1, "model": 1})
-  everywhere = mesh_lib.replicated(mesh)
+  everywhere = rules.replicated(mesh)
   rademacher = directions.Rademacher()
   plain = _step(rademacher, zo.central, False, 8)
   step = _step(
-    *(rademacher, zo.central, False, 8), map_fn=mesh_lib.map_directions(mesh)
+    *(rademacher, zo.central, False, 8), map_fn=dispatch.map_directions(mesh)
   )
   base, key = jax.device_put((_base(), jax.random.key(0)), everywhere)
-  batch = mesh_lib.shard_batch(mesh, _batch())
+  batch = dispatch.shard_batch(mesh, _batch())
   run = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
   compiled = run.lower(base, batch, key).compile()
   sizes = _exchanged(compiled)

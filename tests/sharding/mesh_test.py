@@ -17,7 +17,9 @@ from zofo_jax.core import directions, losses, outer, sampler
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.models.hf import published, weights
 from zofo_jax.plan import hlo
+from zofo_jax.sharding import dispatch
 from zofo_jax.sharding import mesh as mesh_lib
+from zofo_jax.sharding import rules as rules_lib
 
 pytestmark = pytest.mark.many_devices
 
@@ -83,7 +85,7 @@ BATCH = zofo.BilevelBatch(
 
 
 def loss_on(mesh):
-  module = model()[0].clone(place=mesh_lib.make_activation_constraint(mesh))
+  module = model()[0].clone(place=rules_lib.make_activation_constraint(mesh))
   return model_lib.make_loss_fn("likelihood", module)
 
 
@@ -95,7 +97,7 @@ def algorithm(mesh):
     base_tx=outer.sgd(1.0),
     sampler=SAMPLER,
     num_directions=2,
-    map_fn=mesh_lib.map_directions(mesh),
+    map_fn=dispatch.map_directions(mesh),
   )
 
 
@@ -112,13 +114,13 @@ def iterate(sizes):
   bilevel = algorithm(mesh)
   state = start(bilevel, jax.tree.map(jnp.asarray, model()[2]))
   rules = model()[1].SHARDINGS
-  whole = mesh_lib.replicated(mesh)
+  whole = rules_lib.replicated(mesh)
   places = jax.tree.map(lambda _: whole, state)
-  places = places._replace(base=mesh_lib.shardings(mesh, state.base, rules))
+  places = places._replace(base=rules_lib.shardings(mesh, state.base, rules))
   batch = zofo.BilevelBatch(
-    lower=mesh_lib.shard_batch(mesh, BATCH.lower, 1),
-    penalty=mesh_lib.shard_batch(mesh, BATCH.penalty),
-    upper=mesh_lib.shard_batch(mesh, BATCH.upper),
+    lower=dispatch.shard_batch(mesh, BATCH.lower, 1),
+    penalty=dispatch.shard_batch(mesh, BATCH.penalty),
+    upper=dispatch.shard_batch(mesh, BATCH.upper),
   )
   step = jax.jit(bilevel.step, donate_argnums=0, out_shardings=(places, whole))
   state, info = step(
@@ -189,7 +191,7 @@ def test_z_has_the_same_bits_on_every_mesh(kind):
   one = jax.jit(draw)(base)
   assert any(np.any(leaf) for leaf in jax.tree.leaves(one))
   mesh = mesh_lib.make({"data": 1, "fsdp": 2, "model": 4, "pert": 1})
-  places = mesh_lib.shardings(mesh, base, family.SHARDINGS)
+  places = rules_lib.shardings(mesh, base, family.SHARDINGS)
   jitted = jax.jit(draw, out_shardings=places)
   many = jitted(jax.device_put(base, places))
   jax.tree.map(np.testing.assert_array_equal, many, one)
@@ -210,7 +212,7 @@ def test_every_weight_has_a_rule(name):
     for path, shape in weights.shapes(family, module.config).items()
   }
   mesh = mesh_lib.abstract(ONE | {"fsdp": 2, "model": 4}, 8)
-  places = mesh_lib.shardings(mesh, shapes, family.SHARDINGS)
+  places = rules_lib.shardings(mesh, shapes, family.SHARDINGS)
   # What is large is divided among all.
   for path, place in places.items():
     part = np.prod(place.shard_shape(shapes[path].shape))
@@ -221,14 +223,14 @@ def test_a_weight_without_a_rule():
   mesh = mesh_lib.make(ONE)
   tree = {"layers": {"gate": {"kernel": jnp.ones((2, 4, 4))}}}
   with pytest.raises(errors.UserError, match=r"no rule.* layers/gate/kernel"):
-    mesh_lib.shardings(mesh, tree, models.opt.SHARDINGS)
+    rules_lib.shardings(mesh, tree, models.opt.SHARDINGS)
 
 
 def test_a_weight_that_is_not_divided():
   mesh = mesh_lib.abstract(ONE | {"model": 8}, 8)
   tree = {"embed": {"embedding": jnp.ones((6, 12))}}
   with pytest.raises(errors.UserError, match=r"12 on axis 1.*mesh.model=8"):
-    mesh_lib.shardings(mesh, tree, models.opt.SHARDINGS)
+    rules_lib.shardings(mesh, tree, models.opt.SHARDINGS)
 
 
 @pytest.mark.parametrize(
@@ -267,7 +269,7 @@ def test_weights_are_read_in_parts(name, tmp_path):
   weights.save(tmp_path, family, module.config, base, shard_bytes=20_000)
   mesh = mesh_lib.make(ONE | {"fsdp": 2, "model": 2})
   places = flax.traverse_util.flatten_dict(
-    mesh_lib.shardings(mesh, base, family.SHARDINGS), sep="/"
+    rules_lib.shardings(mesh, base, family.SHARDINGS), sep="/"
   )
   largest = {}
 
@@ -277,7 +279,7 @@ def test_weights_are_read_in_parts(name, tmp_path):
       largest[path] = max(largest.get(path, 0), part.size)
       return part
 
-    return mesh_lib.make_sharded_array(shape, places[path], noted)
+    return dispatch.make_sharded_array(shape, places[path], noted)
 
   loaded = weights.load(
     tmp_path, family, module.config, np.dtype("float32"), make
@@ -295,14 +297,14 @@ def test_weights_are_read_in_parts(name, tmp_path):
 def test_each_weight_is_gathered_once_a_pass():
   _, family, base = model()
   mesh = mesh_lib.make(ONE | {"fsdp": 8})
-  places = mesh_lib.shardings(mesh, base, family.SHARDINGS)
+  places = rules_lib.shardings(mesh, base, family.SHARDINGS)
   loss_fn = loss_on(mesh)
   compiled = (
     jax.jit(loss_fn, static_argnums=3)
     .lower(
-      mesh_lib.with_shardings(base, places),
+      rules_lib.with_shardings(base, places),
       {},
-      mesh_lib.shard_batch(mesh, BATCH.upper),
+      dispatch.shard_batch(mesh, BATCH.upper),
       None,
     )
     .compile()
@@ -352,7 +354,7 @@ def test_on_cpus_a_step_is_scheduled_for_memory():
   temporaries = [
     jitted.lower(x, x).compile().memory_analysis().temp_size_in_bytes
     for jitted in (
-      mesh_lib.jit_step(step, mesh, mesh_lib.replicated(mesh)),
+      dispatch.jit_step(step, mesh, rules_lib.replicated(mesh)),
       jax.jit(step, donate_argnums=0),
     )
   ]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
-from zofo_jax import adapters, errors, models
+from zofo_jax import adapters, errors, models, report
 from zofo_jax.config import defaults
 from zofo_jax.core import losses
 from zofo_jax.core import tree as tree_lib
@@ -24,6 +24,7 @@ from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
 from zofo_jax.models.hf import hub, peft, weights
+from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
 
 
@@ -72,7 +73,7 @@ def load_model(
   module, family = models.from_hf(
     hf_config,
     remat=config.model.remat,
-    place=mesh_lib.make_activation_constraint(mesh)
+    place=rules.make_activation_constraint(mesh)
     if mesh
     else models.layers.no_constraint,
   )
@@ -103,7 +104,7 @@ def load_base(
     The weights, divided as the model's family says.
   """
   mesh = mesh or mesh_lib.make(dict.fromkeys(mesh_lib.AXES, 1))
-  places = mesh_lib.shardings(
+  places = rules.shardings(
     mesh, abstract_base(config, model), model.family.SHARDINGS
   )
   flat = flax.traverse_util.flatten_dict(places, sep="/")
@@ -112,7 +113,7 @@ def load_base(
     model.family,
     model.module.config,
     jnp.dtype(config.model.dtype),
-    lambda path, shape, read: mesh_lib.make_sharded_array(
+    lambda path, shape, read: dispatch.make_sharded_array(
       shape, flat[path], read
     ),
     pickle=config.model.pickle,
@@ -248,7 +249,7 @@ def save_base(
   fields = json.loads((model.folder / "config.json").read_text())
   fields.pop("dtype", None)
   fields["torch_dtype"] = config.model.dtype  # read by every version
-  (folder / "config.json").write_text(json.dumps(fields, indent=2) + "\n")
+  report.write_json(folder / "config.json", fields)
 
 
 def make_loss_fn(name: str, module: nn.Module) -> LossFn:

@@ -19,6 +19,7 @@ from zofo_jax.core.types import BilevelAlgorithm, BilevelBatch, BilevelState
 from zofo_jax.data import batching, encode_options
 from zofo_jax.evaluation import generation, objectives, scoring
 from zofo_jax.models import apply
+from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
 
 
@@ -77,22 +78,22 @@ class Run(NamedTuple):
     """Returns the shapes and shardings of a state; reads no weights."""
     base = model_lib.abstract_base(self.config, self.model)
     state = jax.eval_shape(self._init, base)
-    places = mesh_lib.state_shardings(
+    places = rules.state_shardings(
       self.mesh, state, self.model.family.SHARDINGS
     )
-    return mesh_lib.with_shardings(state, places)
+    return rules.with_shardings(state, places)
 
   def jit_step(self) -> jax.stages.Wrapped:
     """Jits the step for the mesh; the state is donated."""
     places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-    return mesh_lib.jit_step(self.algorithm.step, self.mesh, places)
+    return dispatch.jit_step(self.algorithm.step, self.mesh, places)
 
   def shard_batch(self, batch: BilevelBatch, axis: int = 0) -> BilevelBatch:
     """Puts an iteration's rows on the mesh; `axis` is theirs in the batches."""
     return batch._replace(
-      lower=mesh_lib.shard_batch(self.mesh, batch.lower, axis=axis + 1),
-      penalty=mesh_lib.shard_batch(self.mesh, batch.penalty, axis=axis),
-      upper=mesh_lib.shard_batch(self.mesh, batch.upper, axis=axis),
+      lower=dispatch.shard_batch(self.mesh, batch.lower, axis=axis + 1),
+      penalty=dispatch.shard_batch(self.mesh, batch.penalty, axis=axis),
+      upper=dispatch.shard_batch(self.mesh, batch.upper, axis=axis),
     )
 
   def selected_adapter(self, state: BilevelState) -> Any:
@@ -178,7 +179,7 @@ def make_run(
   log_probs_fn = apply.make_log_probs_fn(model.module)
   generate_fn = None
   if task.kind == "generation":
-    generate_fn = mesh_lib.jit_on_batches(
+    generate_fn = dispatch.jit_on_batches(
       model_lib.make_generate_fn(config, model), mesh, 2
     )
   run = Run(
@@ -191,9 +192,9 @@ def make_run(
       objectives.make_probe_loss_fn(
         config.zo.objective, model.module, model.tokenizer
       ),
-      map_fn=mesh_lib.map_directions(mesh),
+      map_fn=dispatch.map_directions(mesh),
     ),
-    score_fn=mesh_lib.jit_on_batches(
+    score_fn=dispatch.jit_on_batches(
       scoring.make_score_fn(log_probs_fn), mesh, 2
     ),
     mesh=mesh,

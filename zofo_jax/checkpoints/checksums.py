@@ -1,4 +1,4 @@
-"""Seals of checkpoints: the SHA-256 of every file, in `checksums.json`."""
+"""Integrity of checkpoints: the SHA-256 of every file, in `checksums.json`."""
 
 import hashlib
 import json
@@ -6,46 +6,67 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from zofo_jax import errors
+from zofo_jax import errors, report
 
-SEAL = "checksums.json"
+CHECKSUMS = "checksums.json"
 
 
-class DamagedError(errors.UserError):
-  """A checkpoint that is not as it was written."""
+class CorruptCheckpointError(errors.UserError):
+  """A checkpoint whose files are not as they were written."""
 
 
 def is_sealed(folder: epath.Path) -> bool:
-  """Tells whether a folder's checksums were written."""
-  return (folder / SEAL).exists()
+  """Returns whether a folder has checksums."""
+  return (folder / CHECKSUMS).exists()
 
 
-def write(folder: epath.Path) -> None:
-  """Writes the checksums of all files of a folder, in one piece."""
+def seal(folder: epath.Path) -> None:
+  """Writes the checksums of all files of a folder, atomically."""
   digests = {name: _digest(folder / name) for name in _files(folder)}
-  beside = folder / (SEAL + ".tmp")
-  beside.write_text(json.dumps(digests, indent=2) + "\n")
-  beside.rename(folder / SEAL)
+  report.write_json(folder / CHECKSUMS, digests)
 
 
-def check(folder: epath.Path) -> None:
+def verify(folder: epath.Path) -> None:
   """Compares the files of a sealed folder with their checksums.
 
   Raises:
-    DamagedError: names the file that is not as it was written.
+    CorruptCheckpointError: names the file that is missing or differs.
   """
+  path = folder / CHECKSUMS
   try:
-    expected = dict(json.loads((folder / SEAL).read_text()))
+    expected = dict(json.loads(path.read_text()))
   except (ValueError, TypeError) as error:
-    raise DamagedError(f"'{folder / SEAL}' is damaged ({error}).") from error
+    raise CorruptCheckpointError(f"'{path}' is corrupt ({error}).") from error
   for name, digest in expected.items():
     if not (folder / name).is_file():
-      raise DamagedError(f"The checkpoint '{folder}' has lost '{name}'.")
+      raise CorruptCheckpointError(f"The checkpoint '{folder}' lacks '{name}'.")
     if _digest(folder / name) != digest:
-      raise DamagedError(
-        f"The checkpoint '{folder}' is damaged: '{name}' is not as it was "
-        "written."
+      raise CorruptCheckpointError(
+        f"The checkpoint '{folder}' is corrupt: '{name}' differs from its "
+        "checksum."
       )
+
+
+def quarantine(folder: epath.Path) -> epath.Path:
+  """Moves a corrupt checkpoint out of the way, under its own name.
+
+  Args:
+    folder: such as `run/checkpoints/4`.
+
+  Returns:
+    Where it is now: `run/damaged/checkpoints/4`.
+  """
+  target = quarantine_folder(folder.parent) / folder.name
+  target.parent.mkdir(parents=True, exist_ok=True)
+  if target.exists():
+    target.rmtree()
+  folder.rename(target)
+  return target
+
+
+def quarantine_folder(checkpoints: epath.Path) -> epath.Path:
+  """Returns where corrupt checkpoints of a folder are moved to."""
+  return checkpoints.parent / "damaged" / checkpoints.name
 
 
 def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
@@ -54,7 +75,7 @@ def _files(folder: epath.Path, prefix: str = "") -> Iterator[str]:
     name = prefix + path.name
     if path.is_dir():
       yield from _files(path, name + "/")
-    elif path.name not in (SEAL, SEAL + ".tmp"):
+    elif path.name not in (CHECKSUMS, CHECKSUMS + ".tmp"):
       yield name
 
 

@@ -1,16 +1,15 @@
-"""Checkpoints of a whole run, written by orbax while training goes on.
+"""Numbered checkpoints of a run, written by orbax while training continues.
 
-A checkpoint is one numbered folder with two items: `state`, any pytree of
-arrays and typed PRNG keys, and `extra`, a JSON dictionary (config, data
-position, versions). Each appears under its number only when it is complete, and
-is sealed then: `checksums.json` has the SHA-256 of its files. No other module
-imports orbax.
+A checkpoint is a folder with two items: `state`, any pytree of arrays and typed
+PRNG keys, and `extra`, a JSON dictionary. It appears under its number only when
+it is complete, and then gets the checksums of its files. This is a thin layer
+over `orbax.checkpoint.CheckpointManager` that skips corrupt checkpoints, which
+orbax does not. No other package imports orbax.
 """
 
 import json
+import logging
 import math
-import sys
-import time
 from collections.abc import Mapping
 from concurrent import futures
 from typing import Any, Self
@@ -22,18 +21,21 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from zofo_jax import errors
-from zofo_jax.checkpoints import checksums
-from zofo_jax.checkpoints.checksums import DamagedError as DamagedError
+from zofo_jax.checkpoints import checksums, structure
+from zofo_jax.checkpoints.checksums import (
+  CorruptCheckpointError as CorruptCheckpointError,
+)
 
 _ITEMS = ("state", "extra")
+_log = logging.getLogger("zofo_jax")
 
 
 class Checkpoints:
   """The checkpoints of one folder, to be used in a `with` statement.
 
   Attributes:
-    folder: where they lie, absolute; local or of another file system that etils
-      knows, such as "gs://bucket/run/checkpoints".
+    folder: where they are, absolute; local or of another file system that
+      etils supports, such as "gs://bucket/run/checkpoints".
   """
 
   def __init__(self, folder: str | epath.Path, *, keep: int | None = None):
@@ -41,12 +43,13 @@ class Checkpoints:
 
     Args:
       folder: a path, local or "gs://...".
-      keep: how many of the latest checkpoints to keep, beside the best one.
-        With a number the folder is made if need be, and the first save removes
-        what an interrupted one left; with None the folder is only read.
+      keep: how many of the latest checkpoints to keep, besides the best one.
+        With a number the folder is made if need be, and incomplete checkpoints
+        of an interrupted process are removed; with None the folder is only
+        read.
 
     Raises:
-      UserError: if the folder is only to be read and is not there.
+      UserError: the folder is only to be read and does not exist.
     """
     self.folder = _absolute(folder)
     if keep is None and not self.folder.is_dir():
@@ -58,20 +61,18 @@ class Checkpoints:
         f"'{self.folder}' is a file, expected a folder of checkpoints."
       )
     self._keep = keep
-    self._sound: set[int] = set()  # those whose checksums were compared
-    self._damaged: set[int] = set()
-    self._sealer = futures.ThreadPoolExecutor(1)
-    # To write, orbax reads the metrics of all checkpoints at once; none of them
-    # may be damaged.
+    self._verified: set[int] = set()  # checksums need not be compared (again)
+    self._corrupt: set[int] = set()
+    self._executor = futures.ThreadPoolExecutor(1)
+    self._sealing: futures.Future[None] | None = None
     if keep is not None:
-      self._set_aside_unreadable()
+      _prepare_for_writing(self.folder)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
         create=keep is not None,
-        cleanup_tmp_directories=keep is not None,
-        preservation_policy=(None if keep is None else _latest_and_best(keep)),
-        best_fn=_worth,  # without it orbax does not write the metric
+        preservation_policy=None if keep is None else _latest_and_best(keep),
+        best_fn=_metric_of,  # without it orbax does not write the metric
         lightweight_initialize=keep is None,
         # Two folders may be written to at once; without it several processes
         # would take the saves of one for those of the other.
@@ -90,16 +91,16 @@ class Checkpoints:
     return self
 
   def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
-    """Closes, also after an exception: what was begun is still committed."""
+    """Closes; after an exception, too, a save in progress is completed."""
     try:
       self.close()
     except errors.UserError:
-      if kind is None:  # else it is most likely of the same cause
+      if kind is None:  # else it most likely has the same cause
         raise
 
   def steps(self) -> list[int]:
     """Returns the steps that have a complete checkpoint, in order."""
-    return sorted(set(self._manager.all_steps()) - self._damaged)
+    return sorted(set(self._manager.all_steps()) - self._corrupt)
 
   def latest_step(self) -> int | None:
     """Returns the latest step that has a complete checkpoint, if any."""
@@ -107,9 +108,12 @@ class Checkpoints:
 
   def best_step(self) -> int | None:
     """Returns the step of the highest metric, the last of equals, if any."""
-    return max(
-      self.steps(), key=lambda step: (self._metric(step), step), default=None
-    )
+
+    def rank(step):
+      metric = _read_metric(self.folder / str(step))
+      return -math.inf if metric is None else metric, step
+
+    return max(self.steps(), key=rank, default=None)
 
   def save(
     self,
@@ -119,19 +123,18 @@ class Checkpoints:
     *,
     metric: float = 0.0,
   ) -> bool:
-    """Begins to write a checkpoint; its arrays may be donated at once.
+    """Starts to write a checkpoint; its arrays may be donated at once.
 
-    Waits for the save before it, if that still runs, and raises what went wrong
-    there.
+    Waits for the previous save, if it has not ended, and raises its errors.
 
     Args:
-      step: the number of the checkpoint, above those already there.
+      step: the number of the checkpoint, above the existing ones.
       state: pytree of arrays and typed PRNG keys; NumPy arrays are copied.
       extra: what belongs to the state and is no array; JSON.
-      metric: what the state is worth; the highest is kept, the last of equals.
+      metric: the checkpoint of the highest is kept, the last of equals.
 
     Returns:
-      Whether it was begun; False if this step has a checkpoint already.
+      Whether it was started; False if this step has a checkpoint already.
     """
     if self._keep is None:
       raise ValueError("These checkpoints were opened to be read only.")
@@ -139,50 +142,50 @@ class Checkpoints:
       return False
     self.wait()
     try:
-      begun = self._manager.save(
+      started = self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(jax.tree.map(_kept, state)),
+          state=ocp.args.StandardSave(jax.tree.map(_copy_numpy, state)),
           extra=ocp.args.JsonSave(dict(extra)),
         ),
         metrics={"metric": metric},
         force=True,
       )
     except (OSError, ValueError, RuntimeError) as error:
-      raise self._unwritten(error) from error
-    self._sound.add(step)
-    self._sealer.submit(self._seal, step)
-    return begun
+      raise self._write_error(error) from error
+    self._verified.add(step)
+    self._sealing = self._executor.submit(self._seal, step)
+    return started
 
   def verify(self, step: int) -> None:
     """Compares a checkpoint with its checksums, once.
 
-    One that is not sealed, as after a process's end, is left to be read.
+    One without checksums, whose process ended too early, is accepted.
 
     Raises:
-      DamagedError: names the file.
+      CorruptCheckpointError: names the file.
     """
     folder = self.folder / str(step)
-    if step in self._sound or not checksums.is_sealed(folder):
+    if step in self._verified or not checksums.is_sealed(folder):
       return
-    checksums.check(folder)
-    self._sound.add(step)
+    checksums.verify(folder)
+    self._verified.add(step)
 
   def quarantine(self, step: int) -> None:
-    """Counts a checkpoint no more; moves it away if these are written to.
+    """Ignores a checkpoint from now on, and moves it away when writing.
 
     Args:
-      step: which one; it goes to `damaged`, under its number.
+      step: which one; it is moved to the folder `damaged`.
     """
-    self._damaged.add(step)
+    self._corrupt.add(step)
     if self._keep is None:
       return
     if jax.process_index() == 0:
-      self._move_away(self.folder / str(step))
+      checksums.quarantine(self.folder / str(step))
     multihost_utils.sync_global_devices(f"{self.folder} without {step}")
     self._manager.reload()
-    self._damaged.discard(step)
-    self._sound.discard(step)
+    self._corrupt.discard(step)
+    self._verified.discard(step)
 
   def restore_extra(self, step: int | None = None) -> dict[str, Any]:
     """Reads only the JSON part, for instance the config that shapes the state.
@@ -194,7 +197,7 @@ class Checkpoints:
       The dictionary that was saved.
 
     Raises:
-      UserError: if there is no such checkpoint.
+      UserError: there is no such checkpoint.
     """
     step = self._existing(step)
     args = ocp.args.Composite(extra=ocp.args.JsonRestore())
@@ -203,103 +206,84 @@ class Checkpoints:
   def restore(
     self, abstract_state: Any, step: int | None = None
   ) -> tuple[Any, dict[str, Any]]:
-    """Reads a checkpoint into the structure and the shardings asked for.
+    """Reads a checkpoint into the given structure and shardings.
 
     Args:
       abstract_state: pytree like the saved state, of arrays or
         `jax.ShapeDtypeStruct`; a leaf without a sharding goes to the first
-        device, and where a NumPy array stands it stays one.
+        device, and a NumPy array is read as one.
       step: which checkpoint; None for the latest.
 
     Returns:
       (state, extra) as they were saved.
 
     Raises:
-      UserError: if there is no such checkpoint, or if a leaf of the state is
-        missing, is one too many, or has another shape or type.
-      DamagedError: if a file of it is not as it was written.
+      UserError: there is no such checkpoint, or a leaf of the state is missing,
+        is not expected, or has another shape or type.
+      CorruptCheckpointError: a file of it differs from what was written.
     """
     step = self._existing(step)
-    self._check(abstract_state, step)
+    name = str(self.folder / str(step))
+    metadata = self._manager.item_metadata(step).state
+    if metadata is None or metadata.tree is None:
+      raise CorruptCheckpointError(
+        f"The checkpoint '{name}' has lost its description."
+      )
+    structure.check_structure(metadata.tree, abstract_state, name)
     args = ocp.args.Composite(
-      state=ocp.args.StandardRestore(jax.tree.map(_placed, abstract_state)),
+      state=ocp.args.StandardRestore(
+        jax.tree.map(structure.with_default_sharding, abstract_state)
+      ),
       extra=ocp.args.JsonRestore(),
     )
     restored = self._read(step, args)
     return restored.state, dict(restored.extra)
 
   def wait(self) -> None:
-    """Waits until the last save is complete; raises what went wrong in it."""
+    """Waits until the last save is complete; raises its errors."""
     try:
       self._manager.wait_until_finished()
     except (OSError, ValueError, RuntimeError) as error:
-      raise self._unwritten(error) from error
+      raise self._write_error(error) from error
+    # The next save may delete this checkpoint, so it is sealed before.
+    if self._sealing is not None:
+      futures.wait([self._sealing])
 
   def close(self) -> None:
-    """Waits for the last save and lets go of the folder."""
+    """Waits for the last save and releases the folder."""
     try:
       self.wait()
     finally:
-      self._sealer.shutdown()
+      self._executor.shutdown()
       self._manager.close()
 
+  def _seal(self, step: int) -> None:
+    """Writes a checkpoint's checksums as soon as it is complete."""
+    # Not by orbax's post_finalization_callback: it is called before the last
+    # files are written and the folder gets its name.
+    self._manager.wait_until_finished()
+    folder = self.folder / str(step)
+    if jax.process_index() == 0 and folder.exists():
+      checksums.seal(folder)
+
   def _read(self, step: int, args: Any) -> Any:
-    """Reads items of a checkpoint; what cannot be read is damaged."""
+    """Reads items of a checkpoint; one that cannot be read is corrupt."""
     try:
       return self._manager.restore(step, args=args)
     except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-      raise DamagedError(
+      raise CorruptCheckpointError(
         f"The checkpoint '{self.folder / str(step)}' cannot be read "
         f"({errors.first_line(error)})."
       ) from error
 
-  def _unwritten(self, error: Exception) -> errors.UserError:
+  def _write_error(self, error: Exception) -> errors.UserError:
     return errors.UserError(
       f"A checkpoint could not be written to '{self.folder}' "
-      f"({errors.first_line(error)}); those before it are as they were."
+      f"({errors.first_line(error)}); earlier ones are unchanged."
     )
 
-  def _seal(self, step: int) -> None:
-    """Writes a checkpoint's checksums once it is complete."""
-    while self._manager.is_saving_in_progress():
-      time.sleep(0.02)
-    folder = self.folder / str(step)
-    if jax.process_index() or not folder.exists():
-      return
-    checksums.write(folder)
-
-  def _metric(self, step: int) -> float:
-    """Returns what a checkpoint is worth; the least where that is damaged."""
-    metric = _read_metric(self.folder / str(step))
-    return -math.inf if metric is None else metric
-
-  def _set_aside_unreadable(self) -> None:
-    """Moves checkpoints away whose metric cannot be read, and says so."""
-    if jax.process_index() == 0 and self.folder.is_dir():
-      for place in sorted(self.folder.iterdir()):
-        if place.name.isdigit() and _read_metric(place) is None:
-          print(
-            f"zofo_jax: The checkpoint '{place}' is damaged: its metric cannot "
-            f"be read. It is moved to '{self.damaged}'.",
-            file=sys.stderr,
-            flush=True,
-          )
-          self._move_away(place)
-    multihost_utils.sync_global_devices(f"{self.folder} is readable")
-
-  @property
-  def damaged(self) -> epath.Path:
-    """Folder beside this one that damaged checkpoints go to."""
-    return self.folder.parent / "damaged" / self.folder.name
-
-  def _move_away(self, place: epath.Path) -> None:
-    self.damaged.mkdir(parents=True, exist_ok=True)
-    target = self.damaged / place.name
-    if target.exists():
-      target.rmtree()
-    place.rename(target)
-
   def _existing(self, step: int | None) -> int:
+    """Returns the step of a complete and valid checkpoint."""
     steps = self.steps()
     if not steps:
       raise errors.UserError(f"There is no checkpoint in '{self.folder}'.")
@@ -312,46 +296,46 @@ class Checkpoints:
     name = self.folder / str(step)
     for item in _ITEMS:
       if not (name / item).is_dir():
-        raise DamagedError(
+        raise CorruptCheckpointError(
           f"'{name}' is no checkpoint of zofo_jax: it has no folder '{item}'."
         )
     self.verify(step)
     return step
 
-  def _check(self, abstract_state: Any, step: int) -> None:
-    """Compares names, shapes and types before anything large is read."""
-    name = self.folder / str(step)
-    metadata = self._manager.item_metadata(step).state
-    if metadata is None or metadata.tree is None:
-      raise DamagedError(f"The checkpoint '{name}' has lost its description.")
-    found = {k: _shape_of(v) for k, v in _flat(metadata.tree).items()}
-    wanted = {k: _shape_of(v) for k, v in _flat(abstract_state).items()}
-    different = [
-      leaf
-      for leaf in sorted(found.keys() | wanted.keys())
-      if found.get(leaf) != wanted.get(leaf)
-    ]
-    if different:
-      leaf = different[0]
-      raise errors.UserError(
-        f"The checkpoint '{name}' does not fit this configuration: leaf "
-        f"'{leaf}' is {found.get(leaf, 'missing')} there, expected "
-        f"{wanted.get(leaf, 'no such leaf')}."
-        + ("" if leaf in found else errors.nearest(leaf, found))
-      )
+
+def _prepare_for_writing(folder: epath.Path) -> None:
+  """Removes incomplete checkpoints and quarantines those without a metric.
+
+  Orbax, too, can remove incomplete ones, but does so in a thread that nobody
+  waits for if nothing is saved. It then removes what is being written by the
+  next manager of the folder. And orbax reads the metrics of all checkpoints at
+  once: it must be able to read each of them.
+  """
+  if jax.process_index() == 0 and folder.is_dir():
+    for incomplete in ocp.path.step.all_temporary_paths(folder):
+      incomplete.get().rmtree()
+    for path in sorted(folder.iterdir()):
+      if path.name.isdigit() and _read_metric(path) is None:
+        target = checksums.quarantine(path)
+        _log.warning(
+          "The checkpoint '%s' is corrupt: its metric cannot be read. It is "
+          "moved to '%s'.",
+          path,
+          target.parent,
+        )
+  multihost_utils.sync_global_devices(f"{folder} is readable")
 
 
 def _read_metric(folder: epath.Path) -> float | None:
-  """Reads the metric of a checkpoint; None where it is damaged."""
+  """Reads the metric of a checkpoint; None if it is corrupt."""
   try:
-    return float(
-      _worth(json.loads((folder / "metrics" / "metrics").read_text()))
-    )
+    metrics = json.loads((folder / "metrics" / "metrics").read_text())
+    return float(_metric_of(metrics))
   except (OSError, ValueError, TypeError, KeyError):
     return None
 
 
-def _worth(metrics: Mapping[str, float]) -> float:
+def _metric_of(metrics: Mapping[str, float]) -> float:
   return metrics["metric"]
 
 
@@ -360,7 +344,7 @@ def _latest_and_best(keep: int) -> Any:
   return policies.AnyPreservationPolicy(
     [
       policies.LatestN(keep),
-      policies.BestN(get_metric_fn=_worth, n=1),
+      policies.BestN(get_metric_fn=_metric_of, n=1),
     ]
   )
 
@@ -371,29 +355,6 @@ def _absolute(folder: str | epath.Path) -> epath.Path:
   return path if path.is_absolute() else path.resolve()
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-  """Flattens to names such as "upper/layers/attention/query/lora/a"."""
-  flat = ocp.tree.to_flat_dict(tree)
-  return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
-
-
-def _shape_of(leaf: Any) -> str:
-  """Writes a leaf's type and shape, a typed key's as those of its data."""
-  if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-    leaf = jax.eval_shape(jax.random.key_data, leaf)
-  return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
-
-
-def _kept(leaf: Any) -> Any:
+def _copy_numpy(leaf: Any) -> Any:
   """Copies a NumPy array, which may be written in place while it is saved."""
   return leaf.copy() if isinstance(leaf, np.ndarray) else leaf
-
-
-def _placed(leaf: Any) -> Any:
-  """Describes a leaf: a NumPy array, or one with a sharding in any case."""
-  if isinstance(leaf, np.ndarray):
-    return leaf
-  sharding = getattr(leaf, "sharding", None)
-  if sharding is None:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

@@ -1,33 +1,31 @@
-"""The states of a run on disk: its checkpoints, its ledger, theta now and then.
+"""The states of a run on disk: its checkpoints, its ledger and its backbone.
 
-With `ckpt.base_every_steps` a checkpoint holds all but theta, which lies rarely
-in `bases/`; it is rebuilt from the newest of those, or from the model's own
-weights, and the ledger. The ledger up to a checkpoint is in the checkpoint too,
-so that damage to the file `ledger.txt` loses nothing. Where an adapter alone is
-trained, theta is the model's own weights and is never written.
+With `ckpt.base_every_steps` a checkpoint holds all but the backbone θ, which is
+written less often, to `bases/`; it is rebuilt from the newest of those, or from
+the model's own weights, and the ledger. The ledger up to a checkpoint is in the
+checkpoint too, so that damage to the file `ledger.txt` loses nothing. If only
+an adapter is trained, θ is the model's own weights and is never written.
 """
 
+import logging
 import math
-import sys
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import jax
-import ml_collections
 import numpy as np
 from etils import epath
 
-from zofo_jax import errors, report
-from zofo_jax.builders import model as model_lib
+from zofo_jax import errors
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import ledger, manager
 from zofo_jax.config import defaults, methods
 from zofo_jax.core.types import BilevelState
-from zofo_jax.sharding import mesh as mesh_lib
 
 LEDGER = "ledger.txt"
-# A ledger's lines, and the states, would be another run's with these changed.
-_NEVER = (
+# With another value of these, the ledger's entries or the states would belong
+# to another run.
+_FIXED = (
   "seed",
   "model.name",
   "model.revision",
@@ -41,59 +39,52 @@ _NEVER = (
   "zo.optimizer",
   "ckpt.base_every_steps",
 )
-
-
-class Trained(Protocol):
-  """What is trained: a `runs.Run`, or a family of tasks."""
-
-  @property
-  def config(self) -> ml_collections.ConfigDict:
-    """The resolved config."""
-
-  @property
-  def model(self) -> model_lib.Model:
-    """The model without weights."""
-
-  @property
-  def mesh(self) -> mesh_lib.AnyMesh:
-    """The grid of devices."""
-
-  def abstract_state(self) -> BilevelState:
-    """Returns the shapes and shardings of a state; reads no weights."""
+# No result depends on these.
+_FREE = ("train.trackers", "train.profile_steps")
+_log = logging.getLogger("zofo_jax")
 
 
 class Store:
   """The states of one run, to be used in a `with` statement.
 
   Attributes:
-    checkpoints: all but theta, or everything.
+    checkpoints: of the whole state, or of all but the backbone.
   """
 
-  def __init__(self, run: Trained, folder: epath.Path, *, write: bool = False):
+  def __init__(
+    self,
+    folder: epath.Path,
+    config: dict[str, Any],
+    abstract_state: Callable[[], BilevelState],
+    load_start: Callable[[Mapping[str, Any]], Any],
+    *,
+    base_is_trained: bool = True,
+    base_every_steps: int = 0,
+    keep: int | None = None,
+  ):
     """Opens a run's folder.
 
     Args:
-      run: the run.
-      folder: its folder.
-      write: whether to train it; else the folder is only read.
+      folder: of the run.
+      config: the run's config, which is saved with each state.
+      abstract_state: () -> shapes and shardings of a state.
+      load_start: (the ledger's header) -> the backbone before the first step.
+      base_is_trained: whether the backbone changes at all.
+      base_every_steps: how often it is written; 0 with every checkpoint.
+      keep: how many checkpoints to keep; None if the folder is only read.
 
     Raises:
       UserError: there are no checkpoints, or none can be made.
     """
-    self._run, self._folder = run, folder
-    keep = run.config.ckpt.keep
-    self.checkpoints = manager.Checkpoints(
-      folder / "checkpoints", keep=keep if write else None
-    )
-    # Whether checkpoints hold all but theta.
-    self._base_stored_separately = bool(run.config.ckpt.base_every_steps)
-    self._base_stored_separately |= not methods.METHODS[
-      run.config.method
-    ].updates_base
+    self._folder, self._config = folder, config
+    self._abstract_state, self._load_start = abstract_state, load_start
+    self._base_every_steps = base_every_steps
+    self._base_stored_separately = bool(base_every_steps) or not base_is_trained
+    self.checkpoints = manager.Checkpoints(folder / "checkpoints", keep=keep)
     self._bases: manager.Checkpoints | None = None
-    if run.config.ckpt.base_every_steps:
+    if base_every_steps:
       self._bases = manager.Checkpoints(
-        folder / "bases", keep=2 if write else None
+        folder / "bases", keep=None if keep is None else 2
       )
     self._writer: ledger.Writer | None = None
 
@@ -102,7 +93,7 @@ class Store:
     return self
 
   def __exit__(self, *exception: Any) -> None:
-    """Closes, also after an exception: what was begun is still committed."""
+    """Closes; after an exception, too, a save in progress is completed."""
     if self._writer is not None:
       self._writer.close()
     if self._bases is not None:
@@ -111,45 +102,49 @@ class Store:
 
   def start_ledger(self, state: BilevelState) -> None:
     """Starts the ledger of a run at its first state."""
-    header = ledger.make_header(self._run.config, state.base, state.key)
+    header = ledger.make_header(
+      self._config["model"], self._config["zo"], state.base, state.key
+    )
     self._write_ledger(ledger.start(header))
 
   def resume(self) -> tuple[BilevelState, dict[str, Any]] | None:
-    """Reads the latest checkpoint that is as it was written.
+    """Reads the latest valid checkpoint and cuts the ledger back to it.
 
     Returns:
-      The state and its record; None if there is none.
+      The state and its metadata; None if there is none.
 
     Raises:
-      UserError: the checkpoint is not of this config.
+      UserError: the checkpoint does not fit the config.
     """
-    found = self._first_sound(self.checkpoints.latest_step)
-    if found is None:
+    restored = self._first_valid(self.checkpoints.latest_step)
+    if restored is None:
       return None
-    state, record = found
-    text = record.pop("ledger")
-    record.pop("config", None)  # the run's own, which is checked by then
+    state, run_metadata = restored
+    text = run_metadata.pop("ledger")
+    run_metadata.pop("config", None)  # has been compared by now
     path = self._folder / LEDGER
     if not path.exists() or not path.read_bytes().startswith(text.encode()):
-      _say(f"'{path}' is damaged; it is written anew from the checkpoint.")
+      _log.warning(
+        "'%s' is corrupt; it is written anew from the checkpoint.", path
+      )
     self._write_ledger(text)
-    return state, record
+    return state, run_metadata
 
   def best(self) -> tuple[BilevelState, dict[str, Any]]:
-    """Reads the best checkpoint that is as it was written.
+    """Reads the valid checkpoint of the highest metric.
 
     Raises:
-      UserError: there is none, or it is not of this config.
+      UserError: there is none, or it does not fit the config.
     """
-    found = self._first_sound(self.checkpoints.best_step)
-    if found is None:
+    restored = self._first_valid(self.checkpoints.best_step)
+    if restored is None:
       raise errors.UserError(
         f"There is no checkpoint in '{self.checkpoints.folder}'."
       )
-    return found
+    return restored
 
   def append(self, step: int, info: Any) -> None:
-    """Writes what a step did to the ledger."""
+    """Appends a step to the ledger."""
     assert self._writer is not None
     self._writer.append(
       ledger.LedgerEntry(step, np.asarray(info.coefficients), info.move)
@@ -158,15 +153,15 @@ class Store:
   def save(
     self,
     state: BilevelState,
-    record: Mapping[str, Any],
+    run_metadata: Mapping[str, Any],
     metric: float = -math.inf,
   ) -> None:
-    """Begins to write a checkpoint; its arrays may be donated at once.
+    """Starts to write a checkpoint; its arrays may be donated at once.
 
     Args:
-      state: with every step of it in the ledger.
-      record: what belongs to the state and is no array; JSON.
-      metric: what the state is worth; the highest is kept.
+      state: all of its steps are in the ledger.
+      run_metadata: what belongs to the state and is no array; JSON.
+      metric: the checkpoint of the highest is kept.
 
     Raises:
       UserError: it, or the one before, could not be written.
@@ -175,80 +170,114 @@ class Store:
     step = int(state.step)
     if self._bases is not None:
       last = self._bases.latest_step() or 0
-      if step - last >= self._run.config.ckpt.base_every_steps:
+      if step - last >= self._base_every_steps:
         self._bases.save(step, {"base": state.base}, {})
     if self._base_stored_separately:
       state = state._replace(base={})
     extra = {
-      **record,
-      "config": self._run.config.to_dict(),
+      **run_metadata,
+      "config": self._config,
       "ledger": self._writer.serialize(),  # its header has the versions
     }
     self.checkpoints.save(step, state, extra, metric=metric)
 
   def wait(self) -> None:
-    """Waits until the last save is complete; raises what went wrong in it."""
+    """Waits until the last save is complete; raises its errors."""
     if self._bases is not None:
       self._bases.wait()
     self.checkpoints.wait()
 
+  def restore(self, step: int) -> tuple[BilevelState, dict[str, Any]]:
+    """Reads a checkpoint, and rebuilds the backbone if it is not in it.
+
+    Raises:
+      UserError: there is none of this step, or it does not fit the config.
+      CorruptCheckpointError: a file of it differs from what was written.
+    """
+    abstract = self._abstract_state()
+    if not self._base_stored_separately:
+      return self.checkpoints.restore(abstract, step)
+    state, extra = self.checkpoints.restore(abstract._replace(base={}), step)
+    source = f"{self.checkpoints.folder / str(step)}, ledger"
+    parsed = ledger.parse(extra["ledger"].encode(), source)
+    base = self._rebuild_base(step, abstract.base, parsed, source)
+    return state._replace(base=base), extra
+
   def _write_ledger(self, text: str) -> None:
     self._writer = ledger.Writer(self._folder / LEDGER, text)
 
-  def _first_sound(
+  def _first_valid(
     self, choose: Callable[[], int | None]
   ) -> tuple[BilevelState, dict[str, Any]] | None:
+    """Restores the chosen checkpoint; quarantines corrupt ones until then."""
     while (step := choose()) is not None:
       try:
         return self.restore(step)
-      except manager.DamagedError as error:
-        _say(f"{error} The one before it is used, if there is any.")
+      except manager.CorruptCheckpointError as error:
+        _log.warning(
+          "%s The one before it is used, if there is any.",
+          error,
+        )
         self.checkpoints.quarantine(step)
     return None
 
-  def restore(self, step: int) -> tuple[BilevelState, dict[str, Any]]:
-    """Reads a checkpoint; theta is rebuilt if it is not in it.
-
-    Raises:
-      UserError: there is none of this step, or it is not of this config.
-      DamagedError: it is not as it was written.
-    """
-    abstract = self._run.abstract_state()
-    if not self._base_stored_separately:
-      return self.checkpoints.restore(abstract, step)
-    abstract = abstract._replace(base={})
-    state, extra = self.checkpoints.restore(abstract, step)
-    where = f"{self.checkpoints.folder / str(step)}, ledger"
-    found = ledger.parse(extra["ledger"].encode(), where)
-    base = self._rebuild_base(step, found, where)
-    return state._replace(base=base), extra
-
-  def _start(self, found: ledger.Ledger) -> Any:
-    run = self._run
-    return ledger.load_start(run.config, run.model, found.header, run.mesh)
-
-  def _rebuild_base(self, step: int, found: ledger.Ledger, where: str) -> Any:
-    """Rebuilds theta from the newest sound base at or before a step."""
+  def _rebuild_base(
+    self, step: int, abstract_base: Any, parsed: ledger.Ledger, source: str
+  ) -> Any:
+    """Rebuilds the backbone from the newest valid base at or before a step."""
     if self._bases is None:
-      return self._start(found)
+      return self._load_start(parsed.header)
     start, base = 0, None
     earlier = [number for number in self._bases.steps() if number <= step]
     for number in reversed(earlier):
-      abstract = self._run.abstract_state().base
       try:
-        tree, _ = self._bases.restore({"base": abstract}, number)
+        tree, _ = self._bases.restore({"base": abstract_base}, number)
         start, base = number, tree["base"]
         break
-      except manager.DamagedError as error:
-        _say(f"{error} The one before it is used, or the model's weights.")
+      except manager.CorruptCheckpointError as error:
+        _log.warning(
+          "%s The one before it is used, or the model's weights.",
+          error,
+        )
         self._bases.quarantine(number)
     if base is None:
-      base = self._start(found)
-    return ledger.advance(base, found.header, found.lines[start:step], where)
+      base = self._load_start(parsed.header)
+    return ledger.advance(base, parsed.header, parsed.lines[start:step], source)
+
+
+def open_store(
+  run: run_lib.Run,
+  folder: epath.Path,
+  *,
+  abstract_state: Callable[[], BilevelState] | None = None,
+  write: bool = False,
+) -> Store:
+  """Opens the states of a run as its config says.
+
+  Args:
+    run: the run.
+    folder: its folder.
+    abstract_state: () -> shapes and shardings of a state; None for those of a
+      run over one task.
+    write: whether to train it; else the folder is only read.
+
+  Raises:
+    UserError: there are no checkpoints, or none can be made.
+  """
+  config = run.config
+  return Store(
+    folder,
+    config.to_dict(),
+    abstract_state or run.abstract_state,
+    lambda header: ledger.load_start(config, run.model, header, run.mesh),
+    base_is_trained=methods.METHODS[config.method].updates_base,
+    base_every_steps=config.ckpt.base_every_steps,
+    keep=config.ckpt.keep if write else None,
+  )
 
 
 def make_folder(folder: epath.Path) -> None:
-  """Makes a folder in a run's, unless it is there, and can be written to.
+  """Makes a folder, unless it exists, and checks that it can be written to.
 
   Raises:
     UserError: it cannot be made or written to.
@@ -265,11 +294,15 @@ def make_folder(folder: epath.Path) -> None:
     ) from error
 
 
-def check_config(config: Any, folder: epath.Path) -> None:
-  """Stops before a run goes on under another config than it began with.
+def check_config(fields: Mapping[str, Any], folder: epath.Path) -> None:
+  """Checks that a run is resumed with the config that it started with.
 
-  It may go on on another mesh. Fields that `ckpt.may_change` names may be
-  others as well, but for those that decide what the ledger's lines mean.
+  The mesh may differ, and so may fields that `ckpt.may_change` names, except
+  for those that decide what the ledger's entries mean.
+
+  Args:
+    fields: of the config, by name: {"zo.eps": 1e-3, ...}.
+    folder: of the run; it may be new.
 
   Raises:
     UserError: names the fields that differ.
@@ -277,35 +310,23 @@ def check_config(config: Any, folder: epath.Path) -> None:
   path = folder / "config.json"
   if not path.exists():
     return
-  before = defaults.flat(run_lib.read_config(folder))
-  now = defaults.flat(config)
-  allowed = {"ckpt.may_change", *config.ckpt.may_change} - set(_NEVER)
-  # What no number depends on.
-  allowed |= {name for name in now if name.startswith("mesh.")}
-  allowed |= {"train.trackers", "train.profile_steps"}
+  saved = defaults.flat(run_lib.read_config(folder))
+  may_change = set(fields["ckpt.may_change"])
+  allowed = {"ckpt.may_change", *_FREE, *(may_change - set(_FIXED))}
   different = {
     name
-    for name in before.keys() | now.keys()
-    if before.get(name) != now.get(name)
+    for name in saved.keys() | fields.keys()
+    if saved.get(name) != fields.get(name) and not name.startswith("mesh.")
   }
   changed = [
-    f"{name} was {before.get(name)!r}, is {now.get(name)!r}"
+    f"{name} was {saved.get(name)!r}, is {fields.get(name)!r}"
     for name in sorted(different - allowed)
   ]
   if changed:
-    fixed = sorted(different & set(config.ckpt.may_change) & set(_NEVER))
+    fixed = sorted(different & may_change & set(_FIXED))
     raise errors.UserError(
       f"{path} is of a run with another config: {'; '.join(changed[:5])}"
       f"{' and more' if len(changed) > 5 else ''}. Give another --workdir, "
       "remove this one, or name what may change in config.ckpt.may_change"
       + (f" ({', '.join(fixed)} never may)." if fixed else ".")
     )
-
-
-def write_config(config: Any, folder: epath.Path) -> None:
-  """Leaves the config for every later command."""
-  report.write_json(folder / "config.json", config.to_dict())
-
-
-def _say(text: str) -> None:
-  print(f"zofo_jax: {text}", file=sys.stderr, flush=True)

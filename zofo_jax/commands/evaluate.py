@@ -40,7 +40,7 @@ def restore(run: run_lib.Run, folder: epath.Path) -> BilevelState:
   Raises:
     UserError: there is none.
   """
-  with state_store.Store(run, folder) as states:
+  with state_store.open_store(run, folder) as states:
     state, _ = states.best()
   return state
 

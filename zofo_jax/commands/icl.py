@@ -22,7 +22,7 @@ from zofo_jax.evaluation import calibration, in_context, scoring
 from zofo_jax.evaluation import linear_probe as linear_probe_lib
 from zofo_jax.models import apply
 from zofo_jax.report import progress as progress_lib
-from zofo_jax.sharding import mesh as mesh_lib
+from zofo_jax.sharding import dispatch
 
 
 def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def linear_probe(
       f"least; all {len(known)} have label {labels[0]}."
     )
   base = model.load_base(config, run.model, run.mesh)
-  hidden_fn = mesh_lib.jit_on_batches(
+  hidden_fn = dispatch.jit_on_batches(
     apply.make_hidden_fn(run.model.module), run.mesh, 1
   )
 
@@ -195,7 +195,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   known = [*examples.lower, *examples.upper]
   base = model.load_base(config, run.model, run.mesh)
   module = run.model.module
-  hidden_fn = mesh_lib.jit_on_batches(apply.make_hidden_fn(module), run.mesh, 1)
+  hidden_fn = dispatch.jit_on_batches(apply.make_hidden_fn(module), run.mesh, 1)
   hidden = _hidden(run, hidden_fn, base, known)
   table = apply.head_table(module, base)
   tokens = (
@@ -205,7 +205,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   untied, base = apply.untie(
     module, base, linear_probe_lib.with_head_rows(table, tokens, trained)
   )
-  score_fn = mesh_lib.jit_on_batches(
+  score_fn = dispatch.jit_on_batches(
     scoring.make_score_fn(apply.make_log_probs_fn(untied)), run.mesh, 2
   )
   result = run.evaluate(base, {}, examples.test, "test", score_fn=score_fn)

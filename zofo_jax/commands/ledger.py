@@ -61,7 +61,9 @@ def info(path: str) -> None:
   found = ledger_format.read(path)
   for name, value in found.header.items():
     print(f"{name}: {json.dumps(value)}")
-  print(f"steps: {len(found.lines)}{', and a torn line' * found.torn}")
+  print(
+    f"steps: {len(found.lines)}{', and a truncated line' * found.truncated}"
+  )
   for line in found.lines[-1:]:
     rate = "none" if line.move is None else f"{line.move.learning_rate:g}"
     print(

@@ -181,7 +181,7 @@ def encode_rows(
       "tokens (data.max_length)."
     )
   if len(examples) < len(data):
-    logging.warning(
+    logging.getLogger("zofo_jax").warning(
       "%s: %d of %d rows do not fit in %d tokens and are left out",
       *(task.name, len(data) - len(examples), len(data), max_length),
     )

@@ -112,7 +112,7 @@ def encode_questions(
       questions.append(encode(truncate=True))
       num_truncated += 1
   if num_truncated:
-    logging.warning(
+    logging.getLogger("zofo_jax").warning(
       "%s: %d of %d prompts are cut to %d tokens at the left",
       *(task.name, num_truncated, len(data), max_length),
     )

@@ -208,7 +208,7 @@ def _read_hub(
     if all(str(row.fields.get(column, "-")).strip() for column in task.text)
   ]
   if len(with_text) < len(rows):
-    logging.warning(
+    logging.getLogger("zofo_jax").warning(
       "%s: %d rows without text left out", prefix, len(rows) - len(with_text)
     )
   return with_text

@@ -247,7 +247,7 @@ def _sizes(
       f"Task {task.name}: {total} different rows in train are too few for "
       f"{', '.join(f for f, n in requested._asdict().items() if n)} sets."
     )
-  logging.warning(
+  logging.getLogger("zofo_jax").warning(
     "%s: train has %d different rows, hence %s",
     *(
       task.name,

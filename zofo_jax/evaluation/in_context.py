@@ -117,7 +117,7 @@ def encode_rows(
     examples.append(encoded(dropped))
     shown.append(count - dropped)
   if min(shown) < len(demonstrations):
-    logging.warning(
+    logging.getLogger("zofo_jax").warning(
       "%.1f of %d demonstrations fit before a question, %d at least",
       *(np.mean(shown), len(demonstrations), min(shown)),
     )

@@ -219,7 +219,7 @@ class Llama(decoder.Decoder):
 
 Model = Llama
 
-# How weights are divided among devices; see `zofo_jax.sharding.mesh`.
+# How weights are divided among devices; see `zofo_jax.sharding.rules`.
 SHARDINGS = (
   (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
   (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),

@@ -197,7 +197,7 @@ class Opt(decoder.Decoder):
 
 Model = Opt
 
-# How weights are divided among devices; see `zofo_jax.sharding.mesh`.
+# How weights are divided among devices; see `zofo_jax.sharding.rules`.
 SHARDINGS = (
   (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
   (r"mlp/up/kernel$", P(None, "fsdp", "model")),

@@ -17,8 +17,8 @@ from zofo_jax.builders import run as run_lib
 from zofo_jax.core import inner, zo
 from zofo_jax.core.types import BilevelHParams
 from zofo_jax.plan import estimate, hlo, topologies
-from zofo_jax.report import progress
-from zofo_jax.sharding import mesh as mesh_lib
+from zofo_jax.report import memory as memory_lib
+from zofo_jax.sharding import dispatch, rules
 
 
 def devices_of(topology: topologies.Topology) -> list[Any]:
@@ -84,13 +84,13 @@ def lower_programs(run: run_lib.Run) -> dict[str, jax.stages.Lowered]:
       sampler=sampler,
       estimator=algorithm.ESTIMATORS[config.zo.estimator],
       num_directions=config.zo.num_directions,
-      map_fn=mesh_lib.map_directions(run.mesh),
+      map_fn=dispatch.map_directions(run.mesh),
     )
     return base_tx.update(base, opt, estimated, sampler, objective, key)
 
   rows, key = batch.upper, state.key
   hparams = BilevelHParams(config.zo.eps, config.penalty)
-  options = mesh_lib.compiler_options(run.mesh)
+  options = dispatch.compiler_options(run.mesh)
   return {
     "forward": jax.jit(
       loss_fn, static_argnums=3, compiler_options=options
@@ -111,7 +111,7 @@ def first_order_program(run: run_lib.Run) -> jax.stages.Lowered:
   config, state = run.config, run.abstract_state()
   rows = estimate.abstract_batch(config, run.model, run.mesh).upper
   loss_fn = model.make_loss_fn(config.loss, run.model.module)
-  whole = mesh_lib.replicated(run.mesh)
+  whole = rules.replicated(run.mesh)
   tx = algorithm.make_optimizer(
     config.upper.optimizer, config.upper.learning_rate
   )
@@ -120,14 +120,14 @@ def first_order_program(run: run_lib.Run) -> jax.stages.Lowered:
     rows = jax.tree.map(lambda leaf: leaf[None], rows)
     return inner.minimize(loss_fn, base, adapter, opt, rows, key, tx=tx)
 
-  opt = mesh_lib.with_shardings(
+  opt = rules.with_shardings(
     *_twice(jax.eval_shape(tx.init, state.upper), whole)
   )
   jitted = jax.jit(
     step,
     donate_argnums=(1, 2),
     out_shardings=whole,
-    compiler_options=mesh_lib.compiler_options(run.mesh),
+    compiler_options=dispatch.compiler_options(run.mesh),
   )
   return jitted.lower(state.base, state.upper, opt, rows, state.key)
 
@@ -197,7 +197,7 @@ def measure(lowered: jax.stages.Lowered) -> CompiledStats:
   text = _text(compiled)
   return CompiledStats(
     temp_bytes=memory.temp_size_in_bytes,
-    total_bytes=progress.program_bytes(compiled) or 0,
+    total_bytes=memory_lib.program_bytes(compiled) or 0,
     flops=cost.get("flops", 0.0),
     bytes_accessed=cost.get("bytes accessed", 0.0),
     collective_bytes=hlo.total_bytes(text) if text else None,

@@ -19,6 +19,7 @@ from zofo_jax.data import batching, encode_options
 from zofo_jax.evaluation import scoring
 from zofo_jax.models import apply
 from zofo_jax.models.hf import published
+from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
 
 
@@ -42,7 +43,7 @@ def abstract_batch(
       lambda leaf: jax.ShapeDtypeStruct(
         (*lead, size, *leaf.shape[1:]),
         leaf.dtype,
-        sharding=mesh_lib.batch_sharding(mesh, len(lead)),
+        sharding=rules.batch_sharding(mesh, len(lead)),
       ),
       one,
     )
@@ -72,7 +73,7 @@ def make_run(
   module, family = models.from_hf(
     _hf_config(config.model.name),
     remat=config.model.remat,
-    place=mesh_lib.make_activation_constraint(mesh),
+    place=rules.make_activation_constraint(mesh),
   )
   model = model_lib.Model(module, family, pathlib.Path(), None)
   return run_lib.Run(
@@ -82,7 +83,7 @@ def make_run(
     algorithm=algorithm.make_algorithm(
       config,
       model_lib.make_loss_fn(config.loss, module),
-      map_fn=mesh_lib.map_directions(mesh),
+      map_fn=dispatch.map_directions(mesh),
     ),
     score_fn=scoring.make_score_fn(apply.make_log_probs_fn(module)),
     mesh=mesh,
@@ -138,8 +139,8 @@ def estimate(
   """
   config = run.config
   run_lib.check_mesh(config, mesh)
-  places = mesh_lib.state_shardings(mesh, state, run.model.family.SHARDINGS)
-  state = mesh_lib.with_shardings(state, places)
+  places = rules.state_shardings(mesh, state, run.model.family.SHARDINGS)
+  state = rules.with_shardings(state, places)
   found, base = sizes(state), state.base
   kernels = [
     leaf

@@ -1,4 +1,4 @@
-"""What a run leaves for people: metrics as JSON lines, tables, pictures.
+"""Files, tables, pictures and displays for people to read.
 
 `python -m zofo_jax.report RUN...` compares runs on one page.
 """
@@ -9,6 +9,7 @@ from zofo_jax.report.jsonl import (
   read_jsonl,
   write_json,
   write_lines,
+  write_text,
 )
 from zofo_jax.report.tables import results_table
 
@@ -19,4 +20,5 @@ __all__ = [
   "results_table",
   "write_json",
   "write_lines",
+  "write_text",
 ]

@@ -19,13 +19,17 @@ def plot_curves(
   metrics_path: epath.PathLike,
   out_png: epath.PathLike,
 ) -> None:
-  """Draws the losses and, beside them, the score on the selection rows.
+  """Draws the losses and, in a second panel, the score on the selection rows.
 
-  That is the accuracy, or token F1. Without either in the file the second panel
+  That is the accuracy, or token F1. If the file has neither, the second panel
   shows the size of the zeroth-order coefficients.
 
+  Args:
+    metrics_path: `metrics.jsonl` of a run.
+    out_png: the file to write.
+
   Raises:
-    UserError: if the file has no row with a step.
+    UserError: the file has no row with a step.
   """
   if not multihost.is_primary():
     return
@@ -34,7 +38,7 @@ def plot_curves(
   rows = [row for row in read_jsonl(metrics_path) if "step" in row]
   if not rows:
     raise errors.UserError(f"'{metrics_path}' has no row with a step to draw.")
-  # A Figure of its own, not pyplot's: no global state and no display.
+  # Not pyplot: no global state and no display.
   fig = figure.Figure(figsize=(10, 3.8), layout="constrained")
   losses, other = fig.subplots(1, 2)
   for name, text, colour in (
@@ -46,13 +50,13 @@ def plot_curves(
     losses.plot(steps, smooth(values), color=colour, label=text)
   losses.set_ylabel("loss on the batch")
   scores = {"selection_accuracy": "accuracy", "selection_token_f1": "token F1"}
-  known = [name for name in scores if any(name in row for row in rows)]
-  if known:
-    steps, values = series(rows, known[0])
+  score = next((s for s in scores if any(s in row for row in rows)), None)
+  if score:
+    steps, values = series(rows, score)
     other.plot(
       steps, values, "o-", color="tab:orange", label="adapter p", markersize=4
     )
-    other.set_ylabel(f"{scores[known[0]]} on the selection rows")
+    other.set_ylabel(f"{scores[score]} on the selection rows")
     other.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   else:
     steps, values = series(rows, "coefficients")
@@ -73,13 +77,13 @@ def plot_curves(
 def series(
   rows: Iterable[Mapping[str, Any]], name: str
 ) -> tuple[list[int], list[float]]:
-  """Picks (steps, values); a list of values counts as its root mean square."""
+  """Returns (steps, values) of a field; of a list its root mean square."""
   steps, values = [], []
   for row in rows:
     value = row.get(name)
     if isinstance(value, list):
-      known = [v for v in value if v is not None]
-      value = math.sqrt(sum(v * v for v in known) / max(len(known), 1))
+      finite = [v for v in value if v is not None]
+      value = math.sqrt(sum(v * v for v in finite) / max(len(finite), 1))
     if value is not None:
       steps.append(row["step"])
       values.append(value)
@@ -87,7 +91,7 @@ def series(
 
 
 def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
-  """Averages exponentially, without the bias of a start at zero."""
+  """Returns exponential moving averages, corrected for the start at zero."""
   average, total, smoothed = 0.0, 0.0, []
   for value in values:
     average = weight * average + (1 - weight) * value

@@ -1,4 +1,4 @@
-"""Runs beside one another on one HTML page that needs nothing else."""
+"""A self-contained HTML page that compares runs."""
 
 import html
 import io
@@ -13,13 +13,13 @@ from zofo_jax import errors
 from zofo_jax.report import curves
 from zofo_jax.report.jsonl import read_jsonl
 
-# What a run is measured against, and how the axis is called.
+# Quantities on the x axis, and its labels.
 _BUDGETS = {
   "step": "outer step",
   "seconds": "seconds of training",
   "forward_passes": "forward passes over a batch",
 }
-# What selects a checkpoint, the first of these that there is.
+# The score that selects a checkpoint is the first of these in the file.
 _SCORES = ("selection_mean", "selection_accuracy", "selection_token_f1")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem;
@@ -35,12 +35,12 @@ td.text { text-align: left; }
 
 
 class RunLog(NamedTuple):
-  """What a run's folder holds.
+  """The files of a run.
 
   Attributes:
-    name: what it is called on the page.
+    name: of the run on the page.
     metrics: rows of `metrics.jsonl`.
-    summary: `summary.json`; {} where the run has not ended.
+    summary: `summary.json`; {} if the run has not ended.
     config: `config.json`, flattened to {"zo.eps": 1e-3, ...}.
   """
 
@@ -54,7 +54,7 @@ def find(folders: Sequence[str]) -> list[RunLog]:
   """Reads runs.
 
   Raises:
-    UserError: a folder holds no run, or one of its files is damaged.
+    UserError: a folder holds no run, or one of its files cannot be read.
   """
   names = _names(folders)
   return [_find(*both) for both in zip(folders, names, strict=True)]
@@ -80,12 +80,12 @@ def _read(path: epath.Path) -> dict[str, Any]:
   if not path.exists():
     return {}
   try:
-    found = json.loads(path.read_text())
+    content = json.loads(path.read_text())
   except ValueError as error:
     raise errors.UserError(
       f"'{path}' is no JSON ({errors.first_line(error)})."
     ) from error
-  return found if isinstance(found, dict) else {}
+  return content if isinstance(content, dict) else {}
 
 
 def _names(folders: Sequence[str]) -> list[str]:
@@ -98,10 +98,10 @@ def page(runs: Sequence[RunLog]) -> str:
   """Returns the page of some runs.
 
   Args:
-    runs: as `find` gives them.
+    runs: as returned by `find`.
 
   Returns:
-    HTML with its style and its pictures (SVG) in it: results, the fields of
+    HTML, with its style and its pictures (SVG) inlined: results, the fields of
     the config in which the runs differ, losses and scores on the selection rows
     against steps, seconds and forward passes.
   """
@@ -114,8 +114,8 @@ def page(runs: Sequence[RunLog]) -> str:
   if differing := _differences(runs):
     parts += ["<h2>Where the configs differ</h2>", _table(differing)]
   parts += ["<h2>Loss on D_f</h2>", _picture(runs, "upper_loss")]
-  known = {name for run in runs for row in run.metrics for name in row}
-  if scores := [name for name in _SCORES if name in known]:
+  names = {name for run in runs for row in run.metrics for name in row}
+  if scores := [name for name in _SCORES if name in names]:
     parts += ["<h2>Selection rows</h2>", _picture(runs, scores[0])]
   body = "\n".join(parts)
   return (
@@ -128,7 +128,7 @@ def page(runs: Sequence[RunLog]) -> str:
 
 
 def _results(run: RunLog) -> dict[str, Any]:
-  """Picks the numbers and names of a summary; of an open run its last row."""
+  """Returns numbers and names of a summary; before the end, the last step."""
   plain = {
     name: value
     for name, value in run.summary.items()
@@ -167,19 +167,20 @@ def _cell(value: Any) -> str:
 
 
 def _picture(runs: Sequence[RunLog], name: str) -> str:
-  """Draws a quantity against every budget that the rows know, as SVG."""
+  """Draws a metric against each of the budgets, as SVG."""
   from matplotlib import figure  # slow to import
 
   fig = figure.Figure(figsize=(12, 3.4), layout="constrained")
   panels = fig.subplots(1, len(_BUDGETS), sharey=True)
   for axes, (budget, text) in zip(panels, _BUDGETS.items(), strict=True):
     for run in runs:
-      spent: dict[str, float] = {}
+      position: dict[str, float] = {}
       points = []
-      for row in run.metrics:  # selection rows have the budget of those before
-        spent.update({k: row[k] for k in _BUDGETS if row.get(k) is not None})
-        if row.get(name) is not None and budget in spent:
-          points.append((spent[budget], row[name]))
+      for row in run.metrics:
+        # Rows of scores lack some; those of the row before hold for them.
+        position |= {k: row[k] for k in _BUDGETS if row.get(k) is not None}
+        if row.get(name) is not None and budget in position:
+          points.append((position[budget], row[name]))
       if points:
         x, y = zip(*points, strict=True)
         many = len(y) > 12

@@ -1,4 +1,4 @@
-"""JSON files: one dictionary a line, or one object written in one piece.
+"""JSON and JSON Lines files, and text that is written atomically.
 
 Of several processes only the first writes anything.
 """
@@ -19,7 +19,7 @@ class JsonlWriter:
   """Appends dictionaries to a file, one a line, each flushed at once."""
 
   def __init__(self, path: epath.PathLike):
-    """Remembers the path; the file is made by the first write."""
+    """Initializes the writer; the first write makes the file."""
     self.path = epath.Path(path)
     self._file: IO[Any] | None = None
 
@@ -42,19 +42,19 @@ class JsonlWriter:
     self._file.flush()
 
   def truncate_after(self, step: int) -> None:
-    """Drops what a resumed run will write again.
+    """Removes the rows that a resumed run will write again.
 
-    Rows of steps later than `step` go, and so does a last line without its end;
-    rows without a step stay. The file is replaced in one piece.
+    These are the rows of steps later than `step`, and a truncated last line.
+    The file is replaced atomically.
 
     Raises:
-      UserError: if a whole line is no JSON dictionary.
+      UserError: a complete line is no JSON dictionary.
     """
     self.close()
     if not multihost.is_primary():
       return
     rows = [r for r in read_jsonl(self.path) if r.get("step", step) <= step]
-    _replace(self.path, "".join(_dumps(row) + "\n" for row in rows))
+    write_lines(self.path, rows)
 
   def close(self) -> None:
     """Closes the file; a later write opens it again."""
@@ -64,15 +64,15 @@ class JsonlWriter:
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
-  """Reads the rows but for a torn last line; none where there is no file.
+  """Reads the rows, except for a truncated last line; [] if there is no file.
 
   Raises:
-    UserError: if a whole line is no JSON dictionary.
+    UserError: a complete line is no JSON dictionary.
   """
   path = epath.Path(path)
   if not path.exists():
     return []
-  # Bytes, split at b"\n" alone: the tear may be inside a character.
+  # Bytes, since the last line may end within a character.
   *lines, _ = path.read_bytes().split(b"\n")
   rows = []
   for number, line in enumerate(lines, 1):
@@ -90,18 +90,33 @@ def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
 
 
 def write_json(path: epath.PathLike, obj: Any) -> None:
-  """Writes a JSON file in one piece: the old one or the new one, never half."""
-  _replace(epath.Path(path), _dumps(obj, indent=2) + "\n")
+  """Writes a JSON file atomically."""
+  write_text(path, _dumps(obj, indent=2) + "\n")
 
 
 def write_lines(path: epath.PathLike, rows: Iterable[Any]) -> None:
-  """Writes a JSON line for each row, all of them or none."""
-  lines = "".join(_dumps(row) + "\n" for row in rows)
-  _replace(epath.Path(path), lines)
+  """Writes a JSON line for each row, atomically."""
+  write_text(path, "".join(_dumps(row) + "\n" for row in rows))
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+  """Writes a file atomically: after a crash it is the old one or the new one.
+
+  Args:
+    path: of the file; its folder is made if need be.
+    text: the content.
+  """
+  if not multihost.is_primary():
+    return
+  path = epath.Path(path)
+  path.parent.mkdir(parents=True, exist_ok=True)
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text)
+  temporary.replace(path)
 
 
 def _plain(value: Any) -> Any:
-  """Turns arrays and paths into JSON; what is not finite becomes null."""
+  """Converts arrays and paths to JSON values; NaN and infinity become null."""
   if isinstance(value, Mapping):
     return {str(key): _plain(item) for key, item in value.items()}
   if isinstance(value, list | tuple):
@@ -117,12 +132,3 @@ def _plain(value: Any) -> Any:
 
 def _dumps(obj: Any, indent: int | None = None) -> str:
   return json.dumps(_plain(obj), indent=indent, allow_nan=False)
-
-
-def _replace(path: epath.Path, text: str) -> None:
-  if not multihost.is_primary():
-    return
-  path.parent.mkdir(parents=True, exist_ok=True)
-  beside = path.with_name(path.name + ".tmp")
-  beside.write_text(text)
-  beside.replace(path)

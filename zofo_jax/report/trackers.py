@@ -1,9 +1,9 @@
-"""Other people's dashboards: TensorBoard, Weights & Biases, MLflow.
+"""Experiment trackers: TensorBoard, Weights & Biases, MLflow.
 
-`config.train.trackers` names them; `metrics.jsonl` is written always. They
-write into the run's folder, to be looked at or synced later, unless
-WANDB_MODE=online or MLFLOW_TRACKING_URI says otherwise. A run that goes on goes
-on in them as well.
+`config.train.trackers` names them; `metrics.jsonl` is written in any case. They
+write into the run's folder, to be viewed or synced later, unless
+WANDB_MODE=online or MLFLOW_TRACKING_URI is set. A resumed run continues in the
+same tracker run.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Self
 from etils import epath
 
 from zofo_jax import errors
+from zofo_jax.report import jsonl
 from zofo_jax.sharding import multihost
 
 PACKAGES = {
@@ -25,7 +26,7 @@ PACKAGES = {
 
 
 class Tracker(NamedTuple):
-  """One of them.
+  """An open tracker.
 
   Attributes:
     write: (step, {name: number}) -> None.
@@ -37,7 +38,7 @@ class Tracker(NamedTuple):
 
 
 class Trackers:
-  """All that a run tells its numbers, to be used in a `with` statement."""
+  """The trackers of a run, to be used in a `with` statement."""
 
   def __init__(
     self,
@@ -46,13 +47,13 @@ class Trackers:
     fields: Mapping[str, Any],
     step: int = 0,
   ):
-    """Opens them; of several processes only the first does.
+    """Opens the trackers; of several processes only the first does.
 
     Args:
       names: some of PACKAGES.
       folder: of the run.
       fields: of its config, {"zo.eps": 1e-3, ...}.
-      step: iterations done before.
+      step: iterations done so far.
 
     Raises:
       UserError: a package is not installed.
@@ -74,12 +75,12 @@ class Trackers:
     return self
 
   def __exit__(self, *unused: object) -> None:
-    """Closes them."""
+    """Closes the trackers."""
     for tracker in self._open:
       tracker.close()
 
   def write(self, row: Mapping[str, Any]) -> None:
-    """Tells the numbers of a row of `metrics.jsonl`; lists are left out."""
+    """Writes the numbers of a row of `metrics.jsonl`; lists are left out."""
     numbers = {
       name: float(value)
       for name, value in row.items()
@@ -113,7 +114,7 @@ def _wandb(folder, fields, step):
   run = wandb.init(
     dir=str(folder),
     project=os.environ.get("WANDB_PROJECT", "zofo_jax"),
-    id=_remembered(folder, "wandb", lambda: uuid.uuid4().hex[:8]),
+    id=_run_id(folder, "wandb", lambda: uuid.uuid4().hex[:8]),
     name=folder.name,
     config=dict(fields),
     resume="allow",
@@ -128,11 +129,11 @@ def _mlflow(folder, fields, step):
   if "MLFLOW_TRACKING_URI" not in os.environ:
     mlflow.set_tracking_uri(f"sqlite:///{folder / 'mlflow.db'}")
   client = mlflow.MlflowClient()
-  known = client.get_experiment_by_name("zofo_jax")
+  existing = client.get_experiment_by_name("zofo_jax")
   experiment = (
-    known.experiment_id if known else client.create_experiment("zofo_jax")
+    existing.experiment_id if existing else client.create_experiment("zofo_jax")
   )
-  run_id = _remembered(
+  run_id = _run_id(
     folder,
     "mlflow",
     lambda: client.create_run(experiment, run_name=folder.name).info.run_id,
@@ -151,11 +152,11 @@ def _mlflow(folder, fields, step):
 _OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 
 
-def _remembered(folder, name: str, make: Callable[[], str]) -> str:
-  """Returns what a run is called elsewhere, the same when it goes on."""
+def _run_id(folder, name: str, make: Callable[[], str]) -> str:
+  """Returns a run's id in a tracker, which is kept in `trackers.json`."""
   path = folder / "trackers.json"
-  known = json.loads(path.read_text()) if path.exists() else {}
-  if name not in known:
-    known[name] = make()
-    path.write_text(json.dumps(known) + "\n")
-  return known[name]
+  ids = json.loads(path.read_text()) if path.exists() else {}
+  if name not in ids:
+    ids[name] = make()
+    jsonl.write_json(path, ids)
+  return ids[name]

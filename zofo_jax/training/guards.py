@@ -1,4 +1,4 @@
-"""What ends a run before its end: signals, broken steps, growing losses."""
+"""Reasons to end a run early: signals, non-finite steps, growing losses."""
 
 import math
 import signal
@@ -10,48 +10,48 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-# Losses that the start of a run is the mean of, and the memory of its average.
-_START = 10
+# Losses whose mean is that of the start, and the time constant of the average.
+_WINDOW = 10
 
 
 class InterruptedRun(Exception):
-  """A signal ended a run, whose state is saved; its text is for people.
+  """A signal ended a run, after its state was saved.
 
   Attributes:
-    code: exit code, 128 and the signal's number: 143 or 130.
+    code: exit code, 128 plus the signal's number: 143 or 130.
   """
 
   def __init__(self, number: int, text: str):
-    """Remembers the signal."""
+    """Initializes the exception with the signal's number and a message."""
     super().__init__(f"stopped by {signal.Signals(number).name} {text}")
     self.code = 128 + number
 
 
 class Signals:
-  """Notes SIGTERM and SIGINT in a `with` statement; a second one kills.
+  """Records SIGTERM and SIGINT in a `with` statement; a second one kills.
 
-  Several processes must stop at one step: there JAX's own service, which has
-  SIGTERM, finds it.
+  Several processes must stop at the same step, which JAX's preemption service
+  finds; it handles SIGTERM itself.
   """
 
   def __init__(self) -> None:
-    """Changes nothing yet."""
+    """Initializes; handlers are installed by the `with` statement."""
     self._number: int | None = None
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
-    """Takes the signals over, where this is the main thread."""
+    """Installs the handlers, if this is the main thread."""
     if jax.process_count() > 1:
       return self
     try:
       for number in SIGNALS:
         self._before[number] = signal.signal(number, self._note)
-    except ValueError:  # not the main thread: they are not ours
+    except ValueError:  # not the main thread
       pass
     return self
 
   def __exit__(self, *unused: object) -> None:
-    """Gives the signals back."""
+    """Restores the previous handlers."""
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
@@ -61,10 +61,10 @@ class Signals:
     signal.signal(number, signal.SIG_DFL)
 
   def preemption_requested(self, step: int) -> int | None:
-    """Returns the signal after which a run should end with this step, if any.
+    """Returns the signal because of which a run should end now, if any.
 
     Args:
-      step: number of the iteration; every process asks at every one.
+      step: its number; every process asks after every step.
     """
     if jax.process_count() == 1:
       return self._number
@@ -73,64 +73,66 @@ class Signals:
 
 
 class Guard:
-  """Counts steps that are not finite, and compares losses with their start.
+  """Counts steps that are not finite, and compares losses with the first ones.
 
   Attributes:
-    memory: all that it remembers; JSON, kept in the checkpoints.
+    state: counts and averages; JSON, saved with the checkpoints.
   """
 
   def __init__(
-    self, memory: dict[str, Any], *, max_nonfinite: int, max_loss_ratio: float
+    self, state: dict[str, Any], *, max_nonfinite: int, max_loss_ratio: float
   ):
-    """Goes on from a memory.
+    """Initializes the guard.
 
     Args:
-      memory: of the run so far; {} at its start.
-      max_nonfinite: steps in a row that end a run; 0 for no limit.
-      max_loss_ratio: a moving average of the loss, above this many times the
-        mean of the first ten, ends a run; 0 for no limit.
+      state: of the run so far; {} at its start.
+      max_nonfinite: consecutive non-finite steps that end a run; 0 for no
+        limit.
+      max_loss_ratio: a run ends if the moving average of the loss exceeds this
+        many times the mean of the first ten; 0 for no limit.
     """
     self.state: dict[str, Any] = {
       "nonfinite": 0,
       "in_a_row": 0,
       "losses": [],
-    } | memory
+    } | state
     self._max_nonfinite = max_nonfinite
     self._max_loss_ratio = max_loss_ratio
 
-  def update(self, losses: Sequence[float], dropped: bool) -> str:
-    """Looks at a step.
+  def update(self, losses: Sequence[float], skipped: bool) -> str:
+    """Takes the losses of a step into account.
 
     Args:
-      losses: all that were found; the last is compared with its start.
-      dropped: whether none of the directions was finite.
+      losses: of the step; the last is compared with the first steps' losses.
+      skipped: whether none of the directions was finite.
 
     Returns:
       Why the run should end; "" if it should not.
     """
-    memory = self.state
-    if dropped or not all(map(math.isfinite, losses)):
-      memory["nonfinite"] += 1
-      memory["in_a_row"] += 1
-      if 0 < self._max_nonfinite <= memory["in_a_row"]:
+    state = self.state
+    if skipped or not all(map(math.isfinite, losses)):
+      state["nonfinite"] += 1
+      state["in_a_row"] += 1
+      if 0 < self._max_nonfinite <= state["in_a_row"]:
         return (
-          f"{memory['in_a_row']} steps in a row were not finite and were "
+          f"{state['in_a_row']} steps in a row were not finite and were "
           "skipped (config.train.max_nonfinite); expected smaller learning "
           "rates or zo.eps"
         )
       return ""
-    memory["in_a_row"] = 0
+    state["in_a_row"] = 0
     return self._compare(losses[-1]) if self._max_loss_ratio else ""
 
   def _compare(self, loss: float) -> str:
-    memory = self.state
-    if len(memory["losses"]) < _START:
-      memory["losses"].append(loss)
+    """Returns why the run should end because of its average loss, or ""."""
+    state = self.state
+    if len(state["losses"]) < _WINDOW:
+      state["losses"].append(loss)
       return ""
-    start = sum(memory["losses"]) / _START
-    average = memory.get("average", start)
-    average += (loss - average) / _START
-    memory["average"] = average
+    start = sum(state["losses"]) / _WINDOW
+    average = state.get("average", start)
+    average += (loss - average) / _WINDOW
+    state["average"] = average
     if average <= self._max_loss_ratio * start:
       return ""
     return (

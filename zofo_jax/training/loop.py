@@ -1,190 +1,105 @@
-"""The outer loop of a run: its iterations, metrics, checkpoints and ledger."""
+"""The training loop: steps, and hooks between them."""
 
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
-from etils import epath
-
-from zofo_jax import errors, report
-from zofo_jax.checkpoints import state_store
-from zofo_jax.config import defaults
-from zofo_jax.core.types import BilevelState
-from zofo_jax.report import profiler, trackers
-from zofo_jax.report import progress as progress_lib
-from zofo_jax.training import guards
 
 
-class Work(NamedTuple):
-  """What the loop calls.
+class Hook:
+  """Something that is done between the steps of a loop; by default nothing.
 
-  Attributes:
-    start: () -> the state at step 0, and figures to remember.
-    compile: (state, number of the iteration) -> `step`'s program, which its
-      first call finds; the training time is without it.
-    step: (state, number of the iteration) -> (state, info), not waited for.
-    told: (number of the iteration, info on the host) -> what `metrics.jsonl`
-      is told; `lower_loss` and `upper_loss` are shown.
-    health: (info on the host) -> what `guards.Guard.update` looks at: the
-      losses, and whether no direction was finite.
-    select: (state) -> what the selection rows say, and its scores: a checkpoint
-      of the highest is kept.
-    spent: (number of iterations) -> what they cost; see `budget`.
+  A step is counted when it is done: the first has the number 1.
   """
 
-  start: Callable[[], tuple[BilevelState, dict[str, Any]]]
-  compile: Callable[[BilevelState, int], jax.stages.Compiled]
-  step: Callable[[BilevelState, int], tuple[BilevelState, Any]]
-  told: Callable[[int, Any], dict[str, Any]]
-  health: Callable[[Any], tuple[list[float], bool]]
-  select: Callable[[BilevelState], tuple[dict[str, float], float]]
-  spent: Callable[[int], dict[str, float]]
+  def before_step(self, step: int) -> None:
+    """Is called before a step is dispatched.
+
+    Args:
+      step: its number.
+    """
+
+  def on_info(self, step: int, info: Any) -> None:
+    """Is called once for each step, with its results on the host.
+
+    That is after the next step was dispatched, so that the device never waits,
+    or earlier where a hook needs the state.
+
+    Args:
+      step: its number.
+      info: what the step returned besides the state, in NumPy arrays.
+    """
+
+  def needs_state(self, step: int) -> bool:
+    """Returns whether the hooks' `on_state` are to be called after a step.
+
+    Every hook is asked after every step, in order.
+    """
+    del step
+    return False
+
+  def on_state(self, step: int, state: Any) -> None:
+    """Is called after steps for which any hook needs the state.
+
+    All `on_info` have been called by then, that of this step included.
+
+    Args:
+      step: its number.
+      state: after it; donated to the next step.
+    """
 
 
-def run(
-  trained: state_store.Trained, folder: epath.Path, work: Work
-) -> tuple[BilevelState, dict[str, Any]]:
-  """Runs to the end, from the latest checkpoint if there is one.
+def train_loop(
+  state: Any,
+  step_fn: Callable[[Any, int], tuple[Any, Any]],
+  start: int,
+  stop: int,
+  hooks: Sequence[Hook],
+) -> Any:
+  """Takes the steps from `start` to `stop`.
 
   Args:
-    trained: a run whose config `store.check_config` has passed.
-    folder: of the run.
-    work: what is done.
+    state: after `start` steps.
+    step_fn: (state, steps done) -> (state, info); it is not waited for.
+    start: how many steps are done.
+    stop: how many are done in the end.
+    hooks: are called in this order; one that raises ends the loop.
 
   Returns:
-    The best state on the selection rows, and what is remembered: what `start`
-    gave, and `seconds` of training.
+    The state after `stop` steps.
 
-  Raises:
-    UserError: something cannot be written, or the run went wrong.
-    guards.InterruptedRun: SIGTERM or SIGINT came.
+  Example:
+    >>> from zofo_jax.training import loop
+    >>> class Print(loop.Hook):
+    ...   def on_info(self, step, info):
+    ...     print(step, info)
+    >>> loop.train_loop(0.5, lambda x, _: (x / 2, x), 0, 2, [Print()])
+    1 0.5
+    2 0.25
+    0.125
   """
-  state_store.make_folder(folder / "checkpoints")
-  try:
-    with state_store.Store(trained, folder, write=True) as store:
-      return _run(trained, folder, work, store)
-  except OSError as error:
-    raise errors.UserError(
-      f"{error.filename or folder} cannot be written to "
-      f"({error.strerror or errors.first_line(error)}); what was saved before "
-      "is as it was."
-    ) from error
-
-
-def _run(trained, folder, work, store):
-  """Goes on from the latest checkpoint, or from the beginning."""
-  writer = report.JsonlWriter(folder / "metrics.jsonl")
-  options = trained.config.train
-  resumed = store.resume()
-  if resumed is None:
-    writer.truncate_after(-1)
-    state, record = work.start()
-    record |= {"seconds": 0.0, "guard": {}}
-    store.start_ledger(state)
-  else:
-    state, record = resumed
-    writer.truncate_after(int(state.step))
-  state_store.write_config(trained.config, folder)
-  told = trackers.Trackers(
-    options.trackers,
-    folder,
-    defaults.flat(trained.config),
-    int(state.step),
-  )
-
-  def write(row):
-    writer.write(row)
-    told.write(row)
-
-  profile = profiler.Profile(folder / "profile", options.profile_steps)
-  with writer, told, profile, guards.Signals() as signals:
-    state = _iterate(
-      trained, work, state, record, write, store, signals, profile
-    )
-  store.wait()
-  if store.checkpoints.best_step() != int(state.step):
-    del state  # one backbone at a time
-    state, _ = store.best()
-  return state, record
-
-
-def _iterate(trained, work, state, record, write, store, signals, profile):
-  """Takes the remaining outer iterations; returns the state."""
-  options = trained.config.train
-  guard = guards.Guard(
-    record["guard"],
-    max_nonfinite=options.max_nonfinite,
-    max_loss_ratio=options.max_loss_ratio,
-  )
-  start, total = int(state.step), options.num_steps
-  if start < total:
-    began = time.monotonic()
-    program = work.compile(state, start)
-    record["program_bytes"] = progress_lib.program_bytes(program)
-    compiling = record.get("compile_seconds", 0.0)
-    record["compile_seconds"] = compiling + time.monotonic() - began
-  began = time.monotonic() - record["seconds"]
   pending: tuple[int, Any] | None = None
-  with progress_lib.Progress(total, start=start) as progress:
 
-    def flush() -> str:
-      # Metrics are fetched one step late, so the device never waits for us.
-      nonlocal pending
-      if pending is None:
-        return ""
-      step, info = pending[0], jax.device_get(pending[1])
-      pending = None
-      row = work.told(step - 1, info)
-      write(
-        {
-          "step": step,
-          **row,
-          "seconds": time.monotonic() - began,
-          **work.spent(step),
-          **progress_lib.memory(),
-        }
-      )
-      store.append(step, info)
-      shown = {name: row.get(f"{name}_loss") for name in ("lower", "upper")}
-      progress.update(
-        step, **{name: float(v) for name, v in shown.items() if v is not None}
-      )
-      return guard.update(*work.health(info))
+  def fetch() -> None:
+    nonlocal pending
+    if pending is None:
+      return
+    done, info = pending[0], jax.device_get(pending[1])
+    pending = None
+    for hook in hooks:
+      hook.on_info(done, info)
 
-    def save(**options: Any) -> None:
-      record["guard"] = guard.state
-      store.save(state, record, **options)
-
-    for step in range(start, total):
-      with profile.of(step - start):
-        state, info = work.step(state, step)
-      problem, number = flush(), signals.preemption_requested(step)
-      pending = (step + 1, info)
-      evaluates = (step + 1) % options.eval_every_steps == 0
-      evaluates = evaluates or step + 1 == total
-      if problem or number or evaluates:
-        problem = flush() or problem
-        record["seconds"] = time.monotonic() - began
-      if problem:
-        save()
-        raise errors.UserError(
-          f"{problem}; the run stops at step {step + 1} of {total}, which is "
-          "saved."
-        )
-      if evaluates:
-        found, metric = work.select(state)
-        scores = {f"selection_{name}": v for name, v in found.items()}
-        write({"step": step + 1, **scores})
-        save(metric=metric)
-        # Evaluation is no part of the training time.
-        began = time.monotonic() - record["seconds"]
-      if number and step + 1 < total:
-        save()
-        store.wait()
-        raise guards.InterruptedRun(
-          number,
-          f"at step {step + 1} of {total}, which is saved; the same command "
-          "goes on from there.",
-        )
+  for step in range(start, stop):
+    for hook in hooks:
+      hook.before_step(step + 1)
+    with jax.profiler.StepTraceAnnotation("outer", step_num=step + 1):
+      state, info = step_fn(state, step)  # dispatched, not awaited
+    fetch()  # of the step before: the device is busy with this one
+    pending = step + 1, info
+    # Asked of all of them: several processes agree on a step in one.
+    if any([hook.needs_state(step + 1) for hook in hooks]):
+      fetch()
+      for hook in hooks:
+        hook.on_state(step + 1, state)
+  fetch()
   return state

@@ -1,4 +1,4 @@
-"""The ledger: theta's steps as a few numbers a line, from which it is rebuilt.
+"""The ledger: a few numbers for each step, from which θ is rebuilt.
 
 `python -m zofo_jax.ledger` is its command line.
 """

@@ -1,10 +1,10 @@
 """The file of a ledger: a header and a line for each outer step.
 
-A line is, between spaces: step, number of directions, learning rate, decay,
-coefficients, weights and the CRC-32 of what stands before it. Numbers of
-float32 are their eight hexadecimal digits, so that nothing is rounded; the
-weights are "-" where the update cannot be taken again. The header is JSON and
-its CRC-32. A line is appended and synced to the disk at once.
+The fields of a line, separated by spaces, are: step, number of directions,
+learning rate, decay, coefficients, weights, and the CRC-32 of the text before
+it. A float32 is written as eight hexadecimal digits, so that nothing is
+rounded; the weights are "-" if the update cannot be replayed. The header is
+JSON and its CRC-32. Each line is synced to the disk when it is appended.
 """
 
 import io
@@ -16,7 +16,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from zofo_jax import errors
+from zofo_jax import errors, report
 from zofo_jax.core.types import InPlaceUpdate
 from zofo_jax.sharding import multihost
 
@@ -27,9 +27,9 @@ class LedgerEntry(NamedTuple):
   """An outer step.
 
   Attributes:
-    step: outer steps done with it, from 1.
+    step: its number, from 1.
     coefficients: directional derivatives, float32 [Q].
-    move: what was added to theta; None if that is not all of the update.
+    move: the update of θ; None if these numbers do not determine it.
   """
 
   step: int
@@ -37,7 +37,7 @@ class LedgerEntry(NamedTuple):
   move: InPlaceUpdate | None
 
   def serialize(self) -> str:
-    """Returns the line with its checksum and its end."""
+    """Returns the line, with its checksum and its newline."""
     move = self.move
     fields = [
       str(self.step),
@@ -51,17 +51,17 @@ class LedgerEntry(NamedTuple):
 
 
 class Ledger(NamedTuple):
-  """What is in a file.
+  """The content of a file.
 
   Attributes:
-    header: what every line rests on; see `replay.make_header`.
-    lines: the steps from 1 on, none left out.
-    torn: whether a last line without its end was dropped.
+    header: what all entries depend on; see `replay.make_header`.
+    lines: the steps from 1 on, without a gap.
+    truncated: whether an incomplete last line was dropped.
   """
 
   header: dict[str, Any]
   lines: list[LedgerEntry]
-  torn: bool = False
+  truncated: bool = False
 
   def serialize(self) -> str:
     """Returns the file's content, byte for byte."""
@@ -74,37 +74,37 @@ def start(header: dict[str, Any]) -> str:
 
 
 def parse(content: bytes, where: str) -> Ledger:
-  """Reads a ledger's content.
+  """Parses a ledger.
 
-  A last line without its end was cut off by the end of a process: it is
+  A last line without its newline was cut off when a process ended, and is
   dropped.
 
   Args:
-    content: all of it.
+    content: of the file.
     where: the file's name, for messages.
 
   Returns:
     The ledger.
 
   Raises:
-    UserError: names the line whose checksum is wrong or that is no line.
+    UserError: names the line whose checksum is wrong or that cannot be parsed.
   """
-  *whole, rest = content.split(b"\n")
-  if not whole:
+  *complete, remainder = content.split(b"\n")
+  if not complete:
     raise errors.UserError(f"'{where}' is no ledger: it has no whole line.")
-  header = _header(_checked(whole[0], where, 1), where)
+  header = _header(_checked(complete[0], where, 1), where)
   lines = [
     _line(_checked(text, where, number), where, number)
-    for number, text in enumerate(whole[1:], 2)
+    for number, text in enumerate(complete[1:], 2)
   ]
-  return Ledger(header, lines, torn=bool(rest))
+  return Ledger(header, lines, truncated=bool(remainder))
 
 
 def read(path: epath.PathLike) -> Ledger:
   """Reads a ledger's file; see `parse`.
 
   Raises:
-    UserError: there is no such file, or a line of it is damaged.
+    UserError: there is no such file, or a line of it is corrupt.
   """
   path = epath.Path(path)
   if not path.is_file():
@@ -113,26 +113,24 @@ def read(path: epath.PathLike) -> Ledger:
 
 
 class Writer:
-  """Appends lines to a ledger, each on the disk before the call returns.
+  """Appends lines to a ledger; each is on the disk when the call returns.
 
-  Of several processes the first writes.
+  Of several processes only the first writes.
   """
 
   def __init__(self, path: epath.PathLike, content: str):
-    """Puts `content` in the file, in one piece, and opens it to be continued.
+    """Writes `content` to the file, atomically, and opens it for appending.
 
     Args:
       path: the file; its folder exists.
-      content: what is in it so far, at least the first line.
+      content: so far; at least the first line.
     """
     self.path = epath.Path(path)
     self._parts = [content]
     self._file: IO[Any] | None = None
     if not multihost.is_primary():
       return
-    beside = self.path.with_name(self.path.name + ".tmp")
-    beside.write_text(content)
-    beside.replace(self.path)
+    report.write_text(self.path, content)
     self._file = self.path.open("a")
 
   def append(self, line: LedgerEntry) -> None:
@@ -171,13 +169,13 @@ def _sealed(text: str) -> str:
 
 
 def _checked(line: bytes, where: str, number: int) -> str:
-  """Returns a line without its checksum, which must be right."""
-  text, _, found = line.rpartition(b" ")
+  """Returns a line without its checksum, which is compared."""
+  text, _, checksum = line.rpartition(b" ")
   expected = f"{zlib.crc32(text):08x}"
-  if found != expected.encode():
+  if checksum != expected.encode():
     raise errors.UserError(
-      f"'{where}' line {number} is damaged: its checksum is "
-      f"{found[:16].decode('ascii', 'replace')!r}, expected '{expected}'."
+      f"'{where}' line {number} is corrupt: its checksum is "
+      f"{checksum[:16].decode('ascii', 'replace')!r}, expected '{expected}'."
     )
   return text.decode("utf-8", "replace")
 
@@ -185,10 +183,10 @@ def _checked(line: bytes, where: str, number: int) -> str:
 def _header(text: str, where: str) -> dict[str, Any]:
   try:
     header = json.loads(text)
-    found = header.pop("format")
+    file_format = header.pop("format")
   except (ValueError, KeyError, AttributeError, TypeError):
-    found = None
-  if found != FORMAT:
+    file_format = None
+  if file_format != FORMAT:
     raise errors.UserError(
       f"'{where}' line 1: expected the header of a '{FORMAT}'; found "
       f"{text[:40]!r}."

@@ -1,7 +1,7 @@
-"""Theta from where it began and the lines of a ledger.
+"""Replays the lines of a ledger on the backbone that they started from.
 
-The steps are taken by the code that training takes them with, one compiled
-program for all, and give the same bits on the same kind of machine.
+Steps are applied by the code that training uses, in one compiled program for
+all, and give the same bits on the same kind of machine.
 """
 
 import functools
@@ -41,21 +41,22 @@ def fingerprint(tree: Any) -> str:
 
 
 def make_header(
-  config: ml_collections.ConfigDict, base: Any, key: jax.Array
+  model: Mapping[str, Any], zo: Mapping[str, Any], base: Any, key: jax.Array
 ) -> dict[str, Any]:
-  """Says what a run's steps rest on.
+  """Returns the header of a run's ledger: what its entries depend on.
 
   Args:
-    config: the run's config; its `model` and `zo` are kept.
-    base: theta before the first step.
+    model: the section `model` of the run's config.
+    zo: the section `zo`.
+    base: θ before the first step.
     key: the run's typed PRNG key.
 
   Returns:
     A dictionary of JSON.
   """
   return {
-    "model": config.model.to_dict(),
-    "zo": _jsonable(config.zo.to_dict()),
+    "model": dict(model),
+    "zo": _jsonable(dict(zo)),
     "base_sha256": fingerprint(base),
     "key": np.asarray(jax.random.key_data(key)).tolist(),
     "versions": versions(),
@@ -63,13 +64,13 @@ def make_header(
 
 
 def versions() -> dict[str, str]:
-  """Returns what the last bit of a step may depend on."""
+  """Returns the versions on which the last bit of a step may depend."""
   try:
-    own = metadata.version("zofo-jax")
+    version = metadata.version("zofo-jax")
   except metadata.PackageNotFoundError:  # A checkout on PYTHONPATH.
-    own = "not installed"
+    version = "not installed"
   return {
-    "zofo_jax": own,
+    "zofo_jax": version,
     "jax": jax.__version__,
     "device": jax.devices()[0].device_kind,
   }
@@ -101,23 +102,23 @@ def load_start(
   header: Mapping[str, Any],
   mesh: mesh_lib.AnyMesh | None = None,
 ) -> Any:
-  """Reads theta where a ledger begins.
+  """Reads the backbone that a ledger starts from.
 
   Args:
     config: names the dtype.
     model: whose weights they are.
     header: of the ledger.
-    mesh: the grid of devices; None for one.
+    mesh: the grid of devices; None for a single device.
 
   Raises:
-    UserError: the model's weights are not those that the ledger began with.
+    UserError: the model's weights are not those that the ledger started from.
   """
   base = model_lib.load_base(config, model, mesh)
-  expected, found = header.get("base_sha256", ""), fingerprint(base)
-  if found != expected:
+  expected, actual = header.get("base_sha256", ""), fingerprint(base)
+  if actual != expected:
     raise errors.UserError(
-      f"{model.folder}: these are not the weights that the ledger began with: "
-      f"expected SHA-256 {expected[:12]}…, found {found[:12]}…"
+      f"{model.folder}: these are not the weights that the ledger started "
+      f"from: expected SHA-256 {expected[:12]}…, found {actual[:12]}…"
     )
   return base
 
@@ -128,19 +129,19 @@ def advance(
   lines: Sequence[ledger_format.LedgerEntry],
   where: str,
 ) -> Any:
-  """Takes steps on theta again.
+  """Replays steps on the backbone.
 
   Args:
-    base: theta before the first of them; donated.
-    header: of the ledger that the lines are from.
+    base: θ before the first of them; donated.
+    header: of the ledger that contains the lines.
     lines: consecutive steps.
     where: the ledger's file, for messages.
 
   Returns:
-    theta after the last of them.
+    θ after the last of them.
 
   Raises:
-    UserError: the update of these lines cannot be taken again.
+    UserError: the updates of these lines cannot be replayed.
   """
   if not lines:
     return base
@@ -156,7 +157,7 @@ def advance(
 
 @functools.lru_cache(maxsize=4)
 def _step_fn(zo: str) -> Callable[..., Any]:
-  """Returns the step of a header's `zo`, traced once for all."""
+  """Returns the jitted update of a header's `zo`, traced only once."""
   config = config_of({"model": {"name": "any"}, "zo": json.loads(zo)}, zo)
   return jax.jit(
     functools.partial(
@@ -169,10 +170,10 @@ def _step_fn(zo: str) -> Callable[..., Any]:
 
 
 def check(zo_config: ml_collections.ConfigDict) -> None:
-  """Stops where lines are not all of an update.
+  """Checks that the lines of a ledger determine the updates.
 
   Raises:
-    UserError: zo.optimizer keeps a state like theta.
+    UserError: zo.optimizer keeps a state of the size of θ.
   """
   if zo_config.optimizer not in validate.IN_PLACE:
     raise errors.UserError(

@@ -20,7 +20,7 @@ from zofo_jax.data import batching, encode_options
 from zofo_jax.evaluation import in_context as in_context_lib
 from zofo_jax.evaluation import scoring
 from zofo_jax.models import apply
-from zofo_jax.sharding import mesh as mesh_lib
+from zofo_jax.sharding import dispatch
 from zofo_jax.training.meta import few_shot, multitask_run, task_sets
 
 
@@ -47,7 +47,7 @@ def assess(
   )
   # All seeds of a target answer its rows together: scores [B, O, seeds].
   log_probs_fn = apply.make_log_probs_fn(run.model.module)
-  score_fn = mesh_lib.jit_on_batches(
+  score_fn = dispatch.jit_on_batches(
     jax.vmap(scoring.make_score_fn(log_probs_fn), (None, 0, None), -1),
     run.mesh,
     2,

@@ -23,6 +23,7 @@ from zofo_jax.core.types import PER_TASK_FIELDS, BilevelState
 from zofo_jax.data import batching
 from zofo_jax.evaluation import objectives
 from zofo_jax.sharding import mesh as mesh_lib
+from zofo_jax.sharding import rules
 from zofo_jax.training.meta import task_sets
 
 
@@ -98,10 +99,10 @@ class MultitaskRun(NamedTuple):
     config.meta.on_host = False
     family = self._replace(run=self.run._replace(config=config))
     state = jax.eval_shape(family.init, base)
-    places = mesh_lib.state_shardings(
+    places = rules.state_shardings(
       self.mesh, state, self.model.family.SHARDINGS
     )
-    return mesh_lib.with_shardings(state, places)
+    return rules.with_shardings(state, places)
 
   def abstract_state(self) -> BilevelState:
     """Returns the shapes and shardings of a state; reads no weights."""
@@ -190,6 +191,8 @@ def load(workdir: str) -> tuple[MultitaskRun, BilevelState]:
   """
   folder = epath.Path(workdir)
   family = make_family(run_lib.read_config(folder))
-  with state_store.Store(family, folder) as store:
+  with state_store.open_store(
+    family.run, folder, abstract_state=family.abstract_state
+  ) as store:
     state, _ = store.best()
   return family, state

@@ -1,4 +1,4 @@
-"""Meta-training: many tasks' adapters, and a backbone that they share."""
+"""Meta-training: the adapters of many tasks, and a backbone that they share."""
 
 from typing import Any
 
@@ -7,113 +7,94 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from zofo_jax import errors, report
+from zofo_jax import errors
 from zofo_jax.builders import algorithm, budget, data, model
 from zofo_jax.checkpoints import state_store
+from zofo_jax.config import defaults
 from zofo_jax.core import multitask
-from zofo_jax.report import progress as progress_lib
-from zofo_jax.sharding import mesh as mesh_lib
-from zofo_jax.training import loop
+from zofo_jax.report import memory
+from zofo_jax.sharding import dispatch
+from zofo_jax.training import fit, summary
 from zofo_jax.training import train as train_lib
 from zofo_jax.training.meta import multitask_run, task_sets
 
 
-def _work(
-  family: multitask_run.MultitaskRun, examples: list[data.Examples]
-) -> loop.Work:
-  """Says what the loop does."""
-  config, pad = family.config, family.run.model.pad
-  meta, step_fn = config.meta, family.run.algorithm.step
-  sizes = [len(each.lower) + len(each.upper) for each in examples]
-  shape = task_sets.common_shape(list(map(data.train_shape, examples)))
-  of_tasks = config.method == "bilevel"
+class _TaskSampler:
+  """The tasks and batches of each iteration, a function of its number."""
 
-  def drawn(number):
+  def __init__(
+    self, family: multitask_run.MultitaskRun, examples: list[data.Examples]
+  ):
+    self._family, self._examples = family, examples
+    self._sizes = [len(rows.lower) + len(rows.upper) for rows in examples]
+    self.shape = task_sets.common_shape(list(map(data.train_shape, examples)))
+
+  def tasks(self, step: int) -> np.ndarray:
+    """Returns the indices of the tasks that take part in a step."""
+    config = self._family.config
     return multitask.sample_tasks(
-      config.seed, number, sizes, meta.num_tasks, power=meta.size_power
+      config.seed,
+      step,
+      self._sizes,
+      config.meta.num_tasks,
+      power=config.meta.size_power,
     )
 
-  def on_device(state, tasks, batch, hparams):
-    if not of_tasks:
-      return step_fn(state, batch, hparams)
-    moved, info = step_fn(multitask.gather_tasks(state, tasks), batch, hparams)
-    return multitask.scatter_tasks(state, tasks, moved), info
-
-  places = jax.tree.map(lambda leaf: leaf.sharding, family.on_device())
-  jitted = mesh_lib.jit_step(
-    step_fn if meta.on_host else on_device, family.mesh, places
-  )
-
-  def arguments(state, number):
-    tasks = drawn(number)
-    each = [
-      train_lib.iteration_batch(config, examples[i], shape, pad, number)
+  def batch(self, step: int) -> Any:
+    """Returns the tasks' batches, stacked and on the mesh."""
+    config, pad = self._family.config, self._family.run.model.pad
+    tasks = self.tasks(step)
+    batches = [
+      train_lib.iteration_batch(
+        config, self._examples[i], self.shape, pad, step
+      )
       for i in tasks
     ]
-    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-    batch = family.run.shard_batch(batch, axis=1)
-    if meta.weight_power:
-      weights = np.asarray(sizes, np.float32)[tasks] ** meta.weight_power
+    batch = jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
+    batch = self._family.run.shard_batch(batch, axis=1)
+    power = config.meta.weight_power
+    if power:
+      weights = np.asarray(self._sizes, np.float32)[tasks] ** power
       batch = batch._replace(weights=weights.astype(np.float32))
-    rest = batch, algorithm.make_hparams(config, number)
-    if meta.on_host:
-      return multitask.gather_tasks(state, tasks), *rest
-    return state, tasks, *rest
+    return batch
 
-  def step(state, number):
-    moved, info = jitted(*arguments(state, number))
-    if meta.on_host:
-      moved = multitask.scatter_tasks(state, drawn(number), moved)
-    return moved, info
 
-  def compile_step(state, number):
-    return jitted.lower(*arguments(state, number)).compile()
+def _make_step(
+  family: multitask_run.MultitaskRun, sampler: _TaskSampler
+) -> fit.Step:
+  """Jits a step on the sampled tasks' adapters and the backbone.
 
-  def told(number, info):
-    return {**train_lib.told(info), "tasks": drawn(number)}
+  The adapters of all tasks are on the devices, where they are gathered and
+  scattered by the program; or in the host's memory, from which those of the
+  sampled tasks are copied.
+  """
+  config, step_fn = family.config, family.run.algorithm.step
+  has_adapters_of_tasks = config.method == "bilevel"
+  on_host = config.meta.on_host
 
-  of_row = train_lib.row_flops(family.run, examples[0], shape)
+  def on_device(state, tasks, batch, hparams):
+    if not has_adapters_of_tasks:
+      return step_fn(state, batch, hparams)
+    after, info = step_fn(multitask.gather_tasks(state, tasks), batch, hparams)
+    return multitask.scatter_tasks(state, tasks, after), info
 
-  def spent(count):
-    found = budget.spent(config, count, meta.num_tasks)
-    return {**found._asdict(), "flops": of_row * found.forward_equivalents}
+  def arguments(state, step):
+    tasks = sampler.tasks(step)
+    inputs = sampler.batch(step), algorithm.make_hparams(config, step)
+    if on_host:
+      return multitask.gather_tasks(state, tasks), *inputs
+    return state, tasks, *inputs
 
-  def start():
-    base = model.load_base(config, family.model, family.mesh)
-    # As checkpoints are read, so that both go on with one program.
-    state = jax.tree.map(
-      lambda leaf, like: (
-        leaf
-        if isinstance(leaf, np.ndarray)
-        else jax.device_put(leaf, like.sharding)
-      ),
-      family.init(base),
-      family.abstract_state(),
-    )
-    rows = [each.test for each in examples]
-    return state, {
-      "zero_shot": family.evaluate(state, rows, "zero-shot", bare=True)
-    }
+  def finish(before, step, after):
+    if on_host:
+      return multitask.scatter_tasks(before, sampler.tasks(step), after)
+    return after
 
-  def select(state):
-    rows = [each.selection for each in examples]
-    found = family.evaluate(state, rows, "selection")
-    scores = {
-      member.task.name: one[member.task.metric]
-      for member, one in zip(family.members, found, strict=True)
-    }
-    mean = float(np.mean(list(scores.values())))
-    return {"mean": mean, **scores}, mean
-
-  return loop.Work(
-    start=start,
-    compile=compile_step,
-    step=step,
-    told=told,
-    health=train_lib.health,
-    select=select,
-    spent=spent,
+  shardings = jax.tree.map(lambda leaf: leaf.sharding, family.on_device())
+  jitted = dispatch.jit_step(
+    step_fn if on_host else on_device, family.mesh, shardings
   )
+  return fit.Step(jitted, arguments, finish)
 
 
 def metatrain(
@@ -138,11 +119,63 @@ def metatrain(
     )
   family = multitask_run.make_family(config)
   folder = epath.Path(workdir)
-  state_store.check_config(config, folder)
+  state_store.check_config(defaults.flat(config), folder)
   examples = task_sets.load_examples(config, family.run.model, family.members)
-  work = _work(family, examples)
-  state, record = loop.run(family, folder, work)
-  found = family.evaluate(state, [each.test for each in examples], "test")
+  state_store.make_folder(folder / "checkpoints")
+  sampler = _TaskSampler(family, examples)
+  flops_per_row = train_lib.row_flops(family.run, examples[0], sampler.shape)
+
+  def init():
+    base = model.load_base(config, family.model, family.mesh)
+    # As a checkpoint is read, so that a resumed run has the same program.
+    state = jax.tree.map(
+      lambda leaf, like: (
+        leaf
+        if isinstance(leaf, np.ndarray)
+        else jax.device_put(leaf, like.sharding)
+      ),
+      family.init(base),
+      family.abstract_state(),
+    )
+    rows = [of_task.test for of_task in examples]
+    return state, {
+      "zero_shot": family.evaluate(state, rows, "zero-shot", bare=True)
+    }
+
+  def metrics_row(step, info):
+    return {**train_lib.metrics_row(info), "tasks": sampler.tasks(step)}
+
+  def compute_spent(num_steps):
+    passes = budget.spent(config, num_steps, config.meta.num_tasks)
+    return train_lib.budget_row(passes, flops_per_row)
+
+  def validate(state):
+    rows = [of_task.selection for of_task in examples]
+    results = family.evaluate(state, rows, "selection")
+    scores = {
+      member.task.name: metrics[member.task.metric]
+      for member, metrics in zip(family.members, results, strict=True)
+    }
+    mean = float(np.mean(list(scores.values())))
+    return {"mean": mean, **scores}, mean
+
+  with (
+    fit.write_errors(folder),
+    state_store.open_store(
+      family.run, folder, abstract_state=family.abstract_state, write=True
+    ) as store,
+  ):
+    state, run_metadata = fit.fit(
+      config,
+      folder,
+      store,
+      _make_step(family, sampler),
+      init=init,
+      metrics_row=metrics_row,
+      budget=compute_spent,
+      validate=validate,
+    )
+  results = family.evaluate(state, [rows.test for rows in examples], "test")
   table = []
   for i, member in enumerate(family.members):
     metric = member.task.metric
@@ -151,30 +184,24 @@ def metatrain(
         "task": member.task.name,
         "metric": metric,
         "test rows": len(examples[i].test),
-        "zero-shot": record["zero_shot"][i][metric],
-        "trained": found[i][metric],
+        "zero-shot": run_metadata["zero_shot"][i][metric],
+        "trained": results[i][metric],
       }
     )
-  summary: dict[str, Any] = {
+  fields: dict[str, Any] = {
     "method": config.method,
     "model": config.model.name,
     **{
-      f"{name}_mean": float(np.mean([row[text] for row in table]))
-      for name, text in (("zero_shot", "zero-shot"), ("test", "trained"))
+      f"{name}_mean": float(np.mean([row[column] for row in table]))
+      for name, column in (("zero_shot", "zero-shot"), ("test", "trained"))
     },
     "tasks": table,
     "best_step": int(state.step),
     "num_outer_steps": config.train.num_steps,
-    **work.spent(config.train.num_steps),
-    "train_seconds": record["seconds"],
-    "compile_seconds": record["compile_seconds"],
-    "program_bytes": record["program_bytes"],
-    "peak_rss_bytes": progress_lib.peak_rss_bytes(),
+    **compute_spent(config.train.num_steps),
+    **summary.cost(run_metadata),
+    "peak_rss_bytes": memory.peak_rss_bytes(),
   }
-  report.write_json(folder / "summary.json", summary)
-  report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
-  report.results_table(
-    table, title=f"{config.method}: the tasks trained on, own test rows"
-  )
-  print(f"In {folder}: summary.json, metrics.jsonl, curves.png, checkpoints/.")
-  return summary
+  title = f"{config.method}: the tasks trained on, own test rows"
+  summary.write(folder, fields, table, title)
+  return fields

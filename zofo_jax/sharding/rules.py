@@ -1,0 +1,134 @@
+"""Which array is divided along which axes of a mesh.
+
+Weights are divided by a table of rules for each family of models, batches by
+rows, and everything else is replicated; XLA divides the program.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from zofo_jax import errors
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.sharding.mesh import ROW_AXES, AnyMesh
+
+# (pattern searched in a leaf's path, how its axes are divided); the first match
+# counts.
+Rules = Sequence[tuple[str, P]]
+
+
+def replicated(mesh: AnyMesh) -> NamedSharding:
+  """Returns the sharding of an array that every device holds whole."""
+  return NamedSharding(mesh, P())
+
+
+def batch_sharding(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
+  """Returns the sharding of a batch whose rows are along an axis."""
+  return NamedSharding(mesh, P(*[None] * axis, ROW_AXES))
+
+
+def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
+  """Returns the sharding of each leaf of a tree; scalars are replicated.
+
+  Args:
+    mesh: the grid.
+    tree: arrays or shapes.
+    rules: for every path.
+
+  Returns:
+    A tree like `tree` of shardings.
+
+  Raises:
+    UserError: a leaf has no rule, or an axis does not divide it.
+  """
+
+  def sharding_of(path, leaf):
+    if not leaf.shape:
+      return replicated(mesh)
+    name = tree_lib.path_name(path)
+    specs = [spec for pattern, spec in rules if re.search(pattern, name)]
+    if not specs:
+      raise errors.UserError(
+        f"config.mesh: no rule says how the weight {name} is divided."
+      )
+    for axis, names in enumerate(specs[0]):
+      names = (names,) if isinstance(names, str) else names or ()
+      parts = math.prod(mesh.shape[n] for n in names)
+      if leaf.shape[axis] % parts:
+        text = " times ".join(f"mesh.{n}={mesh.shape[n]}" for n in names)
+        raise errors.UserError(
+          f"config.mesh: the weight {name} has {leaf.shape[axis]} on axis "
+          f"{axis}, which {text} does not divide."
+        )
+    return NamedSharding(mesh, specs[0])
+
+  return jax.tree.map_with_path(sharding_of, tree)
+
+
+def state_shardings(mesh: AnyMesh, state: Any, rules: Rules) -> Any:
+  """Returns the shardings of a run's state: `base`, `base_opt` by the rules.
+
+  Args:
+    mesh: the grid.
+    state: `BilevelState`, or a named tuple with these two fields.
+    rules: for the paths of the backbone's weights.
+
+  Returns:
+    A tree like `state` of shardings; adapters and all else are replicated.
+  """
+  whole = jax.tree.map(lambda _: replicated(mesh), state)
+  return whole._replace(
+    base=shardings(mesh, state.base, rules),
+    base_opt=shardings(mesh, state.base_opt, rules),
+  )
+
+
+def with_shardings(tree: Any, leaf_shardings: Any) -> Any:
+  """Returns the shapes of a tree with a sharding for each leaf."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(
+      leaf.shape, leaf.dtype, sharding=sharding
+    ),
+    tree,
+    leaf_shardings,
+  )
+
+
+def make_activation_constraint(
+  mesh: AnyMesh,
+) -> Callable[[jax.Array, bool], jax.Array]:
+  """Returns the sharding constraint of a model's activations.
+
+  Without it they would be divided like the weights that they are multiplied
+  by, and the weights of an `fsdp` axis would not be gathered.
+
+  Args:
+    mesh: the grid.
+
+  Returns:
+    (x [B, ..., D], whether to divide D) -> x: the batch over (data, fsdp), and
+    within a layer the features over `model`.
+  """
+  parts = math.prod(mesh.shape[name] for name in ROW_AXES)
+
+  def constrain(x, features_divided):
+    if mesh.size == 1:
+      return x
+    # With a direction for each example, the batch axis is hidden by vmap.
+    divisible = x.shape[0] % parts == 0
+    rows = ROW_AXES if divisible else P.UNCONSTRAINED
+    features = "model" if features_divided else None
+    spec = P(rows, *[None] * (x.ndim - 2), features)
+    # Within a group of directions (`dispatch.map_directions`) the mesh is
+    # another.
+    context = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh if context.empty else context, spec)
+    )
+
+  return constrain
