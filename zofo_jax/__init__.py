@@ -1,5 +1,6 @@
 """Bilevel-ZOFO in JAX: zeroth-order backbones, first-order adapters."""
 
+from zofo_jax import adapters, errors
 from zofo_jax.core import (
   baselines,
   directions,
@@ -11,6 +12,14 @@ from zofo_jax.core import (
   zo,
 )
 from zofo_jax.core.bilevel import bilevel_step, make_bilevel_step
+from zofo_jax.core.mezo import (
+  MezoAlgorithm,
+  MezoInfo,
+  MezoState,
+  make_mezo_step,
+  mezo_step,
+)
+from zofo_jax.core.outer import OuterTransform
 from zofo_jax.core.sampler import Sampler
 from zofo_jax.core.types import (
   BilevelAlgorithm,
@@ -18,7 +27,9 @@ from zofo_jax.core.types import (
   BilevelHParams,
   BilevelInfo,
   BilevelState,
+  LossFn,
 )
+from zofo_jax.core.zeroth_order import ZerothOrder
 
 __version__ = "0.1.0"
 
@@ -28,15 +39,30 @@ __all__ = [
   "BilevelHParams",
   "BilevelInfo",
   "BilevelState",
+  "LossFn",
+  "MezoAlgorithm",
+  "MezoInfo",
+  "MezoState",
+  "OuterTransform",
   "Sampler",
+  "ZerothOrder",
+  "adapters",
   "baselines",
   "bilevel_step",
   "directions",
+  "errors",
   "keys",
   "losses",
   "make_bilevel_step",
+  "make_mezo_step",
+  "mezo_step",
   "multitask",
   "outer",
   "perturbed",
   "zo",
 ]
+
+
+def __dir__() -> list[str]:
+  """Lists the public names; subpackages that are not public are left out."""
+  return sorted([*__all__, "__version__", "__doc__"])

@@ -125,12 +125,13 @@ def zo_step(
 ) -> Callable[..., tuple[Any, Any]]:
   """Makes a central estimate along one direction with SGD in place."""
   sampler = zofo.Sampler(direction, lazy=True)
+  zo = zofo.ZerothOrder(sampler)
   sgd = zofo.outer.sgd(_RATE)
 
   def step(base, state, batch, key):
     objective = lambda base: loss(base, batch)
-    found = zofo.zo.estimate(objective, base, key, 1e-3, sampler=sampler)
-    return sgd.update(base, state, found, sampler, objective, key)
+    estimate = zofo.zo.estimate(objective, base, key, 1e-3, zo)
+    return sgd.update(base, state, estimate, sampler, objective, key)
 
   return step
 
@@ -249,7 +250,7 @@ def _iterate(
     lower_tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)),
     upper_tx=optax.adam(1e-4),
     base_tx=zofo.outer.sgd(_RATE),
-    sampler=zofo.Sampler(zofo.directions.Rademacher(), lazy=True),
+    zo=zofo.ZerothOrder(zofo.Sampler(zofo.directions.Rademacher(), lazy=True)),
     over_tasks=bool(num_tasks),
   )
   held = {

@@ -72,7 +72,7 @@ def take_step(base, upper, lower, rate=1e-2):
     lower_tx=optax.adam(rate),
     upper_tx=optax.adam(rate),
     base_tx=zofo.outer.sgd(1e-3),
-    sampler=zofo.Sampler(directions.Rademacher(), lazy=True),
+    zo=zofo.ZerothOrder(zofo.Sampler(directions.Rademacher(), lazy=True)),
   )
   state = algorithm.init(jax.random.key(5), base, upper, lower)
   batch = zofo.BilevelBatch(make_batch(0, T), make_batch(1), make_batch(2))

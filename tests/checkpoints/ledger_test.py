@@ -19,6 +19,7 @@ from zofo_jax.commands import ledger as command
 from zofo_jax.core import bilevel, directions, outer, perturbed
 from zofo_jax.core import sampler as sampler_lib
 from zofo_jax.core.types import BilevelBatch, BilevelHParams, InPlaceUpdate
+from zofo_jax.core.zeroth_order import ZerothOrder
 
 
 def line(step, *weights, move=True):
@@ -222,14 +223,16 @@ def test_theta_is_rebuilt_bit_for_bit(
     lower_tx=optax.sgd(1e-2),
     upper_tx=optax.sgd(1e-2),
     base_tx=tx,
-    sampler=sampler,
-    num_directions=num_directions,
-    per_example=isinstance(direction, directions.PerExample),
-    frame_steps=2,
+    zo=ZerothOrder(
+      sampler,
+      num_directions=num_directions,
+      per_example=isinstance(direction, directions.PerExample),
+      subspace_steps=2,
+    ),
   )
   step_fn = jax.jit(algorithm.step, donate_argnums=0)
   again_fn = jax.jit(
-    functools.partial(outer.replay_update, sampler=sampler, frame_steps=2),
+    functools.partial(outer.replay_update, sampler=sampler, subspace_steps=2),
     donate_argnums=0,
   )
   adapter = jnp.zeros((8, 40))

@@ -24,6 +24,7 @@ from zofo_jax.core import (
 )
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core.types import BilevelBatch, BilevelHParams
+from zofo_jax.core.zeroth_order import ZerothOrder
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 D, ROWS, T = 5, 4, 3
@@ -66,9 +67,8 @@ def _mezo(whole):
   return baselines.make_zeroth_order_step(
     _loss,
     outer.sgd(LR),
+    ZerothOrder(directions.Gaussian(), num_directions=2),
     train_base=whole,
-    sampler=sampler.Sampler(directions.Gaussian()),
-    num_directions=2,
   )
 
 

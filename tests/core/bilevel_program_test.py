@@ -76,7 +76,7 @@ def _algorithm(loss=_loss, upper_loss=None, **options):
     "lower_tx": optax.adam(3e-2),
     "upper_tx": optax.adam(1e-2),
     "base_tx": outer.sgd(1e-2),
-    "sampler": SAMPLER,
+    "zo": zofo.ZerothOrder(SAMPLER),
   }
   return zofo.make_bilevel_step(loss, upper_loss, **(defaults | options))
 
@@ -104,7 +104,7 @@ def test_theta_is_never_differentiated():
   algorithm, _ = _plain()
   state = algorithm.init(*_start())
   jax.eval_shape(algorithm.step, state, _batch(), zofo.BilevelHParams())
-  exact = _algorithm(estimator=zo.exact)
+  exact = _algorithm(zo=zofo.ZerothOrder(SAMPLER, zo.exact))
   with pytest.raises(AssertionError, match="theta"):
     jax.eval_shape(exact.step, state, _batch(), zofo.BilevelHParams())
 
@@ -267,9 +267,8 @@ def test_no_stacked_weight_is_copied():
     residual = jnp.sum(x, axis=-1) + adapter["b"] - y
     return jnp.sum(weight * residual**2) / jnp.sum(weight)
 
-  algorithm = _algorithm(
-    loss, sampler=sampler.Sampler(directions.Rademacher(), lazy=True)
-  )
+  lazy = sampler.Sampler(directions.Rademacher(), lazy=True)
+  algorithm = _algorithm(loss, zo=zofo.ZerothOrder(lazy))
   state = algorithm.init(key, base, upper, lower)
   step = jax.jit(algorithm.step, donate_argnums=0)
   compiled = step.lower(state, _batch(), zofo.BilevelHParams()).compile()
@@ -288,7 +287,9 @@ def test_mesh_equals_one_device():
   )
   eps, penalty = 0.05, 2.0
   tx = _remember_keys(outer.sgd(1e-2), 2)
-  algorithm = _algorithm(base_tx=tx, num_directions=2)
+  algorithm = _algorithm(
+    base_tx=tx, zo=zofo.ZerothOrder(SAMPLER, num_directions=2)
+  )
   step = jax.jit(algorithm.step)
   hparams = zofo.BilevelHParams(eps, penalty)
   one, one_info = step(algorithm.init(*_start()), _batch(), hparams)

@@ -32,7 +32,7 @@ def _algorithm(loss, upper_loss, **options):
     "lower_tx": optax.adam(3e-2),
     "upper_tx": optax.adam(1e-2),
     "base_tx": outer.sgd(1e-2),
-    "sampler": SAMPLER,
+    "zo": zofo.ZerothOrder(SAMPLER),
   }
   return zofo.make_bilevel_step(loss, upper_loss, **(defaults | options))
 
@@ -79,8 +79,7 @@ def test_hyper_gradient_at_rate_one_over_penalty():
     _quadratic_upper,
     lower_tx=optax.sgd(1.0),  # one step to s = A theta
     base_tx=_remember_keys(outer.sgd(0.0), num_directions),
-    num_directions=num_directions,
-    sampler=sampler.Sampler(directions.Gaussian()),
+    zo=zofo.ZerothOrder(directions.Gaussian(), num_directions=num_directions),
   )
   step = jax.jit(algorithm.step)
   theta = jnp.array([0.7, -0.4, 1.1])
@@ -110,7 +109,7 @@ def test_converges_to_the_bilevel_solution():
       lower_tx=optax.sgd(1.0),
       upper_tx=optax.sgd(1 / (1 + penalty)),  # one step to p's optimum
       base_tx=outer.sgd(0.02),
-      num_directions=4,
+      zo=zofo.ZerothOrder(SAMPLER, num_directions=4),
     )
     state = algorithm.init(
       jax.random.key(0), jnp.zeros(3), jnp.zeros(4), jnp.zeros(4)

@@ -12,6 +12,7 @@ import zofo_jax as zofo
 from zofo_jax.core import directions, outer, sampler, zo
 from zofo_jax.core import keys as keys_lib
 
+STACKED = r"(^|/)layers/"
 D, ROWS, T = 8, 8, 3
 SAMPLER = sampler.Sampler(directions.Rademacher())
 
@@ -74,7 +75,7 @@ def _algorithm(loss=_loss, upper_loss=None, **options):
     "lower_tx": optax.adam(3e-2),
     "upper_tx": optax.adam(1e-2),
     "base_tx": outer.sgd(1e-2),
-    "sampler": SAMPLER,
+    "zo": zofo.ZerothOrder(SAMPLER),
   }
   return zofo.make_bilevel_step(loss, upper_loss, **(defaults | options))
 
@@ -149,17 +150,21 @@ def test_iteration_equals_the_transcription(
   estimator, num_directions, theta, direction, per_example
 ):
   eps, penalty = 0.05, 3.0
-  probed = sampler.Sampler(direction)
+  # Two layers of vectors, or a matrix for directions that need one.
+  low_rank = isinstance(direction, directions.LowRank)
+  probed = sampler.Sampler(direction, stacked="^$" if low_rank else STACKED)
   fast, slow = {
     "sgd": (outer.sgd(1e-2), _slow_sgd(1e-2)),
     "adam": (optax.adam(1e-2), _slow_adam(1e-2)),
   }[theta]
   algorithm = _algorithm(
     base_tx=_remember_keys(fast, num_directions),
-    estimator=estimator,
-    num_directions=1 if per_example else num_directions,
-    per_example=per_example,
-    sampler=probed,
+    zo=zofo.ZerothOrder(
+      probed,
+      estimator,
+      num_directions=1 if per_example else num_directions,
+      per_example=per_example,
+    ),
     upper_tx=optax.sgd(2e-2),
   )
   state = algorithm.init(*_start())
@@ -246,8 +251,7 @@ def test_directions_share_their_frame_for_some_steps():
   algorithm = _algorithm(
     loss,
     base_tx=_remember_keys(outer.sgd(1e-3), 1),
-    sampler=sampler.Sampler(directions.LowRank(2)),
-    frame_steps=3,
+    zo=zofo.ZerothOrder(directions.LowRank(2), subspace_steps=3),
   )
   base = {"w": _draw(0)(6, 7)}
   one = jnp.float32(1.0)

@@ -50,7 +50,7 @@ def _algorithm(loss=_loss, over_tasks=True, **options):
     "lower_tx": optax.chain(optax.clip_by_global_norm(0.5), optax.adam(3e-2)),
     "upper_tx": optax.adam(1e-2),
     "base_tx": outer.sgd(1e-3),
-    "sampler": sampler.Sampler(directions.Rademacher()),
+    "zo": zofo.ZerothOrder(directions.Rademacher()),
   }
   return zofo.make_bilevel_step(
     loss, over_tasks=over_tasks, **(defaults | options)
@@ -229,8 +229,7 @@ def test_a_family_of_quadratic_tasks_is_solved():
     lower_tx=optax.sgd(1.0),  # one step to s = A theta
     upper_tx=optax.sgd(1 / (1 + LAM)),  # and to the best p
     base_tx=outer.sgd(0.1),
-    sampler=sampler.Sampler(directions.Rademacher()),
-    num_directions=2,
+    zo=zofo.ZerothOrder(directions.Rademacher(), num_directions=2),
     over_tasks=True,
   )
   zeros = jnp.zeros((FAMILY, 4))
@@ -367,9 +366,8 @@ def test_mezo_moves_theta_along_the_mean_loss():
   algorithm = baselines.make_zeroth_order_step(
     loss,
     outer.sgd(1.0),
+    zofo.ZerothOrder(directions.Rademacher(), zo.exact),
     over_tasks=True,
-    sampler=sampler.Sampler(directions.Rademacher()),
-    estimator=zo.exact,
   )
   batch = _batch(M)
   start = algorithm.init(jax.random.key(0), _base(), {})

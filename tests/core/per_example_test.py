@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import zofo_jax as zofo
 from zofo_jax.core import directions, outer, perturbed, zo
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
@@ -58,7 +59,7 @@ def _loss(base, example):
 @functools.partial(jax.jit, static_argnames=("sampler", "estimator"))
 def _estimate(base, examples, key, sampler=LAZY, estimator=zo.central):
   return zo.estimate_per_example(
-    _loss, base, examples, key, EPS, sampler=sampler, estimator=estimator
+    _loss, base, examples, key, EPS, zofo.ZerothOrder(sampler, estimator)
   )
 
 
@@ -166,7 +167,9 @@ def test_mean_is_the_gradient_of_the_mean():
     return jnp.sum(jnp.sin(hidden)) * perturbed.read(tree["a"])
 
   def gradient(key):
-    estimate = zo.estimate_per_example(fn, tree, x, key, 1e-2, sampler=LAZY)
+    estimate = zo.estimate_per_example(
+      fn, tree, x, key, 1e-2, zofo.ZerothOrder(LAZY)
+    )
     return zo.gradient(tree, estimate, LAZY)
 
   count = 3000
@@ -183,7 +186,8 @@ def test_a_broken_example_is_dropped():
   fn = lambda tree, x: jnp.sum(tree) * x
   examples = jnp.array([1.0, jnp.nan, 3.0])
   estimate = zo.estimate_per_example(
-    fn, jnp.ones((2, 3)), examples, jax.random.key(0), 0.1, sampler=WHOLE
+    *(fn, jnp.ones((2, 3)), examples, jax.random.key(0), 0.1),
+    zofo.ZerothOrder(WHOLE),
   )
   assert int(estimate.num_nonfinite) == 1
   assert float(estimate.coefficients[1]) == 0.0

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies
 
+import zofo_jax as zofo
 from zofo_jax.core import directions, zo
 from zofo_jax.core import sampler as sampler_lib
 
@@ -72,7 +73,7 @@ def _estimate_in_frames(fn, direction, num_directions, tree, eps=1e-2):
   sampler = sampler_lib.Sampler(direction)
 
   def one(key):
-    estimate = zo.estimate(fn, tree, key, eps, sampler=sampler)
+    estimate = zo.estimate(fn, tree, key, eps, zofo.ZerothOrder(sampler))
     z = _ravel(sampler.weighted_sum(tree, estimate.keys, jnp.ones(1)))
     return estimate.coefficients[0], z
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import zofo_jax as zofo
 from zofo_jax.core import directions, zo
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
@@ -71,9 +72,7 @@ def _estimator(fn, direction, estimator, num_directions, **options):
     functools.partial(
       zo.estimate,
       fn,
-      sampler=sampler_lib.Sampler(direction),
-      estimator=estimator,
-      num_directions=num_directions,
+      zo=zofo.ZerothOrder(direction, estimator, num_directions),
       **options,
     )
   )
@@ -255,7 +254,7 @@ def test_a_thousand_probes_leave_the_weights_as_they_are(dtype):
     tree, total = carry
     key = jax.random.fold_in(jax.random.key(7), index)
     fn = lambda tree: _linear(jax.tree.map(jnp.float32, tree))
-    estimate = zo.estimate(fn, tree, key, 1e-3, sampler=sampler)
+    estimate = zo.estimate(fn, tree, key, 1e-3, zofo.ZerothOrder(sampler))
     # lr 0: the probes and the write, but no step.
     tree = sampler.apply_directions(
       tree, estimate.keys, 0.0 * estimate.coefficients, rounding_key=key

@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+import zofo_jax as zofo
 from zofo_jax.core import directions, outer, perturbed, sampler, zo
 from zofo_jax.plan import hlo
 from zofo_jax.sharding import dispatch, rules
@@ -72,8 +73,7 @@ def _step(kind, estimator, per_example, num_directions=2, **options):
         batch,
         key,
         EPS,
-        sampler=lazy,
-        estimator=estimator,
+        zofo.ZerothOrder(lazy, estimator),
       )
     else:
       estimate = zo.estimate(
@@ -81,10 +81,9 @@ def _step(kind, estimator, per_example, num_directions=2, **options):
         base,
         key,
         EPS,
-        sampler=lazy,
-        estimator=estimator,
-        num_directions=num_directions,
-        **options,
+        zofo.ZerothOrder(
+          lazy, estimator, num_directions=num_directions, **options
+        ),
       )
     base, _ = tx.update(base, tx.init(base), estimate, lazy, None, key)
     return base, estimate.coefficients

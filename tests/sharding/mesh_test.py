@@ -95,9 +95,9 @@ def algorithm(mesh):
     lower_tx=optax.sgd(1e-2),
     upper_tx=optax.sgd(1e-2),
     base_tx=outer.sgd(1.0),
-    sampler=SAMPLER,
-    num_directions=2,
-    map_fn=dispatch.map_directions(mesh),
+    zo=zofo.ZerothOrder(
+      SAMPLER, num_directions=2, map_fn=dispatch.map_directions(mesh)
+    ),
   )
 
 

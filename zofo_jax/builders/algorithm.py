@@ -3,6 +3,7 @@
 Everything that the config says becomes an explicit argument here.
 """
 
+import dataclasses
 import re
 from typing import Any, Literal
 
@@ -15,9 +16,10 @@ from zofo_jax.core import (
   baselines,
   bilevel,
   directions,
+  estimators,
   outer,
   sampler,
-  zo,
+  zeroth_order,
 )
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
@@ -62,9 +64,9 @@ def make_optimizer(
 
 
 ESTIMATORS = {
-  "central": zo.central,
-  "forward": zo.forward,
-  "exact": zo.exact,
+  "central": estimators.central,
+  "forward": estimators.forward,
+  "exact": estimators.exact,
 }
 
 
@@ -82,6 +84,29 @@ def make_sampler(zo_config: ml_collections.ConfigDict) -> sampler.Sampler:
     select=lambda path: bool(re.search(zo_config.select, path)),
     layers=tuple(zo_config.layers) or None,
     lazy=True,
+  )
+
+
+def make_zeroth_order(
+  zo_config: ml_collections.ConfigDict,
+  *,
+  per_example: bool = False,
+  map_fn: zeroth_order.MapFn = jax.lax.map,
+) -> zeroth_order.ZerothOrder:
+  """Returns how `config.zo` estimates a gradient.
+
+  Args:
+    zo_config: `config.zo`.
+    per_example: perturb every example along its own direction.
+    map_fn: evaluates the directions; see `ZerothOrder`.
+  """
+  return zeroth_order.ZerothOrder(
+    make_sampler(zo_config),
+    estimator=ESTIMATORS[zo_config.estimator],
+    num_directions=zo_config.num_directions,
+    per_example=per_example,
+    subspace_steps=zo_config.frame_steps,
+    map_fn=map_fn,
   )
 
 
@@ -163,16 +188,9 @@ def make_algorithm(
   probe_loss_fn: LossFn | None = None,
   *,
   over_tasks: bool = False,
-  map_fn: zo.MapFn = jax.lax.map,
+  map_fn: zeroth_order.MapFn = jax.lax.map,
 ) -> BilevelAlgorithm:
   """Makes the (init, step) pair of `config.method`."""
-  zeroth_order: dict[str, Any] = {
-    "estimator": ESTIMATORS[config.zo.estimator],
-    "num_directions": config.zo.num_directions,
-    "frame_steps": config.zo.frame_steps,
-    "over_tasks": over_tasks,
-    "map_fn": map_fn,
-  }
   if config.method == "bilevel":
     return bilevel.make_bilevel_step(
       loss_fn,
@@ -180,9 +198,12 @@ def make_algorithm(
       lower_tx=make_level_tx(config, "lower"),
       upper_tx=make_level_tx(config, "upper"),
       base_tx=make_base_tx(config.zo),
-      sampler=make_sampler(config.zo),
-      per_example=config.zo.direction == "per_example",
-      **zeroth_order,
+      zo=make_zeroth_order(
+        config.zo,
+        per_example=config.zo.direction == "per_example",
+        map_fn=map_fn,
+      ),
+      over_tasks=over_tasks,
     )
 
   def peft(train_base: bool = False) -> BilevelAlgorithm:
@@ -192,14 +213,17 @@ def make_algorithm(
     )
 
   def mezo(train_base: bool = True) -> BilevelAlgorithm:
-    # Adapters are small, and no model reads their parts lazily.
-    kind = make_sampler(config.zo)
+    zo = make_zeroth_order(config.zo, map_fn=map_fn)
+    if not train_base:
+      # Adapters are small, and no model reads their parts lazily.
+      adapter_sampler = sampler.Sampler(zo.sampler.direction)
+      zo = dataclasses.replace(zo, sampler=adapter_sampler)
     return baselines.make_zeroth_order_step(
       probe_loss_fn or loss_fn,
       make_base_tx(config.zo),
+      zo,
       train_base=train_base,
-      sampler=kind if train_base else sampler.Sampler(kind.direction),
-      **zeroth_order,
+      over_tasks=over_tasks,
     )
 
   num_first = config.train.num_first_steps

@@ -1,9 +1,9 @@
-"""What Bilevel-ZOFO is compared with, as (init, step) pairs like its own.
+"""Baselines of Bilevel-ZOFO, as (init, step) pairs over the same state.
 
 First order: an adapter, or all weights (over tasks: as MetaICL). Zeroth order:
-all weights (MeZO, arXiv 2305.17333, Algorithm 1), or an adapter. And one after
-the other. All descend the loss L(theta, p) itself, on one set of rows; over
-many tasks the mean of their losses, with nothing that is a task's own.
+all weights (MeZO, arXiv 2305.17333, Algorithm 1), or an adapter. Two stages:
+one of them after the other. All minimise the loss L(theta, p) itself, on one
+set of rows; over many tasks the mean of their losses, with one adapter for all.
 """
 
 from collections.abc import Callable
@@ -13,24 +13,26 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import inner, outer, zo
-from zofo_jax.core import keys as keys_lib
-from zofo_jax.core import sampler as sampler_lib
+from zofo_jax.core import checks, inner, mezo, outer
 from zofo_jax.core.types import (
   BilevelAlgorithm,
   BilevelState,
   InPlaceUpdate,
   LossFn,
 )
+from zofo_jax.core.zeroth_order import ZerothOrder
+
+_LOSS_ARGUMENTS = ("base", "adapter", "batch", "key")
 
 
 class BaselineInfo(NamedTuple):
-  """What an iteration tells a logger.
+  """Metrics of one iteration.
 
   Attributes:
-    upper_loss: L(theta, p) at every update, float32 [updates].
-    coefficients: directional derivatives, float32 [Q]; Q = 0 without any.
-    move: what was added to theta; None if it was not added in place.
+    upper_loss: L(theta, p) at every update, float32 [updates]; for zeroth
+      order, the mean over the points of each direction, [Q].
+    coefficients: directional derivatives, float32 [Q]; Q = 0 for first order.
+    move: the in-place update of theta; None if there was none.
   """
 
   upper_loss: jax.Array
@@ -39,11 +41,11 @@ class BaselineInfo(NamedTuple):
 
 
 def mean_loss(loss_fn: LossFn, weights: jax.Array | None) -> LossFn:
-  """Makes the mean over tasks of a loss at one adapter.
+  """Returns the mean over tasks of a loss at one adapter.
 
   Args:
     loss_fn: loss of one task's batch.
-    weights: of the tasks, float32 [M]; None for equal ones.
+    weights: weights of the tasks, float32 [M]; None for equal ones.
 
   Returns:
     loss(base, adapter, batch, key), the batch's leaves [M, ...].
@@ -59,11 +61,24 @@ def mean_loss(loss_fn: LossFn, weights: jax.Array | None) -> LossFn:
   return mean
 
 
-def _make_init(opt_init: Callable[[Any], Any], train_base: bool) -> Any:
-  """Makes init(key, base, adapter) of what moves one of the two; without s."""
+def _make_init(
+  opt_init: Callable[[Any], Any],
+  train_base: bool,
+  zo: ZerothOrder | None = None,
+) -> Any:
+  """Returns init(key, base, adapter) for updates of one of the two; without s.
 
-  def init(key, base, adapter, unused=None):
-    del unused
+  `zo` is checked against the parameters that it perturbs.
+  """
+
+  def init(key, base, adapter, lower=None):
+    del lower
+    checks.check_arrays(base, "base")
+    checks.check_arrays(adapter, "the adapter")
+    if zo is not None and train_base:
+      checks.check_sampler(zo.sampler, base, "base")
+    elif zo is not None:
+      checks.check_sampler(zo.sampler, adapter, "the adapter")
     return BilevelState(
       step=jnp.zeros([], jnp.int32),
       base=base,
@@ -85,13 +100,13 @@ def make_first_order_step(
   train_base: bool = False,
   over_tasks: bool = False,
 ) -> BilevelAlgorithm:
-  """Makes first-order training of an adapter, or of all weights.
+  """Returns first-order training of an adapter, or of all weights.
 
   An iteration takes T steps, on the batches `batch.lower`.
 
   Args:
     loss_fn: loss of a batch; over tasks, of one task's.
-    tx: optax transformation of what moves.
+    tx: optax transformation of the trained parameters.
     train_base: update the backbone and keep the adapter fixed; otherwise update
       the adapter.
     over_tasks: the batch has a leading axis of M tasks: leaves [M, T, ...], not
@@ -113,12 +128,13 @@ def make_first_order_step(
     >>> state.upper.tolist(), info.upper_loss.tolist()
     ([0.25, 0.25], [1.0])
   """
+  checks.check_arguments(loss_fn, "loss_fn", _LOSS_ARGUMENTS)
 
   def step(state, batch, hparams):
     del hparams
-    loss, rows = loss_fn, batch.lower
+    loss, rows = checks.checked_loss(loss_fn, "loss_fn"), batch.lower
     if over_tasks:
-      loss = mean_loss(loss_fn, batch.weights)
+      loss = mean_loss(loss, batch.weights)
       rows = jax.tree.map(lambda leaf: jnp.swapaxes(leaf, 0, 1), rows)
     key = jax.random.fold_in(state.key, state.step)
     if train_base:
@@ -146,77 +162,63 @@ def make_first_order_step(
 def make_zeroth_order_step(
   loss_fn: LossFn,
   tx: outer.OuterTransform | optax.GradientTransformation,
+  zo: ZerothOrder = ZerothOrder(),
   *,
   train_base: bool = True,
   over_tasks: bool = False,
-  sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
-  estimator: zo.Estimator = zo.central,
-  num_directions: int = 1,
-  frame_steps: int = 1,
-  map_fn: zo.MapFn = jax.lax.map,
 ) -> BilevelAlgorithm:
-  """Makes MeZO: one estimate of the loss's gradient, one step along it.
+  """Returns MeZO on the backbone, or on an adapter; see `mezo.make_mezo_step`.
 
   An iteration takes one step, on the batch `batch.upper`.
 
   Args:
     loss_fn: loss of a batch; over tasks, of one task's.
-    tx: of what moves, as `base_tx` of `bilevel_step`.
+    tx: transformation of the trained parameters: `outer.sgd` (in place), or any
+      optax one.
+    zo: how the gradient is estimated.
     train_base: update the backbone and keep the adapter fixed; otherwise update
       the adapter.
     over_tasks: the batch has a leading axis of M tasks.
-    sampler: which weights are probed and along what directions; not a lazy one
-      for adapters.
-    estimator: `zo.central`, `zo.forward` or `zo.exact`.
-    num_directions: Q, averaged.
-    frame_steps: iterations for which directions share their frame.
-    map_fn: how directions are evaluated; see `zo.estimate`.
 
   Returns:
     The algorithm: init(key, base, adapter), and step.
+
+  Raises:
+    ValueError: `zo.per_example` over tasks; in `init`, the parameters do not
+      fit the sampler.
   """
+  checks.check_arguments(loss_fn, "loss_fn", _LOSS_ARGUMENTS)
+  if over_tasks and zo.per_example:
+    raise ValueError(
+      "make_zeroth_order_step: expected no per_example over tasks."
+    )
   transform = outer.to_outer_transform(tx)
 
   def step(state, batch, hparams):
     loss = mean_loss(loss_fn, batch.weights) if over_tasks else loss_fn
-    keys = keys_lib.step_keys(state.key, state.step, frame_steps)
-
-    def objective(moved):
-      base, adapter = (
-        (moved, state.upper) if train_base else (state.base, moved)
-      )
-      return loss(base, adapter, batch.upper, None)
-
-    moved, opt_state = (
-      (state.base, state.base_opt)
-      if train_base
-      else (state.upper, state.upper_opt)
-    )
-    estimate = zo.estimate(
-      objective,
-      moved,
-      keys.direction,
-      hparams.zo_eps,
-      sampler=sampler,
-      estimator=estimator,
-      num_directions=num_directions,
-      subspace_key=keys.subspace,
-      map_fn=map_fn,
-    )
-    moved, opt_state, move = outer.apply_transform(
-      transform, moved, opt_state, estimate, sampler, objective, keys.rounding
-    )
-    info = BaselineInfo(
-      jnp.mean(estimate.values, axis=-1), estimate.coefficients
-    )
     if train_base:
-      info = info._replace(move=move)
-      state = state._replace(base=moved, base_opt=opt_state)
+      objective = lambda base, rows: loss(base, state.upper, rows, None)
+      trained = (state.base, state.base_opt)
     else:
-      state = state._replace(upper=moved, upper_opt=opt_state)
-    return state._replace(step=state.step + 1), info
+      objective = lambda adapter, rows: loss(state.base, adapter, rows, None)
+      trained = (state.upper, state.upper_opt)
+    after, metrics = mezo.mezo_step(
+      mezo.MezoState(state.step, *trained, state.key),
+      batch.upper,
+      hparams,
+      loss_fn=objective,
+      tx=transform,
+      zo=zo,
+    )
+    info = BaselineInfo(jnp.mean(metrics.values, axis=-1), metrics.coefficients)
+    if train_base:
+      info = info._replace(move=metrics.move)
+      state = state._replace(base=after.params, base_opt=after.opt_state)
+    else:
+      state = state._replace(upper=after.params, upper_opt=after.opt_state)
+    return state._replace(step=after.step), info
 
-  return BilevelAlgorithm(_make_init(transform.init, train_base), step)
+  return BilevelAlgorithm(_make_init(transform.init, train_base, zo), step)
 
 
 def two_stage(
@@ -224,56 +226,60 @@ def two_stage(
   second: BilevelAlgorithm,
   first_stage_steps: int,
 ) -> BilevelAlgorithm:
-  """Joins two algorithms that move different things: the backbone, an adapter.
+  """Joins two algorithms, of which one trains the backbone, one the adapter.
 
   Args:
-    first: takes the iterations 0 to `first_stage_steps` - 1.
-    second: takes all later ones.
-    first_stage_steps: how many the first takes.
+    first: algorithm of the iterations 0 to `first_stage_steps` - 1.
+    second: algorithm of all later iterations.
+    first_stage_steps: number of iterations of the first stage.
 
   Returns:
-    The algorithm, in whose info losses are means, of shape [], and an iteration
-    without a zeroth-order step has zeros in the place of one.
+    The algorithm. In its info the loss is a mean, of shape [], and coefficients
+    and move are zeros in the first-order stage.
   """
 
-  def init(key, base, adapter, unused=None):
-    one, other = (a.init(key, base, adapter, unused) for a in (first, second))
+  def init(key, base, adapter, lower=None):
+    first_state, second_state = (
+      algorithm.init(key, base, adapter, lower) for algorithm in (first, second)
+    )
 
-    def merge_opt_state(name):  # () where an algorithm does not move it
-      mine = getattr(one, name)
-      unmoved = type(mine) is tuple and not mine
-      return getattr(other, name) if unmoved else mine
+    def merge_opt_state(name):  # () where an algorithm does not train it
+      state = getattr(first_state, name)
+      untrained = type(state) is tuple and not state
+      return getattr(second_state, name) if untrained else state
 
-    return one._replace(
+    return first_state._replace(
       base_opt=merge_opt_state("base_opt"),
       upper_opt=merge_opt_state("upper_opt"),
     )
 
   def step(state, batch, hparams):
     infos = [
-      jax.eval_shape(one.step, state, batch, hparams)[1]
-      for one in (first, second)
+      jax.eval_shape(algorithm.step, state, batch, hparams)[1]
+      for algorithm in (first, second)
     ]
-    widest: Any = max(infos, key=lambda info: info.coefficients.size)
-    blank = jax.tree.map(
+    zeroth_order: Any = max(infos, key=lambda info: info.coefficients.size)
+    zeros = jax.tree.map(
       lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
-      (widest.coefficients, widest.move),
+      (zeroth_order.coefficients, zeroth_order.move),
     )
 
-    def alike(one):
+    def same_structure(algorithm):
+      """Both branches of a conditional must return the same structure."""
+
       def call(state, batch, hparams):
-        state, info = one.step(state, batch, hparams)
-        moved = (info.coefficients, info.move)
+        state, info = algorithm.step(state, batch, hparams)
+        update = (info.coefficients, info.move)
         if not info.coefficients.size:
-          moved = blank
-        return state, BaselineInfo(jnp.mean(info.upper_loss), *moved)
+          update = zeros
+        return state, BaselineInfo(jnp.mean(info.upper_loss), *update)
 
       return call
 
     return jax.lax.cond(
       state.step < first_stage_steps,
-      alike(first),
-      alike(second),
+      same_structure(first),
+      same_structure(second),
       state,
       batch,
       hparams,

@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import inner, loss_terms, outer, zo
+from zofo_jax.core import checks, inner, loss_terms, outer
 from zofo_jax.core import keys as keys_lib
-from zofo_jax.core import sampler as sampler_lib
+from zofo_jax.core import zo as zo_lib
 from zofo_jax.core.types import (
   BilevelAlgorithm,
   BilevelBatch,
@@ -30,7 +30,9 @@ from zofo_jax.core.types import (
   BilevelInfo,
   BilevelState,
   LossFn,
+  Params,
 )
+from zofo_jax.core.zeroth_order import ZerothOrder
 
 
 def _over_tasks(fn: Callable[..., Any], num_tasks: int | None) -> Any:
@@ -51,6 +53,37 @@ def _over_tasks(fn: Callable[..., Any], num_tasks: int | None) -> Any:
   return call
 
 
+def _checked_losses(
+  lower_loss_fn: LossFn, upper_loss_fn: LossFn, has_aux: bool
+) -> tuple[LossFn, LossFn]:
+  """Checks what the losses return; equal functions remain equal."""
+  lower_fn = checks.checked_loss(lower_loss_fn, "lower_loss_fn", has_aux)
+  if upper_loss_fn == lower_loss_fn:
+    return lower_fn, lower_fn
+  return lower_fn, checks.checked_loss(upper_loss_fn, "upper_loss_fn", has_aux)
+
+
+def _without_aux(
+  lower_loss_fn: Callable[..., Any], upper_loss_fn: Callable[..., Any]
+) -> tuple[LossFn, LossFn]:
+  """Drops the aux of the losses; equal functions remain equal."""
+  lower_fn = lambda *args: lower_loss_fn(*args)[0]
+  if upper_loss_fn == lower_loss_fn:
+    return lower_fn, lower_fn
+  return lower_fn, lambda *args: upper_loss_fn(*args)[0]
+
+
+def _copy_shared(tree: Params, other: Params) -> Params:
+  """Copies the leaves of a tree that are those of another.
+
+  A buffer that is in a state twice cannot be donated.
+  """
+  others = {id(leaf) for leaf in jax.tree.leaves(other)}
+  return jax.tree.map(
+    lambda leaf: leaf.copy() if id(leaf) in others else leaf, tree
+  )
+
+
 def bilevel_step(
   state: BilevelState,
   batch: BilevelBatch,
@@ -62,48 +95,53 @@ def bilevel_step(
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
-  sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
-  estimator: zo.Estimator = zo.central,
-  num_directions: int = 1,
-  per_example: bool = False,
-  frame_steps: int = 1,
+  zo: ZerothOrder = ZerothOrder(),
+  has_aux: bool = False,
   over_tasks: bool = False,
-  map_fn: zo.MapFn = jax.lax.map,
 ) -> tuple[BilevelState, BilevelInfo]:
   """Takes one outer iteration; a pure function, to be jitted by the caller.
 
   Donate `state` for the update of theta to happen in place.
 
   Args:
-    state: where the run stands.
-    batch: the rows of this iteration.
+    state: parameters, optimizer states, step and key.
+    batch: rows of this iteration.
     hparams: radius eps and penalty lam, traced.
     lower_loss_fn: L on D_p, (base, adapter, batch, key) -> scalar. The key is
       None in the zeroth-order evaluations, which must be deterministic.
     upper_loss_fn: L on D_f; pass the same function to share evaluations.
-    probe_loss_fn: what the step on theta measures in both losses' stead; need
+    probe_loss_fn: objective of the step on theta, in place of both losses. Need
       not be differentiable, unless the estimator is `zo.exact`.
     lower_tx: optax transformation of s.
     upper_tx: optax transformation of p.
     base_tx: transformation of theta: `outer.sgd` (in place), or any optax one.
-    sampler: which weights of theta are probed and along what directions.
-    estimator: `zo.central`, `zo.forward` or `zo.exact`.
-    num_directions: Q, averaged.
-    per_example: give every example a direction of its own instead, for
-      `directions.PerExample`; the outer batches must be of one size.
-    frame_steps: outer iterations for which directions share their frame, such
-      as the subspace of `directions.LowRank`.
+    zo: how the gradient of theta is estimated. With `per_example`, all leaves
+      of `batch.upper` and `batch.penalty` must have the same number of
+      examples, on their first axis (behind that of the tasks).
+    has_aux: whether the lower and the upper loss return (scalar, aux). The aux
+      of L(theta, p; D_f), from the step on p, is returned in the info.
     over_tasks: p, s, their optimizer states and the batch have a leading axis
       of M tasks. Each task takes its own first-order steps; theta, which all
       share, moves along one estimate of the tasks' mean (weighted by
-      `batch.weights`) of G. One task takes the operations of the step without
-      the axis, bit for bit.
-    map_fn: how directions are evaluated; see `zo.estimate`.
+      `batch.weights`) of G. With one task, the step is bitwise equal to the
+      step without the axis.
 
   Returns:
-    The new state and what to log.
+    The new state and the metrics of the iteration.
+
+  Raises:
+    ValueError: a loss is not a floating-point scalar, `batch.lower` lacks the
+      axis of the inner steps, or the batches differ in size with
+      `zo.per_example`.
   """
-  keys = keys_lib.step_keys(state.key, state.step, frame_steps)
+  checks.check_lower_batch(batch, axis=int(over_tasks))
+  lower_loss_fn, upper_loss_fn = _checked_losses(
+    lower_loss_fn, upper_loss_fn, has_aux
+  )
+  lower_value_fn, upper_value_fn = lower_loss_fn, upper_loss_fn
+  if has_aux:
+    lower_value_fn, upper_value_fn = _without_aux(lower_loss_fn, upper_loss_fn)
+  keys = keys_lib.step_keys(state.key, state.step, zo.subspace_steps)
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
   num_tasks = None
@@ -120,7 +158,7 @@ def bilevel_step(
   def move_adapters(upper, upper_opt, lower, lower_opt, rows, adapter_keys):
     lower_key, upper_key = adapter_keys
     lower, lower_opt, lower_loss = inner.minimize(
-      lower_loss_fn,
+      lower_value_fn,
       state.base,
       lower,
       lower_opt,
@@ -133,14 +171,14 @@ def bilevel_step(
       (upper_loss_fn, upper, rows.upper),
       (lower_loss_fn, upper, rows.penalty),
     )
-    losses, grads = loss_terms.loss_gradients(
-      upper_terms, state.base, jax.random.split(upper_key, 2)
+    losses, grads, aux = loss_terms.loss_gradients(
+      upper_terms, state.base, jax.random.split(upper_key, 2), has_aux=has_aux
     )
     grads = jax.tree.map(lambda f, g: (f + penalty * g).astype(f.dtype), *grads)
     upper, upper_opt, norm = inner.apply_gradients(
       grads, upper_opt, upper, tx=upper_tx
     )
-    metrics = (lower_loss, losses[0], losses[1], norm)
+    metrics = (lower_loss, losses[0], losses[1], norm, aux[0])
     return upper, upper_opt, lower, lower_opt, metrics
 
   upper, upper_opt, lower, lower_opt, adapter_metrics = _over_tasks(
@@ -153,11 +191,11 @@ def bilevel_step(
     batch._replace(weights=None),
     adapter_keys,
   )
-  lower_loss, upper_loss, penalty_loss, upper_grad_norm = adapter_metrics
+  lower_loss, upper_loss, penalty_loss, upper_grad_norm, aux = adapter_metrics
 
-  def penalized(base, rows=batch.upper, penalty_rows=batch.penalty):
-    upper_fn = probe_loss_fn or upper_loss_fn
-    lower_fn = probe_loss_fn or lower_loss_fn
+  def penalized(base, rows):
+    upper_fn = probe_loss_fn or upper_value_fn
+    lower_fn = probe_loss_fn or lower_value_fn
 
     def of_task(upper, lower, rows, penalty_rows):
       terms = (
@@ -171,45 +209,31 @@ def bilevel_step(
       return upper_loss + penalty * (penalty_loss - lower_loss)
 
     # Within the tasks' axis theta has none: a weight is perturbed once for all.
-    values = _over_tasks(of_task, num_tasks)(
-      state.upper, lower, rows, penalty_rows
-    )
+    values = _over_tasks(of_task, num_tasks)(state.upper, lower, *rows)
     return jnp.average(values, weights=batch.weights) if over_tasks else values
 
-  estimate_fn = functools.partial(
-    zo.estimate_per_example if per_example else zo.estimate,
-    key=keys.direction,
-    eps=hparams.zo_eps,
-    sampler=sampler,
-    estimator=estimator,
+  rows = (batch.upper, batch.penalty)
+  estimate = zo_lib.estimate_on_batch(
+    penalized,
+    state.base,
+    rows,
+    keys.direction,
+    hparams.zo_eps,
+    zo,
+    axis=int(over_tasks),
     subspace_key=keys.subspace,
   )
-  if per_example:
-    # Behind the tasks' axis; an example is then one row of every task.
-    axis = int(over_tasks)
-    one_row = lambda leaf: jnp.expand_dims(leaf, axis)
-    estimate = estimate_fn(
-      lambda base, rows: penalized(base, *jax.tree.map(one_row, rows)),
-      state.base,
-      jax.tree.map(
-        lambda leaf: jnp.moveaxis(leaf, axis, 0), (batch.upper, batch.penalty)
-      ),
-    )
-  else:
-    estimate = estimate_fn(
-      penalized, state.base, num_directions=num_directions, map_fn=map_fn
-    )
-  # p and theta move together: a broken gradient of p drops every direction. It
-  # also tells the compiler that p's passes end before theta is written; not
-  # knowing, it copies all layers' weights.
+  # If p's gradient is not finite, theta does not move either. This data
+  # dependency also lets XLA update theta in place: without it, it copies all
+  # weights.
   estimate = estimate.mask_nonfinite(jnp.all(jnp.isfinite(upper_grad_norm)))
   base, base_opt, move = outer.apply_transform(
     outer.to_outer_transform(base_tx),
     state.base,
     state.base_opt,
     estimate,
-    sampler,
-    penalized,
+    zo.sampler,
+    lambda base: penalized(base, rows),
     keys.rounding,
   )
 
@@ -232,6 +256,7 @@ def bilevel_step(
     num_nonfinite=estimate.num_nonfinite,
     upper_grad_norm=upper_grad_norm,
     move=move,
+    aux=aux if has_aux else None,
   )
   return new_state, info
 
@@ -244,21 +269,22 @@ def make_bilevel_step(
   lower_tx: optax.GradientTransformation,
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
-  sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
-  estimator: zo.Estimator = zo.central,
-  num_directions: int = 1,
-  per_example: bool = False,
-  frame_steps: int = 1,
+  zo: ZerothOrder = ZerothOrder(),
+  has_aux: bool = False,
   over_tasks: bool = False,
-  map_fn: zo.MapFn = jax.lax.map,
 ) -> BilevelAlgorithm:
   """Binds losses and optimizers into an (init, step) pair.
 
-  Arguments as for `bilevel_step`; `upper_loss_fn` is `lower_loss_fn` unless
-  given.
+  Arguments are those of `bilevel_step`; `upper_loss_fn` defaults to
+  `lower_loss_fn`. In `init(key, base, adapter)`, p and s start from copies of
+  the adapter; `init(key, base, upper, lower)` starts them from two.
 
   Returns:
     The algorithm. `step` is not jitted.
+
+  Raises:
+    ValueError: a loss does not take (base, adapter, batch, key); in `init`, the
+      parameters are no arrays or do not fit the sampler.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax
@@ -269,7 +295,7 @@ def make_bilevel_step(
     ...     loss, lower_tx=optax.adam(1e-2), upper_tx=optax.adam(1e-2),
     ...     base_tx=zofo.outer.sgd(1e-3))
     >>> state = algorithm.init(
-    ...     jax.random.key(0), {"w": jnp.zeros(4)}, jnp.zeros(4), jnp.zeros(4))
+    ...     jax.random.key(0), {"w": jnp.zeros(4)}, jnp.zeros(4))
     >>> batch = zofo.BilevelBatch(
     ...     lower=jnp.ones((3, 4)), penalty=jnp.ones(4), upper=jnp.ones(4))
     >>> step = jax.jit(algorithm.step, donate_argnums=0)
@@ -278,10 +304,22 @@ def make_bilevel_step(
     (1, (3,))
   """
   upper_loss_fn = upper_loss_fn or lower_loss_fn
+  for name, fn in (
+    ("lower_loss_fn", lower_loss_fn),
+    ("upper_loss_fn", upper_loss_fn),
+    ("probe_loss_fn", probe_loss_fn or lower_loss_fn),
+  ):
+    checks.check_arguments(fn, name, ("base", "adapter", "batch", "key"))
   base_transform = outer.to_outer_transform(base_tx)
   map_tasks = jax.vmap if over_tasks else lambda fn: fn
 
-  def init(key, base, upper, lower):
+  def init(key, base, upper, lower=None):
+    lower = upper if lower is None else lower
+    checks.check_arrays(base, "base")
+    checks.check_arrays(upper, "the adapter p")
+    checks.check_arrays(lower, "the adapter s")
+    checks.check_sampler(zo.sampler, base, "base")
+    lower = _copy_shared(lower, upper)
     return BilevelState(
       step=jnp.zeros([], jnp.int32),
       base=base,
@@ -301,12 +339,8 @@ def make_bilevel_step(
     lower_tx=lower_tx,
     upper_tx=upper_tx,
     base_tx=base_transform,
-    sampler=sampler,
-    estimator=estimator,
-    num_directions=num_directions,
-    per_example=per_example,
-    frame_steps=frame_steps,
+    zo=zo,
+    has_aux=has_aux,
     over_tasks=over_tasks,
-    map_fn=map_fn,
   )
   return BilevelAlgorithm(init, step)

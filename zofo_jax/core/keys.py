@@ -77,14 +77,14 @@ class LeafKey(NamedTuple):
 
 
 def step_keys(
-  key: jax.Array, step: jax.typing.ArrayLike, frame_steps: int = 1
+  key: jax.Array, step: jax.typing.ArrayLike, subspace_steps: int = 1
 ) -> StepKeys:
   """Derives the keys of an outer iteration from the key of the run.
 
   Args:
     key: typed PRNG key of the run, shape []. Folded, not consumed.
     step: number of the iteration, from 0; int32, shape [].
-    frame_steps: number of consecutive iterations that share a subspace key.
+    subspace_steps: number of consecutive iterations that share a subspace key.
 
   Returns:
     The keys of the iteration.
@@ -95,7 +95,7 @@ def step_keys(
   # No step has this number, so the root differs from the keys of all steps.
   subspace_root = jax.random.fold_in(key, np.uint32(2**32 - 1))
   subspace_key = jax.random.fold_in(
-    subspace_root, jnp.asarray(step) // frame_steps
+    subspace_root, jnp.asarray(step) // subspace_steps
   )
   return StepKeys(lower, upper, direction, rounding, subspace_key)
 

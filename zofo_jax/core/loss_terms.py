@@ -51,39 +51,46 @@ def evaluate_losses(
 
 
 def loss_gradients(
-  terms: Sequence[Term], base: Any, keys: jax.Array
-) -> tuple[jax.Array, list[Any]]:
+  terms: Sequence[Term], base: Any, keys: jax.Array, *, has_aux: bool = False
+) -> tuple[jax.Array, list[Any], list[Any]]:
   """Evaluates several losses at one backbone, and their adapters' gradients.
 
-  One after the other, so that one loss's activations exist at a time; terms of
-  one function and one shape by one program in a loop.
+  One after the other, so that only one loss's activations exist at a time;
+  terms of one function and one shape are computed by one program in a loop.
 
   Args:
     terms: a loss, its adapter and its batch each.
     base: backbone parameters.
     keys: typed PRNG keys, shape [terms].
+    has_aux: whether the losses return (scalar, aux).
 
   Returns:
-    Losses, float32, shape [terms], and for each a tree like its adapter.
+    Losses, float32, shape [terms]; for each term a tree like its adapter; for
+    each term its aux, () without `has_aux`.
   """
   loss_fns, adapters, batches = zip(*terms, strict=True)
 
   def value_and_grad(loss_fn, adapter, batch, key):
-    return jax.value_and_grad(loss_fn, argnums=1)(base, adapter, batch, key)
+    value, grads = jax.value_and_grad(loss_fn, argnums=1, has_aux=has_aux)(
+      base, adapter, batch, key
+    )
+    loss, aux = value if has_aux else (value, ())
+    return loss, grads, aux
 
   if len(set(loss_fns)) == 1 and _same_structure(zip(adapters, batches)):
     stacked = (tree_lib.stack(adapters), tree_lib.stack(batches), keys)
-    losses, stacked_grads = jax.lax.map(
+    losses, *stacked_parts = jax.lax.map(
       lambda term: value_and_grad(loss_fns[0], *term), stacked
     )
-    grads = [
-      jax.tree.map(lambda leaf, i=i: leaf[i], stacked_grads)
+    parts = [
+      jax.tree.map(lambda leaf, i=i: leaf[i], tuple(stacked_parts))
       for i in range(len(terms))
     ]
   else:
-    pairs = [
+    triples = [
       value_and_grad(*term, key) for term, key in zip(terms, keys, strict=True)
     ]
-    losses = jnp.stack([loss for loss, _ in pairs])
-    grads = [grad for _, grad in pairs]
-  return losses.astype(jnp.float32), grads
+    losses = jnp.stack([loss for loss, *_ in triples])
+    parts = [(grads, aux) for _, grads, aux in triples]
+  all_grads, all_aux = map(list, zip(*parts, strict=True))
+  return losses.astype(jnp.float32), all_grads, all_aux

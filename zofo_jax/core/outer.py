@@ -103,7 +103,7 @@ def replay_update(
   move: InPlaceUpdate,
   *,
   sampler: sampler_lib.Sampler,
-  frame_steps: int = 1,
+  subspace_steps: int = 1,
 ) -> Any:
   """Takes a step on theta again, bit for bit; donate `base` if jitted.
 
@@ -113,12 +113,12 @@ def replay_update(
     step: number of the iteration, from 0.
     move: what the step was.
     sampler: as in the run.
-    frame_steps: as in the run.
+    subspace_steps: as in the run.
 
   Returns:
     theta after the step.
   """
-  keys = keys_lib.step_keys(key, step, frame_steps)
+  keys = keys_lib.step_keys(key, step, subspace_steps)
   num_directions = move.weights.shape[0]
   return sampler.apply_directions(
     base,

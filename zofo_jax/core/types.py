@@ -10,10 +10,9 @@ import optax
 PyTree: TypeAlias = Any
 # Pytrees of parameters: of the backbone or of an adapter.
 Params: TypeAlias = Any
-# (base, adapter, batch, key) -> scalar loss. A None key means no dropout.
-LossFn: TypeAlias = Callable[
-  [Params, Params, PyTree, jax.Array | None], jax.Array
-]
+# (base, adapter, batch, key) -> scalar loss, or (loss, aux) where a function
+# with `has_aux` takes it. A None key means no dropout.
+LossFn: TypeAlias = Callable[[Params, Params, PyTree, jax.Array | None], Any]
 
 
 class InPlaceUpdate(NamedTuple):
@@ -96,6 +95,8 @@ class BilevelInfo(NamedTuple):
       finite, int32 [].
     upper_grad_norm: norm of p's gradient, shape [].
     move: what was added to theta; None if it was not added in place.
+    aux: auxiliary output of L(theta, p; D_f), with an axis of tasks in front
+      where there are tasks; None without `has_aux`.
   """
 
   lower_loss: jax.Array
@@ -106,13 +107,15 @@ class BilevelInfo(NamedTuple):
   num_nonfinite: jax.Array
   upper_grad_norm: jax.Array
   move: InPlaceUpdate | None = None
+  aux: Any = None
 
 
 class BilevelAlgorithm(NamedTuple):
   """A pair of pure functions.
 
   Attributes:
-    init: (key, base, upper, lower) -> BilevelState.
+    init: (key, base, upper, lower=None) -> BilevelState. s (`lower`) starts as
+      a copy of p (`upper`) unless given.
     step: (state, batch, hparams) -> (BilevelState, BilevelInfo).
   """
 

@@ -1,9 +1,12 @@
 """Zeroth-order estimates of a gradient from forward evaluations alone.
 
-For direction z_q the directional derivative c_q ~ <grad f(x), z_q> is taken
-from values of f on the line x + t z_q, and the gradient estimate is
-(1/Q) sum_q c_q z_q (Spall, 1992; Malladi et al., 2023, arXiv 2305.17333).
-Directions are rebuilt from keys wherever they are needed.
+Along a direction z_q, the directional derivative c_q ~ <grad f(x), z_q> is
+computed from values of f on the line x + t z_q, and the gradient estimate is
+
+  (1/Q) sum_q c_q z_q
+
+(Spall, 1992; Malladi et al., 2023, arXiv 2305.17333). Directions are never
+stored: they are regenerated from keys wherever they are needed.
 """
 
 from collections.abc import Callable
@@ -12,86 +15,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from zofo_jax.core import checks, xla
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
-from zofo_jax.core import xla
-
-# (fn, keys [Q]) -> what fn gives for each key, stacked.
-MapFn = Callable[[Callable[[jax.Array], Any], jax.Array], Any]
-# f(x + t z) -> (value [], aux), along one direction.
-LineFn = Callable[[jax.Array], tuple[jax.Array, Any]]
-
-
-class DirectionalDerivative(NamedTuple):
-  """What is found along one direction.
-
-  Attributes:
-    coefficient: directional derivative, float32, shape [].
-    values: f at the points evaluated, float32, shape [points].
-    aux: f's auxiliary output there; leaves [points, ...].
-  """
-
-  coefficient: jax.Array
-  values: jax.Array
-  aux: Any
-
-
-class Estimator(NamedTuple):
-  """A way to take a directional derivative.
-
-  Attributes:
-    derivative: (line, eps, base_value) -> DirectionalDerivative; base_value is
-      (f(x), aux) if directions share it, else None.
-    evaluations: forward passes for each direction.
-    shared: forward passes for all of them together: 1 if f(x) is needed.
-  """
-
-  derivative: Callable[[LineFn, jax.Array, Any], DirectionalDerivative]
-  evaluations: int
-  shared: int
-
-
-def _central(
-  line: LineFn, eps: jax.Array, base_value: Any
-) -> DirectionalDerivative:
-  del base_value
-  # Both signs are a batch axis of one evaluation: they share one draw of z.
-  values, aux = jax.vmap(line)(jnp.stack([eps, -eps]))
-  return DirectionalDerivative((values[0] - values[1]) / (2 * eps), values, aux)
-
-
-def _forward(
-  line: LineFn, eps: jax.Array, base_value: Any
-) -> DirectionalDerivative:
-  value, aux = line(eps)
-  return _one_point((value - base_value[0]) / eps, value, aux)
-
-
-def _exact(
-  line: LineFn, eps: jax.Array, base_value: Any
-) -> DirectionalDerivative:
-  del base_value
-  # The tangent is z itself, formed layer by layer like the perturbation.
-  value, coefficient, aux = jax.jvp(
-    line, (jnp.zeros_like(eps),), (jnp.ones_like(eps),), has_aux=True
-  )
-  return _one_point(coefficient, value, aux)
-
-
-def _one_point(
-  coefficient: jax.Array, value: jax.Array, aux: Any
-) -> DirectionalDerivative:
-  aux = jax.tree.map(lambda leaf: leaf[None], aux)
-  return DirectionalDerivative(coefficient, value.reshape(1), aux)
-
-
-# c = (f(x + eps z) - f(x - eps z)) / (2 eps).
-central = Estimator(_central, evaluations=2, shared=0)
-# c = (f(x + eps z) - f(x)) / eps, biased by eps/2 z^T H z.
-forward = Estimator(_forward, evaluations=1, shared=1)
-# c = <grad f(x), z>, by forward-mode differentiation: no eps. A tangent costs
-# about as much as a value.
-exact = Estimator(_exact, evaluations=2, shared=0)
+from zofo_jax.core.estimators import (
+  DirectionalDerivative as DirectionalDerivative,
+)
+from zofo_jax.core.estimators import Estimator as Estimator
+from zofo_jax.core.estimators import LineFn as LineFn
+from zofo_jax.core.estimators import central as central
+from zofo_jax.core.estimators import exact as exact
+from zofo_jax.core.estimators import forward as forward
+from zofo_jax.core.zeroth_order import MapFn as MapFn
+from zofo_jax.core.zeroth_order import ZerothOrder as ZerothOrder
 
 
 class Estimate(NamedTuple):
@@ -101,9 +37,9 @@ class Estimate(NamedTuple):
     keys: keys of the directions: `direction` [Q] and one `subspace` [].
     coefficients: directional derivatives, float32, shape [Q]; zero where the
       evaluation was not finite.
-    num_nonfinite: how many of them were not finite, int32, shape [].
+    num_nonfinite: number of directions that were not finite, int32, shape [].
     values: f at the points evaluated, float32, shape [Q, points].
-    aux: f's auxiliary output there; leaves [Q, points, ...].
+    aux: auxiliary output of f at these points; leaves [Q, points, ...].
   """
 
   keys: keys_lib.DirectionKey
@@ -127,9 +63,11 @@ class Estimate(NamedTuple):
 
 
 def _with_aux(fn: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+  fn = checks.checked_score(fn, "fn", has_aux)
+
   def call(*args):
     value, aux = fn(*args) if has_aux else (fn(*args), ())
-    return value.astype(jnp.float32), aux
+    return jnp.asarray(value, jnp.float32), aux
 
   return call
 
@@ -158,33 +96,29 @@ def estimate(
   tree: Any,
   key: jax.Array,
   eps: jax.typing.ArrayLike,
+  zo: ZerothOrder = ZerothOrder(),
   *,
-  sampler: sampler_lib.Sampler,
-  estimator: Estimator = central,
-  num_directions: int = 1,
   subspace_key: jax.Array | None = None,
   has_aux: bool = False,
-  map_fn: MapFn = jax.lax.map,
 ) -> Estimate:
   """Estimates the gradient of fn at tree from its values alone.
 
   Args:
-    fn: maps a tree like `tree` to a scalar, or to (scalar, aux). Any function
-      of any score will do, differentiable or not, but for `exact`.
+    fn: maps a tree like `tree` to a scalar, or to (scalar, aux). Need not be
+      differentiable, unless the estimator is `exact`.
     tree: parameters; read, never written. Any float dtype, any sharding.
-    key: typed PRNG key, shape []. Split into `num_directions` keys.
+    key: typed PRNG key, shape []. Split into `zo.num_directions` keys.
     eps: smoothing radius, float32, shape []; traced, so it can change freely.
-    sampler: which weights are perturbed and along what.
-    estimator: `central`, `forward` or `exact`.
-    num_directions: Q.
+    zo: sampler, estimator and number Q of directions.
     subspace_key: key of what the directions share, kept by the caller over
       several steps; a new one if None.
     has_aux: whether fn returns a pair.
-    map_fn: how directions are evaluated: one after another, or as
-      `mesh.map_directions` does.
 
   Returns:
     The estimate, as keys and coefficients.
+
+  Raises:
+    ValueError: `zo.per_example`, which needs a batch: see `estimate_on_batch`.
 
   Example:
     >>> import jax, jax.numpy as jnp
@@ -192,22 +126,27 @@ def estimate(
     >>> gradient = jnp.array([1.0, -2.0, 3.0])
     >>> sampler = zofo.Sampler(zofo.directions.Rademacher())
     >>> e = zofo.zo.estimate(lambda x: x @ gradient, jnp.zeros(3),
-    ...                      jax.random.key(0), 0.5, sampler=sampler)
+    ...                      jax.random.key(0), 0.5, zofo.ZerothOrder(sampler))
     >>> z = sampler.apply_directions(jnp.zeros(3), e.keys, jnp.ones(1))
     >>> bool(jnp.allclose(e.coefficients[0], z @ gradient))
     True
   """
+  if zo.per_example:
+    raise ValueError(
+      "zo.estimate: per_example needs the examples; expected "
+      "zo.estimate_on_batch or zo.estimate_per_example."
+    )
   eps = jnp.asarray(eps, jnp.float32)
-  keys = keys_lib.direction_keys(key, subspace_key, num_directions)
+  keys = keys_lib.direction_keys(key, subspace_key, zo.num_directions)
   value_of = _with_aux(fn, has_aux)
-  base_value = value_of(tree) if estimator.shared else None
+  base_value = value_of(tree) if zo.estimator.shared else None
 
   def derivative(direction_key):
     direction = keys_lib.DirectionKey(direction_key, keys.subspace)
-    line = lambda t: value_of(sampler.perturb(tree, direction, t))
-    return estimator.derivative(line, eps, base_value)
+    line = lambda t: value_of(zo.sampler.perturb(tree, direction, t))
+    return zo.estimator.derivative(line, eps, base_value)
 
-  return _collect(keys, map_fn(derivative, keys.direction))
+  return _collect(keys, zo.map_fn(derivative, keys.direction))
 
 
 def estimate_per_example(
@@ -216,17 +155,17 @@ def estimate_per_example(
   examples: Any,
   key: jax.Array,
   eps: jax.typing.ArrayLike,
+  zo: ZerothOrder = ZerothOrder(),
   *,
-  sampler: sampler_lib.Sampler,
-  estimator: Estimator = central,
   subspace_key: jax.Array | None = None,
   has_aux: bool = False,
 ) -> Estimate:
-  """Estimates the gradient of the mean of fn, a direction for each example.
+  """Estimates the gradient of the mean of fn, with a direction per example.
 
-  Example i is evaluated along its own z_i alone, so a batch of B gives B
-  directions for the cost of one with `directions.PerExample`, whose products
-  the examples share; E[(1/B) sum_i c_i z_i] is the mean gradient.
+  Example i is evaluated along its own z_i, so a batch of B examples gives B
+  directions. With `directions.PerExample`, whose matrix products the examples
+  share, they cost as much as one; other kinds need B perturbed copies of the
+  weights. E[(1/B) sum_i c_i z_i] is the mean gradient.
 
   Args:
     fn: maps (tree, example) to a scalar, or to (scalar, aux).
@@ -234,8 +173,7 @@ def estimate_per_example(
     examples: pytree with a leading axis B on every leaf.
     key: typed PRNG key, shape []. Split into B keys.
     eps: smoothing radius, float32, shape [].
-    sampler: which weights are perturbed and along what.
-    estimator: `central`, `forward` or `exact`.
+    zo: sampler and estimator.
     subspace_key: as for `estimate`.
     has_aux: whether fn returns a pair.
 
@@ -249,9 +187,9 @@ def estimate_per_example(
 
   def derivative(direction_key, example):
     direction = keys_lib.DirectionKey(direction_key, keys.subspace)
-    base_value = value_of(tree, example) if estimator.shared else None
-    line = lambda t: value_of(sampler.perturb(tree, direction, t), example)
-    return estimator.derivative(line, eps, base_value)
+    base_value = value_of(tree, example) if zo.estimator.shared else None
+    line = lambda t: value_of(zo.sampler.perturb(tree, direction, t), example)
+    return zo.estimator.derivative(line, eps, base_value)
 
   derivatives = jax.vmap(derivative)(keys.direction, examples)
   # Where the batch is sharded its directions are too, and their sum would be an
@@ -264,10 +202,65 @@ def estimate_per_example(
   return estimated._replace(coefficients=_replicate(estimated.coefficients))
 
 
+def estimate_on_batch(
+  fn: Callable[[Any, Any], Any],
+  tree: Any,
+  batch: Any,
+  key: jax.Array,
+  eps: jax.typing.ArrayLike,
+  zo: ZerothOrder = ZerothOrder(),
+  *,
+  axis: int = 0,
+  subspace_key: jax.Array | None = None,
+  has_aux: bool = False,
+) -> Estimate:
+  """Estimates the gradient of a mean over a batch, as `zo` says.
+
+  `estimate` of fn(tree, batch); with `zo.per_example`, `estimate_per_example`
+  of fn on batches of a single example.
+
+  Args:
+    fn: maps (tree, batch) to a scalar, or to (scalar, aux).
+    tree: parameters; read, never written.
+    batch: any pytree of arrays.
+    key: typed PRNG key, shape [].
+    eps: smoothing radius, float32, shape [].
+    zo: how the gradient is estimated.
+    axis: axis of the batch's leaves that counts examples; read only with
+      `zo.per_example`.
+    subspace_key: as for `estimate`.
+    has_aux: whether fn returns a pair.
+
+  Returns:
+    The estimate.
+
+  Raises:
+    ValueError: `zo.per_example`, and the leaves differ in their number of
+      examples.
+  """
+  options: dict[str, Any] = {"subspace_key": subspace_key, "has_aux": has_aux}
+  if not zo.per_example:
+    fn_of_tree = lambda tree: fn(tree, batch)
+    return estimate(fn_of_tree, tree, key, eps, zo, **options)
+  checks.check_examples(batch, axis)
+  single = lambda leaf: jnp.expand_dims(leaf, axis)
+  return estimate_per_example(
+    lambda tree, example: fn(tree, jax.tree.map(single, example)),
+    tree,
+    jax.tree.map(lambda leaf: jnp.moveaxis(leaf, axis, 0), batch),
+    key,
+    eps,
+    zo,
+    **options,
+  )
+
+
 def gradient(
-  tree: Any, estimated: Estimate, sampler: sampler_lib.Sampler
+  tree: Any,
+  estimated: Estimate,
+  sampler: sampler_lib.Sampler = sampler_lib.Sampler(),
 ) -> Any:
-  """Writes an estimate out as a float32 tree, for any optax transformation.
+  """Returns an estimate as a gradient tree, for any optax transformation.
 
   Costs one float32 copy of `tree`; `outer.sgd` does without.
 
@@ -282,3 +275,80 @@ def gradient(
   return sampler.weighted_sum(
     tree, estimated.keys, estimated.mean_coefficients()
   )
+
+
+def value_and_grad(
+  fn: Callable[..., Any],
+  zo: ZerothOrder = ZerothOrder(),
+  *,
+  eps: jax.typing.ArrayLike = 1e-3,
+  has_aux: bool = False,
+) -> Callable[..., tuple[Any, Any]]:
+  """Returns a function like `jax.value_and_grad(fn)`, by forward passes alone.
+
+  The gradient is (1/Q) sum_q c_q z_q; with `zo.central`,
+
+    c_q = (fn(x + eps z_q) - fn(x - eps z_q)) / (2 eps).
+
+  The value is the mean of fn over the points evaluated, which is fn(x) up to
+  O(eps^2) with `zo.central`, O(eps) with `zo.forward`, and exactly with
+  `zo.exact`.
+
+  Args:
+    fn: maps (params, *args) to a scalar, or to (scalar, aux). Need not be
+      differentiable, unless the estimator is `zo.exact`; must be deterministic.
+    zo: how the gradient is estimated. With `per_example`, axis 0 of the
+      leaves of `args` counts examples.
+    eps: smoothing radius, float32, shape [].
+    has_aux: whether fn returns a pair.
+
+  Returns:
+    (params, key, *args) -> (value, grads), or ((value, aux), grads), where
+    value is float32, shape [], grads a float32 tree like `params`, and aux has
+    leaves [Q, points, ...]. `key` is a typed PRNG key: a new one for each step.
+
+  Raises:
+    ValueError: `zo.subspace_steps` is not 1: the function does not know the
+      number of the step. `estimate` takes a `subspace_key`.
+
+  Example:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import zofo_jax as zofo
+    >>> def loss(params, x):
+    ...   return jnp.mean((params["w"] - x) ** 2)
+    >>> value_and_grad = zofo.zo.value_and_grad(
+    ...     loss, zofo.ZerothOrder(num_directions=8))
+    >>> tx = optax.adam(0.1)
+    >>> params = {"w": jnp.zeros(3)}
+    >>> opt_state = tx.init(params)
+    >>> @jax.jit
+    ... def step(params, opt_state, key):
+    ...   value, grads = value_and_grad(params, key, jnp.ones(3))
+    ...   updates, opt_state = tx.update(grads, opt_state, params)
+    ...   return optax.apply_updates(params, updates), opt_state, value
+    >>> for key in jax.random.split(jax.random.key(0), 100):
+    ...   params, opt_state, value = step(params, opt_state, key)
+    >>> bool(value < 0.01)
+    True
+  """
+  if zo.subspace_steps != 1:
+    raise ValueError(
+      "zo.value_and_grad: expected subspace_steps=1, as it does not know the "
+      f"number of the step; found {zo.subspace_steps}."
+    )
+
+  def call(params: Any, key: jax.Array, *args: Any) -> tuple[Any, Any]:
+    estimated = estimate_on_batch(
+      lambda params, args: fn(params, *args),
+      params,
+      args,
+      key,
+      eps,
+      zo,
+      has_aux=has_aux,
+    )
+    value = jnp.mean(estimated.values)
+    grads = gradient(params, estimated, zo.sampler)
+    return ((value, estimated.aux) if has_aux else value), grads
+
+  return call

@@ -71,22 +71,17 @@ def lower_programs(run: run_lib.Run) -> dict[str, jax.stages.Lowered]:
   batch = estimate.abstract_batch(config, run.model, run.mesh)
   loss_fn = model.make_loss_fn(config.loss, run.model.module)
   places = jax.tree.map(lambda leaf: leaf.sharding, state)
-  sampler = algorithm.make_sampler(config.zo)
+  zeroth_order = algorithm.make_zeroth_order(
+    config.zo, map_fn=dispatch.map_directions(run.mesh)
+  )
   base_tx = algorithm.make_base_tx(config.zo)
 
   def zo_step(base, opt, adapter, rows, key):
     objective = lambda base: loss_fn(base, adapter, rows, None)
-    estimated = zo.estimate(
-      objective,
-      base,
-      key,
-      config.zo.eps,
-      sampler=sampler,
-      estimator=algorithm.ESTIMATORS[config.zo.estimator],
-      num_directions=config.zo.num_directions,
-      map_fn=dispatch.map_directions(run.mesh),
+    estimated = zo.estimate(objective, base, key, config.zo.eps, zeroth_order)
+    return base_tx.update(
+      base, opt, estimated, zeroth_order.sampler, objective, key
     )
-    return base_tx.update(base, opt, estimated, sampler, objective, key)
 
   rows, key = batch.upper, state.key
   hparams = BilevelHParams(config.zo.eps, config.penalty)

@@ -152,6 +152,7 @@ def metrics_row(
   """Returns the fields of an iteration's row in `metrics.jsonl`."""
   row = info._asdict()
   del row["move"]  # in the ledger
+  row.pop("aux", None)  # of a loss with has_aux, which no run has
   for name in ("lower_loss", "upper_loss"):
     if name in row:
       row[name] = float(np.mean(row[name]))

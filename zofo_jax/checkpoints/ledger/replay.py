@@ -163,7 +163,7 @@ def _step_fn(zo: str) -> Callable[..., Any]:
     functools.partial(
       outer.replay_update,
       sampler=algorithm.make_sampler(config.zo),
-      frame_steps=config.zo.frame_steps,
+      subspace_steps=config.zo.frame_steps,
     ),
     donate_argnums=0,
   )
