@@ -260,9 +260,8 @@ def make_algorithm(case):
     "lower_tx": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2)),
     "upper_tx": optax.adam(1e-2),
     "base_tx": sgd(3e-2, clip(0.5), weight_decay=0.1),
-    "num_directions": 2,
-    "frame_steps": 2,
   }
+  zo_options = {"num_directions": 2, "subspace_steps": 2}
   rms = sgd(3e-2, scale_by_running_rms(), weight_decay=0.1)
   kind, lazy, dtype, num_tasks, changes = {
     "one_task": (zofo.directions.LowRank(2), True, "float32", None, {}),
@@ -272,13 +271,14 @@ def make_algorithm(case):
     ),
     "per_example": (
       *(zofo.directions.PerExample(), True, "float32", None),
-      {"per_example": True, "num_directions": 1, "base_tx": rms},
+      {"base_tx": rms},
     ),
   }[case]
+  if case == "per_example":
+    zo_options |= {"per_example": True, "num_directions": 1}
   sampler = Sampler(kind, stacked=STACKED, lazy=lazy)
-  algorithm = zofo.make_bilevel_step(
-    loss_fn, sampler=sampler, **(plain | changes)
-  )
+  zo = zofo.ZerothOrder(sampler, **zo_options)
+  algorithm = zofo.make_bilevel_step(loss_fn, zo=zo, **(plain | changes))
   return algorithm, dtype, num_tasks
 
 
