@@ -86,13 +86,13 @@ def test_evaluation_sees_each_example_once_in_few_shapes(count):
   seen = list(batching.eval_batches(examples, 8, pad=0))
   first = batching.restore(
     [np.asarray(b.batch.tokens)[:, 0, 0] for b in seen],
-    [b.places for b in seen],
+    [b.indices for b in seen],
   )
   np.testing.assert_array_equal(first, np.arange(count))
   weight = sum(float(np.sum(b.batch.example_weight)) for b in seen)
   assert weight == count
   assert all(
-    (b.batch.example_weight > 0).tolist() == (b.places >= 0).tolist()
+    (b.batch.example_weight > 0).tolist() == (b.indices >= 0).tolist()
     for b in seen
   )
   assert {b.batch.tokens.shape[0] for b in seen} == {8}

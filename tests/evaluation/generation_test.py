@@ -46,7 +46,7 @@ def next_logits(module, base, texts):
 def left(texts):
   """Stacks texts padded at the left."""
   batch = next(batching.prompt_batches(texts, len(texts), pad=PAD))
-  order = np.argsort(batch.places)
+  order = np.argsort(batch.indices)
   return batch.tokens[order], batch.mask[order]
 
 

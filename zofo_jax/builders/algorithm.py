@@ -160,7 +160,7 @@ def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
 def make_level_tx(
   config: ml_collections.ConfigDict, name: Literal["lower", "upper"]
 ) -> optax.GradientTransformation:
-  """Makes the optimizer of s ("lower") or p ("upper"), for a train_base run."""
+  """Makes the optimizer of s ("lower") or p ("upper"), for a whole run."""
   level = config[name]
   updates = config.lower.num_steps if name == "lower" else 1
   rate = make_schedule(

@@ -73,7 +73,7 @@ def load_model(
   module, family = models.from_hf(
     hf_config,
     remat=config.model.remat,
-    place=rules.make_activation_constraint(mesh)
+    constrain=rules.make_activation_constraint(mesh)
     if mesh
     else models.layers.no_constraint,
   )

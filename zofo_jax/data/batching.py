@@ -35,11 +35,11 @@ class EvalBatch(NamedTuple):
 
   Attributes:
     batch: the arrays.
-    places: int [B], indices into the data set; -1 for padding examples.
+    indices: int [B], into the data set; -1 for padding examples.
   """
 
   batch: losses.Batch
-  places: np.ndarray
+  indices: np.ndarray
 
 
 class PromptBatch(NamedTuple):
@@ -48,12 +48,12 @@ class PromptBatch(NamedTuple):
   Attributes:
     tokens: int32 [B, L], padded on the left.
     mask: bool [B, L], True at real tokens.
-    places: int [B], indices into the data set; -1 for padding prompts.
+    indices: int [B], into the data set; -1 for padding prompts.
   """
 
   tokens: np.ndarray
   mask: np.ndarray
-  places: np.ndarray
+  indices: np.ndarray
 
 
 def batch_indices(
@@ -73,9 +73,9 @@ def batch_indices(
   Returns:
     int64, shape [batch_size].
   """
-  places = np.arange(index * batch_size, (index + 1) * batch_size)
+  indices = np.arange(index * batch_size, (index + 1) * batch_size)
   return np.array(
-    [_epoch(seed, num_rows, p // num_rows)[p % num_rows] for p in places]
+    [_epoch(seed, num_rows, p // num_rows)[p % num_rows] for p in indices]
   )
 
 
@@ -190,14 +190,14 @@ def eval_batches(
   """
   lengths = [max(len(r.tokens) for r in e.rows) for e in examples]
   shape = shape or shape_of(examples)
-  for places, length in _by_length(lengths, batch_size):
+  for indices, length in _by_length(lengths, batch_size):
     batch = collate(
-      [examples[i] for i in places if i >= 0],
+      [examples[i] for i in indices if i >= 0],
       shape._replace(length=length),
       pad=pad,
       batch_size=batch_size,
     )
-    yield EvalBatch(batch, places)
+    yield EvalBatch(batch, indices)
 
 
 def prompt_batches(
@@ -213,14 +213,14 @@ def prompt_batches(
   Yields:
     Batches with the indices of their prompts.
   """
-  for places, length in _by_length([len(p) for p in prompts], batch_size):
+  for indices, length in _by_length([len(p) for p in prompts], batch_size):
     tokens = np.full((batch_size, length), pad, np.int32)
     mask = np.zeros((batch_size, length), bool)
-    for row, place in enumerate(places):
-      prompt = prompts[place if place >= 0 else places[0]]
+    for row, index in enumerate(indices):
+      prompt = prompts[index if index >= 0 else indices[0]]
       tokens[row, length - len(prompt) :] = prompt
       mask[row, length - len(prompt) :] = True
-    yield PromptBatch(tokens, mask, places)
+    yield PromptBatch(tokens, mask, indices)
 
 
 def _by_length(
@@ -231,23 +231,23 @@ def _by_length(
   for start in range(0, len(order), batch_size):
     chosen = order[start : start + batch_size]
     longest = max(lengths[i] for i in chosen)
-    places = np.full(batch_size, -1)
-    places[: len(chosen)] = chosen
-    yield places, min(b for b in _BUCKETS if b >= longest)
+    indices = np.full(batch_size, -1)
+    indices[: len(chosen)] = chosen
+    yield indices, min(b for b in _BUCKETS if b >= longest)
 
 
 def restore(
-  outputs: Sequence[np.ndarray], places: Sequence[np.ndarray]
+  outputs: Sequence[np.ndarray], indices: Sequence[np.ndarray]
 ) -> np.ndarray:
   """Reorders outputs of evaluation batches into the data set's order.
 
   Args:
     outputs: one array [B, ...] per batch.
-    places: the batches' `places`.
+    indices: the batches' `indices`.
 
   Returns:
     [examples, ...], without the padding of the last batch.
   """
-  flat, place = np.concatenate(outputs), np.concatenate(places)
-  real = place >= 0
-  return flat[real][np.argsort(place[real])]
+  flat, index = np.concatenate(outputs), np.concatenate(indices)
+  real = index >= 0
+  return flat[real][np.argsort(index[real])]

@@ -242,7 +242,7 @@ def _fit(pieces, max_length, truncate, source):
           f"{source}: an option of {longest} tokens leaves no room for a "
           f"prompt in {max_length} tokens."
         )
-      kept = budget - num_leading
-      context = context[:num_leading] + context[len(context) - kept :]
+      num_kept = budget - num_leading
+      context = context[:num_leading] + context[len(context) - num_kept :]
     fitted[i] = (num_leading, context, option)
   return fitted

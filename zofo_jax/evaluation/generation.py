@@ -279,20 +279,22 @@ def generate_texts(
   with progress_lib.Progress(len(prompts), label, unit="rows") as progress:
     for batch in batching.prompt_batches(prompts, batch_size, pad=pad):
       keys = jax.vmap(jax.random.fold_in, (None, 0))(
-        key, np.maximum(batch.places, 0)
+        key, np.maximum(batch.indices, 0)
       )
       tokens, lengths = jax.device_get(
         generate_fn(base, adapter, batch.tokens, batch.mask, keys)
       )
-      for place, row, length in zip(batch.places, tokens, lengths, strict=True):
-        if place < 0:
+      for index, row, length in zip(
+        batch.indices, tokens, lengths, strict=True
+      ):
+        if index < 0:
           continue
         text = tokenizer.decode(
           row[:length].tolist(),
           skip_special_tokens=True,
           clean_up_tokenization_spaces=False,
         )
-        texts[place] = cut(text, stop)
+        texts[index] = cut(text, stop)
         done, count = done + 1, count + int(length)
       rate = count / (time.monotonic() - began)
       progress.update(done, **{"tokens/s": rate})

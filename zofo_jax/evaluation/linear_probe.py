@@ -38,14 +38,14 @@ def hidden_states(
   Returns:
     float32 [N, R, P, D], R and P as in `batches.shape_of(examples)`.
   """
-  outputs, places, done = [], [], 0
+  outputs, indices, done = [], [], 0
   with progress_lib.Progress(len(examples), "read", unit="rows") as progress:
-    for batch, place in batching.eval_batches(examples, batch_size, pad=pad):
+    for batch, index in batching.eval_batches(examples, batch_size, pad=pad):
       outputs.append(np.asarray(hidden_fn(base, batch), np.float32))
-      places.append(place)
-      done += int((place >= 0).sum())
+      indices.append(index)
+      done += int((index >= 0).sum())
       progress.update(done)
-  return batching.restore(outputs, places)
+  return batching.restore(outputs, indices)
 
 
 def fit_logistic(

@@ -165,13 +165,13 @@ def score_options(
   Returns:
     float32 [N, O], in the order of `examples`.
   """
-  outputs, places, done = [], [], 0
+  outputs, indices, done = [], [], 0
   with progress_lib.Progress(len(examples), label, unit="rows") as progress:
-    for batch, place in batching.eval_batches(
+    for batch, index in batching.eval_batches(
       examples, batch_size, pad=pad, shape=shape
     ):
       outputs.append(np.asarray(score_fn(base, adapter, batch)))
-      places.append(place)
-      done += int((place >= 0).sum())
+      indices.append(index)
+      done += int((index >= 0).sum())
       progress.update(done)
-  return batching.restore(outputs, places)
+  return batching.restore(outputs, indices)

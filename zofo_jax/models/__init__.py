@@ -1,6 +1,6 @@
-"""Decoders as Flax modules, found by the model_type of Hugging Face.
+"""Decoders as Flax modules, selected by Hugging Face's model_type.
 
-A family is a module with `Model`, `config_from_hf`, `hf_parameters` and
+A family is a Python module with `Model`, `config_from_hf`, `hf_parameters` and
 `SHARDINGS`.
 """
 
@@ -25,21 +25,21 @@ def from_hf(
   config: Mapping[str, Any],
   *,
   remat: bool = False,
-  place: layers.ActivationSharding = layers.no_constraint,
+  constrain: layers.ActivationSharding = layers.no_constraint,
 ) -> tuple[nn.Module, ModuleType]:
-  """Makes the module that a config.json describes.
+  """Returns the module that a config.json describes.
 
   Args:
     config: the file as a dict.
-    remat: whether the backward pass recomputes each layer's inside.
-    place: how hidden states are divided among devices.
+    remat: whether the backward pass recomputes the inside of each layer.
+    constrain: sharding constraint of hidden states.
 
   Returns:
-    The module and its family, whose `hf_parameters(module.config)` names the
-    tensors.
+    The module and its family, whose `hf_parameters(module.config)` maps
+    parameters to tensors.
 
   Raises:
-    UserError: the family, or something the config asks for, is not supported.
+    UserError: the model type or a feature in the config is not supported.
   """
   model_type = config.get("model_type")
   if model_type not in FAMILIES:
@@ -49,5 +49,5 @@ def from_hf(
     )
   family = FAMILIES[model_type]
   return family.Model(
-    family.config_from_hf(config), remat=remat, place=place
+    family.config_from_hf(config), remat=remat, constrain=constrain
   ), family

@@ -1,8 +1,8 @@
-"""A decoder applied to a batch: log-probabilities, hidden states, best tokens.
+"""Applies a decoder to a batch: log-probabilities, hidden states, best tokens.
 
-Everything that evaluation and training ask of a model goes through here. A
-batch has a leading axis of examples and one of rows an example, [B, R, ...];
-a decoder has a single one.
+Training and evaluation use models only through this module. A batch has a
+leading axis of examples and one of rows per example, [B, R, ...]; a decoder has
+a single batch axis.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from zofo_jax import adapters
 from zofo_jax.core import losses, perturbed
 from zofo_jax.models import decoder
 
-# (base, batch) -> what the head reads at a batch's positions, [B, R, P, D].
+# (base, batch) -> the head's inputs at the batch's positions, [B, R, P, D].
 HiddenFn = Callable[[Any, losses.Batch], Any]
 
 
@@ -27,18 +27,19 @@ def merge_rows(leaf: jax.Array) -> jax.Array:
 
 
 def make_log_probs_fn(module: nn.Module) -> losses.LogProbsFn:
-  """Makes log_probs(base, adapter, batch, key) of a model's targets.
+  """Returns log_probs(base, adapter, batch, key) of a batch's targets.
 
   Args:
     module: a decoder of `zofo_jax.models`.
 
   Returns:
-    A function to float32 [B, R, K], for `losses.make_loss_fn` and evaluation.
+    A function that returns float32 [B, R, K], for `losses.make_loss_fn` and
+    evaluation.
   """
 
   def log_probs_fn(base, adapter, batch, key):
-    # Without dropout nothing reads the key.
-    drops = key is not None and adapters.has_dropout(adapter)
+    # Without dropout, the key is not used.
+    use_dropout = key is not None and adapters.has_dropout(adapter)
     lead = batch.tokens.shape[:2]
 
     out: Any = module.apply(
@@ -48,7 +49,7 @@ def make_log_probs_fn(module: nn.Module) -> losses.LogProbsFn:
       merge_rows(batch.positions),
       merge_rows(batch.target_slot),
       merge_rows(batch.target_token),
-      rngs={"dropout": key} if drops else None,
+      rngs={"dropout": key} if use_dropout else None,
     )
     return out.reshape(*lead, -1)
 
@@ -56,7 +57,7 @@ def make_log_probs_fn(module: nn.Module) -> losses.LogProbsFn:
 
 
 def make_hidden_fn(module: nn.Module) -> HiddenFn:
-  """Makes the function that reads a decoder's hidden states; to be jitted."""
+  """Returns a function that computes the head's inputs; jit it yourself."""
 
   def hidden_fn(base, batch):
     lead = batch.tokens.shape[:2]
@@ -67,8 +68,8 @@ def make_hidden_fn(module: nn.Module) -> HiddenFn:
       merge_rows(batch.mask),
       method="hidden",
     )
-    picked = decoder.gather_positions(hidden, merge_rows(batch.positions))
-    return picked.reshape(*lead, *picked.shape[1:])
+    hidden = decoder.gather_positions(hidden, merge_rows(batch.positions))
+    return hidden.reshape(*lead, *hidden.shape[1:])
 
   return hidden_fn
 
@@ -76,13 +77,13 @@ def make_hidden_fn(module: nn.Module) -> HiddenFn:
 def best_tokens(
   module: nn.Module, base: Any, adapter: Any, batch: losses.Batch
 ) -> jax.Array:
-  """Returns the likeliest token at each target, the true ones before it given.
+  """Returns the most likely token at each target, with teacher forcing.
 
   Args:
     module: a decoder of `zofo_jax.models`.
     base: backbone parameters, perturbed or not.
     adapter: adapter parameters.
-    batch: rows of text.
+    batch: a batch of sequences with targets.
 
   Returns:
     int32 [B, R, K].
@@ -103,18 +104,18 @@ def best_tokens(
 
 
 def head_table(module: nn.Module, base: Any) -> Any:
-  """Returns the table [V, D] of a decoder's head, tied or its own."""
+  """Returns a decoder's output embedding [V, D], tied or not."""
   config: Any = getattr(module, "config")  # noqa: B009  (no attribute of Module)
   return base["embed" if config.tied_head else "head"]["embedding"]
 
 
 def untie(module: nn.Module, base: Any, table: jax.Array) -> tuple[Any, Any]:
-  """Returns a decoder, and its weights, with a head table of its own.
+  """Returns a decoder and its weights with an untied output embedding.
 
   Args:
     module: a decoder of `zofo_jax.models`.
-    base: its weights.
-    table: the head's [V, D].
+    base: weights of the decoder.
+    table: the output embedding [V, D].
   """
   config: Any = getattr(module, "config")  # noqa: B009
   config = dataclasses.replace(config, tied_head=False)

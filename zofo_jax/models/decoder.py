@@ -1,7 +1,7 @@
-"""What a decoder answers, from its layers and its head.
+"""The base class of decoders.
 
-Scores of targets, logits, hidden states, and, with a cache of keys and values,
-the tokens that may follow.
+Log-probabilities of targets, logits, hidden states and, with a cache of keys
+and values, next-token logits.
 
 Shapes: B rows, L length, S slots of a cache, D width, E width of the
 embedding, P supervised positions (or virtual tokens), K targets, V vocabulary.
@@ -27,17 +27,17 @@ def stack_layers(
   Args:
     block: a module whose call maps (carry, *inputs) to (carry, None).
     length: number of layers.
-    remat: whether the backward pass recomputes all of a layer's inside, its
-      products too.
-    in_axes: for each of `inputs`, nn.broadcast or the axis that is scanned.
+    remat: whether the backward pass recomputes everything in a layer, matrix
+      products included.
+    in_axes: for each of `inputs`, nn.broadcast or the axis to scan over.
 
   Returns:
     A module class with the constructor of `block`.
   """
-  # The backward pass of an adapter keeps the products, which are dear, and
-  # takes all that is cheap again: half the memory, and no slower.
-  keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
-  block = nn.remat(block, prevent_cse=False, policy=None if remat else keep)
+  # Without remat, save matrix products and recompute elementwise operations:
+  # this halves the memory of the adapter's backward pass at no measured cost.
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+  block = nn.remat(block, prevent_cse=False, policy=None if remat else policy)
   scanned = nn.scan(
     block,
     variable_axes={"params": 0, "adapter": 0, "context": 0},
@@ -45,12 +45,12 @@ def stack_layers(
     in_axes=in_axes,
     length=length,
   )
-  # A prefix that is computed is so once, not in every layer.
+  # Computes a projected prefix once instead of in every layer.
   return nn.map_variables(scanned, "adapter", adapters.expand)
 
 
 def gather_positions(x_BxLxD: jax.Array, positions_BxP: jax.Array) -> jax.Array:
-  """Picks the hidden states at the given positions; [B, P, D]."""
+  """Gathers the hidden states at the given positions, [B, P, D]."""
   return jnp.take_along_axis(x_BxLxD, positions_BxP[..., None], axis=1)
 
 
@@ -60,11 +60,11 @@ def target_log_probs(
   target_slot_BxK: jax.Array,
   target_token_BxK: jax.Array,
 ) -> jax.Array:
-  """Log-probability of each target at its position, over the vocabulary.
+  """Computes the log-probability of each target over the vocabulary.
 
   Args:
-    hidden_BxPxD: hidden states that predict, after the last norm.
-    embedding: [V, D], tied or the head's own, perturbed or not.
+    hidden_BxPxD: hidden states at supervised positions, after the last norm.
+    embedding: [V, D], tied or not, perturbed or not.
     target_slot_BxK: int32, which of the P positions predicts the target.
     target_token_BxK: int32, token to be predicted.
 
@@ -74,33 +74,34 @@ def target_log_probs(
   normalizer_BxP = perturbed.log_normalizer(hidden_BxPxD, embedding)
   hidden_BxKxD = gather_positions(hidden_BxPxD, target_slot_BxK)
   rows_BxKxD = perturbed.take(embedding, target_token_BxK)
-  picked_BxK = jnp.sum(
+  logits_BxK = jnp.sum(
     hidden_BxKxD.astype(jnp.float32) * rows_BxKxD.astype(jnp.float32), axis=-1
   )
   normalizer_BxK = jnp.take_along_axis(normalizer_BxP, target_slot_BxK, axis=1)
-  return picked_BxK - normalizer_BxK
+  return logits_BxK - normalizer_BxK
 
 
 class Decoder(nn.Module):
-  """What a decoder answers, from its layers and its head.
+  """A decoder with its head.
 
-  A family's module declares `config` (with `tied_head`), `place`, `embed` and,
-  if it is not tied, `head`, and defines `_body`, `_finish` and `_cache_shape`.
+  Subclasses declare `config` (with `tied_head`), `constrain`, `embed` and,
+  unless the head is tied, `head`. They define `_body`, `_finish` and
+  `_cache_shape`.
   """
 
   @property
   def prefix_acts_as_tokens(self) -> bool:
-    """Tells whether tokens and the prefix made of them are one and the same."""
+    """Returns whether a prefix made of tokens is equivalent to these tokens."""
     return True
 
   def _inputs(
     self, tokens_BxL: jax.Array, mask_BxL: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Embeds tokens, behind the adapter's virtual ones if it has any.
+    """Embeds tokens, after the adapter's virtual tokens if it has any.
 
     Args:
       tokens_BxL: int32.
-      mask_BxL: real tokens.
+      mask_BxL: bool, real tokens.
 
     Returns:
       Embeddings [B, P + L, E] and mask, bool [B, P + L].
@@ -115,9 +116,9 @@ class Decoder(nn.Module):
     return x, mask
 
   def _positions(self, mask_BxS: jax.Array) -> jax.Array:
-    """Numbers the slots' tokens, int32 [B, S]; a prefix counts as well."""
-    before = adapters.prefix_length(self.variables.get("adapter", {}))
-    return token_positions(mask_BxS) + before
+    """Returns positions, int32 [B, S]; a prefix takes the first ones."""
+    start = adapters.prefix_length(self.variables.get("adapter", {}))
+    return token_positions(mask_BxS) + start
 
   def _body(
     self,
@@ -125,25 +126,25 @@ class Decoder(nn.Module):
     mask_BxL: jax.Array,
     cache: kv_cache.Cache | None = None,
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
-    """Runs the layers over tokens that follow those of the cache; [B, L, D]."""
+    """Runs the layers over tokens that follow the cached ones; [B, L, D]."""
     raise NotImplementedError
 
   def _cache_shape(self) -> tuple[int, int, int]:
-    """Returns the number of layers and kv heads, and a head's width."""
+    """Returns the number of layers, of kv heads, and the width of a head."""
     raise NotImplementedError
 
   def _finish(self, x: jax.Array) -> jax.Array:
-    """Turns the layers' output into what the head reads."""
+    """Maps the layers' output to the head's input."""
     raise NotImplementedError
 
   def _head_table(self) -> Any:
-    """Returns the table [V, D] of the head."""
+    """Returns the output embedding [V, D]."""
     return self.embed.table() if self.config.tied_head else self.head.table()
 
   def _states(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
-    """Runs the layers, without what they say of virtual tokens; [B, L, D]."""
+    """Runs the layers and drops virtual tokens; [B, L, D]."""
     x, mask = self._inputs(tokens_BxL, mask_BxL)
-    x, _ = self._body(self.place(x, False), mask)
+    x, _ = self._body(self.constrain(x, False), mask)
     return x[:, x.shape[1] - tokens_BxL.shape[1] :]
 
   def __call__(
@@ -154,13 +155,13 @@ class Decoder(nn.Module):
     target_slot: jax.Array,
     target_token: jax.Array,
   ) -> jax.Array:
-    """Scores the targets of each row.
+    """Computes the log-probabilities of each row's targets.
 
     Args:
       tokens: [B, L] int32.
       mask: [B, L] bool, real tokens; padding may be on either side.
-      positions: [B, P] int32, where hidden states predict the next token.
-      target_slot: [B, K] int32, which of the P positions predicts.
+      positions: [B, P] int32, positions whose next token is a target.
+      target_slot: [B, K] int32, which of the P positions predicts the target.
       target_token: [B, K] int32, token to be predicted.
 
     Returns:
@@ -172,11 +173,11 @@ class Decoder(nn.Module):
     )
 
   def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns what the head reads at every token, [B, L, D]."""
+    """Returns the head's input at every token, [B, L, D]."""
     return self._finish(self._states(tokens, mask))
 
   def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-    """Returns the scores of every next token, [B, L, V] float32."""
+    """Returns the next-token logits at every token, [B, L, V] float32."""
     return perturbed.dot_transposed(
       self.hidden(tokens, mask), self._head_table()
     )
@@ -184,15 +185,15 @@ class Decoder(nn.Module):
   def prefill(
     self, tokens: jax.Array, mask: jax.Array, num_more: int
   ) -> tuple[jax.Array, kv_cache.Cache]:
-    """Reads prompts, so that `decode` can go on from them.
+    """Processes prompts and fills a cache for `decode`.
 
     Args:
       tokens: [B, L] int32.
       mask: [B, L] bool, real tokens; padding may be on either side.
-      num_more: how many tokens can follow.
+      num_more: maximum number of tokens to decode afterwards.
 
     Returns:
-      Scores of the token after each prompt, [B, V] float32, and the cache.
+      Logits of the token after each prompt, [B, V] float32, and the cache.
     """
     inputs, mask = self._inputs(tokens, mask)
     rows, length = mask.shape
@@ -200,28 +201,28 @@ class Decoder(nn.Module):
       self._cache_shape(), rows, length + num_more, inputs.dtype
     )
     x, cache = self._body(inputs, mask, empty)
-    assert cache is not None  # one came in
+    assert cache is not None  # because one was passed
     last_B = length - 1 - jnp.argmax(mask[:, ::-1], axis=1)
     return self._next(gather_positions(x, last_B[:, None])), cache
 
   def decode(
     self, tokens: jax.Array, cache: kv_cache.Cache
   ) -> tuple[jax.Array, kv_cache.Cache]:
-    """Reads one more token a row.
+    """Processes one more token per row.
 
     Args:
       tokens: [B] int32.
-      cache: from `prefill` or the last `decode`; must have a slot left.
+      cache: from `prefill` or the last `decode`; must have a free slot.
 
     Returns:
-      Scores of the token after it, [B, V] float32, and the cache.
+      Logits of the next token, [B, V] float32, and the updated cache.
     """
     x = self.embed(tokens[:, None])
-    x, after = self._body(x, jnp.ones(x.shape[:2], bool), cache)
-    assert after is not None  # one came in
-    return self._next(x), after
+    x, new_cache = self._body(x, jnp.ones(x.shape[:2], bool), cache)
+    assert new_cache is not None  # because one was passed
+    return self._next(x), new_cache
 
   def _next(self, x_Bx1xD: jax.Array) -> jax.Array:
-    """Scores the next token of each row, [B, V] float32."""
+    """Returns the logits of each row's next token, [B, V] float32."""
     logits = perturbed.dot_transposed(self._finish(x_Bx1xD), self._head_table())
     return logits[:, 0]

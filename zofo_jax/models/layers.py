@@ -1,11 +1,11 @@
-"""Blocks that every decoder here is made of.
+"""Layers shared by all decoders.
 
 Weights are read only through `perturbed.read`, `take` and `dot`, so any of
-them may be a perturbed weight. Products run in the dtype of the weights;
+them may be a perturbed weight. Matrix products run in the dtype of the weights;
 norms, softmax and log-probabilities in float32.
 
-Shapes: B rows, L length, S slots (L, or those of a cache), D width, F a head's
-width, H heads, K kv heads, V vocabulary, P positions of a prefix.
+Shapes: B rows, L length, S slots (L, or those of a cache), D width, F width of
+a head, H heads, K kv heads, V vocabulary, P positions of a prefix.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from zofo_jax.core import perturbed
 
 INIT = nn.initializers.normal(0.02)
 
-# By the names that config.json uses.
+# By their names in config.json.
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "relu": nn.relu,
   "silu": nn.silu,
@@ -32,19 +32,19 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
 }
 
-# (states [B, ..., D], whether D is divided, as heads are) -> the same states,
-# divided among devices so.
+# (states [B, ..., D], whether D is sharded over the model axis) -> the same
+# states with a sharding constraint.
 ActivationSharding = Callable[[jax.Array, bool], jax.Array]
 
 
-def no_constraint(x: jax.Array, divided: bool) -> jax.Array:
-  """Leaves it to the compiler where states lie."""
-  del divided
+def no_constraint(x: jax.Array, sharded: bool) -> jax.Array:
+  """Returns x unchanged and leaves its sharding to the compiler."""
+  del sharded
   return x
 
 
 class Linear(nn.Module):
-  """y = x W + b, plus the product of a LoRA adapter where there is one."""
+  """y = x W + b, plus the product of a LoRA adapter if there is one."""
 
   features: int
   use_bias: bool = True
@@ -61,28 +61,28 @@ class Linear(nn.Module):
       y = y + jnp.broadcast_to(bias.astype(y.dtype), y.shape)
     if self.has_variable("adapter", "lora"):
       lora: adapters.Lora = self.get_variable("adapter", "lora")
-      drops = lora.dropout and self.has_rng("dropout")
-      key = self.make_rng("dropout") if drops else None
+      use_dropout = lora.dropout and self.has_rng("dropout")
+      key = self.make_rng("dropout") if use_dropout else None
       y = y + adapters.lora_product(x, lora, key).astype(y.dtype)
     return y
 
 
 class Embed(nn.Module):
-  """Rows of a table [V, D]; the table also serves as a head."""
+  """An embedding table [V, D], which may also be the output embedding."""
 
   rows: int
   features: int
 
   def setup(self) -> None:
-    """Declares the table."""
+    """Declares the parameter."""
     self.embedding = self.param("embedding", INIT, (self.rows, self.features))
 
   def __call__(self, ids: jax.Array) -> jax.Array:
-    """Looks ids [...] up; [..., D]."""
+    """Returns the embeddings [..., D] of ids [...]."""
     return perturbed.take(self.embedding, ids)
 
   def table(self) -> Any:
-    """Returns the table as it is stored, perturbed or not."""
+    """Returns the stored table, perturbed or not."""
     return self.embedding
 
   def prompt(self) -> adapters.Prompt | None:
@@ -140,20 +140,20 @@ def token_positions(mask_BxL: jax.Array) -> jax.Array:
 
 
 def attention_mask(mask_BxS: jax.Array, slots_L: jax.Array) -> jax.Array:
-  """Tells which tokens see which: real ones not after them; [B, 1, L, S].
+  """Returns the causal attention mask, bool [B, 1, L, S].
 
-  Every token sees itself, padding included, so that no softmax runs over
-  nothing.
+  A token attends to real tokens up to itself. Every token attends to itself,
+  padding included, because softmax is undefined without any allowed slot.
 
   Args:
     mask_BxS: bool, slots that hold a real token.
-    slots_L: int32, the slots of the tokens that look.
+    slots_L: int32, slots of the queries.
   """
   slots_S = jnp.arange(mask_BxS.shape[1])
   causal_LxS = slots_S[None, :] <= slots_L[:, None]
-  itself_LxS = slots_S[None, :] == slots_L[:, None]
-  seen_Bx1xLxS = mask_BxS[:, None, None, :] & causal_LxS[None, None]
-  return seen_Bx1xLxS | itself_LxS[None, None]
+  diagonal_LxS = slots_S[None, :] == slots_L[:, None]
+  allowed_Bx1xLxS = mask_BxS[:, None, None, :] & causal_LxS[None, None]
+  return allowed_Bx1xLxS | diagonal_LxS[None, None]
 
 
 def with_prefix(
@@ -162,19 +162,20 @@ def with_prefix(
   value_BxSxKxF: jax.Array,
   allowed_Bx1xLxS: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Puts an adapter's prefix in front of all keys and values that there are.
+  """Prepends an adapter's prefix, if there is one, to keys and values.
 
-  To be called last before `attend`. Keys and values are also left in the
-  collection "context", where it is mutable, to start a prefix from.
+  Call it directly before `attend`. If the collection "context" is mutable, keys
+  and values are also stored there, to initialise a prefix from tokens.
 
   Args:
     attention: the module whose collection "adapter" may hold a "prefix".
-    key_BxSxKxF: keys as `attend` takes them.
+    key_BxSxKxF: keys as passed to `attend`.
     value_BxSxKxF: values.
-    allowed_Bx1xLxS: bool, [.., query, key]: which tokens see which.
+    allowed_Bx1xLxS: bool, attention mask.
 
   Returns:
-    The three, of P + S keys where there is a prefix of P.
+    Keys, values and mask of P + S slots with a prefix of P positions, of S
+    slots without.
   """
   if not attention.is_initializing():
     attention.sow(
@@ -204,10 +205,10 @@ def attend(
     query_BxLxHxF: queries.
     key_BxSxKxF: keys; H is a multiple of K and each serves H/K queries.
     value_BxSxKxF: values.
-    allowed_Bx1xLxS: bool, [.., query, key]: which tokens see which.
+    allowed_Bx1xLxS: bool, attention mask.
 
   Returns:
-    The heads' outputs side by side, in the dtype of the queries.
+    The concatenated outputs of the heads, in the dtype of the queries.
   """
   out = jax.nn.dot_product_attention(
     query_BxLxHxF,

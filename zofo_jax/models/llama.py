@@ -1,9 +1,8 @@
 """The Llama family: SmolLM2, TinyLlama, Llama-2/3, Mistral, Qwen2 and 2.5.
 
-Pre-norm decoders with rotary positions, grouped kv heads and a gated MLP.
-Layers are stacked on axis 0 under "layers" and scanned. Names of fields and
-tensors of Hugging Face checkpoints are known only to the two functions at the
-end.
+Pre-norm decoders with rotary positions, grouped-query attention and a gated
+MLP. Layers are stacked on axis 0 under "layers" and scanned. Only the two
+functions at the end know field and tensor names of Hugging Face checkpoints.
 """
 
 import dataclasses
@@ -20,31 +19,31 @@ from zofo_jax.models import decoder, kv_cache, layers
 from zofo_jax.models import rope as rope_lib
 from zofo_jax.models.hf import config as config_lib
 
-_EVERYTHING = 2**30
+_NO_WINDOW = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """Shape and variant of a Llama model.
+  """Hyperparameters of a Llama model.
 
   Attributes:
     vocab_size: V.
     hidden_size: D.
-    mlp_size: width inside the gated MLP.
-    num_layers: number of blocks.
+    mlp_size: hidden width of the gated MLP.
+    num_layers: number of layers.
     num_heads: H.
     num_kv_heads: K, a divisor of H.
     head_dim: F, even; H * F need not be D.
-    max_length: longest row that the model was made for.
+    max_length: context length.
     norm_epsilon: added to the mean square.
     activation: a name in layers.ACTIVATIONS.
-    tied_head: whether the head is the embedding.
-    qkv_bias: biases of query, key and value.
-    out_bias: bias of attention's output.
-    mlp_bias: biases of the MLP.
+    tied_head: whether input and output embeddings are tied.
+    qkv_bias: whether query, key and value have biases.
+    out_bias: whether attention's output has a bias.
+    mlp_bias: whether the MLP has biases.
     rope: rotary positions.
-    windows: for each layer how many tokens back a token sees, itself
-      included; None where every layer sees everything.
+    windows: for each layer, the size of its attention window, the token itself
+      included; None without windows.
   """
 
   vocab_size: int
@@ -69,7 +68,7 @@ class Attention(nn.Module):
   """Self-attention with rotary positions and grouped kv heads."""
 
   config: LlamaConfig
-  place: layers.ActivationSharding
+  constrain: layers.ActivationSharding
 
   @nn.compact
   def __call__(
@@ -79,14 +78,14 @@ class Attention(nn.Module):
     rotations: tuple[jax.Array, jax.Array],
     cache: kv_cache.Cache | None,
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
-    """Mixes tokens [B, L, D] with those that they may see."""
+    """Applies self-attention to [B, L, D]."""
     c = self.config
 
     def heads(
       name: str, count: int, after: jax.Array | None = None
     ) -> jax.Array:
       y = layers.Linear(count * c.head_dim, c.qkv_bias, name=name)(x, after)
-      y = self.place(y, True)
+      y = self.constrain(y, True)
       return y.reshape(*x.shape[:2], count, c.head_dim)
 
     query = heads("query", c.num_heads)
@@ -95,8 +94,8 @@ class Attention(nn.Module):
     query = rope_lib.rotate(query, *rotations)
     key = rope_lib.rotate(key, *rotations)
     key, value, cache = kv_cache.append(cache, key, value)
-    seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
-    out = layers.attend(query, *seen)
+    context = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
+    out = layers.attend(query, *context)
     return layers.Linear(c.hidden_size, c.out_bias, name="out")(out), cache
 
 
@@ -104,7 +103,7 @@ class Mlp(nn.Module):
   """down(act(gate(x)) * up(x))."""
 
   config: LlamaConfig
-  place: layers.ActivationSharding
+  constrain: layers.ActivationSharding
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -112,15 +111,15 @@ class Mlp(nn.Module):
     c = self.config
     gate = layers.Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
     up = layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x, gate)
-    inside = self.place(layers.ACTIVATIONS[c.activation](gate) * up, True)
-    return layers.Linear(c.hidden_size, c.mlp_bias, name="down")(inside)
+    hidden = self.constrain(layers.ACTIVATIONS[c.activation](gate) * up, True)
+    return layers.Linear(c.hidden_size, c.mlp_bias, name="down")(hidden)
 
 
 class Block(nn.Module):
   """One pre-norm layer; the body of the scan."""
 
   config: LlamaConfig
-  place: layers.ActivationSharding
+  constrain: layers.ActivationSharding
 
   @nn.compact
   def __call__(
@@ -131,19 +130,19 @@ class Block(nn.Module):
     distance_BxLxS: jax.Array | None,
     window: jax.Array | None,
   ) -> tuple[tuple[jax.Array, kv_cache.Cache | None], None]:
-    """Runs one layer; a window [] hides tokens further back."""
+    """Runs one layer; `window` [] is the size of the attention window."""
     c = self.config
     x, cache = carry
-    x = self.place(x, False)
+    x = self.constrain(x, False)
     if window is not None and distance_BxLxS is not None:
       allowed_Bx1xLxS = allowed_Bx1xLxS & (distance_BxLxS < window)[:, None]
     norm = layers.RmsNorm(c.norm_epsilon, name="attention_norm")
-    mixed, cache = Attention(c, self.place, name="attention")(
+    mixed, cache = Attention(c, self.constrain, name="attention")(
       norm(x), allowed_Bx1xLxS, rotations, cache
     )
     x = x + mixed
     norm = layers.RmsNorm(c.norm_epsilon, name="mlp_norm")
-    x = x + Mlp(c, self.place, name="mlp")(norm(x))
+    x = x + Mlp(c, self.constrain, name="mlp")(norm(x))
     return (x, cache), None
 
 
@@ -151,17 +150,17 @@ class Llama(decoder.Decoder):
   """A Llama decoder with its head.
 
   Attributes:
-    config: shape and variant.
-    remat: whether the backward pass recomputes each layer's inside.
-    place: how hidden states are divided among devices.
+    config: hyperparameters.
+    remat: whether the backward pass recomputes the inside of each layer.
+    constrain: sharding constraint of hidden states.
   """
 
   config: LlamaConfig
   remat: bool = False
-  place: layers.ActivationSharding = layers.no_constraint
+  constrain: layers.ActivationSharding = layers.no_constraint
 
   def setup(self) -> None:
-    """Declares the parts."""
+    """Declares the submodules."""
     c = self.config
     self.embed = layers.Embed(c.vocab_size, c.hidden_size)
     window_axis = nn.broadcast if c.windows is None else 0
@@ -170,17 +169,18 @@ class Llama(decoder.Decoder):
       c.num_layers,
       self.remat,
       (nn.broadcast, nn.broadcast, nn.broadcast, window_axis),
-    )(c, self.place)
+    )(c, self.constrain)
     self.norm = layers.RmsNorm(c.norm_epsilon)
     if not c.tied_head:
       self.head = layers.Embed(c.vocab_size, c.hidden_size)
 
   @property
   def prefix_acts_as_tokens(self) -> bool:
-    """Tells whether tokens and the prefix made of them are one and the same.
+    """Returns whether a prefix made of tokens is equivalent to these tokens.
 
-    A prefix is seen through every window, and its keys stay as they are where
-    dynamic NTK would turn them with the row's length.
+    It is not with attention windows, which never hide a prefix, nor with
+    dynamic NTK, which would rotate keys by angles that depend on the length of
+    the row.
     """
     return self.config.windows is None and self.config.rope.kind != "dynamic"
 
@@ -208,18 +208,18 @@ class Llama(decoder.Decoder):
     return x, kv_cache.reset_layer(cache)
 
   def _cache_shape(self) -> tuple[int, int, int]:
-    """Returns the number of layers and kv heads, and a head's width."""
+    """Returns the number of layers, of kv heads, and the width of a head."""
     c = self.config
     return c.num_layers, c.num_kv_heads, c.head_dim
 
   def _finish(self, x: jax.Array) -> jax.Array:
-    """Turns the layers' output into what the head reads."""
+    """Maps the layers' output to the head's input."""
     return self.norm(x)
 
 
 Model = Llama
 
-# How weights are divided among devices; see `zofo_jax.sharding.rules`.
+# Shardings of weights by path; see `zofo_jax.sharding.rules`.
 SHARDINGS = (
   (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
   (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),
@@ -234,7 +234,7 @@ SHARDINGS = (
 def _windows(
   config: Mapping[str, Any], family: str, num_layers: int
 ) -> tuple[int, ...] | None:
-  """Reads which layers see only a window."""
+  """Reads the attention windows of all layers."""
   if family == "mistral":
     window = config.get("sliding_window", 4096)
     return None if window is None else (int(window),) * num_layers
@@ -255,7 +255,7 @@ def _windows(
     sliding = [kind == "sliding_attention" for kind in kinds]
   if not any(sliding):
     return None
-  return tuple(int(window) if here else _EVERYTHING for here in sliding)
+  return tuple(int(window) if s else _NO_WINDOW for s in sliding)
 
 
 def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
@@ -268,7 +268,7 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     The configuration.
 
   Raises:
-    UserError: a field is missing or asks for something not implemented.
+    UserError: a field is missing, or its value is not supported.
   """
   family = config.get("model_type", "llama")
   config_lib.check(config, "quantization_config", None)
@@ -313,14 +313,14 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
 
 
 def hf_parameters(config: LlamaConfig) -> dict[str, tuple[str, bool]]:
-  """Maps our paths to the tensors of a Hugging Face checkpoint.
+  """Maps parameter paths to tensors of a Hugging Face checkpoint.
 
   Args:
-    config: the model's configuration.
+    config: the model's hyperparameters.
 
   Returns:
-    {path: (name, transposed)}: `{layer}` in a name stands for each layer of a
-    stacked weight, and a transposed tensor is stored [out, in].
+    {path: (name, transposed)}. `{layer}` in a name stands for the layers of a
+    stacked weight; transposed tensors are stored as [out, in].
   """
   block = "model.layers.{layer}."
   names = {
@@ -343,8 +343,8 @@ def hf_parameters(config: LlamaConfig) -> dict[str, tuple[str, bool]]:
     ("mlp/up", "mlp.up_proj", config.mlp_bias),
     ("mlp/down", "mlp.down_proj", config.mlp_bias),
   )
-  for ours, theirs, has_bias in matrices:
-    names[f"layers/{ours}/kernel"] = (block + theirs + ".weight", True)
+  for path, name, has_bias in matrices:
+    names[f"layers/{path}/kernel"] = (block + name + ".weight", True)
     if has_bias:
-      names[f"layers/{ours}/bias"] = (block + theirs + ".bias", False)
+      names[f"layers/{path}/bias"] = (block + name + ".bias", False)
   return names

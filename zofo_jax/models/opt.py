@@ -1,9 +1,9 @@
 """The OPT family (Zhang et al., 2022), 125m to 66b.
 
-Decoders with learned positions and ReLU; 350m normalises after each sum and
-projects between a narrower embedding and the layers. Layers are stacked on
-axis 0 under "layers" and scanned. Names of fields and tensors of Hugging Face
-checkpoints are known only to the two functions at the end.
+Decoders with learned positions and ReLU. The 350m model normalises after each
+residual sum and projects between a narrower embedding and the layers. Layers
+are stacked on axis 0 under "layers" and scanned. Only the two functions at the
+end know field and tensor names of Hugging Face checkpoints.
 """
 
 import dataclasses
@@ -19,28 +19,29 @@ from zofo_jax import errors
 from zofo_jax.models import decoder, kv_cache, layers
 from zofo_jax.models.hf import config as config_lib
 
-# OPT's table of positions keeps its first two rows; padding reads row 1.
+# Positions start at row 2 of OPT's position table; padding reads row 1.
 _OFFSET = 2
 
 
 @dataclasses.dataclass(frozen=True)
 class OptConfig:
-  """Shape and variant of an OPT model.
+  """Hyperparameters of an OPT model.
 
   Attributes:
     vocab_size: V.
     hidden_size: D.
-    mlp_size: width inside the MLP.
-    num_layers: number of blocks.
+    mlp_size: hidden width of the MLP.
+    num_layers: number of layers.
     num_heads: H, a divisor of D.
-    embed_size: width of the embedding; projected where it is not D.
+    embed_size: width of the embedding; projected if it is not D.
     max_length: number of positions.
     activation: a name in layers.ACTIVATIONS.
-    norm_before: norms before attention and MLP, or (350m) after the sums.
+    norm_before: whether norms precede attention and MLP; if not (350m), they
+      follow the residual sums.
     final_norm: whether a norm follows the last layer.
     norm_affine: whether norms have scale and bias.
-    use_bias: biases of the layers' matrices.
-    tied_head: whether the head is the embedding.
+    use_bias: whether the layers' matrices have biases.
+    tied_head: whether input and output embeddings are tied.
   """
 
   vocab_size: int
@@ -62,7 +63,7 @@ class Attention(nn.Module):
   """Self-attention."""
 
   config: OptConfig
-  place: layers.ActivationSharding
+  constrain: layers.ActivationSharding
 
   @nn.compact
   def __call__(
@@ -71,20 +72,20 @@ class Attention(nn.Module):
     allowed_Bx1xLxS: jax.Array,
     cache: kv_cache.Cache | None,
   ) -> tuple[jax.Array, kv_cache.Cache | None]:
-    """Mixes tokens [B, L, D] with those that they may see."""
+    """Applies self-attention to [B, L, D]."""
     c = self.config
 
     def heads(name: str, after: jax.Array | None = None) -> jax.Array:
       y = layers.Linear(c.hidden_size, c.use_bias, name=name)(x, after)
-      y = self.place(y, True)
+      y = self.constrain(y, True)
       return y.reshape(*x.shape[:2], c.num_heads, -1)
 
     query = heads("query")
     key = heads("key", query)
     value = heads("value", key)
     key, value, cache = kv_cache.append(cache, key, value)
-    seen = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
-    out = layers.attend(query, *seen)
+    context = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
+    out = layers.attend(query, *context)
     return layers.Linear(c.hidden_size, c.use_bias, name="out")(out), cache
 
 
@@ -92,22 +93,22 @@ class Mlp(nn.Module):
   """down(act(up(x)))."""
 
   config: OptConfig
-  place: layers.ActivationSharding
+  constrain: layers.ActivationSharding
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     """Maps [..., D] to [..., D]."""
     c = self.config
-    inside = layers.Linear(c.mlp_size, c.use_bias, name="up")(x)
-    inside = self.place(layers.ACTIVATIONS[c.activation](inside), True)
-    return layers.Linear(c.hidden_size, c.use_bias, name="down")(inside)
+    hidden = layers.Linear(c.mlp_size, c.use_bias, name="up")(x)
+    hidden = self.constrain(layers.ACTIVATIONS[c.activation](hidden), True)
+    return layers.Linear(c.hidden_size, c.use_bias, name="down")(hidden)
 
 
 class Block(nn.Module):
   """One layer; the body of the scan."""
 
   config: OptConfig
-  place: layers.ActivationSharding
+  constrain: layers.ActivationSharding
 
   @nn.compact
   def __call__(
@@ -118,13 +119,13 @@ class Block(nn.Module):
     """Runs one layer."""
     c = self.config
     x, cache = carry
-    x = self.place(x, False)
+    x = self.constrain(x, False)
     attention_norm = layers.LayerNorm(
       affine=c.norm_affine, name="attention_norm"
     )
     mlp_norm = layers.LayerNorm(affine=c.norm_affine, name="mlp_norm")
-    attention = Attention(c, self.place, name="attention")
-    mlp = Mlp(c, self.place, name="mlp")
+    attention = Attention(c, self.constrain, name="attention")
+    mlp = Mlp(c, self.constrain, name="mlp")
     if c.norm_before:
       mixed, cache = attention(attention_norm(x), allowed_Bx1xLxS, cache)
       x = x + mixed
@@ -138,17 +139,17 @@ class Opt(decoder.Decoder):
   """An OPT decoder with its head.
 
   Attributes:
-    config: shape and variant.
-    remat: whether the backward pass recomputes each layer's inside.
-    place: how hidden states are divided among devices.
+    config: hyperparameters.
+    remat: whether the backward pass recomputes the inside of each layer.
+    constrain: sharding constraint of hidden states.
   """
 
   config: OptConfig
   remat: bool = False
-  place: layers.ActivationSharding = layers.no_constraint
+  constrain: layers.ActivationSharding = layers.no_constraint
 
   def setup(self) -> None:
-    """Declares the parts."""
+    """Declares the submodules."""
     c = self.config
     self.embed = layers.Embed(c.vocab_size, c.embed_size)
     self.position_embed = layers.Embed(c.max_length + _OFFSET, c.hidden_size)
@@ -157,7 +158,7 @@ class Opt(decoder.Decoder):
       self.project_out = layers.Linear(c.embed_size, use_bias=False)
     self.layers = decoder.stack_layers(
       Block, c.num_layers, self.remat, (nn.broadcast,)
-    )(c, self.place)
+    )(c, self.constrain)
     if c.final_norm:
       self.norm = layers.LayerNorm(affine=c.norm_affine)
     if not c.tied_head:
@@ -182,12 +183,12 @@ class Opt(decoder.Decoder):
     return x, kv_cache.reset_layer(cache)
 
   def _cache_shape(self) -> tuple[int, int, int]:
-    """Returns the number of layers and kv heads, and a head's width."""
+    """Returns the number of layers, of kv heads, and the width of a head."""
     c = self.config
     return c.num_layers, c.num_heads, c.hidden_size // c.num_heads
 
   def _finish(self, x: jax.Array) -> jax.Array:
-    """Turns the layers' output into what the head reads."""
+    """Maps the layers' output to the head's input."""
     if self.config.final_norm:
       x = self.norm(x)
     if self.config.embed_size != self.config.hidden_size:
@@ -197,7 +198,7 @@ class Opt(decoder.Decoder):
 
 Model = Opt
 
-# How weights are divided among devices; see `zofo_jax.sharding.rules`.
+# Shardings of weights by path; see `zofo_jax.sharding.rules`.
 SHARDINGS = (
   (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
   (r"mlp/up/kernel$", P(None, "fsdp", "model")),
@@ -221,7 +222,7 @@ def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
     The configuration.
 
   Raises:
-    UserError: a field is missing or asks for something not implemented.
+    UserError: a field is missing, or its value is not supported.
   """
   config_lib.check(config, "quantization_config", None)
   hidden_size = config_lib.field(config, "hidden_size")
@@ -242,7 +243,7 @@ def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
     max_length=config_lib.field(config, "max_position_embeddings"),
     activation=config_lib.activation(config, "activation_function", "relu"),
     norm_before=norm_before,
-    # Checkpoints tuned before transformers 4.20.1 lack the last norm.
+    # Checkpoints fine-tuned before transformers 4.20.1 lack the last norm.
     final_norm=norm_before and not config.get("_remove_final_layer_norm"),
     norm_affine=bool(config.get("layer_norm_elementwise_affine", True)),
     use_bias=bool(config.get("enable_bias", True)),
@@ -251,14 +252,14 @@ def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
 
 
 def hf_parameters(config: OptConfig) -> dict[str, tuple[str, bool]]:
-  """Maps our paths to the tensors of a Hugging Face checkpoint.
+  """Maps parameter paths to tensors of a Hugging Face checkpoint.
 
   Args:
-    config: the model's configuration.
+    config: the model's hyperparameters.
 
   Returns:
-    {path: (name, transposed)}: `{layer}` in a name stands for each layer of a
-    stacked weight, and a transposed tensor is stored [out, in].
+    {path: (name, transposed)}. `{layer}` in a name stands for the layers of a
+    stacked weight; transposed tensors are stored as [out, in].
   """
   root = "model.decoder."
   block = root + "layers.{layer}."
@@ -278,9 +279,9 @@ def hf_parameters(config: OptConfig) -> dict[str, tuple[str, bool]]:
   if config.final_norm:
     norms["norm"] = root + "final_layer_norm"
   if config.norm_affine:
-    for ours, theirs in norms.items():
-      names[f"{ours}/scale"] = (theirs + ".weight", False)
-      names[f"{ours}/bias"] = (theirs + ".bias", False)
+    for path, name in norms.items():
+      names[f"{path}/scale"] = (name + ".weight", False)
+      names[f"{path}/bias"] = (name + ".bias", False)
   matrices = {
     "attention/query": "self_attn.q_proj",
     "attention/key": "self_attn.k_proj",
@@ -289,8 +290,8 @@ def hf_parameters(config: OptConfig) -> dict[str, tuple[str, bool]]:
     "mlp/up": "fc1",
     "mlp/down": "fc2",
   }
-  for ours, theirs in matrices.items():
-    names[f"layers/{ours}/kernel"] = (block + theirs + ".weight", True)
+  for path, name in matrices.items():
+    names[f"layers/{path}/kernel"] = (block + name + ".weight", True)
     if config.use_bias:
-      names[f"layers/{ours}/bias"] = (block + theirs + ".bias", False)
+      names[f"layers/{path}/bias"] = (block + name + ".bias", False)
   return names

@@ -1,7 +1,7 @@
-"""Rotary positions (Su et al., 2021, "RoFormer") and their long-context forms.
+"""Rotary position embeddings (Su et al., 2021, "RoFormer") and extensions.
 
-Plain, linear interpolation, dynamic NTK, Llama-3's bands, and YaRN (Peng et
-al., 2023), as transformers defines them. Angles are float32.
+Default, linear interpolation, dynamic NTK, Llama-3's frequency bands, and YaRN
+(Peng et al., 2023), as defined in transformers. Angles are float32.
 """
 
 import dataclasses
@@ -20,21 +20,22 @@ KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
-  """How positions turn into angles.
+  """Parameters of rotary position embeddings.
 
   Attributes:
     kind: one of KINDS.
     theta: base of the frequencies.
-    factor: how much the context is stretched.
-    original_length: context of the pretraining (dynamic, llama3, yarn).
-    low_freq_factor: llama3, waves longer than original / this are stretched.
-    high_freq_factor: llama3, waves shorter than original / this are kept.
+    factor: factor by which the context is extended.
+    original_length: context length of pretraining (dynamic, llama3, yarn).
+    low_freq_factor: llama3, wavelengths above original_length / this are
+      scaled by `factor`.
+    high_freq_factor: llama3, wavelengths below original_length / this are kept.
     attention_factor: yarn, factor of cos and sin; None derives it.
-    mscale: yarn, numerator's part of the derived attention factor.
-    mscale_all_dim: yarn, denominator's part.
+    mscale: yarn, in the numerator of the derived attention factor.
+    mscale_all_dim: yarn, in its denominator.
     beta_fast: yarn, rotations above which a dimension is kept.
-    beta_slow: yarn, rotations below which a dimension is stretched.
-    truncate: yarn, whether the band's ends are rounded outwards.
+    beta_slow: yarn, rotations below which a dimension is scaled.
+    truncate: yarn, whether the ends of the band are rounded outwards.
   """
 
   kind: str = "default"
@@ -52,18 +53,18 @@ class Rope:
 
 
 def from_hf(config: Mapping[str, Any], max_length: int) -> Rope:
-  """Reads RoPE's fields in the new form or the old one.
+  """Reads RoPE's parameters from config.json.
 
   Args:
-    config: config.json; `rope_parameters` (transformers 5), or `rope_theta`
-      with `rope_scaling`.
-    max_length: the model's context.
+    config: the file as a dict, with `rope_parameters` (transformers 5) or with
+      `rope_theta` and `rope_scaling`.
+    max_length: the model's context length.
 
   Returns:
-    The variant.
+    The parameters.
 
   Raises:
-    UserError: a variant or a field that is not implemented, or one missing.
+    UserError: a kind or a field is not supported, or a field is missing.
   """
   scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
   name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
@@ -108,7 +109,7 @@ def from_hf(config: Mapping[str, Any], max_length: int) -> Rope:
 
 
 def _llama3(rope: Rope, frequency: np.ndarray) -> np.ndarray:
-  """Stretches long waves, keeps short ones, blends between."""
+  """Scales long wavelengths, keeps short ones, interpolates in between."""
   turns = rope.original_length * frequency / (2 * math.pi)
   blend = (turns - rope.low_freq_factor) / (
     rope.high_freq_factor - rope.low_freq_factor
@@ -118,7 +119,7 @@ def _llama3(rope: Rope, frequency: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int) -> np.ndarray:
-  """Blends by dimension between the stretched and the kept frequencies."""
+  """Interpolates, by dimension, between scaled and original frequencies."""
 
   def dimension(rotations):
     length = rope.original_length / (rotations * 2 * math.pi)
@@ -135,7 +136,7 @@ def _yarn(rope: Rope, frequency: np.ndarray, head_dim: int) -> np.ndarray:
 
 
 def _attention_factor(rope: Rope) -> float:
-  """YaRN's factor of cos and sin; 1 for the other kinds."""
+  """Returns YaRN's factor of cos and sin; 1 for the other kinds."""
   if rope.kind != "yarn":
     return 1.0
   if rope.attention_factor is not None:
@@ -152,15 +153,16 @@ def _attention_factor(rope: Rope) -> float:
 def rotations(
   rope: Rope, head_dim: int, positions_BxL: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Gives the cosine and sine of every token's angles.
+  """Computes the cosine and sine of every token's angles.
 
-  Dynamic NTK stretches each row by its own last position, so a row's result
-  depends neither on padding nor on its neighbours.
+  Dynamic NTK scales each row by that row's last position, so a row's result
+  depends neither on padding nor on other rows.
 
   Args:
-    rope: the variant.
+    rope: the parameters.
     head_dim: width of a head, even.
-    positions_BxL: int32 positions; padding has none above the real tokens'.
+    positions_BxL: int32 positions; none of the padding's exceeds those of the
+      real tokens.
 
   Returns:
     Two float32 arrays [B, L, 1, head_dim / 2].
@@ -190,9 +192,9 @@ def rotations(
 
 
 def rotate(x: jax.Array, cosine: jax.Array, sine: jax.Array) -> jax.Array:
-  """Rotates the halves of each head [B, L, H, F] by its angles."""
+  """Rotates the two halves of each head, [B, L, H, F]."""
   first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate(
+  rotated = jnp.concatenate(
     [first * cosine - second * sine, second * cosine + first * sine], axis=-1
   )
-  return turned.astype(x.dtype)
+  return rotated.astype(x.dtype)

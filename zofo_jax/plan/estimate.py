@@ -73,7 +73,7 @@ def make_run(
   module, family = models.from_hf(
     _hf_config(config.model.name),
     remat=config.model.remat,
-    place=rules.make_activation_constraint(mesh),
+    constrain=rules.make_activation_constraint(mesh),
   )
   model = model_lib.Model(module, family, pathlib.Path(), None)
   return run_lib.Run(

@@ -190,7 +190,7 @@ def test_hub_says_no(monkeypatch, error, complaint):
 
 def test_import_is_light():
   code = (
-    "import sys; from zofo_jax.models import hub, weights;"
+    "import sys; from zofo_jax.models.hf import hub, weights;"
     "print({'huggingface_hub', 'transformers', 'torch'} & {*sys.modules})"
   )
   out = subprocess.run(

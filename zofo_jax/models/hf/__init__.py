@@ -1,1 +1,1 @@
-"""Everything that knows Hugging Face's files."""
+"""Hugging Face's files: configs, checkpoints, the hub, PEFT adapters."""

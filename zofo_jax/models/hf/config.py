@@ -1,4 +1,4 @@
-"""Reading config.json, with a sentence for what is missing or not supported."""
+"""Reads config.json; missing or unsupported fields raise a `UserError`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,25 +8,26 @@ from zofo_jax.models import layers
 
 
 def field(config: Mapping[str, Any], name: str) -> Any:
-  """Reads a field that config.json must have."""
+  """Reads a required field of config.json."""
   if config.get(name) is None:
     raise errors.UserError(f"config.json has no field '{name}'.")
   return config[name]
 
 
 def activation(config: Mapping[str, Any], name: str, default: str) -> str:
-  """Reads the name of an activation function and checks it."""
-  found, known = config.get(name, default), layers.ACTIVATIONS
-  if found not in known:
+  """Reads and checks the name of an activation function."""
+  value = config.get(name, default)
+  if value not in layers.ACTIVATIONS:
     raise errors.UserError(
-      f"config.json has {name} '{found}'; supported are {', '.join(known)}."
-      f"{errors.nearest(str(found), known)}"
+      f"config.json has {name} '{value}'; supported are "
+      f"{', '.join(layers.ACTIVATIONS)}."
+      f"{errors.nearest(str(value), layers.ACTIVATIONS)}"
     )
-  return found
+  return value
 
 
 def check(config: Mapping[str, Any], name: str, expected: Any) -> None:
-  """Stops at a field whose value needs something not implemented."""
+  """Raises a `UserError` if a field has an unsupported value."""
   if name in config and config[name] not in (None, expected):
     raise errors.UserError(
       f"config.json has {name} = {config[name]!r}; only {expected!r} is "

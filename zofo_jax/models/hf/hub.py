@@ -1,7 +1,7 @@
-"""Finds the folder of a checkpoint: a local one, or one from the hub.
+"""Locates a checkpoint: a local folder, or a download from the hub.
 
-From the hub only what is read comes: configuration, tokenizer and safetensors,
-and the two older formats of the weights where a repository has nothing else.
+Only files that are needed are downloaded: configuration, tokenizer and
+safetensors; older formats of weights only if a repository has no safetensors.
 """
 
 import pathlib
@@ -9,12 +9,12 @@ import re
 
 from zofo_jax import errors
 
-# Weights by preference; a folder or a repository may hold several formats.
+# Formats of weights in order of preference.
 SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 MSGPACK = ("flax_model.msgpack", "flax_model.msgpack.index.json")
 TORCH = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
-# Not all JSON: an index without its files would look like weights.
+# Not *.json: an index without its files would look like weights.
 _TEXT = (
   "config.json",
   "generation_config.json",
@@ -36,18 +36,17 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 def locate(
   name_or_folder: str | pathlib.Path, revision: str | None = None
 ) -> pathlib.Path:
-  """Returns the local folder of a checkpoint, fetching it if needed.
+  """Returns the local folder of a checkpoint, downloading it if needed.
 
   Args:
-    name_or_folder: a folder, used as it is, or a hub id such as
-      "facebook/opt-125m".
-    revision: branch, tag or commit of the hub's repository.
+    name_or_folder: a folder, or a hub id such as "facebook/opt-125m".
+    revision: branch, tag or commit of the repository on the hub.
 
   Returns:
     A folder with config.json and weights.
 
   Raises:
-    UserError: the folder is no checkpoint, or the hub cannot give one.
+    UserError: the folder is not a checkpoint, or the download failed.
   """
   name = str(name_or_folder)
   folder = pathlib.Path(name).expanduser()
@@ -63,7 +62,7 @@ def locate(
 
 
 def weights_format(folder: pathlib.Path) -> tuple[str, str] | None:
-  """Returns the preferred format of which the folder holds weights, if any."""
+  """Returns the preferred format in which a folder has weights, if any."""
   for names in _PATTERNS:
     if any((folder / name).is_file() for name in names):
       return names
@@ -71,12 +70,12 @@ def weights_format(folder: pathlib.Path) -> tuple[str, str] | None:
 
 
 def text_files(folder: pathlib.Path) -> list[pathlib.Path]:
-  """Returns a checkpoint's files that are no weights."""
+  """Returns the files of a checkpoint that are not weights."""
   return sorted(path for pattern in _TEXT for path in folder.glob(pattern))
 
 
 def _checked(folder: pathlib.Path) -> pathlib.Path:
-  """Returns the folder if it holds a checkpoint."""
+  """Returns the folder, or raises a `UserError` if it is not a checkpoint."""
   missing = []
   if not (folder / "config.json").is_file():
     missing.append("config.json")
@@ -90,8 +89,8 @@ def _checked(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _download(name: str, revision: str | None) -> pathlib.Path:
-  """Fetches a repository, from the hub's cache where there is no network."""
-  # Imported here: it takes half a second, and a local folder needs none of it.
+  """Downloads a repository, or finds it in the hub's cache when offline."""
+  # Imported here because it takes half a second and local folders need none.
   import huggingface_hub
   from huggingface_hub import errors as hub_errors
 
@@ -124,8 +123,8 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
     )
   except hub_errors.HFValidationError:
     problem = "is neither a folder here nor a valid hub id"
-  except Exception as error:  # the layers below have many of their own
-    # The first line says what happened; the rest is for experts.
+  except Exception as error:  # Network libraries raise many other exceptions.
+    # Only the first line is meant for users.
     reason = (str(error) or type(error).__name__).splitlines()[0]
     problem = f"could not be fetched from the hub ({reason.rstrip('. ')})"
   raise errors.UserError(f"The model {name}{at} {problem}.")

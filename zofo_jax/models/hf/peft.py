@@ -1,8 +1,8 @@
-"""Adapters to and from folders of the PEFT library.
+"""Reads and writes folders of the PEFT library.
 
-A folder holds one kind, as `adapter_config.json` and
-`adapter_model.safetensors`; an adapter of several kinds is a folder with one of
-those for each, named by its kind.
+A PEFT folder has `adapter_config.json` and `adapter_model.safetensors` of one
+kind of adapter. An adapter of several kinds is a folder with a PEFT folder for
+each kind.
 """
 
 import json
@@ -24,7 +24,7 @@ KINDS = {"lora": "LORA", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
 _LORA_TENSOR = re.compile(
   r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
 )
-# What a plain product says to the rest that a LoRA of PEFT may ask for.
+# Values of optional PEFT fields that mean plain LoRA, the only supported form.
 _PLAIN: dict[str, Any] = {
   "alpha_pattern": {},
   "bias": "none",
@@ -45,16 +45,16 @@ def save(
   *,
   model_name: str | None = None,
 ) -> None:
-  """Writes an adapter as PEFT does.
+  """Writes an adapter in PEFT's format.
 
   A projected prefix is written as the keys and values that it computes.
 
   Args:
-    folder: written to; created if it does not exist.
+    folder: output folder; created if it does not exist.
     family: module with `Model` and `hf_parameters`, such as `models.opt`.
-    config: the family's configuration.
-    adapter: nested dict of one or several kinds.
-    model_name: hub id or folder of the backbone, which PEFT loads it onto.
+    config: the model's hyperparameters.
+    adapter: nested dict with adapters of one or several kinds.
+    model_name: hub id or folder of the backbone, recorded for PEFT.
 
   Raises:
     UserError: the adapter is empty, or LoRAs differ in rank, scale or dropout.
@@ -80,11 +80,11 @@ def save(
       "inference_mode": True,
       **fields,
     }
-    place = folder if len(by_kind) == 1 else folder / kind
-    place.mkdir(parents=True, exist_ok=True)
-    (place / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
+    target = folder if len(by_kind) == 1 else folder / kind
+    target.mkdir(parents=True, exist_ok=True)
+    (target / CONFIG).write_text(json.dumps(fields, indent=2) + "\n")
     tensor_files.write_safetensors(
-      place / WEIGHTS,
+      target / WEIGHTS,
       {name: np.ascontiguousarray(t) for name, t in tensors.items()},
     )
 
@@ -92,26 +92,26 @@ def save(
 def load(
   folder: str | pathlib.Path, family: ModuleType, config: Any
 ) -> dict[str, Any]:
-  """Reads an adapter that PEFT or `save` wrote.
+  """Reads an adapter written by PEFT or `save`.
 
   Args:
-    folder: has one kind, or a folder for each.
+    folder: a PEFT folder, or a folder with one for each kind.
     family: module with `Model` and `hf_parameters`, such as `models.opt`.
-    config: the family's configuration.
+    config: the model's hyperparameters.
 
   Returns:
     Adapter of NumPy arrays, float32.
 
   Raises:
-    UserError: there is none, it is not this model's, or it asks for something
-      that is not implemented.
+    UserError: there is no adapter, it does not fit the model, or it uses a
+      feature that is not supported.
   """
   folder = pathlib.Path(folder)
   if not (folder / CONFIG).is_file():
-    found = [kind for kind in KINDS if (folder / kind / CONFIG).is_file()]
-    if found:
+    kinds = [kind for kind in KINDS if (folder / kind / CONFIG).is_file()]
+    if kinds:
       return adapters.join(
-        *(load(folder / kind, family, config) for kind in found)
+        *(load(folder / kind, family, config) for kind in kinds)
       )
     raise errors.UserError(f"{folder} holds no adapter: it has no {CONFIG}.")
   try:
@@ -141,9 +141,9 @@ def load(
 
 
 def _modules(family: ModuleType, config: Any) -> dict[str, str]:
-  """Maps our matrices to their modules: {"layers/attention/query": "model..."}.
+  """Maps modules to Hugging Face's: {"layers/attention/query": "model..."}.
 
-  `{layer}` in a name stands for each layer of a stacked matrix.
+  `{layer}` in a name stands for the layers of a stacked matrix.
   """
   return {
     path.removesuffix("/kernel"): name.removesuffix(".weight")
@@ -153,7 +153,7 @@ def _modules(family: ModuleType, config: Any) -> dict[str, str]:
 
 
 def _nest(path: str, node: Any) -> dict[str, Any]:
-  """Makes {"a": {"b": node}} of "a/b"."""
+  """Returns {"a": {"b": node}} for "a/b"."""
   for name in reversed(path.split("/")):
     node = {name: node}
   return node
@@ -175,14 +175,14 @@ def _write_lora(family, config, nodes):
     if "{layer}" not in name:
       a, b = a[None], b[None]
     for layer in range(len(a)):
-      place = f"base_model.model.{name.format(layer=layer)}"
-      tensors[f"{place}.lora_A.weight"] = a[layer].T
-      tensors[f"{place}.lora_B.weight"] = b[layer].T
+      prefix = f"base_model.model.{name.format(layer=layer)}"
+      tensors[f"{prefix}.lora_A.weight"] = a[layer].T
+      tensors[f"{prefix}.lora_B.weight"] = b[layer].T
   fields = {
     "r": rank,
     "lora_alpha": scale * rank,
     "lora_dropout": dropout,
-    "use_rslora": False,  # alpha says it all
+    "use_rslora": False,  # alpha already includes the factor
     "target_modules": sorted({names[m].rpartition(".")[2] for m in nodes}),
     **_PLAIN,
   }
@@ -200,26 +200,26 @@ def _read_lora(folder, family, config, fields, tensors):
     if not fields.get(name):
       raise errors.UserError(f"{folder / CONFIG} has no '{name}'.")
   shapes = weights.shapes(family, config)
-  places, depths = {}, {}
+  module_of, depths = {}, {}
   for module, name in _modules(family, config).items():
     depths[module] = shapes[f"{module}/kernel"][0] if "{layer}" in name else 0
     for layer in range(depths[module] or 1):
-      places[name.format(layer=layer)] = (module, layer)
+      module_of[name.format(layer=layer)] = (module, layer)
 
-  found: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+  by_module: dict[str, dict[tuple[str, int], np.ndarray]] = {}
   for name, tensor in tensors.items():
     match = _LORA_TENSOR.fullmatch(name)
-    if not match or match[1] not in places:
+    if not match or match[1] not in module_of:
       raise errors.UserError(
         f"{folder / WEIGHTS} has a tensor {name} that this model has no place "
-        f"for.{errors.nearest(match[1], places) if match else ''}"
+        f"for.{errors.nearest(match[1], module_of) if match else ''}"
       )
-    module, layer = places[match[1]]
-    found.setdefault(module, {})[match[2], layer] = tensor
+    module, layer = module_of[match[1]]
+    by_module.setdefault(module, {})[match[2], layer] = tensor
 
   parts, rank = [], fields["r"]
   root = math.sqrt(rank) if fields.get("use_rslora") else rank
-  for module, matrices in found.items():
+  for module, matrices in by_module.items():
     *_, features_in, features_out = shapes[f"{module}/kernel"]
     stacks: list[Any] = []
     for which, shape in (
@@ -286,7 +286,7 @@ def _read_prompt(folder, family, config, fields, tensors):
 
 
 def _virtual(length: int, width: int, heads: int, layers: int) -> dict:
-  """Returns the fields that prefix and prompt have in common."""
+  """Returns the PEFT fields that prefix and prompt share."""
   return {
     "num_virtual_tokens": length,
     "token_dim": width,
@@ -297,7 +297,7 @@ def _virtual(length: int, width: int, heads: int, layers: int) -> dict:
 
 
 def _embeddings(folder, fields, tensors, width: int) -> Any:
-  """Returns the one tensor of a prefix or a prompt, [P, width]."""
+  """Returns the only tensor of a prefix or a prompt, [P, width]."""
   expected = (fields.get("num_virtual_tokens"), width)
   shapes = {name: tensor.shape for name, tensor in tensors.items()}
   if shapes != {"prompt_embeddings": expected}:

@@ -1,6 +1,6 @@
-"""What config.json says of published models, to be known without a hub.
+"""The config.json of published models, for planning without network access.
 
-Only what shapes the program: facts of the models that `configs/` names.
+Only the fields that affect the compiled program, for the models in `configs/`.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""The files that weights come in: safetensors, Flax's msgpack, PyTorch's .bin.
+"""Reads weight files: safetensors, Flax's msgpack, PyTorch's .bin.
 
-Every format is seen as names of tensors in PyTorch's layout, which are read
-one by one, and of safetensors only the parts that are asked for.
+All formats are presented as named tensors in PyTorch's layout, which are read
+one at a time; of safetensors, parts of a tensor can be read.
 """
 
 import functools
@@ -23,16 +23,16 @@ import safetensors.numpy
 from zofo_jax import errors
 from zofo_jax.models.hf import hub
 
-# Which part of an array: a slice for each of its axes.
+# A part of an array: a slice for each axis.
 Index = tuple[slice, ...]
 
 
 class LazyTensor(NamedTuple):
-  """A tensor of a checkpoint that is not read yet.
+  """A tensor of a checkpoint that has not been read yet.
 
   Attributes:
-    shape: its shape in PyTorch's layout, matrices [out, in].
-    part: returns a part of it in the file's dtype; of () all of it.
+    shape: shape in PyTorch's layout, matrices [out, in].
+    part: index -> that part of the tensor, in the file's dtype; () for all.
   """
 
   shape: tuple[int, ...]
@@ -46,17 +46,18 @@ class LazyTensor(NamedTuple):
 def open_folder(
   folder: pathlib.Path, *, pickle: bool = False
 ) -> dict[str, LazyTensor]:
-  """Opens the weights of a folder without reading them, where possible.
+  """Opens the weights of a folder, lazily where the format permits.
 
   Args:
-    folder: has weights in one of the formats above; the first is taken.
+    folder: folder with weights; if there are several formats, safetensors is
+      preferred to msgpack, and msgpack to .bin.
     pickle: whether PyTorch's .bin, which is a pickle, may be opened.
 
   Returns:
-    Every tensor by its name in the file, in PyTorch's naming and layout.
+    Tensors by name, with PyTorch's names and layout.
 
   Raises:
-    UserError: there are no weights, or a file is missing or broken.
+    UserError: there are no weights, or a file is missing or corrupt.
   """
   formats = {
     hub.SAFETENSORS: open_safetensors,
@@ -74,14 +75,14 @@ def open_folder(
       "expected safetensors, or --config.model.pickle to read them, as weights "
       "alone."
     )
-  stored = {}
+  tensors = {}
   for path in _files(folder, names):
-    stored.update(formats[names](path))
-  return stored
+    tensors.update(formats[names](path))
+  return tensors
 
 
 def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
-  """Returns the file of a format, or those that its index names."""
+  """Returns the single file of a format, or the files listed in its index."""
   single, index_name = names
   if (folder / single).is_file():
     return [folder / single]
@@ -95,7 +96,7 @@ def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
       f"{index} is no index of weights; expected JSON with a weight_map."
     ) from None
   for file in files:
-    # The index comes from a stranger; it may name files beside it, no others.
+    # The index is untrusted; it may only name files in its own folder.
     if (
       not isinstance(file, str)
       or file in ("", ".", "..")
@@ -114,11 +115,11 @@ def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
 def write_safetensors(
   path: pathlib.Path, tensors: Mapping[str, np.ndarray]
 ) -> None:
-  """Writes a file that transformers and peft take, whole or not at all."""
+  """Writes a file for transformers and peft, atomically."""
   temporary = path.with_name(f".{path.name}")
   temporary.touch()
-  mode = temporary.stat().st_mode  # as any file's; safetensors' own is 0600
-  # transformers refuses a file that does not say what it was made for.
+  mode = temporary.stat().st_mode  # The umask's; safetensors would use 0600.
+  # transformers rejects files without this metadata.
   metadata = {"format": "pt"}
   safetensors.numpy.save_file(dict(tensors), temporary, metadata=metadata)
   temporary.chmod(mode)
@@ -126,7 +127,7 @@ def write_safetensors(
 
 
 def open_safetensors(path: pathlib.Path) -> dict[str, LazyTensor]:
-  """Maps one safetensors file into memory."""
+  """Opens one safetensors file as a memory map."""
   try:
     file = safetensors.safe_open(path, framework="np")
   except (safetensors.SafetensorError, OSError) as error:
@@ -144,24 +145,24 @@ def open_safetensors(path: pathlib.Path) -> dict[str, LazyTensor]:
 
 
 def _open_msgpack(path: pathlib.Path) -> dict[str, LazyTensor]:
-  """Reads one file of Flax; its layout becomes PyTorch's."""
+  """Reads one of Flax's msgpack files, converted to PyTorch's layout."""
   try:
     tree = flax.serialization.msgpack_restore(path.read_bytes())
     flat = flax.traverse_util.flatten_dict(tree.get("params", tree))
   except (ValueError, TypeError, AttributeError) as error:
     raise _broken(path, error) from error
-  stored = {}
+  tensors = {}
   for (*module, leaf), value in flat.items():
     if leaf == "kernel":
       value = value.T
     leaf = "bias" if leaf == "bias" else "weight"
     name = ".".join((*module, leaf))
-    stored[name] = LazyTensor(value.shape, value.__getitem__)
-  return stored
+    tensors[name] = LazyTensor(value.shape, value.__getitem__)
+  return tensors
 
 
 def _open_torch(path: pathlib.Path) -> dict[str, LazyTensor]:
-  """Opens one file of PyTorch, weights only: no code in it is run."""
+  """Opens one of PyTorch's files, weights only: no code in it is run."""
   try:
     import torch
   except ImportError:
@@ -174,15 +175,15 @@ def _open_torch(path: pathlib.Path) -> dict[str, LazyTensor]:
       path,
       map_location="cpu",
       weights_only=True,
-      mmap=zipfile.is_zipfile(path),  # older files cannot be mapped
+      mmap=zipfile.is_zipfile(path),  # Older files cannot be mapped.
     )
     items = {name: (tuple(t.shape), t) for name, t in tensors.items()}
-  except Exception as error:  # torch, zip and pickle each have their own
+  except Exception as error:  # torch, zipfile and pickle raise different ones.
     raise _broken(path, error) from error
 
   def part(tensor: Any, index: Index) -> np.ndarray:
     tensor = tensor[index]
-    if tensor.dtype == torch.bfloat16:  # unknown to NumPy, so by its bits
+    if tensor.dtype == torch.bfloat16:  # NumPy has none; reinterpret the bits.
       return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
     return tensor.numpy()
 
@@ -193,7 +194,7 @@ def _open_torch(path: pathlib.Path) -> dict[str, LazyTensor]:
 
 
 def _broken(path: pathlib.Path, error: Exception) -> errors.UserError:
-  """Says that a file cannot be read."""
+  """Returns the error for a file that cannot be read."""
   reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
   return errors.UserError(
     f"{path} is truncated or broken ({reason}); copy or download it again."

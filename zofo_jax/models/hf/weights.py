@@ -1,9 +1,9 @@
-"""Weights of a Hugging Face checkpoint folder to and from our parameter tree.
+"""Loads and saves the weights of Hugging Face checkpoint folders.
 
-Reads safetensors (one file or several with an index), Flax's msgpack and
-PyTorch's .bin. Tensors go one by one into stacked arrays allocated once, so
-that a load needs one copy of the weights beside the one in the file; where the
-weights are divided among devices, only the parts that are here are read.
+Reads safetensors (one or several files), Flax's msgpack and PyTorch's .bin.
+Tensors are copied one by one into preallocated stacked arrays, so that loading
+needs memory for one copy of the weights. With sharded weights, only the parts
+of this process's devices are read.
 """
 
 import functools
@@ -21,18 +21,18 @@ import numpy as np
 from zofo_jax import errors
 from zofo_jax.models.hf import hub, tensor_files
 
-# Buffers that some versions of transformers saved; they hold no weight.
+# Buffers saved by some versions of transformers, which are not weights.
 _BUFFERS = re.compile(
   r"(rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|position_ids)$"
 )
 
 
-# Reads the part of a weight that an index names.
+# index -> that part of a weight.
 ReadFn = Callable[[tensor_files.Index], np.ndarray]
 
 
 def _whole(path: str, shape: tuple[int, ...], read: ReadFn) -> np.ndarray:
-  """Makes a weight a NumPy array."""
+  """Reads a whole weight as a NumPy array."""
   del path
   return read((slice(None),) * len(shape))
 
@@ -49,30 +49,30 @@ def load(
   """Reads a checkpoint folder.
 
   Args:
-    folder: has weights in one of the formats above.
+    folder: folder with weights.
     family: module with `Model` and `hf_parameters`, such as `models.opt`.
-    config: the family's configuration.
-    dtype: of the returned weights, whatever the file has.
-    make: (path, shape, read) -> the weight, of which read(index) is a part.
+    config: the model's hyperparameters.
+    dtype: dtype of the returned weights.
+    make: (path, shape, read) -> the weight, where read(index) reads a part.
     pickle: whether PyTorch's .bin, which is a pickle, may be opened.
 
   Returns:
-    base, nested dict of what `make` returns, in the structure of what
-    `Model(config).init` returns under "params", layers stacked on axis 0.
+    Nested dict of what `make` returns, with the structure of the "params" of
+    `Model(config).init`; layers are stacked on axis 0.
 
   Raises:
-    UserError: a file is broken, or its tensors are not this model's.
+    UserError: a file is corrupt, or its tensors do not match the config.
   """
   folder = pathlib.Path(folder)
   expected = shapes(family, config)
   stored = {
-    _short(name): (name, s)
-    for name, s in tensor_files.open_folder(folder, pickle=pickle).items()
+    _short(name): (name, tensor)
+    for name, tensor in tensor_files.open_folder(folder, pickle=pickle).items()
   }
   layout = list(_layout(family, config, expected))
-  wanted = {_short(name) for _, parts in layout for _, name, _, _ in parts}
+  required = {_short(name) for _, parts in layout for _, name, _, _ in parts}
   leftover = [
-    full for short, (full, _) in stored.items() if short not in wanted
+    full for short, (full, _) in stored.items() if short not in required
   ]
 
   def find(name: str, shape: tuple[int, ...]) -> tensor_files.LazyTensor:
@@ -89,7 +89,7 @@ def load(
       )
     return tensor
 
-  # Everything is checked before anything large is allocated or read.
+  # Check everything before anything large is allocated or read.
   plan = [
     (path, [(i, transpose, find(name, s)) for i, name, transpose, s in parts])
     for path, parts in layout
@@ -120,10 +120,10 @@ def _read(
     inner = inner[::-1] if transpose else inner
     lengths = tuple(s.stop - s.start for s in inner)
     value = tensor.part(() if lengths == tensor.shape else tuple(inner))
-    # Casting before the transposed write is twice as fast as within it.
+    # Casting before the transposed write is twice as fast as during it.
     value = value.astype(dtype, copy=False)
-    place = layer - bounds[0].start if stacked else ...
-    part[place] = value.T if transpose else value
+    target = layer - bounds[0].start if stacked else ...
+    part[target] = value.T if transpose else value
   return part
 
 
@@ -134,14 +134,15 @@ def save(
   base: Mapping[str, Any],
   shard_bytes: int = 5 * 10**9,
 ) -> None:
-  """Writes weights as safetensors under Hugging Face's names.
+  """Writes weights as safetensors with Hugging Face's names.
 
   Args:
-    folder: written to; created if it does not exist.
+    folder: output folder; created if it does not exist.
     family: module with `Model` and `hf_parameters`, such as `models.opt`.
-    config: the family's configuration.
+    config: the model's hyperparameters.
     base: nested dict of arrays, layers stacked on axis 0.
-    shard_bytes: a file larger than this is split, and an index written.
+    shard_bytes: maximum size of a file; larger weights are split into several
+      files with an index.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,7 @@ def save(
       values[name] = np.ascontiguousarray(value.T if transpose else value)
       weight_map[name] = file
     tensor_files.write_safetensors(folder / file, values)
-  # Of two formats side by side one would be stale.
+  # Remove the other layout's file, which would be stale.
   if len(shards) == 1:
     (folder / index_name).unlink(missing_ok=True)
   else:
@@ -186,7 +187,7 @@ def save(
 
 @functools.lru_cache(maxsize=16)
 def shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
-  """Returns the shape of every weight of a model by its path."""
+  """Returns the shapes of a model's weights by path."""
   rows = jax.ShapeDtypeStruct((1, 1), np.int32)
   tree = jax.eval_shape(
     family.Model(config).init, jax.random.key(0), rows, rows, rows, rows, rows
@@ -196,26 +197,26 @@ def shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _short(name: str) -> str:
-  """Drops the prefixes that versions of a checkpoint differ in."""
+  """Drops name prefixes that differ between versions of a checkpoint."""
   return re.sub(r"^(model\.)?(decoder\.)?", "", name)
 
 
 def _layout(
   family: ModuleType, config: Any, expected: Mapping[str, tuple[int, ...]]
 ) -> Iterator[tuple[str, list[tuple[Any, str, bool, tuple[int, ...]]]]]:
-  """Yields each path with its tensors: (index, name, transpose, shape)."""
+  """Yields paths with their tensors (index, name, transpose, shape)."""
   for path, (name, transpose) in family.hf_parameters(config).items():
     shape = expected[path]
     stacked = "{layer}" in name
-    one = shape[1:] if stacked else shape
-    one = one[::-1] if transpose else one
+    stored = shape[1:] if stacked else shape
+    stored = stored[::-1] if transpose else stored
     indices = range(shape[0]) if stacked else (...,)
-    yield path, [(i, name.format(layer=i), transpose, one) for i in indices]
+    yield path, [(i, name.format(layer=i), transpose, stored) for i in indices]
 
 
 def _check_leftover(folder: pathlib.Path, names: list[str]) -> None:
-  """Refuses tensors that the model has no place for."""
-  # A tied head is often saved beside the embedding that it equals.
+  """Raises a `UserError` if there are tensors that the model does not have."""
+  # A tied head is often saved in addition to the embedding.
   names = [n for n in names if not _BUFFERS.search(n) and n != "lm_head.weight"]
   if names:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
