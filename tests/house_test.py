@@ -5,10 +5,13 @@
 
 import ast
 import functools
+import io
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import tokenize
 
 import pytest
 
@@ -145,6 +148,7 @@ def test_some_libraries_have_one_home(library, homes):
 def test_import_is_light_and_touches_no_device():
   code = """
 import sys
+import tokenize
 import zofo_jax
 heavy = {"datasets", "flax", "huggingface_hub", "matplotlib",
          "ml_collections", "orbax", "rich", "sklearn", "torch", "transformers"}
@@ -190,3 +194,118 @@ def untyped(tree):
 def test_public_signatures_are_typed(name):
   found = list(untyped(ast.parse(FILES[name].read_text())))
   assert not found, [f"{name}.py:{f.lineno} {f.name}" for f in found]
+
+
+# Names that say nothing of what they hold, or that the field calls otherwise.
+DIALECT_NAMES = set(
+  """
+  again anywhere apart asked ask began beside dear each everywhere found goes
+  here held judge kept known mine one ours own rest say shown sound
+  spent stead tell theirs there together told torn where worth
+  """.split()
+)
+# Turns of phrase that a reader has to translate, in docstrings and comments.
+DIALECT_PROSE = {
+  name: re.compile(pattern, re.I | re.M)
+  for name, pattern in {
+    "resume, continue": r"\b(go|goes|going|went|gone) on\b",
+    "result": r"\b(come|comes|came) of\b",
+    "default": r"\bhere (not|so)\b",
+    "instead of": r"\bstead\b(?<!instead)",
+    "unchanged": r"\bas (it is|they are)\b",
+    "baselines": r"\b(is|are) compared with\b|\bto compare with\b",
+    "replay": r"\b(take|takes|taken|took) again\b",
+    "besides, next to": r"\bbeside\b",
+    "expensive": r"\bdear(er)?\b",
+    "metrics, score": r"\bworth\b",
+    "first-order": r"\bby (first|zeroth) order\b",
+    "passed, reported": r"\btold\b",
+    "returns whether": r"^\W*(Says|Tells|Gives)\b",
+    "truncated": r"\btorn\b",
+    "corrupt": r"\bdamaged?\b(?!/)",
+    "valid, finite": r"\bsound\b",
+    "except": r"\bbut for\b",
+    "frozen, unchanged": r"\b(stands?|stood) still\b",
+    "at most": r"\bat (its|their) most\b",
+    "there is": r"\b(what|that) there (is|are)\b|\b(is|are) there\b[.,;:]",
+    "used so far": r"\bspent\b",
+    "raises": r"\bcomplains?\b",
+    "atomically": r"\bin one piece\b|\bwhole or not at all\b",
+    "of its own": r"\bone's own\b",
+  }.items()
+}
+
+
+def dialect_names(path):
+  """Yields (line, name) of variables, arguments and definitions."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+      name = node.id
+    elif isinstance(node, ast.arg):
+      name = node.arg
+    elif isinstance(node, ast.FunctionDef | ast.ClassDef):
+      # `tree.where` is numpy's term for a choice by a condition.
+      name = "" if node.name == "where" else node.name
+    else:
+      continue
+    if name.strip("_").lower() in DIALECT_NAMES:
+      yield node.lineno, name
+
+
+def dialect_prose(path):
+  """Yields (line, phrase) of docstrings and comments."""
+  text = path.read_text()
+  passages = [
+    (token.start[0], token.string)
+    for token in tokenize.generate_tokens(io.StringIO(text).readline)
+    if token.type == tokenize.COMMENT
+  ]
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(
+      node, ast.Module | ast.ClassDef | ast.FunctionDef
+    ) and isinstance(ast.get_docstring(node), str):
+      passages.append((node.body[0].lineno, ast.get_docstring(node)))
+  for line, passage in passages:
+    for better, pattern in DIALECT_PROSE.items():
+      for match in pattern.finditer(" ".join(passage.split())):
+        yield line, f"'{match[0]}' (better: {better})"
+
+
+def dialect():
+  """Returns a line for every word of the old dialect in the package."""
+  return [
+    f"{name}.py:{line} {word}"
+    for name, path in FILES.items()
+    for line, word in [*dialect_names(path), *dialect_prose(path)]
+  ]
+
+
+def config_readers():
+  """Returns the functions of the package that take a ConfigDict."""
+  return [
+    f"{name}.py:{node.lineno} {node.name}"
+    for name, path in FILES.items()
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.FunctionDef)
+    and any(
+      argument.annotation and "ConfigDict" in ast.unparse(argument.annotation)
+      for argument in [*node.args.args, *node.args.kwonlyargs]
+    )
+  ]
+
+
+def main():
+  """Prints the measures; with an argument, what they count as well."""
+  print("modules at the top:", len(modules_at_the_top()) - 1)
+  print("longest chain of packages:", max(map(floor_of, MAY_IMPORT)))
+  for title, lines in (
+    ("functions that take a ConfigDict", config_readers()),
+    ("words of the old dialect", dialect()),
+  ):
+    print(f"{title}: {len(lines)}")
+    if len(sys.argv) > 1:
+      print(*lines, sep="\n")
+
+
+if __name__ == "__main__":
+  main()
