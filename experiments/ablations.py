@@ -1,11 +1,11 @@
-"""One choice of Bilevel-ZOFO changed at a time, on one task.
+"""Ablations of Bilevel-ZOFO: one choice changed at a time, on one task.
 
   python experiments/ablations.py --data DIR [--task sst2] [--only lambda,T]
 
-Each cell is a run of configs/compare.py with one field changed, for as many
-forward-equivalents as the table's; cells that have ended, or are in --results,
-are left alone. Writes `ablations.jsonl`, `ablations.md` and `ablations.png` of
-all that is known to --results.
+Each cell is a run of configs/compare.py with one field changed and the work of
+the main table's runs. Cells that have finished, or are in --results, are
+skipped. Writes `ablations.jsonl`, `ablations.md` and `ablations.png` to
+--results.
 """
 
 import argparse
@@ -45,13 +45,13 @@ FIELDS: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 
 def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
-  """Returns the fields of a cell that costs what the table's runs cost.
+  """Returns the changed fields of a cell with the work of the table's runs.
 
   Args:
-    choice: of configs/compare.py.
-    field: that is changed.
-    value: to this; a cell whose value is the config's own changes nothing, and
-      is the same for every field.
+    choice: arguments of configs/compare.py.
+    field: the field to change.
+    value: its new value; the config's default value changes nothing, so that
+      all fields share this cell.
   """
   compare = runpy.run_path(str(ROOT / "configs/compare.py"))
   text = ",".join(f"{k}={v}" for k, v in choice.items())
@@ -59,11 +59,11 @@ def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
   if defaults.flat(config)[field] == value:
     return {}
   rows = budget.passes(config, config.method).forward_equivalents
-  whole = rows * config.train.num_steps
+  total = rows * config.train.num_steps
   with config.unlocked():
     config.update_from_flattened_dict({field: value})
-  each = budget.passes(config, config.method).forward_equivalents
-  steps = max(1, whole // each)
+  per_step = budget.passes(config, config.method).forward_equivalents
+  steps = max(1, total // per_step)
   every = max(1, round(steps / 4))
   return {
     **{field: value, "train.num_steps": steps},
@@ -76,41 +76,41 @@ def scores(
 ) -> dict[Any, dict[str, list[float]]]:
   """Returns a choice's values -> {"s, kept": test scores, "p": test scores}.
 
-  Nothing where there is but one value.
+  Empty if there is only one value.
   """
-  found: dict[Any, dict[str, list[float]]] = {}
+  by_value: dict[Any, dict[str, list[float]]] = {}
   for value in FIELDS[name][1]:
     rows = [r for r in results if (r["ablation"], r["value"]) == (name, value)]
     if rows:
-      found[value] = {
+      by_value[value] = {
         label: [r[f"test_{get(r['task']).metric}{ending}"] for r in rows]
         for label, ending in (("s, kept", ""), ("p", "_p"))
       }
-  return found if len(found) > 1 else {}
+  return by_value if len(by_value) > 1 else {}
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
   """Returns mean test scores and their ranges over seeds as Markdown."""
   lines = ["| choice | value | s, kept | p | seeds |", "|" + " --- |" * 5]
   for name in FIELDS:
-    for value, found in scores(results, name).items():
-      shown = [
+    for value, by_adapter in scores(results, name).items():
+      texts = [
         f"{statistics.fmean(x):.3f}"
         + (f" ({min(x):.3f} to {max(x):.3f})" if len(x) > 1 else "")
-        for x in found.values()
+        for x in by_adapter.values()
       ]
-      cells = [name, value, *shown, len(found["p"])]
+      cells = [name, value, *texts, len(by_adapter["p"])]
       lines.append(f"| {' | '.join(map(str, cells))} |")
   return "\n".join(lines) + "\n"
 
 
 def draw(results: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
-  """Draws test scores over each choice, mean and range over seeds.
+  """Plots test scores over each choice, mean and range over seeds.
 
-  Of the adapter that is kept, and of p, dashed.
+  Solid for the adapter that is kept, dashed for p.
   """
   of_names = {
-    name: found for name in FIELDS if (found := scores(results, name))
+    name: by_value for name in FIELDS if (by_value := scores(results, name))
   }
   columns = min(5, len(of_names))
   rows = -(-len(of_names) // columns)
@@ -118,14 +118,14 @@ def draw(results: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
   panels = fig.subplots(rows, columns, squeeze=False, sharey=True).ravel()
   for axes in panels[len(of_names) :]:
     axes.set_axis_off()
-  for axes, (name, found) in zip(panels, of_names.items(), strict=False):
-    ticks = list(map(str, found))
+  for axes, (name, by_value) in zip(panels, of_names.items(), strict=False):
+    ticks = list(map(str, by_value))
     for label, look in (("s, kept", "o-"), ("p", "o--")):
-      each = [values[label] for values in found.values()]
-      means = [statistics.fmean(x) for x in each]
+      samples = [by_adapter[label] for by_adapter in by_value.values()]
+      means = [statistics.fmean(x) for x in samples]
       ranges = [
-        [m - min(x) for m, x in zip(means, each, strict=True)],
-        [max(x) - m for m, x in zip(means, each, strict=True)],
+        [m - min(x) for m, x in zip(means, samples, strict=True)],
+        [max(x) - m for m, x in zip(means, samples, strict=True)],
       ]
       axes.errorbar(ticks, means, ranges, fmt=look, capsize=3, label=label)
     axes.set_title(name)
@@ -140,21 +140,21 @@ def draw(results: Sequence[dict[str, Any]], path: pathlib.Path) -> None:
 def make_cells(
   given: argparse.Namespace, names: Iterable[str], seeds: Iterable[int]
 ) -> dict[tuple[str, Any, int], sweep.SweepRun]:
-  """Returns (choice, value, seed) -> its cell; some choices share one."""
-  found = {}
+  """Returns (choice, value, seed) -> cell; some choices share a cell."""
+  cells = {}
   for name, seed in itertools.product(names, seeds):
     field, values = FIELDS[name]
     for value in values:
       choice = {"size": given.size, "task": given.task, "method": "bilevel"}
       choice |= {"adapter": given.adapter, "seed": seed}
-      found[name, value, seed] = single_task.make_cell(
+      cells[name, value, seed] = single_task.make_cell(
         given.out, given.data, choice, changes(choice, field, value)
       )
-  return found
+  return cells
 
 
 def main() -> None:
-  """Runs what is missing, and writes the results."""
+  """Runs missing cells and writes the results."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -165,23 +165,25 @@ def main() -> None:
   parser.add_argument("--only", default=",".join(FIELDS))
   given = parser.parse_args()
   path = given.results / "ablations.jsonl"
-  known = single_task.read(path)
-  asked = make_cells(given, given.only.split(","), given.seeds)
-  left = {c.folder: c for c in asked.values() if c.folder.name not in known}
-  single_task.run(list(left.values()), given)
-  for folder in left:
+  results = single_task.read(path)
+  cells = make_cells(given, given.only.split(","), given.seeds)
+  missing = {
+    c.folder: c for c in cells.values() if c.folder.name not in results
+  }
+  single_task.run(list(missing.values()), given)
+  for folder in missing:
     if (folder / "summary.json").exists():
-      known[folder.name] = single_task.result(folder)
-  report.write_lines(path, [known[name] for name in sorted(known)])
-  seeds = sorted({int(line["seed"]) for line in known.values()})
-  found = [
-    {**known[cell.folder.name], "ablation": name, "value": value}
+      results[folder.name] = single_task.result(folder)
+  report.write_lines(path, [results[name] for name in sorted(results)])
+  seeds = sorted({int(line["seed"]) for line in results.values()})
+  rows = [
+    {**results[cell.folder.name], "ablation": name, "value": value}
     for (name, value, _), cell in make_cells(given, FIELDS, seeds).items()
-    if cell.folder.name in known
+    if cell.folder.name in results
   ]
-  if found:
-    draw(found, given.results / "ablations.png")
-    (given.results / "ablations.md").write_text(table(found))
+  if rows:
+    draw(rows, given.results / "ablations.png")
+    (given.results / "ablations.md").write_text(table(rows))
 
 
 if __name__ == "__main__":

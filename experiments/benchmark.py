@@ -1,8 +1,8 @@
-"""What zofo_jax costs: against two forward passes, and against PyTorch.
+"""Benchmarks zofo_jax against two forward passes and against PyTorch.
 
 `python experiments/benchmark.py --json FILE` measures every field of FIELDS,
 one program after the other in pairs (A B A B ...), and writes FILE after each
-group. README.md says what the fields mean.
+group. README.md describes the fields.
 """
 
 import argparse
@@ -26,8 +26,8 @@ class Field(NamedTuple):
 
   Attributes:
     group: the function of GROUPS that measures it.
-    reach: what it should be; None for numbers that only explain others.
-    at_most: whether it should be no more than that, or no less.
+    reach: target; None for numbers that only explain others.
+    at_most: whether the target is an upper bound; else it is a lower bound.
     torch: whether it needs torch.
   """
 
@@ -69,7 +69,7 @@ MEZO_OF = {
 
 
 class Wanted(NamedTuple):
-  """What is to be measured: names of fields, and how many pairs."""
+  """What to measure: names of fields and the number of pairs."""
 
   names: list[str]
   repeats: int
@@ -161,7 +161,7 @@ def metatrain(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
 
 
 def _resident(side: str, work: workload.Work) -> dict[str, Any]:
-  """Gives the peak of a run over a toy's, and the bytes of the backbone."""
+  """Returns a run's peak minus a toy model's, and the backbone's bytes."""
   name = next(n for n, other in workload.WORKS.items() if other is work)
   whole, toy = memory.measure(side, name), memory.measure(side, name, "toy")
   return timing.bytes_ratio(
@@ -170,13 +170,13 @@ def _resident(side: str, work: workload.Work) -> dict[str, Any]:
 
 
 def rss(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
-  """Measures what our bilevel run keeps resident."""
+  """Measures the resident memory of our bilevel run."""
   del wanted  # a peak is measured once
   yield {"rss_over_params.bilevel": _resident("ours", work)}
 
 
 def rss_torch(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
-  """Measures what PyTorch's bilevel run keeps resident."""
+  """Measures the resident memory of PyTorch's bilevel run."""
   del wanted
   yield {"rss_over_params.torch": _resident("theirs", work)}
 
@@ -213,24 +213,24 @@ GROUPS = {
 
 
 def print_table(results: Results) -> None:
-  """Prints what was reached."""
+  """Prints the results and their targets."""
   table = rich.table.Table()
   for column in ("field", "reach", "reached", "least", "most", "A", "B", "n"):
     table.add_column(column, justify="left" if column == "field" else "right")
-  for name, found in results.items():
+  for name, measured in results.items():
     field = FIELDS[name]
     target, colour = "", None
     if field.reach is not None:
       target = f"{'≤' if field.at_most else '≥'} {field.reach:g}"
-      met = (found["ratio"] <= field.reach) == field.at_most
-      colour = "green" if met or found["ratio"] == field.reach else "red"
-    if "a_seconds" in found:
-      sides = [f"{found[f'{side}_seconds']:.3f} s" for side in "ab"]
+      met = (measured["ratio"] <= field.reach) == field.at_most
+      colour = "green" if met or measured["ratio"] == field.reach else "red"
+    if "a_seconds" in measured:
+      sides = [f"{measured[f'{side}_seconds']:.3f} s" for side in "ab"]
     else:
-      sides = [f"{found[f'{side}_bytes'] / 1e6:.0f} MB" for side in "ab"]
-    numbers = [f"{found[n]:.3f}" for n in ("ratio", "min", "max")]
+      sides = [f"{measured[f'{side}_bytes'] / 1e6:.0f} MB" for side in "ab"]
+    numbers = [f"{measured[n]:.3f}" for n in ("ratio", "min", "max")]
     table.add_row(
-      name, target, *numbers, *sides, str(found["pairs"]), style=colour
+      name, target, *numbers, *sides, str(measured["pairs"]), style=colour
     )
   rich.console.Console().print(table)
 
@@ -262,7 +262,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> None:
-  """Measures the fields that are asked for."""
+  """Measures the requested fields."""
   args = _parse()
   work = workload.WORKS[args.work]
   wanted = args.only or list(FIELDS)
@@ -275,15 +275,15 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
-    # Both frameworks live on one GPU, and take of it what they need.
+    # Both frameworks share one GPU; neither may preallocate its memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   results: Results = {}
   about = {"machine": timing.machine(), "versions": timing.versions()}
   for group, measure in GROUPS.items():
     if not any(FIELDS[name].group == group for name in wanted):
       continue
-    for found in measure(work, Wanted(wanted, args.repeats)):
-      results |= {name: found[name] for name in found if name in wanted}
+    for measured in measure(work, Wanted(wanted, args.repeats)):
+      results |= {name: measured[name] for name in measured if name in wanted}
       args.json.write_text(json.dumps({**results, **about}, indent=2) + "\n")
     gc.collect()
   print_table(results)

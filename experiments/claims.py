@@ -1,4 +1,4 @@
-"""What is claimed of Bilevel-ZOFO, from the results of single_task.py."""
+"""Checks claims about Bilevel-ZOFO against the results of single_task.py."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -9,55 +9,54 @@ import numpy as np
 from zofo_jax.tasks import get
 
 Cell = dict[str, Any]
-OURS, LORA, MEZO = "bilevel", "peft", "mezo"
+BILEVEL, LORA, MEZO = "bilevel", "peft", "mezo"
 
 
 def score_name(cell: Cell) -> str:
-  """Returns what a cell's task is measured by."""
+  """Returns the name of a cell's metric."""
   return str(get(cell["task"]).metric)
 
 
 def key(cell: Cell) -> tuple[str, str, str, str]:
-  """Returns what two methods' cells must share to be compared."""
+  """Returns what cells of two methods must share to be comparable."""
   prompt, processor = cell.get("template", "0"), cell.get("processor", "")
   return cell["task"], cell["seed"], prompt, processor
 
 
 def pairs(
-  cells: Iterable[Cell], one: str, other: str
+  cells: Iterable[Cell], method: str, baseline: str
 ) -> list[tuple[Cell, Cell]]:
   """Returns cells of two methods on the same task, seed and prompt 0."""
-  found: dict[str, dict[Any, Cell]] = {one: {}, other: {}}
+  by_method: dict[str, dict[Any, Cell]] = {method: {}, baseline: {}}
   for cell in cells:
-    if cell["method"] in found and cell.get("template", "0") == "0":
-      found[cell["method"]][key(cell)] = cell
-  both = sorted(found[one].keys() & found[other].keys())
-  return [(found[one][k], found[other][k]) for k in both]
+    if cell["method"] in by_method and cell.get("template", "0") == "0":
+      by_method[cell["method"]][key(cell)] = cell
+  first, second = by_method[method], by_method[baseline]
+  return [(first[k], second[k]) for k in sorted(first.keys() & second.keys())]
 
 
 def first_time(curve: Sequence[Cell], name: str, score: float) -> float | None:
-  """Returns the seconds after which a curve is at a score, if ever."""
+  """Returns the seconds after which a curve reaches a score, if ever."""
   for point in curve:
     if point[f"selection_{name}"] >= score:
       return float(point["seconds"])
   return None
 
 
-def time_ratio(ours: Cell, mezo: Cell) -> float:
-  """Returns MeZO's seconds to its best over ours to the same; 0 for never."""
+def time_ratio(bilevel: Cell, mezo: Cell) -> float:
+  """Returns MeZO's seconds to its best / ours to the same; 0 if never."""
   name = score_name(mezo)
   best = max(point[f"selection_{name}"] for point in mezo["curve"])
-  theirs, mine = (
-    first_time(cell["curve"], name, best) for cell in (mezo, ours)
-  )
-  assert theirs is not None
-  return theirs / mine if mine else 0.0
+  mezo_seconds = first_time(mezo["curve"], name, best)
+  bilevel_seconds = first_time(bilevel["curve"], name, best)
+  assert mezo_seconds is not None
+  return mezo_seconds / bilevel_seconds if bilevel_seconds else 0.0
 
 
-def gain(ours: Cell, lora: Cell) -> float:
+def gain(bilevel: Cell, lora: Cell) -> float:
   """Returns the difference of the test scores."""
-  name = f"test_{score_name(ours)}"
-  return ours[name] - lora[name]
+  name = f"test_{score_name(bilevel)}"
+  return bilevel[name] - lora[name]
 
 
 def interval(
@@ -76,19 +75,19 @@ def claim(
   target: str,
   average: Callable[[Any], Any] = np.mean,
 ) -> dict[str, Any] | None:
-  """Measures ours against another method on all cells that both have.
+  """Compares Bilevel-ZOFO with a baseline on all cells that both have.
 
   Args:
     cells: results.
-    other: the method.
-    measure: (our cell, its) -> number.
-    target: what was hoped for, as ">= 4".
-    average: of the numbers.
+    other: the baseline.
+    measure: (Bilevel-ZOFO's cell, the baseline's cell) -> number.
+    target: the target, such as ">= 4".
+    average: average of the numbers.
 
   Returns:
-    The value, its interval, tasks, seeds; None where nothing can be compared.
+    The value, its interval, tasks and seeds; None if there are no pairs.
   """
-  both = pairs(cells, OURS, other)
+  both = pairs(cells, BILEVEL, other)
   if not both:
     return None
   values = [measure(*pair) for pair in both]
@@ -96,38 +95,38 @@ def claim(
   sense, _, limit = target.partition(" ")
   met = value >= float(limit) if sense == ">=" else value <= float(limit)
   by_task: dict[str, list[float]] = {}
-  for (ours, _), number in zip(both, values, strict=True):
-    by_task.setdefault(ours["task"], []).append(round(number, 4))
+  for (cell, _), number in zip(both, values, strict=True):
+    by_task.setdefault(cell["task"], []).append(round(number, 4))
   return {
     "value": value,
     "interval": interval(values, average),
     "target": target,
     "met": bool(met),
     "tasks": sorted(by_task),
-    "seeds": sorted({ours["seed"] for ours, _ in both}),
+    "seeds": sorted({cell["seed"] for cell, _ in both}),
     "by_task": by_task,
   }
 
 
 def prompt_spread(cells: Iterable[Cell]) -> dict[str, Any] | None:
-  """Compares how far prompts are apart, with ours and with MeZO."""
+  """Compares the spread between prompts of Bilevel-ZOFO and of MeZO."""
   scores: dict[tuple[str, str, str], dict[str, float]] = {}
   for cell in cells:
-    if cell["method"] in (OURS, MEZO):
+    if cell["method"] in (BILEVEL, MEZO):
       which = (cell["method"], cell["task"], cell["seed"])
       versions = scores.setdefault(which, {})
       versions[cell.get("template", "0")] = cell[f"test_{score_name(cell)}"]
-  spreads: dict[str, dict[tuple[str, str], float]] = {OURS: {}, MEZO: {}}
+  spreads: dict[str, dict[tuple[str, str], float]] = {BILEVEL: {}, MEZO: {}}
   for (method, task, seed), versions in scores.items():
     if len(versions) > 1:
-      apart = max(versions.values()) - min(versions.values())
-      spreads[method][task, seed] = apart
-  both = sorted(spreads[OURS].keys() & spreads[MEZO].keys())
+      spread = max(versions.values()) - min(versions.values())
+      spreads[method][task, seed] = spread
+  both = sorted(spreads[BILEVEL].keys() & spreads[MEZO].keys())
   if not both:
     return None
   means = [
     statistics.fmean(spreads[method][k] for k in both)
-    for method in (OURS, MEZO)
+    for method in (BILEVEL, MEZO)
   ]
   value = means[0] / means[1] if means[1] else None
   return {
@@ -137,18 +136,18 @@ def prompt_spread(cells: Iterable[Cell]) -> dict[str, Any] | None:
     "met": value is not None and value <= 0.5,
     "tasks": sorted({task for task, _ in both}),
     "seeds": sorted({seed for _, seed in both}),
-    "spreads": dict(zip((OURS, MEZO), means, strict=True)),
+    "spreads": dict(zip((BILEVEL, MEZO), means, strict=True)),
   }
 
 
 def answers(cells: Sequence[Cell]) -> dict[str, Any]:
-  """Answers each claim of the method's from the results."""
+  """Checks every claim against the results."""
 
-  def memory(one: Cell, other: Cell) -> float:
-    return one["program_bytes"] / other["program_bytes"]
+  def memory(bilevel: Cell, baseline: Cell) -> float:
+    return bilevel["program_bytes"] / baseline["program_bytes"]
 
-  def resident(one: Cell, other: Cell) -> float:
-    return one["peak_rss_bytes"] / other["peak_rss_bytes"]
+  def resident(bilevel: Cell, baseline: Cell) -> float:
+    return bilevel["peak_rss_bytes"] / baseline["peak_rss_bytes"]
 
   return {
     "time_to_mezo_best_ratio": claim(

@@ -1,16 +1,17 @@
-"""Does theta gain by moving along what the inner steps have found?
+"""Updates theta along the change of the inner level's adapter.
 
   python experiments/guided.py --data DIR [--tasks sst2 trec] [--seeds 0 1 2]
 
-A random direction knows next to nothing of the gradient; the inner loop knows
-some. Here theta moves along
+A random direction is almost orthogonal to the gradient; the change of s by the
+inner loop is not. Here theta is updated along
 
-  D = W(s after its T steps) - W(s before), W(s) = theta with s folded in,
+  D = W(s after its T steps) - W(s before), W(s) = theta with s merged into it.
 
-and how far is measured, by forward passes alone: G at theta - D / 2, theta and
-theta + D / 2, and the least of the parabola through them, within --most of D.
-All else is configs/compare.py's Bilevel-ZOFO with theta standing still, and as
-many iterations as the same work allows. Writes `guided.jsonl` to --results.
+The step size is found with forward passes only: it is the minimum of the
+parabola through G at theta - D / 2, theta and theta + D / 2, at most --most
+times D. Everything else is configs/compare.py's Bilevel-ZOFO with theta frozen,
+for as many iterations as the same work allows. Writes `guided.jsonl` to
+--results.
 """
 
 import argparse
@@ -34,9 +35,9 @@ HALF = 0.5  # of D: the radius of the difference
 
 
 def least(values, most=1.0):
-  """Returns where the parabola through values at -1/2, 0, 1/2 is least.
+  """Returns the minimum of the parabola through values at -1/2, 0, 1/2.
 
-  Between -most and most; where it bends down, the lower of these two.
+  It is clipped to [-most, most]; for a concave parabola, the lower end.
   """
   left, middle, right = values
   slope = (right - left) / (2 * HALF)
@@ -47,16 +48,16 @@ def least(values, most=1.0):
 
 
 def run_one(task, seed, data, most):
-  """Trains one cell; returns its scores and the lengths of its steps."""
+  """Trains one cell; returns its scores and step sizes."""
   compare = runpy.run_path(str(ROOT / "configs/compare.py"))
   config = compare["get_config"](
     f"task={task},method=bilevel_still,seed={seed}"
   )
   config.data.dir = data
-  each = budget.passes(config, "bilevel").forward_equivalents
-  whole = each * config.train.num_steps
-  # Three points, of three losses each, in the place of two.
-  config.train.num_steps = whole // (each + 3 * config.upper.batch_size)
+  per_step = budget.passes(config, "bilevel").forward_equivalents
+  total = per_step * config.train.num_steps
+  # Three points, of three losses each, instead of two.
+  config.train.num_steps = total // (per_step + 3 * config.upper.batch_size)
   run = run_lib.make_run(config)
   examples = data_lib.load_examples(config, run.model, run.task)
   shape = data_lib.train_shape(examples)
@@ -64,8 +65,8 @@ def run_one(task, seed, data, most):
   step_fn = run.jit_step()
 
   def towards(base, before, after):
-    there, here = (adapters.merge_lora(base, s) for s in (after, before))
-    return jax.tree.map(jnp.subtract, there, here)
+    new, old = (adapters.merge_lora(base, s) for s in (after, before))
+    return jax.tree.map(jnp.subtract, new, old)
 
   def move(base, before, after, length):
     return jax.tree.map(
@@ -82,7 +83,7 @@ def run_one(task, seed, data, most):
 
   move = jax.jit(move)
   state = run.init(model.load_base(config, run.model, run.mesh))
-  lengths, began = [], time.monotonic()
+  lengths, start_time = [], time.monotonic()
   for number in range(config.train.num_steps):
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)
     batch = run.shard_batch(rows)
@@ -96,7 +97,7 @@ def run_one(task, seed, data, most):
     lengths.append(least(values, most))
     base = move(state.base, before, state.lower, lengths[-1])
     state = state._replace(base=base)
-  seconds = time.monotonic() - began
+  seconds = time.monotonic() - start_time
   scores = {
     f"test_{name}": run.evaluate(
       state.base, adapter, examples.test, name
@@ -111,7 +112,7 @@ def run_one(task, seed, data, most):
 
 
 def main():
-  """Runs the cells that are not there, and writes a line for each."""
+  """Runs missing cells and writes a line for each."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -123,16 +124,16 @@ def main():
   parser.add_argument("--most", nargs="+", type=float, default=(1.0, 0.1))
   given = parser.parse_args()
   path = given.results / "guided.jsonl"
-  found = report.read_jsonl(path) if path.exists() else []
-  known = {(c["task"], c["seed"], c["most"]) for c in found}
+  cells = report.read_jsonl(path) if path.exists() else []
+  finished = {(c["task"], c["seed"], c["most"]) for c in cells}
   for cell in itertools.product(given.tasks, given.seeds, given.most):
-    if cell not in known:
+    if cell not in finished:
       task, seed, most = cell
-      found.append(run_one(task, seed, given.data, most))
-      report.write_lines(path, found)
+      cells.append(run_one(task, seed, given.data, most))
+      report.write_lines(path, cells)
   report.results_table(
-    [{k: c[k] for k in c if k != "lengths"} for c in found],
-    title=f"{len(found)} cells in {path}",
+    [{k: c[k] for k in c if k != "lengths"} for c in cells],
+    title=f"{len(cells)} cells in {path}",
   )
 
 

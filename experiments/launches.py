@@ -1,12 +1,13 @@
-"""How many kernels a zeroth-order step launches, read off XLA's program.
+"""Counts the kernels that a zeroth-order step launches, from XLA's program.
 
   python experiments/launches.py --work large [--target FILE]
 
-Small batches on a GPU take the time of their launches. The programs are those
-of benchmark.py, compiled from shapes: for the device that is there, or, with
-jax's CUDA plugin and no GPU, for the one that FILE describes, a
-GpuTargetConfigProto in text as XLA keeps one for every chip. Prints each
-program's kernels, a loop's body counted for every turn, and its temporaries.
+With small batches on a GPU, time is dominated by kernel launches. The programs
+are those of benchmark.py, compiled from shapes for the local device or, with
+jax's CUDA plugin and without a GPU, for the one described in FILE (a
+GpuTargetConfigProto in text format; XLA has one for every chip). Prints each
+program's number of kernels, those in loops counted for every iteration, and its
+temporaries.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from bench import ours, workload
 import zofo_jax as zofo
 from zofo_jax.builders import model
 
-# What XLA:GPU launches nothing for, or only on the host.
+# Instructions without a kernel, or that run on the host only.
 FREE = frozenset(
   {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while"}
   | {"call", "conditional", "after-all", "partition-id", "replica-id"}
@@ -36,41 +37,41 @@ def device(target: pathlib.Path | None) -> jax.Device:
     return jax.devices()[0]
   from jax.experimental import topologies
 
-  found = topologies.get_topology_desc(
+  topology = topologies.get_topology_desc(
     platform="cuda",
     topology_name="",
     target_config=target.read_text(),
     topology="1x1x1",
   )
-  return found.devices[0]
+  return topology.devices[0]
 
 
 def computations(text: str) -> tuple[dict[str, list[str]], str]:
   """Returns an HLO module's computations by name, and the entry's name."""
-  found: dict[str, list[str]] = {}
+  bodies: dict[str, list[str]] = {}
   name = entry = ""
   for line in text.splitlines():
     head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
     if head:
       name = head[2]
-      found[name] = []
+      bodies[name] = []
       entry = name if head[1] else entry
     elif name and line.startswith("  "):
-      found[name].append(line)
-  return found, entry
+      bodies[name].append(line)
+  return bodies, entry
 
 
 def launches(text: str) -> int:
   """Counts the instructions of an HLO module that run as kernels.
 
   Raises:
-    ValueError: nobody knows how often a loop turns.
+    ValueError: the number of iterations of a loop is unknown.
   """
-  found, entry = computations(text)
+  bodies, entry = computations(text)
 
   def count(name: str) -> int:
     total = 0
-    for line in found[name]:
+    for line in bodies[name]:
       # A type has no word before a bracket.
       operation = re.search(r" = .*?(?<= )([a-z][\w\-]*)\(", line)
       if not operation:
@@ -83,7 +84,7 @@ def launches(text: str) -> int:
         total += int(turns[1]) * count(called["body"])
       elif operation[1] == "call":
         total += count(called["to_apply"])
-      # What runs beside others is a start and an end.
+      # Asynchronous operations are a start and an end.
       total += operation[1] not in FREE and not operation[1].endswith("-done")
     return total
 
@@ -126,7 +127,7 @@ def main() -> None:
   parser.add_argument("--target", type=pathlib.Path)
   given = parser.parse_args()
   if given.target:
-    # Of the plugin, whose wheels may lie beside no CUDA.
+    # Lets the plugin work without CUDA libraries.
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
   on = device(given.target)
   table = rich.table.Table("program", "kernels", "temporaries, MB")

@@ -1,4 +1,4 @@
-"""The demo's first steps on several meshes: the same losses on each.
+"""Runs the demo's first steps on several meshes, which must give equal losses.
 
   python experiments/meshes.py [--steps 50] [--out runs/meshes]
 
@@ -28,7 +28,7 @@ NAMES = ("lower_loss", "upper_loss", "objective")
 
 
 def run(folder: pathlib.Path, sizes: dict[str, int], steps: int) -> None:
-  """Runs the demo on a mesh, unless it has ended."""
+  """Runs the demo on a mesh, unless that run has finished."""
   if (folder / "summary.json").exists():
     return
   axes = {"pert": 1, "data": 1, "fsdp": 1, "model": 1} | sizes
@@ -61,21 +61,21 @@ def main() -> None:
   parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs/meshes")
   parser.add_argument("--only", default="")
   given = parser.parse_args()
-  found = {}
+  by_mesh = {}
   for number, (name, sizes) in enumerate(MESHES.items()):
     folder = given.out / str(number)
     if given.only in name or not number:
       run(folder, sizes, given.steps)
-      found[name] = losses(folder)
-  whole = found["one device"]
+      by_mesh[name] = losses(folder)
+  reference = by_mesh["one device"]
   rows = [
     {
       "mesh": name,
-      "largest difference": float(np.abs(each - whole).max()),
-      "relative": float((np.abs(each - whole) / np.abs(whole)).max()),
-      "last loss of p": float(each[-1, 1]),
+      "largest difference": float(np.abs(curve - reference).max()),
+      "relative": float((np.abs(curve - reference) / np.abs(reference)).max()),
+      "last loss of p": float(curve[-1, 1]),
     }
-    for name, each in found.items()
+    for name, curve in by_mesh.items()
   ]
   report.write_json(given.out / "meshes.json", rows)
   print(json.dumps(rows, indent=2))

@@ -1,8 +1,9 @@
-"""Plans of many models on many slices, as one JSON file each and a table.
+"""Plans many models on many slices; writes a JSON file for each, and a table.
 
   python experiments/plans.py --out experiments/plans [--only NAME]
 
-Needs the extra `tpu`; minutes a cell. A cell whose file exists is left alone.
+Needs the extra `tpu`; takes minutes per cell. Cells whose file exists are
+skipped.
 """
 
 import argparse
@@ -28,7 +29,7 @@ FIXED = (
 
 
 def row(path):
-  """Returns a line of the table, in GB a chip."""
+  """Returns a line of the table, in GB per chip."""
   plan = json.loads(path.read_text())
   size, methods = plan["per_chip_bytes"], plan["method_bytes"]
   mesh = [f"{k} {v}" for k, v in plan["mesh"].items() if v > 1]

@@ -2,8 +2,8 @@
 
   python experiments/report.py [--results experiments/results]
 
-Reads `single_task.jsonl`, and writes `table.md`, `curves.png`, `memory.png` and
-`claims.json` beside it. Nothing in those is written by hand.
+Reads `single_task.jsonl` and writes `table.md`, `curves.png`, `memory.png` and
+`claims.json` to the same folder.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def _names(cells: Iterable[Cell], name: str) -> list[str]:
 
 
 def read(path: pathlib.Path) -> list[Cell]:
-  """Reads cells; those with another adapter are of another method."""
+  """Reads cells; other adapters than LoRA count as methods of their own."""
   cells = report.read_jsonl(path)
   for cell in cells:
     if (adapter := cell.get("adapter", "lora")) != "lora":
@@ -53,40 +53,41 @@ def _group(cells: Iterable[Cell], task: str, method: str = "") -> list[Cell]:
 
 
 def _timed(cells: Sequence[Cell]) -> list[Cell]:
-  """Returns what trained where most cells of its task did."""
+  """Returns the cells of each task from the machine with most of them."""
   trained = [cell for cell in cells if "train_seconds" in cell]
   machines: dict[str, collections.Counter[str]] = {}
   for cell in trained:
     counts = machines.setdefault(cell["task"], collections.Counter())
     counts[cell.get("processor", "")] += 1
-  most = {task: found.most_common(1)[0][0] for task, found in machines.items()}
+  most = {task: count.most_common(1)[0][0] for task, count in machines.items()}
   return [c for c in trained if c.get("processor", "") == most[c["task"]]]
 
 
-def _everywhere(cells: Sequence[Cell]) -> list[Cell]:
+def _complete(cells: Sequence[Cell]) -> list[Cell]:
   """Returns the cells of methods that have every task."""
   tasks = _names(cells, "task")
-  whole = [
+  complete = [
     method
     for method in _names(cells, "method")
     if all(_group(cells, task, method) for task in tasks)
   ]
-  return [cell for cell in cells if cell["method"] in whole]
+  return [cell for cell in cells if cell["method"] in complete]
 
 
 def tables(cells: Sequence[Cell]) -> str:
   """Returns the methods that have every task, then all of the others' tasks."""
-  whole = _everywhere(cells)
-  others = {c["task"] for c in cells if c not in whole}
-  parts = [whole, [c for c in cells if c["task"] in others]]
+  complete = _complete(cells)
+  others = {c["task"] for c in cells if c not in complete}
+  parts = [complete, [c for c in cells if c["task"] in others]]
   return "\n".join(table(part) for part in parts if part)
 
 
 def table(cells: Sequence[Cell]) -> str:
-  """Returns test scores as Markdown: mean ± spread over seeds, a row a method.
+  """Returns test scores as Markdown: mean ± spread over seeds, by method.
 
-  For Bilevel-ZOFO the adapter that is kept, and the other in a row of its own.
-  Seconds and memory are of the machine that most cells of a task come from.
+  The row of Bilevel-ZOFO is for the adapter that is kept; the other one has a
+  separate row. Seconds and memory are from the machine on which most cells of a
+  task ran.
   """
   timed = _timed(cells)
   tasks = _names(cells, "task")
@@ -104,28 +105,28 @@ def table(cells: Sequence[Cell]) -> str:
       if any(f"test_accuracy_{letter}" in cell for cell in group)
     ]
   for text, method, pattern in rows:
-    shown, means, spent = [], [], []
+    texts, means, used = [], [], []
     for task in tasks:
       group = _group(cells, task, method)
       named = [(c, pattern.format(score_name(c))) for c in group]
       scores = [c[name] for c, name in named if name in c]
       if not scores:
-        shown.append("")
+        texts.append("")
         continue
       means.append(statistics.fmean(scores))
       spread = f" ± {statistics.stdev(scores):.3f}" if len(scores) > 1 else ""
       several = f"{spread} ({len(scores)})" if method else ""
-      shown.append(f"{means[-1]:.3f}{several}")
-      spent += group
+      texts.append(f"{means[-1]:.3f}{several}")
+      used += group
     mean = f"{statistics.fmean(means):.3f}" if len(means) == len(tasks) else ""
     cost = ["", ""]
-    spent = [c for c in spent if c in timed]
-    if method and spent:
+    used = [c for c in used if c in timed]
+    if method and used:
       cost = [
-        f"{statistics.median(c['train_seconds'] for c in spent):.0f}",
-        f"{statistics.median(c['peak_rss_bytes'] for c in spent) / 1e9:.2f}",
+        f"{statistics.median(c['train_seconds'] for c in used):.0f}",
+        f"{statistics.median(c['peak_rss_bytes'] for c in used) / 1e9:.2f}",
       ]
-    lines.append(f"| {text} | {' | '.join([*shown, mean, *cost])} |")
+    lines.append(f"| {text} | {' | '.join([*texts, mean, *cost])} |")
   return "\n".join(lines) + "\n"
 
 
@@ -135,7 +136,7 @@ def _look(axes: Any) -> None:
 
 
 def draw_curves(cells: Sequence[Cell], path: pathlib.Path) -> None:
-  """Draws scores on the selection rows against seconds and forward passes."""
+  """Plots scores on the selection rows over seconds and forward passes."""
   tasks, methods = _names(cells, "task"), _names(cells, "method")
   fig = figure.Figure(figsize=(3.4 * len(tasks), 6), layout="constrained")
   panels = fig.subplots(len(BUDGETS), len(tasks), squeeze=False, sharey="col")
@@ -162,7 +163,7 @@ def draw_curves(cells: Sequence[Cell], path: pathlib.Path) -> None:
 
 
 def draw_memory(cells: Sequence[Cell], path: pathlib.Path) -> None:
-  """Draws memory against time, a point a cell."""
+  """Plots memory over time, one point per cell."""
   fig = figure.Figure(figsize=(6, 4), layout="constrained")
   axes = fig.subplots()
   for number, method in enumerate(_names(cells, "method")):
@@ -184,7 +185,7 @@ def draw_memory(cells: Sequence[Cell], path: pathlib.Path) -> None:
 
 
 def main() -> None:
-  """Writes all of it."""
+  """Writes all tables, plots and claims."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -194,14 +195,14 @@ def main() -> None:
   cells = read(folder / "single_task.jsonl")
   if not cells:
     raise SystemExit(f"report.py: {folder}/single_task.jsonl has no cells.")
-  found = claims.answers(cells)
-  report.write_json(folder / "claims.json", found)
+  answers = claims.answers(cells)
+  report.write_json(folder / "claims.json", answers)
   (folder / "table.md").write_text(tables(cells))
-  timed = _timed(_everywhere(cells))
+  timed = _timed(_complete(cells))
   draw_curves(timed, folder / "curves.png")
   draw_memory(timed, folder / "memory.png")
   print(tables(cells))
-  print(json.dumps(found, indent=2))
+  print(json.dumps(answers, indent=2))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""How much a zeroth-order step knows: its estimate beside the true gradient.
+"""Compares zeroth-order estimates with the true gradient.
 
   python experiments/signal_to_noise.py --data DIR [--task sst2]
 
@@ -6,13 +6,14 @@ At the pretrained weights of SmolLM2-135M, on one batch. For each kind of
 direction z, averaged over directions:
 
   cosine      of z with the gradient g of `jax.grad`
-  error       of the central difference c against the exact slope <g, z>
-  step_batch  the most that a step along c z takes off the loss of this batch,
-  step_other  and what the same step takes off another batch's
+  error       of the central difference c, relative to the exact slope <g, z>
+  step_batch  the largest decrease of this batch's loss by a step along c z,
+              over a grid of step sizes
+  step_other  the decrease of another batch's loss by the same step
 
-over a grid of lengths; and the same for the gradient itself, for the sum of all
-directions drawn, and for `guided`: what a first-order step of a fresh LoRA
-changes in the weights, the part of g that the inner level knows already. Writes
+The same is measured for the gradient itself, for the sum of all directions, and
+for `guided`, the change of the weights by one gradient step of a new LoRA,
+which is the part of g that the inner level already has. Writes
 `signal_to_noise.json` to --results.
 """
 

@@ -3,10 +3,10 @@
   python experiments/single_task.py --data DIR [--jobs 2] [--out runs/compare]
   python experiments/single_task.py --data DIR --search
 
-A cell that has ended is not run again, one that has not goes on. Every cell has
-`--threads` threads, so that its numbers and its seconds do not depend on how
-many run beside it. What is in --out joins what is in --results already, a JSON
-line a cell; cells that are there are not run either.
+Finished cells are skipped, unfinished ones resumed. Every cell has `--threads`
+threads, so that its numbers and its seconds do not depend on the number of
+concurrent runs. Results in --out are merged into --results, one JSON line per
+cell; cells that --results has are skipped as well.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def make_cell(
 
 
 def of_table(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
-  """Yields the cells of the table, a seed of all tasks after the other."""
+  """Yields the cells of the table, all tasks of one seed after the other."""
   for seed in given.seeds:
     for task in given.tasks:
       for method in given.methods:
@@ -139,7 +139,7 @@ def of_table(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
 
 
 def of_search(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
-  """Yields the trials from which learning rates are chosen."""
+  """Yields the trials of the search for learning rates."""
   short = given.size == "smollm2-135m"
   for task in given.tasks:
     for method in given.methods:
@@ -155,7 +155,7 @@ def of_search(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
 
 
 def read(path: pathlib.Path) -> dict[str, dict[str, Any]]:
-  """Returns the results of a file, by the names of their cells, if any."""
+  """Returns the results in a file, if it exists, by cell."""
   lines = report.read_jsonl(path) if path.exists() else []
   return {line["cell"]: line for line in lines}
 
@@ -173,13 +173,13 @@ def result(folder: pathlib.Path) -> dict[str, Any]:
     }
     return {"cell": folder.name, **scores, **choice, "model": model, **by}
   rows = report.read_jsonl(folder / "metrics.jsonl")
-  spent: dict[str, Any] = {}
+  latest: dict[str, Any] = {}
   curve = []
   for row in rows:
-    spent |= {name: row[name] for name in CURVE if name in row}
+    latest |= {name: row[name] for name in CURVE if name in row}
     scores = [k for k in row if k.startswith("selection_")]
     if scores:
-      curve.append({**spent, **{name: row[name] for name in scores}})
+      curve.append({**latest, **{name: row[name] for name in scores}})
   summary = json.loads((folder / "summary.json").read_text())
   if summary.get("device", "cpu") != "cpu":
     by |= {"processor": summary["device"]}
@@ -199,7 +199,7 @@ def _losses(rows: list[dict[str, Any]]) -> list[float]:
 
 
 def machine() -> dict[str, Any]:
-  """Returns what a cell is run by."""
+  """Returns the commit and the processor that cells run on."""
   git = subprocess.run(
     ["git", "rev-parse", "--short", "HEAD"],
     capture_output=True,
@@ -230,7 +230,7 @@ def add_common(
 def run(
   cells: list[sweep.SweepRun], given: argparse.Namespace
 ) -> list[dict[str, Any]]:
-  """Runs the cells that have not ended; returns a row for each."""
+  """Runs unfinished cells; returns a row for each cell."""
   os.environ["NPROC"] = str(given.threads)  # of XLA's pools
   os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(given.out / "cache"))
@@ -242,7 +242,7 @@ def run(
 
 
 def main() -> None:
-  """Runs what is missing, and writes the results."""
+  """Runs missing cells and writes the results."""
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawTextHelpFormatter
   )
@@ -257,20 +257,23 @@ def main() -> None:
   name = "search" if given.search else "single_task"
   given.out = given.out or ROOT / "runs" / name
   results = given.results or ROOT / "experiments/results" / f"{name}.jsonl"
-  known = read(results)
+  finished = read(results)
   cells = list((of_search if given.search else of_table)(given))
-  left = [known[c.folder.name] for c in cells if c.folder.name in known]
-  rows = [*left, *run([c for c in cells if c.folder.name not in known], given)]
+  rows = [finished[c.folder.name] for c in cells if c.folder.name in finished]
+  rows = [
+    *rows,
+    *run([c for c in cells if c.folder.name not in finished], given),
+  ]
   ends = (given.out.glob(f"*/{name}.json") for name in ("summary", IN_CONTEXT))
   for path in itertools.chain(*ends):
-    known[path.parent.name] = result(path.parent)
-  report.write_lines(results, [known[name] for name in sorted(known)])
-  shown = ("task", "method", "seed", "selection_accuracy", "test_accuracy")
-  shown += ("train_seconds", "failed", "zo.learning_rate")
-  shown += ("lower.learning_rate",)
+    finished[path.parent.name] = result(path.parent)
+  report.write_lines(results, [finished[name] for name in sorted(finished)])
+  columns = ("task", "method", "seed", "selection_accuracy", "test_accuracy")
+  columns += ("train_seconds", "failed", "zo.learning_rate")
+  columns += ("lower.learning_rate",)
   report.results_table(
-    [{k: row[k] for k in shown if k in row} for row in rows],
-    title=f"{len(known)} cells in {results}",
+    [{k: row[k] for k in columns if k in row} for row in rows],
+    title=f"{len(finished)} cells in {results}",
   )
 
 

@@ -1,8 +1,8 @@
-"""A whole bilevel run in a process of its own, for its peak memory.
+"""Measures the peak memory of a bilevel run in a separate process.
 
-`python memory.py {ours,theirs} {full,large,tiny} [toy]` prints JSON: the most
-that was ever held, and the bytes of the backbone. On a GPU that is what the
-framework allocated there, else what was resident.
+`python memory.py {ours,theirs} {full,large,tiny} [toy]` prints JSON: the peak
+memory and the bytes of the backbone. The peak is that of the framework's
+allocator on a GPU, and resident memory otherwise.
 """
 
 import json
@@ -14,7 +14,7 @@ NUM_ITERATIONS = 3
 
 
 def resident_peak_bytes() -> int:
-  """Returns the most memory that this process ever held (Linux)."""
+  """Returns the peak resident memory of this process (Linux)."""
   # Not getrusage, whose peak counts the process that started this one.
   for line in pathlib.Path("/proc/self/status").read_text().splitlines():
     if line.startswith("VmHWM:"):

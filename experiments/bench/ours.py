@@ -1,7 +1,7 @@
-"""Our side of the benchmark: jitted programs of `zofo_jax` on made-up weights.
+"""The benchmark's `zofo_jax` programs, jitted, on random weights.
 
 Each `make_*` compiles what it returns; calls wait for their result. Weights
-that a program updates are donated to it and stay behind the call.
+that a program updates are donated to it and kept between calls.
 """
 
 from collections.abc import Callable
@@ -75,7 +75,7 @@ def _random_base(module: Any, dtype: str) -> Any:
 
 
 def device_peak_bytes() -> int | None:
-  """Returns the most that was allocated on the device; None on a CPU."""
+  """Returns the peak of the device's allocator; None on a CPU."""
   return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -104,7 +104,7 @@ def make_batch(rows: workload.Rows) -> losses.Batch:
 
 
 class Zo(NamedTuple):
-  """A zeroth-order step and the forward pass it is measured against.
+  """A zeroth-order step and the forward pass it is compared to.
 
   Attributes:
     forward: evaluates the loss once.
@@ -152,7 +152,7 @@ def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
   loss_fn = model.make_loss_fn("likelihood", module)
   base = _random_base(module, work.dtype)
   state = zofo.outer.sgd(_RATE).init(base)
-  held = {"base": base, "state": state, "step": 0}
+  buffers = {"base": base, "state": state, "step": 0}
 
   def loss(base, batch):
     return loss_fn(base, {}, batch, None)
@@ -161,7 +161,7 @@ def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
   forward = jax.jit(loss).lower(base, batch).compile()
   compiled = {
     kind: jax.jit(zo_step(loss, DIRECTIONS[kind]), donate_argnums=0)
-    .lower(base, held["state"], batch, key)
+    .lower(base, buffers["state"], batch, key)
     .compile()
     for kind in kinds
   }
@@ -171,18 +171,18 @@ def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
   }
 
   def run(program):
-    held["step"] += 1
-    held["base"], held["state"] = jax.block_until_ready(
+    buffers["step"] += 1
+    buffers["base"], buffers["state"] = jax.block_until_ready(
       program(
-        held["base"],
-        held["state"],
+        buffers["base"],
+        buffers["state"],
         batch,
-        jax.random.fold_in(key, held["step"]),
+        jax.random.fold_in(key, buffers["step"]),
       )
     )
 
   return Zo(
-    forward=lambda: forward(held["base"], batch).block_until_ready(),
+    forward=lambda: forward(buffers["base"], batch).block_until_ready(),
     steps={k: lambda p=p: run(p) for k, p in compiled.items()},
     temp_bytes=temp_bytes,
     base_bytes=num_bytes(base),
@@ -233,9 +233,9 @@ def make_bilevel(work: workload.Work) -> Bilevel:
 def _iterate(
   work: workload.Work, module: Any, base: Any, num_tasks: int = 0
 ) -> Callable[[zofo.BilevelBatch], None]:
-  """Makes an iteration on a state of its own; the weights are donated to it.
+  """Returns an iteration with its own state; the weights are donated to it.
 
-  Over `num_tasks` tasks, each with its own adapters, if that is not 0.
+  If `num_tasks` is not 0, it is over so many tasks, each with its own adapters.
   """
   keys = jax.random.split(jax.random.key(0), 3)
 
@@ -253,7 +253,7 @@ def _iterate(
     zo=zofo.ZerothOrder(zofo.Sampler(zofo.directions.Rademacher(), lazy=True)),
     over_tasks=bool(num_tasks),
   )
-  held = {
+  buffers = {
     "state": algorithm.init(
       keys[0], base, make_adapter(keys[1]), make_adapter(keys[2])
     )
@@ -262,8 +262,8 @@ def _iterate(
 
   def run(rows):
     hparams = zofo.BilevelHParams(penalty=10.0)
-    held["state"], info = step(held["state"], rows, hparams)
-    jax.block_until_ready((held["state"].base, info))
+    buffers["state"], info = step(buffers["state"], rows, hparams)
+    jax.block_until_ready((buffers["state"].base, info))
 
   return run
 
@@ -289,7 +289,7 @@ class Metatrain(NamedTuple):
 
 
 def make_metatrain(work: workload.Work) -> Metatrain:
-  """Prepares both iterations, on weights of their own.
+  """Prepares both iterations, on separate weights.
 
   Args:
     work: the sizes; each of `num_tasks` tasks has batches of `opt_rows`.

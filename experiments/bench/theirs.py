@@ -1,10 +1,10 @@
-"""PyTorch's side of the benchmark, in the published codes' order of work.
+"""The benchmark's PyTorch programs, which follow the published codes.
 
 Written from descriptions of MeZO and of the reference implementation of
 Bilevel-ZOFO. Where their code does more than the method needs, the cheaper way
-is taken: perturbations are added in place, losses are read off the supervised
-positions, there is no dropout. The head itself runs on whole rows, as theirs
-does; that it need not is our advantage.
+is taken: perturbations are added in place, losses are computed at supervised
+positions, and there is no dropout. The head is applied to whole rows, as in the
+published codes; avoiding this is an advantage of `zofo_jax`.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def synchronize() -> None:
 
 
 def device_peak_bytes() -> int | None:
-  """Returns the most that was allocated on the device; None on a CPU."""
+  """Returns the peak of the device's allocator; None on a CPU."""
   return torch.cuda.max_memory_allocated() if _DEVICE == "cuda" else None
 
 
@@ -182,8 +182,8 @@ def make_bilevel(work: workload.Work) -> Bilevel:
   """Makes the reference's iteration.
 
   T Adam steps on s with clipping; the gradient of p from two losses whose
-  graphs are any_finite together; a one-sided estimate for the backbone from six
-  forward passes, written out as its whole gradient; one Adam over p and the
+  graphs exist at the same time; a one-sided estimate for the backbone from six
+  forward passes, materialised as a full gradient; one Adam over p and the
   backbone.
 
   Args:
@@ -275,7 +275,7 @@ class Evaluation(NamedTuple):
 def make_evaluation(work: workload.Work) -> Evaluation:
   """Makes evaluations of the same rows; both run in batches by length.
 
-  MeZO's own takes one row at a time; batches of our size are kinder to it.
+  MeZO evaluates one row at a time; batches of our size are faster.
 
   Args:
     work: the sizes.

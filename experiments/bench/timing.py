@@ -1,4 +1,4 @@
-"""Timing in turn, ratios of pairs, and what machine they come from."""
+"""Alternating timing, ratios of pairs, and a description of the machine."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ from typing import Any
 def timed_in_turn(
   programs: dict[str, Callable[[], Any]], repeats: int
 ) -> dict[str, list[float]]:
-  """Times programs in turn, after one call of each to warm up.
+  """Times programs alternately, after one call of each to warm up.
 
   Args:
     programs: name -> function that waits for its result.
@@ -34,7 +34,7 @@ def timed_in_turn(
 
 
 def ratio(a_seconds: list[float], b_seconds: list[float]) -> dict[str, Any]:
-  """Summarises a / b over pairs that were timed one after the other."""
+  """Summarises a / b over pairs of consecutive timings."""
   ratios = [a / b for a, b in zip(a_seconds, b_seconds, strict=True)]
   return {
     "ratio": statistics.median(ratios),
@@ -47,7 +47,7 @@ def ratio(a_seconds: list[float], b_seconds: list[float]) -> dict[str, Any]:
 
 
 def bytes_ratio(a_bytes: int, b_bytes: int) -> dict[str, Any]:
-  """Gives a / b of sizes, which are measured once."""
+  """Returns a / b of sizes, which are measured once."""
   return {
     "ratio": a_bytes / b_bytes,
     "min": a_bytes / b_bytes,
@@ -77,10 +77,10 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str | None]:
   """Lists the versions of what is measured."""
-  found: dict[str, str | None] = {"python": platform.python_version()}
+  installed: dict[str, str | None] = {"python": platform.python_version()}
   for name in ("jax", "jaxlib", "flax", "optax", "torch", "transformers"):
     try:
-      found[name] = importlib.metadata.version(name)
+      installed[name] = importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-      found[name] = None
-  return found
+      installed[name] = None
+  return installed

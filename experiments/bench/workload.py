@@ -1,6 +1,6 @@
-"""What both sides of the benchmark compute: shapes and made-up rows.
+"""The benchmark's workload: shapes of models, and random rows.
 
-Weights are random and rows hold random tokens; times depend on neither.
+Weights and tokens are random; times depend on neither.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-  """Sizes of a model, with the names that both sides understand.
+  """Sizes of a model, with names for both frameworks.
 
   Attributes:
     vocab_size: tokens.
@@ -106,7 +106,7 @@ WORKS = {"full": FULL, "large": LARGE, "tiny": TINY}
 
 
 def toy(work: Work) -> Work:
-  """Returns the same work on a bilevel model that has next to no weights."""
+  """Returns the same work with a tiny bilevel model."""
   return dataclasses.replace(work, opt=Decoder(128, 16, 32, 1, 2, 2, 64))
 
 
