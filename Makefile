@@ -31,7 +31,7 @@ help: ## Show this list
 	  $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Fine-tune a real language model on a real task, here
-	$(BIN)/python -m zofo_jax.commands.assets
+	$(BIN)/python -m zofo_jax.main assets
 	$(BIN)/python -m zofo_jax.main --config=configs/demo.py \
 	  --workdir=$(WORKDIR) $(ARGS)
 
@@ -39,7 +39,7 @@ METHODS := bilevel peft full mezo
 empty :=
 space := $(empty) $(empty)
 metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones
-	$(BIN)/python -m zofo_jax.commands.assets
+	$(BIN)/python -m zofo_jax.main assets
 	for method in $(METHODS); do \
 	  $(BIN)/python -m zofo_jax.main --workdir=runs/metademo/$$method \
 	    --config=configs/metademo.py:method=$$method \

@@ -1,36 +1,35 @@
-"""Bilevel-ZOFO and what it is compared with, on one task, for equal work.
+"""Bilevel-ZOFO and its baselines on one task, with equal compute.
 
-  python -m zofo_jax.main --config=configs/compare.py:task=sst2,method=mezo \
-      --config.data.dir=DIR --workdir=runs/mezo
+  zofo train --config=compare:task=sst2,method=mezo --config.data.dir=DIR
 
-`python experiments/single_task.py` runs the table. The work of a run is counted
-in forward-equivalents (`zofo_jax.builders.budget`) and is the same for every
-method; where rows are long they are fewer, so that it is also the same in
-tokens. `size=opt-1.3b` is the same comparison on an accelerator, with the work
-of the paper's runs; `size=smollm2-135m-long` has ten times a laptop's work.
+`python experiments/single_task.py` makes the whole table; its results are in
+experiments/README.md. The compute of a run is counted in forward-equivalents
+(`zofo_jax.builders.budget`) and is the same for every method; tasks with long
+rows use fewer of them, so that it is also the same in tokens. `size=opt-1.3b`
+is the same comparison on an accelerator, with the compute of the paper's runs;
+`size=smollm2-135m-long` has ten times that of a laptop.
 
-Learning rates of `bilevel`, `peft` and `mezo` were chosen on selection rows of
-seed 100, by nine trials each on SST-2 and some on COPA and TREC, and those of
-longer runs by three (experiments/README.md); those of the others follow from
-them or are usual ones.
+The learning rates of `bilevel`, `peft` and `mezo` were chosen on selection rows
+of seed 100, by nine trials each on SST-2 and some on COPA and TREC, and those
+of longer runs by three; those of the other methods follow from them or are
+common values.
 """
 
 from typing import NamedTuple
 
-from zofo_jax.builders import budget
-from zofo_jax.commands import assets
-from zofo_jax.config import defaults
+from zofo_jax.builders import assets, budget
+from zofo_jax.config import defaults, files
 
 
 class Size(NamedTuple):
-  """A model and the work of a run.
+  """A model and the compute of a run.
 
   Attributes:
-    name: hub id; None for SmolLM2-135M as `zofo_jax.commands.assets` makes it.
+    name: hub id; None for SmolLM2-135M, which `zofo assets` makes.
     rows: forward-equivalents of a run, of rows of up to 40 tokens.
     batch_size: rows of a batch.
-    counts: rows to train on (D_p and D_f), to select by and to test on.
-    rates: those of RATES that are others where a run is as long.
+    counts: rows of D_p and D_f, to select by and to test on.
+    rates: entries of RATES that differ for runs of this length.
   """
 
   name: str | None
@@ -53,19 +52,19 @@ SIZES = {
   ),
 }
 
-# Tokens of a row that is trained on; longer ones are passed over.
+# Longest training rows in tokens; longer ones are left out.
 LENGTHS = {
   **{"sst2": 40, "copa": 24, "trec": 32, "wic": 48, "cb": 80, "rte": 80},
   **{"subj": 48, "emotion": 40, "ag_news": 80},
 }
 
-# Learning rates: of an adapter or of all weights by first order, and of what
-# moves by zeroth order; its radius.
+# Learning rates of first-order steps (on an adapter or on all weights) and of
+# zeroth-order steps, and the radius of the latter.
 RATES = {
   "bilevel": (4e-3, 1e-6, 1e-3),
   "bilevel_pooled": (4e-3, 1e-6, 1e-3),
-  "bilevel_still": (4e-3, 0.0, 1e-3),  # theta stands still
-  "bilevel_scaled": (4e-3, 1e-3, 1e-3),  # its steps are of one length
+  "bilevel_still": (4e-3, 0.0, 1e-3),  # theta stays fixed
+  "bilevel_scaled": (4e-3, 1e-3, 1e-3),  # steps of one length
   "peft": (4e-3, 0.0, 1e-3),
   "full": (2e-5, 0.0, 1e-3),
   "mezo": (0.0, 3e-5, 1e-3),
@@ -83,7 +82,7 @@ def get_config(arg: str = ""):
 
   `template` is the version of the task's prompt.
   """
-  args = defaults.parse_arg(
+  args = files.parse_arg(
     arg,
     size="smollm2-135m",
     task="sst2",
@@ -93,7 +92,7 @@ def get_config(arg: str = ""):
     template="0",
   )
   for name, table in (("size", SIZES), ("method", RATES)):
-    defaults.choose(name, args[name], dict.fromkeys(table, ""))
+    files.choose(name, args[name], dict.fromkeys(table, ""))
   size, method = SIZES[args["size"]], args["method"]
   first_order, zeroth_order, eps = (RATES | size.rates)[method]
   config = defaults.base_config()
@@ -121,7 +120,7 @@ def get_config(arg: str = ""):
   config.lower.learning_rate = config.upper.learning_rate = first_order
   config.lower.schedule = config.upper.schedule = "cosine"
   if config.method == "bilevel":
-    # As the paper's runs: T = 10 or more, after which s is what is tested.
+    # As in the paper's runs, where T is 10 or more and s is tested.
     config.keep = "s"
     config.lower.num_steps = 10
     config.lower.batch_size = config.upper.batch_size = size.batch_size // 2
@@ -134,7 +133,7 @@ def get_config(arg: str = ""):
 
 
 def _spend(config, rows: int) -> None:
-  """Makes a run as long as its work allows; half of it for either part."""
+  """Sets the number of steps from the compute; each stage has half of it."""
   first, _, second = config.method.partition("_then_")
   share = rows // 2 if second else rows
   steps = [

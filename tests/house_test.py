@@ -50,17 +50,18 @@ MAY_IMPORT = {
     training plan checkpoints builders evaluation config report sharding data
     tasks models adapters core
   """,
-  "main": "commands plan training config sharding",
+  "main": "commands config sharding",
   "errors": "",
 }
 # The public names; and `python -m` doors to a subcommand.
 DOORS = {
   "__init__": "core adapters",
-  "export": "commands",
-  "ledger": "commands",
-  "sweep": "commands",
+  "export": "main",
+  "ledger": "main",
+  "sweep": "main",
   "plan/__main__": "main",
-  "report/__main__": "commands",
+  "report/__main__": "main",
+  "tasks/__main__": "main",
 }
 
 
@@ -133,7 +134,7 @@ def test_the_core_stands_alone(name):
 
 @pytest.mark.parametrize(
   ("library", "homes"),
-  [("orbax", {"checkpoints"}), ("absl", {"main"})],
+  [("orbax", {"checkpoints"}), ("absl", {"commands"})],
 )
 def test_some_libraries_have_one_home(library, homes):
   users = {

@@ -1,6 +1,7 @@
 """Errors that a user can correct, each described in one sentence."""
 
 import difflib
+import signal
 from collections.abc import Iterable
 
 
@@ -8,21 +9,23 @@ class UserError(ValueError):
   """Invalid config, data, checkpoint or mesh; the message is for the user."""
 
 
+class InterruptedRun(Exception):
+  """A signal ended a run, whose state is saved; the message is for the user.
+
+  Attributes:
+    code: exit code, 128 and the signal's number: 143 or 130.
+  """
+
+  def __init__(self, number: int, text: str):
+    """Stores the signal's number."""
+    super().__init__(f"stopped by {signal.Signals(number).name} {text}")
+    self.code = 128 + number
+
+
 def nearest(name: str, valid: Iterable[str]) -> str:
   """Returns a sentence that suggests the closest valid name, or ""."""
   close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
   return f" Did you mean '{close[0]}'?" if close else ""
-
-
-def first_cause(error: BaseException) -> UserError | None:
-  """Returns the `UserError` that led to an error, the first if several did."""
-  first = None
-  cause: BaseException | None = error
-  while cause is not None:
-    if isinstance(cause, UserError):
-      first = cause
-    cause = cause.__cause__ or cause.__context__
-  return first
 
 
 def first_line(error: BaseException) -> str:

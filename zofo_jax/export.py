@@ -1,8 +1,8 @@
-"""Exports a run's result: `python -m zofo_jax.export`."""
+"""`python -m zofo_jax.export`: the same as `zofo export`."""
 
 import sys
 
-from zofo_jax.commands import export
+from zofo_jax import main
 
 if __name__ == "__main__":
-  sys.exit(export.main())
+  sys.exit(main.main(["export", *sys.argv[1:]]))

@@ -1,8 +1,8 @@
-"""Reads and replays a ledger: `python -m zofo_jax.ledger`."""
+"""`python -m zofo_jax.ledger`: the same as `zofo ledger`."""
 
 import sys
 
-from zofo_jax.commands import ledger
+from zofo_jax import main
 
 if __name__ == "__main__":
-  sys.exit(ledger.main())
+  sys.exit(main.main(["ledger", *sys.argv[1:]]))

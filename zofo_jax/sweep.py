@@ -1,8 +1,8 @@
-"""Runs one config with many settings: `python -m zofo_jax.sweep`."""
+"""`python -m zofo_jax.sweep`: the same as `zofo sweep`."""
 
 import sys
 
-from zofo_jax.commands import sweep
+from zofo_jax import main
 
 if __name__ == "__main__":
-  sys.exit(sweep.main())
+  sys.exit(main.main(["sweep", *sys.argv[1:]]))

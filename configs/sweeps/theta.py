@@ -1,10 +1,10 @@
 """Radius and learning rate of theta, on SST-2.
 
-  python -m zofo_jax.sweep --sweep=configs/sweeps/theta.py \
+  zofo sweep --sweep=sweeps/theta \
       --workdir=runs/sweep --jobs=2
 """
 
-CONFIG = "configs/llama.py:size=smollm2-135m,task=sst2"
+CONFIG = "llama:size=smollm2-135m,task=sst2"
 
 
 def get_sweep():

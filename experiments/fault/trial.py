@@ -78,7 +78,7 @@ def start(
 
   def work() -> int:
     from zofo_jax import errors
-    from zofo_jax.training import guards, train
+    from zofo_jax.training import train
 
     handler = logging.StreamHandler()  # warnings, as the command line does
     handler.setFormatter(logging.Formatter("zofo_jax: %(message)s"))
@@ -93,7 +93,7 @@ def start(
     except errors.UserError as error:
       print(f"zofo_jax: {error}", file=sys.stderr)
       return 2
-    except guards.InterruptedRun as error:
+    except errors.InterruptedRun as error:
       print(f"zofo_jax: {error}", file=sys.stderr)
       return error.code
     return 0

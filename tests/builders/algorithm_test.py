@@ -16,7 +16,7 @@ from zofo_jax.training import train
 
 
 def choices(name):
-  return validate.CHOICES[name]
+  return defaults.FIELDS[name].check.choices
 
 
 @pytest.mark.parametrize("optimizer", choices("zo.optimizer"))
@@ -27,7 +27,7 @@ def test_every_choice_takes_a_step(direction, estimator, optimizer):
   config.zo.direction = direction
   config.zo.estimator = estimator
   config.zo.optimizer = optimizer
-  if optimizer in validate.OPTIMIZERS:
+  if optimizer in defaults.OPTIMIZERS:
     config.lower.optimizer = config.upper.optimizer = optimizer
 
   def loss_fn(base, adapter, batch, key):

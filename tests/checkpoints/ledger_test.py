@@ -12,10 +12,9 @@ import optax
 import pytest
 from hypothesis import strategies as st
 
-from zofo_jax import errors
+from zofo_jax import errors, main
 from zofo_jax.checkpoints import ledger
 from zofo_jax.checkpoints.ledger import replay
-from zofo_jax.commands import ledger as command
 from zofo_jax.core import bilevel, directions, outer, perturbed
 from zofo_jax.core import sampler as sampler_lib
 from zofo_jax.core.types import BilevelBatch, BilevelHParams, InPlaceUpdate
@@ -128,19 +127,19 @@ def test_info_and_diff(tmp_path, capsys):
   one, two = tmp_path / "one", tmp_path / "two"
   one.write_bytes(content(line(1, 0.5), line(2, 0.25)))
   two.write_bytes(content(line(1, 0.5), line(2, 0.125)) + b"3 1")
-  assert command.main(["info", "--ledger", str(two)]) == 0
+  assert main.main(["ledger", "info", "--ledger", str(two)]) == 0
   said = capsys.readouterr().out
   assert (
     "steps: 2, and a truncated line" in said and "coefficients 0.25" in said
   )
-  assert command.main(["diff", "--ledger", str(one), str(one)]) == 0
-  assert command.main(["diff", "--ledger", str(one), str(two)]) == 1
+  assert main.main(["ledger", "diff", "--ledger", str(one), str(one)]) == 0
+  assert main.main(["ledger", "diff", "--ledger", str(one), str(two)]) == 1
   assert "step 2: " in capsys.readouterr().out
-  assert command.main(["info", "--ledger", str(tmp_path / "none")]) == 2
-  assert command.main(["replay", "--ledger", str(one), "--to", "3"]) == 2
+  assert main.main(["ledger", "info", "--ledger", str(tmp_path / "none")]) == 2
+  assert main.main(["ledger", "replay", "--ledger", str(one), "--to", "3"]) == 2
   assert "has steps 1 to 2; found 3" in capsys.readouterr().err
   # A header that is none of a run's.
-  assert command.main(["replay", "--ledger", str(one), "--to", "1"]) == 2
+  assert main.main(["ledger", "replay", "--ledger", str(one), "--to", "1"]) == 2
   assert "not the header of a run" in capsys.readouterr().err
 
 

@@ -18,11 +18,10 @@ import safetensors
 from etils import epath
 
 from tests import tiny
-from zofo_jax import errors, report
+from zofo_jax import errors, main, report
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import ledger, manager, state_store
 from zofo_jax.commands import export
-from zofo_jax.commands import ledger as ledger_command
 from zofo_jax.config import defaults
 from zofo_jax.training import guards, train
 
@@ -94,7 +93,7 @@ def stopped_at(monkeypatch, config, folder, step, number=signal.SIGTERM):
 
   with monkeypatch.context() as patch:
     patch.setattr(train, "iteration_batch", raising)
-    with pytest.raises(guards.InterruptedRun) as caught:
+    with pytest.raises(errors.InterruptedRun) as caught:
       train.train(config, str(folder))
   return caught.value
 
@@ -124,8 +123,8 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
   assert f'"jax": "{jax.__version__}"' in extra["ledger"].replace('":"', '": "')
   # The theta that was written and the one that the lines give.
   arguments = [f"--ledger={done / 'ledger.txt'}", f"--run={done}"]
-  assert ledger_command.main(["verify", *arguments]) == 0
-  assert ledger_command.main(["verify", *arguments, "--to=4"]) == 0
+  assert main.main(["ledger", "verify", *arguments]) == 0
+  assert main.main(["ledger", "verify", *arguments, "--to=4"]) == 0
   said = capsys.readouterr().out
   assert said.count("bit for bit") == 2
   # A ledger of which one number is another's: the checksum is right.
@@ -136,7 +135,7 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
   )
   other = done.parent / "other.txt"
   other.write_text(found.serialize())
-  assert ledger_command.main(["verify", f"--ledger={other}", arguments[1]]) == 2
+  assert main.main(["ledger", "verify", f"--ledger={other}", arguments[1]]) == 2
   assert "differ in ['" in capsys.readouterr().err
 
 
@@ -321,7 +320,7 @@ def test_what_is_handed_over_gives_the_same_logits(
 
 
 def test_export_says_what_is_wrong(done, tmp_path, capsys):
-  call = lambda *arguments: export.main([str(a) for a in arguments])
+  call = lambda *arguments: main.main(["export", *map(str, arguments)])
   assert call(done, tmp_path / "x", "--what=bas") == 2
   assert "found 'bas'. Did you mean 'base'?" in capsys.readouterr().err
   assert call(tmp_path / "none", tmp_path / "x", "--what=base") == 2
@@ -353,5 +352,5 @@ def test_an_adapters_run_never_writes_theta(
   assert stored in names.values()
   arguments = [f"--ledger={tmp_path / 'run/ledger.txt'}"]
   arguments += [f"--run={tmp_path / 'run'}"]
-  assert ledger_command.main(["verify", *arguments]) == 2
+  assert main.main(["ledger", "verify", *arguments]) == 2
   assert "a run that moves theta" in capsys.readouterr().err

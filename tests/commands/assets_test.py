@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from zofo_jax import errors
-from zofo_jax.commands import assets
+from zofo_jax.builders import assets
+from zofo_jax.models.hf import gguf
 
 
 def permute_as_llama_cpp(weight, heads):
@@ -28,7 +29,7 @@ def test_unpermute(heads):
   weight = np.arange(heads * 8 * 5).reshape(heads * 8, 5)
   stored = permute_as_llama_cpp(weight, heads)
   assert not np.array_equal(stored, weight)
-  np.testing.assert_array_equal(assets.unpermute(stored, heads), weight)
+  np.testing.assert_array_equal(gguf.unpermute(stored, heads), weight)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +57,9 @@ def test_missing_package():
 
 def test_missing_package_exits_with_one_line(tmp_path):
   code = (
-    "from zofo_jax import assets;"
-    "assets.MODEL = ('gone==1.0', 'x.gguf'); assets.main()"
+    "import sys; from zofo_jax import main;"
+    "from zofo_jax.builders import assets;"
+    "assets.MODEL = ('gone==1.0', 'x.gguf'); sys.exit(main.main(['assets']))"
   )
   done = subprocess.run(
     [sys.executable, "-c", code],
@@ -66,7 +68,7 @@ def test_missing_package_exits_with_one_line(tmp_path):
     text=True,
   )
   assert done.returncode == 2
-  assert done.stderr.splitlines()[-1].startswith("error: ")
+  assert done.stderr.splitlines()[-1].startswith("zofo_jax: ")
   assert "Traceback" not in done.stderr
   assert not list(tmp_path.iterdir())
 
@@ -74,7 +76,7 @@ def test_missing_package_exits_with_one_line(tmp_path):
 def test_missing_gguf(monkeypatch, tmp_path):
   monkeypatch.setitem(sys.modules, "gguf", None)
   with pytest.raises(errors.UserError, match="pip install gguf"):
-    assets.convert_gguf(tmp_path / "x.gguf", tmp_path)
+    gguf.convert(tmp_path / "x.gguf", tmp_path)
 
 
 def test_written_once_and_whole(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from tests import tiny
 from zofo_jax import errors
-from zofo_jax.commands import icl
+from zofo_jax.commands import head, icl, probe
 from zofo_jax.evaluation import in_context
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
@@ -117,19 +117,19 @@ def test_demonstrations_are_read_once(config, tmp_path, monkeypatch):
 
 def test_probe_and_head_learn(config, tmp_path):
   """One word decides the label, and random features keep it."""
-  assert icl.linear_probe(config, str(tmp_path))["accuracy"] > 0.9
+  assert probe.linear_probe(config, str(tmp_path))["accuracy"] > 0.9
   config.head.num_steps = 60
   config.head.learning_rate = 0.1
   for rows in ("labels", "all"):
     config.head.rows = rows
-    assert icl.head(config, str(tmp_path))["accuracy"] > 0.8
+    assert head.head(config, str(tmp_path))["accuracy"] > 0.8
   assert len(lines(tmp_path / "head.jsonl")) == 64
 
 
 def test_probe_needs_fixed_options(config, tmp_path):
   config.data.task = "copa"
   with pytest.raises(errors.UserError, match=r"linear probe.*multiple choice"):
-    icl.linear_probe(config, str(tmp_path))
+    probe.linear_probe(config, str(tmp_path))
 
 
 def test_generated_answers(config, tmp_path):
@@ -158,7 +158,7 @@ def test_generated_answers(config, tmp_path):
     prompts.append([line["prediction"] for line in answers])
   assert prompts[0] != prompts[1]
   with pytest.raises(errors.UserError, match=r"head is trained on options"):
-    icl.head(config, str(tmp_path))
+    head.head(config, str(tmp_path))
   config.icl.calibration = "domain"
   with pytest.raises(errors.UserError, match=r"icl\.calibration.*'none'"):
     icl.icl(config, str(tmp_path))

@@ -4,14 +4,17 @@ import json
 import os
 import pathlib
 import re
+import runpy
 import shutil
 import subprocess
 import sys
+import warnings
 
 import jax
 import pytest
 
 from tests import tiny
+from zofo_jax import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 LLAMA = ROOT / "configs" / "llama.py"
@@ -75,6 +78,14 @@ def parts(text, *expected):
     (["--wrokdir=x"], ["wrokdir", "mean", "workdir"]),
     ([], ["--workdir", "expected a folder"]),
     (["--workdir=x"], ["--config", "configs/demo.py"]),
+    (["--config.zo.eps=1"], ["--config", "configs/demo.py"]),
+    (["plan"], ["--config", "configs/demo.py"]),
+    (["plan", "--config=opt"], ["--topology", "v5e:4x4"]),
+    (["evaluate", "--config=opt"], ["--config", "zofo evaluate", "no such"]),
+    (["tasks", "now"], ["expected one command", "tasks now"]),
+    (["ledger", "inf"], ["zofo ledger", "'inf'", "info", "replay"]),
+    (["export", "run"], ["zofo export", "folder, --what"]),
+    (["icl", "--process_id=1", "--config=opt", "--workdir=x"], ["HOST:PORT"]),
   ],
 )
 def test_command(complaint, arguments, expected):
@@ -114,8 +125,8 @@ def test_exit_code_and_traceback_of_a_real_process():
   assert done.returncode == 2 and not done.stdout
   assert done.stderr == (
     "zofo_jax: expected one command of train, evaluate, predict, icl, "
-    "probe, head, metatrain, adapt, plan; found 'evaluat'. Did you mean "
-    "'evaluate'?\n"
+    "probe, head, metatrain, adapt, plan, export, ledger, report, sweep, "
+    "tasks, assets; found 'evaluat'. Did you mean 'evaluate'?\n"
   )
 
 
@@ -184,10 +195,30 @@ def test_choice(train, choice, expected):
 
 def test_config_file(complaint, tmp_path):
   text = complaint("--config=configs/optt.py", "--workdir=x")
-  parts(text, "configs/optt.py", "configs/opt.py and")
+  parts(text, "configs/optt.py", "demo, llama", "mean 'opt'")
   empty = tmp_path / "empty.py"
   empty.write_text("")
   parts(complaint(f"--config={empty}", "--workdir=x"), empty, "get_config")
+
+
+@pytest.mark.parametrize(
+  "body, expected",
+  [
+    ("import nowhere\n", ["config.py:1 raised ModuleNotFound", "nowhere"]),
+    ("def get_config(:\n", ["config.py", "SyntaxError"]),
+    ("def get_config():\n  return x.y\n", ["config.py:2 raised NameError"]),
+    ("def get_config():\n  pass\n", ["NoneType", "expected a ConfigDict"]),
+    (
+      "from zofo_jax import errors\n"
+      "def get_config():\n  raise errors.UserError('So it is.')\n",
+      ["So it is."],
+    ),
+  ],
+)
+def test_broken_config_file(complaint, tmp_path, body, expected):
+  path = tmp_path / "config.py"
+  path.write_text(body)
+  parts(complaint(f"--config={path}", "--workdir=x"), *expected)
 
 
 # The model.
@@ -341,6 +372,47 @@ def test_broken_config_of_a_run(complaint, tmp_path):
   (tmp_path / "config.json").write_text('{"seed": ')
   text = complaint("evaluate", f"--workdir={tmp_path}")
   parts(text, tmp_path / "config.json", "not a run's config")
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_every_command_has_a_module_and_help(command, capsys):
+  with pytest.raises(SystemExit) as end:
+    main.main([command, "--help"])
+  assert end.value.code == 0
+  out = capsys.readouterr().out
+  assert out.startswith(f"usage: zofo {command} ")
+
+
+@pytest.mark.parametrize(
+  "module", ["main", "export", "ledger", "plan", "report", "sweep", "tasks"]
+)
+def test_modules_that_are_commands(module, monkeypatch, capsys):
+  """`python -m zofo_jax.MODULE --help` shows the help of the command."""
+  monkeypatch.setattr(sys, "argv", ["x", "--help"])
+  with pytest.raises(SystemExit) as end, warnings.catch_warnings():
+    warnings.simplefilter("ignore", RuntimeWarning)  # it is imported already
+    runpy.run_module(f"zofo_jax.{module}", run_name="__main__", alter_sys=True)
+  assert end.value.code == 0
+  name = "[COMMAND]" if module == "main" else module
+  assert f"usage: zofo {name} " in capsys.readouterr().out
+
+
+def test_a_config_names_the_command(monkeypatch, tmp_path):
+  from zofo_jax.commands import adapt, metatrain
+
+  calls = []
+  for module in (adapt, metatrain):
+    monkeypatch.setattr(
+      module, "run", lambda config, workdir: calls.append((config, workdir))
+    )
+  assert main.main(["--config=metatrain:model=m", "--workdir=w"]) == 0
+  assert main.main(["adapt", "--config=metatrain:group=nli"]) == 0
+  (first, second) = calls
+  assert (first[0].command, first[1]) == ("metatrain", "w")
+  assert (second[0].command, second[1]) == (
+    "adapt",
+    "runs/metatrain,group=nli",
+  )
 
 
 def test_help_is_no_mistake(command_line, capsys):

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 
-from zofo_jax import errors
+from zofo_jax import errors, main
 from zofo_jax.commands import sweep
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -24,7 +24,7 @@ def write(folder, body):
 def test_commands_for_elsewhere(tmp_path, capsys):
   path = str(ROOT / "configs" / "sweeps" / "theta.py")
   arguments = [f"--sweep={path}", "--workdir=runs/x", "--print"]
-  assert sweep.main([*arguments, "--config.train.num_steps=7"]) == 0
+  assert main.main(["sweep", *arguments, "--config.train.num_steps=7"]) == 0
   lines = [shlex.split(x) for x in capsys.readouterr().out.splitlines()]
   assert len(lines) == 6 and len({tuple(line) for line in lines}) == 6
   for line in lines:
@@ -47,14 +47,14 @@ def test_runs_and_runs_no_more_than_needed(
     *("--config.train.num_steps=1", "--config.lower.num_steps=1"),
     *("--config.data.num_test=8", "--config.data.num_selection=8"),
   ]
-  assert sweep.main(arguments) == 2
+  assert main.main(["sweep", *arguments]) == 2
   shown = capsys.readouterr().out
   good, bad = json.loads((tmp_path / "runs" / "sweep.json").read_text())
   assert 0 <= good["test_accuracy"] <= 1 and "failed" not in good
   assert "zo.eps" in bad["failed"] and "zo.eps" in shown
   log = tmp_path / "runs" / "eps=0.001" / "log.txt"
   before = log.read_bytes()
-  assert sweep.main(arguments) == 2
+  assert main.main(["sweep", *arguments]) == 2
   assert log.read_bytes() == before
 
 
@@ -69,17 +69,17 @@ def test_runs_and_runs_no_more_than_needed(
 def test_mistakes(tmp_path, body, said):
   with pytest.raises(errors.UserError, match=said):
     sweep.load(write(tmp_path, body), "runs")
-  with pytest.raises(errors.UserError, match="expected a Python file"):
+  with pytest.raises(errors.UserError, match="--sweep: expected a file"):
     sweep.load(str(tmp_path / "none.py"), "runs")
 
 
 def test_no_run_at_a_time(tmp_path, capsys):
   path = write(tmp_path, "  yield {'seed': 1}\n")
   arguments = [f"--sweep={path}", f"--workdir={tmp_path / 'runs'}"]
-  assert sweep.main([*arguments, "--jobs=0"]) == 2
+  assert main.main(["sweep", *arguments, "--jobs=0"]) == 2
   assert "--jobs: expected 1 or more" in capsys.readouterr().err
   folder = tmp_path / "runs" / "seed=1"
   folder.mkdir(parents=True)
   (folder / "summary.json").write_text("{")
-  assert sweep.main(arguments) == 2
+  assert main.main(["sweep", *arguments]) == 2
   assert "summary.json' is no JSON" in capsys.readouterr().err

@@ -9,8 +9,7 @@ import pytest
 from etils import epath
 
 from zofo_jax import errors, tasks
-from zofo_jax.builders import run
-from zofo_jax.commands import assets
+from zofo_jax.builders import assets, run
 from zofo_jax.config import defaults, methods, presets, validate
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -95,7 +94,7 @@ def test_reference_preset():
 
 def test_demo(monkeypatch, tmp_path):
   monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
-  monkeypatch.setattr(assets, "fresh_rotten", lambda: tmp_path / "rows")
+  monkeypatch.setattr(assets, "movie_reviews", lambda: tmp_path / "rows")
   config = load("demo").get_config()
   validate.check(config)
   assert config.model.name == str(tmp_path / "model")
@@ -137,16 +136,16 @@ def test_files():
 def test_docstrings_name_what_exists(path):
   text = path.read_text().replace("\\\n", " ")
   docstring = text.split('"""')[1]
-  commands = re.findall(r"^  (?:python|make) .*", docstring, re.MULTILINE)
+  commands = re.findall(r"^  (?:zofo|make) .*", docstring, re.MULTILINE)
   assert commands
   for command in commands:
     if command.strip().startswith("make "):
       target = command.split()[1]
       assert f"\n{target}:" in (ROOT / "Makefile").read_text()
       continue
-    file, _, arg = re.search(r"--config=(\S+)", command)[1].partition(":")
-    assert ROOT / file == path
-    load(path.stem).get_config(arg)
+    name, _, arg = re.search(r"--config=(\S+)", command)[1].partition(":")
+    assert name == path.stem
+    load(path.stem).get_config(*filter(None, [arg]))
   for field in re.findall(r"--config\.([\w.]+)=", docstring):
     assert field in DEFAULTS
 

@@ -3,7 +3,7 @@
 import pytest
 
 from zofo_jax import errors
-from zofo_jax.config import defaults, validate
+from zofo_jax.config import defaults, fields, validate
 
 DEFAULTS = defaults.flat(defaults.base_config())
 
@@ -15,21 +15,23 @@ def config():
   return config
 
 
-def test_every_checked_field_exists():
-  fields = (
-    *validate.CHOICES,
-    *validate._POSITIVE,
-    *validate._NOT_NEGATIVE,
-  )
-  assert set(fields) <= DEFAULTS.keys()
-  # Every number is checked, but for those that may be anything.
+NUMBERS = [
+  name
+  for name, field in defaults.FIELDS.items()
+  if field.check in (fields.POSITIVE, fields.NOT_NEGATIVE)
+]
+NAMES = [name for name, field in defaults.FIELDS.items() if field.check.choices]
+
+
+def test_every_number_is_checked():
+  """But for those that may be anything."""
   numbers = {
     name
     for name, value in DEFAULTS.items()
     if isinstance(value, int | float) and not isinstance(value, bool)
   }
   numbers = {name for name in numbers if not name.startswith("mesh.")}
-  assert numbers - set(fields) == {
+  assert numbers - set(NUMBERS) == {
     "seed",
     "data.seed",
     "data.template",
@@ -38,13 +40,24 @@ def test_every_checked_field_exists():
   }
 
 
-@pytest.mark.parametrize("name", validate._POSITIVE + validate._NOT_NEGATIVE)
+@pytest.mark.parametrize("name", NUMBERS)
 def test_check_names_the_field(config, name):
   group, _, field = name.rpartition(".")
   part = config[group] if group else config
   part[field] = type(part[field])(-1)
   with pytest.raises(errors.UserError, match=rf"config\.{name}: .*-1"):
     validate.check(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_check_names_the_choices(config, name):
+  config.update_from_flattened_dict({name: "nothing"})
+  with pytest.raises(errors.UserError) as caught:
+    validate.check(config)
+  choices = ", ".join(defaults.FIELDS[name].check.choices)
+  assert str(caught.value).startswith(
+    f"config.{name}: expected one of {choices}; found 'nothing'."
+  )
 
 
 @pytest.mark.parametrize(

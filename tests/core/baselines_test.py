@@ -202,7 +202,7 @@ def test_a_run_of_every_method(
   assert summary["method"] == method
   assert "test_accuracy" in summary and "test_accuracy_s" not in summary
   # The best state answers again as the run said.
-  run = evaluate.find(epath.Path(folder))
+  run = evaluate.load_run(epath.Path(folder))
   state = evaluate.restore(run, epath.Path(folder))
   assert bool(state.upper) == (method not in ("mezo", "full"))
   found = evaluate.evaluate_run(str(folder))

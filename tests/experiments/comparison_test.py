@@ -30,7 +30,7 @@ def claimed():
 
 @pytest.fixture
 def compare(monkeypatch, tmp_path):
-  from zofo_jax.commands import assets
+  from zofo_jax.builders import assets
 
   monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
   return runpy.run_path(str(ROOT / "configs" / "compare.py"))

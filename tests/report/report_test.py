@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 from etils import epath
 
-from zofo_jax import errors, report
-from zofo_jax.commands import report as report_command
+from zofo_jax import errors, main, report
 
 
 def rows_of(path):
@@ -197,7 +196,7 @@ def test_a_page_compares_runs_and_needs_nothing_else(tmp_path, capsys):
     make_run(tmp_path, "<two>", 1e-2, ended=False),
   ]
   out = tmp_path / "new" / "page.html"
-  assert report_command.main([*runs, f"--out={out}"]) == 0
+  assert main.main(["report", *runs, f"--out={out}"]) == 0
   text = out.read_text()
 
   class Reader(html.parser.HTMLParser):
@@ -232,7 +231,7 @@ BROWSER = next(
 def test_a_browser_shows_the_page(tmp_path):
   runs = [make_run(tmp_path, "one", 1e-3), make_run(tmp_path, "two", 1e-2)]
   page = tmp_path / "page.html"
-  assert report_command.main([*runs, f"--out={page}"]) == 0
+  assert main.main(["report", *runs, f"--out={page}"]) == 0
   picture = tmp_path / "page.png"
   options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
   options += [
@@ -259,9 +258,9 @@ def test_a_browser_shows_the_page(tmp_path):
 
 
 def test_a_page_of_no_run(tmp_path, capsys):
-  assert report_command.main([str(tmp_path)]) == 2
+  assert main.main(["report", str(tmp_path)]) == 2
   assert "holds no run" in capsys.readouterr().err
   run = make_run(tmp_path, "one", 1e-3)
   (tmp_path / "one" / "config.json").write_text("{")
-  assert report_command.main([run]) == 2
+  assert main.main(["report", run]) == 2
   assert "config.json' is no JSON" in capsys.readouterr().err

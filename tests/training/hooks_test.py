@@ -245,7 +245,7 @@ def test_preemption_saves_waits_and_ends_the_run():
   assert not hook.needs_state(2)
   hook.on_state(2, "another hook needs it")
   assert hook.needs_state(3) and not effects
-  with pytest.raises(guards.InterruptedRun, match="SIGTERM at step 3 of 5"):
+  with pytest.raises(errors.InterruptedRun, match="SIGTERM at step 3 of 5"):
     hook.on_state(3, "state")
   assert effects == [("save", "state"), "wait"]
   # After its last step a run ends by itself.

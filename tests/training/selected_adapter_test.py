@@ -9,8 +9,9 @@ import pytest
 from etils import epath
 
 from tests import tiny
+from zofo_jax import main
 from zofo_jax.builders import run as run_lib
-from zofo_jax.commands import evaluate, export
+from zofo_jax.commands import evaluate
 from zofo_jax.config.validate import check
 from zofo_jax.errors import UserError
 from zofo_jax.models.hf import peft
@@ -49,7 +50,9 @@ def test_s_may_be_kept(command_line, tmp_path, tiny_model, tiny_rows, capsys):
   assert evaluation["accuracy"] == summary["test_accuracy"]
 
   exported = tmp_path / "adapter"
-  assert export.main([str(folder), str(exported), "--what=adapter"]) == 0
+  assert (
+    main.main(["export", str(folder), str(exported), "--what=adapter"]) == 0
+  )
   run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
   theirs = peft.load(exported, run.model.family, run.model.module.config)
   ours = evaluate.restore(run, epath.Path(folder)).lower

@@ -1,6 +1,6 @@
-"""What a saved run answers: its score on the test rows, and new rows.
+"""Scores a trained run on its test rows, at its best checkpoint.
 
-Both use the best checkpoint on the selection rows, and adapter p.
+zofo evaluate --workdir=runs/opt
 """
 
 from collections.abc import Sequence
@@ -8,18 +8,17 @@ from typing import Any
 
 from etils import epath
 
-from zofo_jax import errors, report, tasks
+from zofo_jax import errors, report
 from zofo_jax.builders import data
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import state_store
+from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.core.types import BilevelState
-from zofo_jax.data import encode_options, sources
-from zofo_jax.evaluation import scoring
 from zofo_jax.sharding import multihost
 
 
-def find(folder: epath.Path) -> run_lib.Run:
-  """Reads a run's config.
+def load_run(folder: epath.Path) -> run_lib.Run:
+  """Builds the run of a folder from its config.
 
   Raises:
     UserError: there is no run, or it is one over many tasks.
@@ -35,10 +34,10 @@ def find(folder: epath.Path) -> run_lib.Run:
 
 
 def restore(run: run_lib.Run, folder: epath.Path) -> BilevelState:
-  """Reads a run's best checkpoint, on whatever devices there are now.
+  """Restores a run's best checkpoint, on the devices of this process.
 
   Raises:
-    UserError: there is none.
+    UserError: there is no checkpoint.
   """
   with state_store.open_store(run, folder) as states:
     state, _ = states.best()
@@ -46,24 +45,24 @@ def restore(run: run_lib.Run, folder: epath.Path) -> BilevelState:
 
 
 def evaluate_run(workdir: str) -> dict[str, Any]:
-  """Scores a saved run on its test rows.
+  """Scores a trained run on its test rows.
 
   Writes `evaluation.json` (accuracy and the task's metric, or token F1 and
   exact match, with 95 % bootstrap intervals) and `predictions.jsonl` (a line
-  for each row) into the run.
+  for each row) into the folder of the run.
 
   Args:
     workdir: folder of the run.
 
   Returns:
-    What is in `evaluation.json`.
+    The content of `evaluation.json`.
 
   Raises:
-    UserError: there is no run, or its rows are gone.
+    UserError: there is no run, or its rows cannot be read.
   """
   folder = epath.Path(workdir)
   with multihost.raise_on_all_processes():
-    run = find(folder)
+    run = load_run(folder)
     examples = data.load_examples(run.config, run.model, run.task).test
   state = restore(run, folder)
   result = run.evaluate(
@@ -84,62 +83,11 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   return evaluation
 
 
-def predict(workdir: str, source: str | None, target: str | None) -> None:
-  """Answers rows of a file that need no labels.
-
-  Args:
-    workdir: folder of the run.
-    source: JSONL, CSV or Parquet file with the task's columns.
-    target: JSONL file to write; `WORKDIR/answers.jsonl` if None. Each line has
-      the row's columns, `prediction` (the option's text or the generated
-      one) and, where there are options, their `scores`.
-
-  Raises:
-    UserError: there is no run or no file, or a row is broken.
-  """
-  if not source:
-    raise errors.UserError("--input: expected a file of rows; found nothing.")
-  folder = epath.Path(workdir)
-  with multihost.raise_on_all_processes():
-    run = find(folder)
-    asked = sources.load(run.task, source, "train", labelled=False)
-    encoded = _encoded(run, asked)
-  state = restore(run, folder)
-  result = run.evaluate(
-    state.base, run.selected_adapter(state), encoded, "predict"
-  )
-  if isinstance(result, scoring.GeneratedAnswers):
-    answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
-  else:
-    answers = []
-    for row, line in zip(asked, result.to_records(), strict=True):
-      options = run.task.options(row, run.config.data.template)
-      answer = options[line["prediction"]].strip()
-      answers.append({"prediction": answer, "scores": line["scores"]})
-  path = epath.Path(target) if target else folder / "answers.jsonl"
-  lines = [
-    {**row.fields, **answer} for row, answer in zip(asked, answers, strict=True)
-  ]
-  path.parent.mkdir(parents=True, exist_ok=True)
-  report.write_lines(path, lines)
-  if multihost.is_primary():
-    print(f"{len(lines)} answers in {path}.")
-
-
-def _encoded(run: run_lib.Run, asked: Sequence[tasks.Row]) -> Sequence[Any]:
-  """Encodes rows without labels, for options or for generation."""
-  config = run.config
-  if run.generate_fn is not None:
-    return data.load_questions(
-      config, run.model, run.task, asked, labelled=False
-    )
-  return encode_options.encode_rows(
-    run.task,
-    asked,
-    run.model.tokenizer,
-    "classification",
-    max_length=data.context_length(config, run.model),
-    version=config.data.template,
-    long_rows="truncate" if config.data.long_rows == "truncate" else "error",
-    labelled=False,
-  )
+def main(arguments: Sequence[str]) -> None:
+  """Runs the command."""
+  parser = arguments_lib.make_parser("evaluate", __doc__)
+  arguments_lib.add_run(parser)
+  options = parser.parse(arguments)
+  workdir = arguments_lib.need_workdir(options)
+  arguments_lib.start_processes(options, "evaluate", {})
+  evaluate_run(workdir)

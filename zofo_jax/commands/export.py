@@ -1,19 +1,19 @@
-"""Hands a run's result over: a Hugging Face checkpoint, a PEFT adapter.
+"""Exports a run: a Hugging Face checkpoint, or a PEFT adapter.
 
-  python -m zofo_jax.export RUN DIR --what {merged,base,adapter}
+  zofo export RUN DIR --what {merged,base,adapter}
 
-`base` is theta, `adapter` p for theta, `merged` both in one, if p is a LoRA.
+`base` is theta, `adapter` is p for this base, and `merged` is theta with p
+folded in, if p is a LoRA.
 """
 
-import argparse
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from etils import epath
 
 from zofo_jax import adapters, errors
 from zofo_jax.builders import model
+from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import evaluate
 from zofo_jax.models.hf import peft
 
@@ -21,14 +21,14 @@ WHAT = ("merged", "base", "adapter")
 
 
 def export(run_folder: str, folder: str, what: str) -> None:
-  """Writes what a run came to, at its best checkpoint.
+  """Writes the result of a run, at its best checkpoint.
 
   Args:
     run_folder: folder of the run.
     folder: written to; created if it does not exist.
     what: "base": theta, with the configuration and the tokenizer, for
-      transformers. "adapter": p, or what `config.keep` says, for PEFT on
-      that base. "merged": theta with it folded in, for transformers.
+      transformers. "adapter": p, or s if `config.keep` selects it, for PEFT on
+      that base. "merged": theta with the adapter folded in, for transformers.
 
   Raises:
     UserError: there is no run, p cannot be merged, or nothing can be written.
@@ -41,7 +41,7 @@ def export(run_folder: str, folder: str, what: str) -> None:
   place = pathlib.Path(folder)
   if place.is_dir() and any(place.iterdir()):
     raise errors.UserError(f"{folder} is not empty; expected a new folder.")
-  run = evaluate.find(epath.Path(run_folder))
+  run = evaluate.load_run(epath.Path(run_folder))
   state = evaluate.restore(run, epath.Path(run_folder))
   try:
     if what == "adapter":
@@ -64,22 +64,11 @@ def export(run_folder: str, folder: str, what: str) -> None:
   print(f"In {folder}: {what} of {run_folder} at step {int(state.step)}.")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs the command line and returns the exit code."""
-  parser = argparse.ArgumentParser(
-    "python -m zofo_jax.export", description="Hands a run's result over."
-  )
+def main(arguments: Sequence[str]) -> None:
+  """Runs the command."""
+  parser = arguments_lib.make_parser("export", __doc__)
   parser.add_argument("run", help="folder of the run")
   parser.add_argument("folder", help="a new folder to write to")
   parser.add_argument("--what", required=True, help=", ".join(WHAT))
-  given = parser.parse_args(arguments)
-  try:
-    export(given.run, given.folder, given.what)
-  except errors.UserError as error:
-    print(f"zofo_jax: {error}", file=sys.stderr)
-    return 2
-  return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())
+  options = parser.parse(arguments)
+  export(options.run, options.folder, options.what)

@@ -1,16 +1,15 @@
-"""The command line of ledgers: info, replay, verify, diff.
+"""Rebuilds theta from a run's ledger, and compares ledgers.
 
-python -m zofo_jax.ledger info --ledger RUN/ledger.txt
-python -m zofo_jax.ledger replay --ledger RUN/ledger.txt --to 500 \
-      --base HUB_OR_DIR --out DIR
-python -m zofo_jax.ledger verify --ledger RUN/ledger.txt --run RUN
-python -m zofo_jax.ledger diff --ledger RUN/ledger.txt OTHER/ledger.txt
+zofo ledger info --ledger RUN/ledger.txt
+zofo ledger replay --ledger RUN/ledger.txt --to 500 --base HUB_OR_DIR --out DIR
+zofo ledger verify --ledger RUN/ledger.txt --run RUN
+zofo ledger diff --ledger RUN/ledger.txt OTHER/ledger.txt
 """
 
 import argparse
 import itertools
 import json
-import sys
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,19 +23,18 @@ from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import manager
 from zofo_jax.checkpoints.ledger import format as ledger_format
 from zofo_jax.checkpoints.ledger import replay as replay_lib
+from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.config import methods
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
-    "python -m zofo_jax.ledger", description="Rebuilds theta from a ledger."
-  )
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+  parser = arguments_lib.make_parser("ledger", __doc__)
   commands = parser.add_subparsers(dest="command", required=True)
   for name, text in (
-    ("info", "say what is in a ledger"),
+    ("info", "print what a ledger holds"),
     ("replay", "rebuild theta at a step"),
-    ("verify", "compare it with a run's checkpoint, bit for bit"),
-    ("diff", "find where two ledgers part"),
+    ("verify", "compare theta with a run's checkpoint, bit for bit"),
+    ("diff", "find where two ledgers start to differ"),
   ):
     command = commands.add_parser(name, help=text)
     command.add_argument("--ledger", required=True, help="the file")
@@ -44,7 +42,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       command.add_argument("other", help="the file to compare with")
     if name in ("replay", "verify"):
       command.add_argument(
-        "--base", help="hub id or folder where theta began; else the ledger's"
+        "--base",
+        help="hub id or folder of the initial theta",
       )
       command.add_argument(
         "--to", type=int, help="step; else the last, or the checkpoint's"
@@ -53,18 +52,18 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
       command.add_argument("--out", help="folder to write the model to")
     if name == "verify":
       command.add_argument("--run", required=True, help="folder of the run")
-  return parser.parse_args(arguments)
+  return parser.parse(arguments)
 
 
 def info(path: str) -> None:
-  """Prints what is in a ledger."""
-  found = ledger_format.read(path)
-  for name, value in found.header.items():
+  """Prints what a ledger holds."""
+  ledger = ledger_format.read(path)
+  for name, value in ledger.header.items():
     print(f"{name}: {json.dumps(value)}")
   print(
-    f"steps: {len(found.lines)}{', and a truncated line' * found.truncated}"
+    f"steps: {len(ledger.lines)}{', and a truncated line' * ledger.truncated}"
   )
-  for line in found.lines[-1:]:
+  for line in ledger.lines[-1:]:
     rate = "none" if line.move is None else f"{line.move.learning_rate:g}"
     print(
       f"last: step {line.step}, learning rate {rate}, coefficients "
@@ -77,42 +76,43 @@ def rebuild(path: str, base: str | None, to: int | None) -> tuple[Any, Any]:
 
   Args:
     path: the ledger.
-    base: hub id or folder of theta's beginning; None for the ledger's own.
+    base: hub id or folder of the initial theta; None for that of the ledger.
     to: step; None for the last.
 
   Returns:
-    (theta, its step, the config and the model that it is of).
+    (theta, (its step, the config, the model)).
 
   Raises:
-    UserError: the ledger does not reach so far, its update cannot be taken
-      again, or `base` is not what it began with.
+    UserError: the ledger ends before the step, its updates cannot be replayed,
+      or `base` is not the theta that it started from.
   """
-  found = ledger_format.read(path)
-  last = len(found.lines)
+  ledger = ledger_format.read(path)
+  last = len(ledger.lines)
   to = last if to is None else to
   if not 0 <= to <= last:
     raise errors.UserError(f"--to: '{path}' has steps 1 to {last}; found {to}.")
-  config = replay_lib.config_of(found.header, path)
+  config = replay_lib.config_of(ledger.header, path)
   replay_lib.check(config.zo)
   if base:
     config.model.name, config.model.revision = base, None
   now = replay_lib.versions()
-  if now != found.header.get("versions"):
-    print(
-      f"zofo_jax: the ledger was written with {found.header.get('versions')}; "
-      f"this is {now}, and the last bits may be others.",
-      file=sys.stderr,
+  if now != ledger.header.get("versions"):
+    logging.getLogger("zofo_jax").warning(
+      "the ledger was written with %s; this is %s, and the last bits may "
+      "differ.",
+      ledger.header.get("versions"),
+      now,
     )
   model = model_lib.load_model(config)
-  theta = replay_lib.load_start(config, model, found.header)
-  theta = replay_lib.advance(theta, found.header, found.lines[:to], path)
+  theta = replay_lib.load_start(config, model, ledger.header)
+  theta = replay_lib.advance(theta, ledger.header, ledger.lines[:to], path)
   return theta, (to, config, model)
 
 
 def replay(
   path: str, base: str | None, to: int | None, out: str | None
 ) -> None:
-  """Rebuilds theta, and writes it as a checkpoint folder if asked for."""
+  """Rebuilds theta, and writes it as a checkpoint folder if `out` is given."""
   theta, (step, config, model) = rebuild(path, base, to)
   print(f"theta at step {step}: SHA-256 {replay_lib.fingerprint(theta)}")
   if out:
@@ -121,7 +121,7 @@ def replay(
 
 
 def verify(path: str, base: str | None, to: int | None, folder: str) -> None:
-  """Compares theta with a run's checkpoint.
+  """Compares the rebuilt theta with that of a run's checkpoint.
 
   Raises:
     UserError: they differ, or the checkpoint holds no theta.
@@ -142,23 +142,23 @@ def verify(path: str, base: str | None, to: int | None, folder: str) -> None:
   stored = jax.device_get(state["base"] if rare else state.base)
   del state
   theta, _ = rebuild(path, base, step)
-  for (key, ours), theirs in zip(
+  for (key, actual), expected in zip(
     jax.tree.leaves_with_path(theta),
     jax.tree.leaves(stored),
     strict=True,
   ):
-    one, other = (np.asarray(x).view(np.uint8) for x in (ours, theirs))
-    if not np.array_equal(one, other):
+    a, b = (np.asarray(leaf).view(np.uint8) for leaf in (actual, expected))
+    if not np.array_equal(a, b):
       raise errors.UserError(
         f"'{path}' and '{place / str(step)}' differ in "
-        f"{jax.tree_util.keystr(key)}: {np.mean(one != other):.2%} of its "
+        f"{jax.tree_util.keystr(key)}: {np.mean(a != b):.2%} of its "
         "bytes."
       )
   print(f"The ledger gives the theta of '{place / str(step)}', bit for bit.")
 
 
 def diff(path: str, other: str) -> int:
-  """Prints where two ledgers part; returns 1 if they do."""
+  """Prints where two ledgers start to differ; returns 1 if they do."""
   one, two = ledger_format.read(path), ledger_format.read(other)
   different = 0
   for name in sorted(one.header.keys() | two.header.keys()):
@@ -180,23 +180,15 @@ def diff(path: str, other: str) -> int:
   return different
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs the command line and returns the exit code."""
-  given = _parse(arguments)
-  try:
-    if given.command == "info":
-      info(given.ledger)
-    elif given.command == "diff":
-      return diff(given.ledger, given.other)
-    elif given.command == "verify":
-      verify(given.ledger, given.base, given.to, given.run)
-    else:
-      replay(given.ledger, given.base, given.to, given.out)
-  except errors.UserError as error:
-    print(f"zofo_jax: {error}", file=sys.stderr)
-    return 2
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command; returns 1 if compared ledgers differ."""
+  options = _parse(arguments)
+  if options.command == "info":
+    info(options.ledger)
+  elif options.command == "diff":
+    return diff(options.ledger, options.other)
+  elif options.command == "verify":
+    verify(options.ledger, options.base, options.to, options.run)
+  else:
+    replay(options.ledger, options.base, options.to, options.out)
   return 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())

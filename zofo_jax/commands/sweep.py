@@ -1,15 +1,14 @@
-"""A config run many times, its fields changed: here, or as commands to submit.
+"""Runs a config many times with other fields, or prints the commands.
 
-  python -m zofo_jax.sweep --sweep=configs/sweeps/theta.py --workdir=runs/sweep
+  zofo sweep --sweep=sweeps/theta --workdir=runs/sweep
 
-A sweep is a Python file with CONFIG, what `--config` would be, and
+A sweep is a Python file with CONFIG, the value of `--config`, and
 `get_sweep()`, which yields a dictionary of fields for each run. Each run has a
-folder of its own; one that has ended is not run again, one that has not goes
-on.
+folder; a run that has ended is not repeated, and one that has not is resumed.
+Flags that the command does not know, such as --config.train.num_steps=100, go
+to every run.
 """
 
-import argparse
-import importlib.util
 import json
 import pathlib
 import shlex
@@ -20,7 +19,8 @@ from concurrent import futures
 from typing import Any, NamedTuple
 
 from zofo_jax import errors, report
-from zofo_jax.config import defaults
+from zofo_jax.commands import arguments as arguments_lib
+from zofo_jax.config import defaults, files
 from zofo_jax.report import progress as progress_lib
 
 
@@ -28,10 +28,10 @@ class SweepRun(NamedTuple):
   """A run of a sweep.
 
   Attributes:
-    folder: its own, named after its fields.
-    fields: what differs from the sweep's config.
-    command: what runs it.
-    summary: the file in its folder by which it has ended.
+    folder: folder of the run, named after its fields.
+    fields: fields that differ from the sweep's config.
+    command: the command line.
+    summary: file in the folder that exists once the run has ended.
   """
 
   folder: pathlib.Path
@@ -46,27 +46,29 @@ def load(
   """Reads a sweep.
 
   Args:
-    path: the Python file.
-    workdir: folder that the runs' own folders are made in.
-    arguments: for every run as they are.
+    path: the Python file, or the name of a shipped one.
+    workdir: folder for the folders of the runs.
+    arguments: passed on to every run.
 
   Raises:
-    UserError: no such file, it lacks CONFIG or get_sweep, a field is unknown,
-      or two runs are the same.
+    UserError: there is no such file, it lacks CONFIG or get_sweep, a field is
+      unknown, or two runs are the same.
   """
-  module = _module(path)
-  known = defaults.flat(defaults.base_config())
-  cells: dict[pathlib.Path, SweepRun] = {}
+  module = files.load_module(files.find(path, "--sweep"), "--sweep")
+  for name in ("CONFIG", "get_sweep"):
+    if not hasattr(module, name):
+      raise errors.UserError(f"--sweep: {path} lacks {name}.")
+  runs: dict[pathlib.Path, SweepRun] = {}
   for fields in module.get_sweep():
     for name in fields:
-      if name not in known:
+      if name not in defaults.FIELDS:
         raise errors.UserError(
-          f"--sweep: {path} names the field '{name}', which there is not."
-          f"{errors.nearest(name, known)}"
+          f"--sweep: {path} names the field '{name}', which does not exist."
+          f"{errors.nearest(name, defaults.FIELDS)}"
         )
     name = ",".join(f"{k.split('.')[-1]}={v}" for k, v in fields.items())
     folder = pathlib.Path(workdir) / name.replace("/", "_")
-    if folder in cells:
+    if folder in runs:
       raise errors.UserError(f"--sweep: {path} has the run '{name}' twice.")
     command = [
       *(sys.executable, "-m", "zofo_jax.main"),
@@ -74,63 +76,51 @@ def load(
       *(f"--config.{k}={v}" for k, v in fields.items()),
       *arguments,
     ]
-    cells[folder] = SweepRun(folder, dict(fields), command)
-  if not cells:
+    runs[folder] = SweepRun(folder, dict(fields), command)
+  if not runs:
     raise errors.UserError(f"--sweep: {path} yields no run.")
-  return list(cells.values())
+  return list(runs.values())
 
 
-def _module(path: str) -> Any:
-  spec = importlib.util.spec_from_file_location("zofo_jax_sweep", path)
-  if not pathlib.Path(path).is_file() or spec is None or spec.loader is None:
-    raise errors.UserError(f"--sweep: expected a Python file; found '{path}'.")
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  for name in ("CONFIG", "get_sweep"):
-    if not hasattr(module, name):
-      raise errors.UserError(f"--sweep: {path} lacks {name}.")
-  return module
-
-
-def run(cells: Sequence[SweepRun], jobs: int) -> list[dict[str, Any]]:
-  """Runs what has not ended, several at a time.
+def run(runs: Sequence[SweepRun], jobs: int) -> list[dict[str, Any]]:
+  """Runs all that have not ended, several at a time.
 
   Returns:
-    A row for each: its fields, and the numbers of its summary, or `failed` with
-    the last line that it said.
+    A row for each run: its fields and the numbers of its summary, or `failed`
+    with the last line of its log.
   """
-  open_cells = [cell for cell in cells if not _summary(cell)]
+  pending = [sweep_run for sweep_run in runs if not _summary(sweep_run)]
   failed: dict[pathlib.Path, str] = {}
   with (
     futures.ThreadPoolExecutor(jobs) as pool,
     progress_lib.Progress(
-      len(cells), "sweep", unit="runs", start=len(cells) - len(open_cells)
+      len(runs), "sweep", unit="runs", start=len(runs) - len(pending)
     ) as bar,
   ):
-    bar.update(len(cells) - len(open_cells))
-    ends = {pool.submit(_run_one, cell): cell for cell in open_cells}
-    for count, end in enumerate(futures.as_completed(ends), 1):
-      if said := end.result():
-        failed[ends[end].folder] = said
-      bar.update(len(cells) - len(open_cells) + count)
-  return [_row(cell, failed.get(cell.folder)) for cell in cells]
+    bar.update(len(runs) - len(pending))
+    folders = {pool.submit(_run_one, item): item.folder for item in pending}
+    for count, future in enumerate(futures.as_completed(folders), 1):
+      if last_line := future.result():
+        failed[folders[future]] = last_line
+      bar.update(len(runs) - len(pending) + count)
+  return [_row(sweep_run, failed.get(sweep_run.folder)) for sweep_run in runs]
 
 
-def _run_one(cell: SweepRun) -> str:
-  """Runs one; returns what it said last if it failed."""
-  cell.folder.mkdir(parents=True, exist_ok=True)
-  with (cell.folder / "log.txt").open("ab") as log:
+def _run_one(sweep_run: SweepRun) -> str:
+  """Runs one; returns the last line of its log if it fails, else ""."""
+  sweep_run.folder.mkdir(parents=True, exist_ok=True)
+  with (sweep_run.folder / "log.txt").open("ab") as log:
     code = subprocess.run(
-      cell.command, stdout=log, stderr=log, check=False
+      sweep_run.command, stdout=log, stderr=log, check=False
     ).returncode
   if code == 0:
     return ""
-  lines = (cell.folder / "log.txt").read_text(errors="replace").split("\n")
+  lines = (sweep_run.folder / "log.txt").read_text(errors="replace").split("\n")
   return next((x for x in reversed(lines) if x.strip()), f"exit code {code}")
 
 
-def _summary(cell: SweepRun) -> Mapping[str, Any]:
-  path = cell.folder / cell.summary
+def _summary(sweep_run: SweepRun) -> Mapping[str, Any]:
+  path = sweep_run.folder / sweep_run.summary
   if not path.exists():
     return {}
   try:
@@ -138,27 +128,23 @@ def _summary(cell: SweepRun) -> Mapping[str, Any]:
   except ValueError as error:
     raise errors.UserError(
       f"'{path}' is no JSON ({errors.first_line(error)}); without it the run "
-      "would be taken again."
+      "would be repeated."
     ) from error
 
 
-def _row(cell: SweepRun, failed: str | None) -> dict[str, Any]:
+def _row(sweep_run: SweepRun, failed: str | None) -> dict[str, Any]:
   numbers = {
     name: value
-    for name, value in _summary(cell).items()
+    for name, value in _summary(sweep_run).items()
     if isinstance(value, int | float)
   }
-  said = {"failed": failed} if failed else {}
-  return {**cell.fields, **numbers, **said}
+  outcome = {"failed": failed} if failed else {}
+  return {**sweep_run.fields, **numbers, **outcome}
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-  """Runs a sweep, or prints its commands; returns the exit code."""
-  parser = argparse.ArgumentParser(
-    "python -m zofo_jax.sweep",
-    description="Runs a config many times with other fields; what it does not "
-    "know, such as --config.train.num_steps=100, goes to every run.",
-  )
+def main(arguments: Sequence[str]) -> int:
+  """Runs the command; returns 2 if a run failed."""
+  parser = arguments_lib.make_parser("sweep", __doc__)
   parser.add_argument("--sweep", required=True, help="Python file of the sweep")
   parser.add_argument("--workdir", required=True, help="folder for the runs")
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
@@ -167,32 +153,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     action="store_true",
     help="only print the commands, one a line, for a SLURM array or xpk",
   )
-  given, rest = parser.parse_known_args(arguments)
-  try:
-    if given.jobs < 1:
-      raise errors.UserError(
-        f"--jobs: expected 1 or more runs at a time; found {given.jobs}."
-      )
-    cells = load(given.sweep, given.workdir, rest)
-    if given.print:
-      for cell in cells:
-        print(shlex.join(["python", *cell.command[1:]]))
-      return 0
-    rows = run(cells, given.jobs)
-  except errors.UserError as error:
-    print(f"zofo_jax: {error}", file=sys.stderr)
-    return 2
-  report.write_json(pathlib.Path(given.workdir) / "sweep.json", rows)
-  shown = ("test_accuracy", "test_token_f1", "train_seconds", "failed")
+  # Other flags, such as --config.train.num_steps=100, go to every run.
+  options, others = parser.parse_known_args(arguments)
+  if options.jobs < 1:
+    raise errors.UserError(
+      f"--jobs: expected 1 or more runs at a time; found {options.jobs}."
+    )
+  sweep_runs = load(options.sweep, options.workdir, others)
+  if options.print:
+    for sweep_run in sweep_runs:
+      print(shlex.join(["python", *sweep_run.command[1:]]))
+    return 0
+  rows = run(sweep_runs, options.jobs)
+  report.write_json(pathlib.Path(options.workdir) / "sweep.json", rows)
+  columns = ("test_accuracy", "test_token_f1", "train_seconds", "failed")
   report.results_table(
     [
-      {k: v for k, v in row.items() if k in (*cell.fields, *shown)}
-      for cell, row in zip(cells, rows, strict=True)
+      {k: v for k, v in row.items() if k in (*sweep_run.fields, *columns)}
+      for sweep_run, row in zip(sweep_runs, rows, strict=True)
     ],
-    title=f"{given.sweep}: all numbers in {given.workdir}/sweep.json",
+    title=f"{options.sweep}: all numbers in {options.workdir}/sweep.json",
   )
   return 2 if any("failed" in row for row in rows) else 0
-
-
-if __name__ == "__main__":
-  sys.exit(main())

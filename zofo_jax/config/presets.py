@@ -1,17 +1,22 @@
-"""Hyper-parameters of the paper's published runs (OPT-1.3B and OPT-13B).
+"""Presets of a config: recipes of the paper's published runs.
 
-The values its code selected for each task, used unchanged at both sizes. They
-were chosen with one learning rate for theta and p, which leaves p almost
-untrained where that rate is small; see `config.apply_preset`.
+The values that its code selected for each task with OPT-1.3B and OPT-13B, used
+unchanged at both sizes. They were chosen with one learning rate for theta and
+p, which leaves p almost untrained where that rate is small; see
+`apply_preset`.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import ml_collections
+
 from zofo_jax import errors
+from zofo_jax.config import defaults, files
 
 
 class Recipe(NamedTuple):
-  """Selected values of one task.
+  """The values selected for one task.
 
   Attributes:
     learning_rate: of s, Adam.
@@ -40,8 +45,6 @@ _LORA = {
   "wsc": Recipe(1e-5, 1e-7, 1e4, 30),
   "winogrande": Recipe(1e-4, 1e-8, 1e3, 30),
 }
-
-
 _PREFIX = {
   "boolq": Recipe(1e-2, 1e-4, 1e1, 30),
   "cb": Recipe(1e-2, 1e-8, 1e6, 30),
@@ -72,22 +75,95 @@ ADAPTERS = {"lora": _LORA, "prefix": _PREFIX, "prompt": _PROMPT}
 
 
 def find(adapter: str, task: str) -> Recipe:
-  """Returns the selected values of a task with one kind of adapter.
+  """Returns the values selected for a task with one kind of adapter.
 
-  LoRA of rank 8 and alpha 16, a prefix of 5 and a prompt of 10 positions.
+  The adapters were LoRA of rank 8 and alpha 16, prefixes of 5 positions and
+  prompts of 10.
 
   Raises:
-    UserError: there was no such adapter or task.
+    UserError: the paper has no run of this adapter or task.
   """
   if adapter not in ADAPTERS:
     raise errors.UserError(
       f"preset=reference: the published runs have no adapter '{adapter}'; they "
       f"have {', '.join(ADAPTERS)}.{errors.nearest(adapter, ADAPTERS)}"
     )
-  found = ADAPTERS[adapter]
-  if task not in found:
+  recipes = ADAPTERS[adapter]
+  if task not in recipes:
     raise errors.UserError(
       f"preset=reference: the published runs have no task '{task}' with "
-      f"{adapter}; they have {', '.join(found)}.{errors.nearest(task, found)}"
+      f"{adapter}; they have {', '.join(recipes)}."
+      f"{errors.nearest(task, recipes)}"
     )
-  return found[task]
+  return recipes[task]
+
+
+def apply_preset(config: ml_collections.ConfigDict, preset: str) -> None:
+  """Applies a preset: `paper`, the defaults, or `reference`.
+
+  `reference` makes the choices of the paper's PyTorch code: one-sided
+  differences along one Gaussian direction, Adam on theta with the learning rate
+  of p, the (lr, outer lr, lambda, T) selected for each task, and D_f for
+  selection as well. Its defects are not reproduced: theta is not rounded by
+  being perturbed in place, losses are averaged without dropout, and both p and
+  s are scored.
+
+  Args:
+    config: changed in place.
+    preset: name of the preset.
+
+  Raises:
+    errors.UserError: there is no such preset, or it has no values for the
+      config's task or adapter.
+  """
+  files.choose("preset", preset, dict.fromkeys(("paper", "reference")))
+  if preset == "paper":
+    return
+  recipe = find(config.adapter.kind, config.data.task)
+  config.zo.direction = "gaussian"
+  config.zo.estimator = "forward"
+  config.zo.num_directions = 1
+  config.zo.eps = 1e-3
+  config.zo.optimizer = "adam"
+  config.zo.learning_rate = recipe.outer_learning_rate
+  config.upper.optimizer = "adam"
+  config.upper.learning_rate = recipe.outer_learning_rate
+  config.lower.optimizer = "adam"
+  config.lower.learning_rate = recipe.learning_rate
+  config.lower.num_steps = recipe.num_inner_steps
+  config.lower.clip_norm = 1.0
+  config.upper.clip_norm = 0.0
+  config.penalty = recipe.penalty
+  config.data.num_selection = 0
+  # 5,000 optimizer steps, counting those of s.
+  config.train.num_steps = 5000 // recipe.num_inner_steps
+
+
+def paper_config(
+  arg: str, sizes: Mapping[str, str], size: str
+) -> ml_collections.ConfigDict:
+  """Returns the config of one of the paper's tasks with a family of models.
+
+  Args:
+    arg: `size=...,task=...,adapter=...,method=...,preset=...`, all optional.
+    sizes: hub id of each size.
+    size: the default size.
+
+  Raises:
+    errors.UserError: a part of `arg` is malformed or unknown.
+  """
+  args = files.parse_arg(
+    arg,
+    size=size,
+    task="sst2",
+    preset="paper",
+    adapter="lora",
+    method="bilevel",
+  )
+  config = defaults.base_config()
+  config.model.name = files.choose("size", args["size"], sizes)
+  config.data.task = args["task"]
+  config.adapter.kind = args["adapter"]
+  config.method = args["method"]
+  apply_preset(config, args["preset"])
+  return config

@@ -1,74 +1,60 @@
-"""A config as arguments of a command line: read from one, written as one."""
+"""The config as arguments of a command line, and as a page of documentation."""
 
-import inspect
-import re
+import itertools
 import shlex
 from typing import Any
 
 import ml_collections
 
-from zofo_jax import errors
-from zofo_jax.config import defaults as defaults_lib
+from zofo_jax.config import defaults
 
 
-def file_of(argv: list[str]) -> str:
-  """Finds the file that the command line's --config names."""
-  for i, argument in enumerate(argv):
-    if argument in ("--config", "-config"):
-      return "".join(argv[i + 1 : i + 2]).partition(":")[0]
-    if argument.startswith(("--config=", "-config=")):
-      return argument.partition("=")[2].partition(":")[0]
-  return ""
+def _section(name: str) -> str:
+  return name.rpartition(".")[0]
 
 
-def unknown_field(argv: list[str]) -> str:
-  """Says which --config.* argument names no field, if any, and the nearest."""
-  known = defaults_lib.flat(defaults_lib.base_config())
-  for argument in argv:
-    name = argument.lstrip("-").partition("=")[0]
-    if name.startswith("config.") and name[7:] not in known:
-      near = errors.nearest(name, [f"config.{other}" for other in known])
-      return f"--{name}: there is no such field.{near}"
-  return ""
-
-
-def described() -> dict[str, str]:
-  """Returns what the comments of `base_config` say of its fields."""
-  found: dict[str, str] = {}
-  for line in inspect.getsource(defaults_lib).splitlines():
-    match = re.match(r"  config\.([\w.]+) = (.*?)(?:  # (.*))?$", line)
-    if match:
-      found.setdefault(match[1], match[3] or "")  # not a preset's line
-  return found
-
-
-def shown(config: ml_collections.ConfigDict) -> str:
-  """Writes every field as an argument, with what it is and what is changed.
+def as_arguments(config: ml_collections.ConfigDict) -> str:
+  """Writes every field as an argument, with its help and what is changed.
 
   Returns:
-    Lines such as `--config.zo.eps=0.01  # [default 0.001]`.
+    Lines such as `--config.zo.eps=0.01  # [default 0.001] radius ...`.
   """
-  defaults, notes = defaults_lib.flat(defaults_lib.base_config()), described()
+  initial, values = defaults.flat(defaults.base_config()), defaults.flat(config)
   lines: list[str] = []
-  section = ""
-  fields = defaults_lib.flat(config)
-  for name in filter(fields.__contains__, notes):  # in the order of the source
-    value = fields[name]
-    first = name.partition(".")[0] if "." in name else ""
-    if first != section:
-      section = first
-      about = f": {notes[first]}" if notes.get(first) else ""
-      lines += ["", f"# {first}{about}"]
-    about = notes.get(name, "")
-    if value != defaults[name]:
-      about = f"[default {defaults[name]!r}] {about}".strip()
-    text = f"--config.{name}={_quoted(value)}"
-    lines.append(f"{text:<44}  # {about}" if about else text)
-  return "\n".join(lines).strip()
+  for section, names in itertools.groupby(defaults.FIELDS, _section):
+    lines += ["", f"# {section}: {defaults.SECTIONS[section]}"] * bool(section)
+    for name in names:
+      help_ = defaults.FIELDS[name].help
+      if values[name] != initial[name]:
+        help_ = f"[default {initial[name]!r}] {help_}"
+      argument = f"--config.{name}={_quoted(values[name])}"
+      lines.append(f"{argument:<44}  # {help_}")
+  return "\n".join(lines)
 
 
 def _quoted(value: Any) -> str:
-  """Writes a value as a shell takes it."""
+  """Returns a value as a shell reads it."""
   text = "" if value is None else str(value)
   # Line breaks as bash and zsh write them.
   return f"${text!r}" if "\n" in text else shlex.quote(text)
+
+
+def as_markdown() -> str:
+  """Returns the fields as Markdown: a table for each section."""
+  initial = defaults.flat(defaults.base_config())
+  lines: list[str] = []
+  for section, names in itertools.groupby(defaults.FIELDS, _section):
+    lines += [f"## {section or 'Top level'}", ""]
+    lines += [_sentence(defaults.SECTIONS[section]), ""]
+    lines += ["| field | default | values | |", "| --- | --- | --- | --- |"]
+    for name in names:
+      field = defaults.FIELDS[name]
+      default = "" if initial[name] is None else f"`{initial[name]!r}`"
+      valid = field.check.expected.removeprefix("one of ")
+      lines.append(f"| `{name}` | {default} | {valid} | {field.help} |")
+    lines.append("")
+  return "\n".join(lines)
+
+
+def _sentence(phrase: str) -> str:
+  return phrase[0].upper() + phrase[1:] + "."

@@ -1,9 +1,10 @@
-"""The checks of a config: a value that cannot be meant stops a run at once.
+"""Checks of a config; those of several fields that must fit together.
 
-Each says in one sentence which field, what was found and what was expected.
+Every error names the field, what was found and what was expected.
 """
 
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections
@@ -11,153 +12,46 @@ import ml_collections
 from zofo_jax import errors
 from zofo_jax.config import defaults, methods
 
-OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
-SCHEDULES = ("constant", "linear", "cosine")
-DIRECTIONS = ("gaussian", "rademacher", "low_rank", "per_example", "sparse")
-SCALINGS = ("none", "sign", "std", "running_rms")
-ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
-IN_PLACE = ("sgd", "conservative")  # of them, those that write in place
-ESTIMATORS = ("central", "forward", "exact")
+_Fields = Mapping[str, Any]  # dotted names and values
+
+# The update rules of theta that write in place, and that a ledger can replay.
+IN_PLACE = ("sgd", "conservative")
 OBJECTIVES = ("loss", "accuracy", "token_f1")
-LOSSES = ("likelihood", "classification")
-DTYPES = ("float32", "bfloat16")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
-COMMANDS = ("train", "icl", "probe", "head", "metatrain", "adapt")
-
-CHOICES = {
-  "command": COMMANDS,
-  "method": tuple(methods.METHODS),
-  "penalty_schedule": ("constant", "linear"),
-  "keep": ("p", "s"),
-  "adapt.start": ("mean", "fresh"),
-  "adapt.optimizer": OPTIMIZERS,
-  "loss": LOSSES,
-  "model.dtype": DTYPES,
-  "lower.optimizer": OPTIMIZERS,
-  "upper.optimizer": OPTIMIZERS,
-  "zo.optimizer": ZO_OPTIMIZERS,
-  "zo.scaling": SCALINGS,
-  "lower.schedule": SCHEDULES,
-  "upper.schedule": SCHEDULES,
-  "zo.direction": DIRECTIONS,
-  "zo.estimator": ESTIMATORS,
-  "data.test_split": ("", "validation", "test"),
-  "icl.calibration": ("none", "contextual", "domain"),
-  "head.rows": ("labels", "all"),
-  "data.long_rows": ("error", "truncate", "drop"),
-  "prefix.init": ("tokens", "random"),
-  "prompt.init": ("tokens", "random", "text"),
-}
-
-_POSITIVE = (
-  "lora.rank",
-  "prefix.length",
-  "prompt.length",
-  "lower.num_steps",
-  "lower.batch_size",
-  "upper.batch_size",
-  "zo.num_directions",
-  "zo.rank",
-  "zo.frame_steps",
-  "zo.threshold",
-  "zo.eps",
-  "data.num_lower",
-  "data.num_upper",
-  "data.num_test",
-  "data.max_length",
-  "train.num_steps",
-  "train.num_first_steps",
-  "train.eval_every_steps",
-  "meta.num_tasks",
-  "adapt.shots",
-  "adapt.num_seeds",
-  "adapt.num_steps",
-  "adapt.batch_size",
-  "icl.num_sets",
-  "probe.c",
-  "head.num_steps",
-  "head.batch_size",
-  "eval.batch_size",
-  "generate.max_new_tokens",
-  "generate.num_beams",
-  "generate.top_p",
-  "ckpt.keep",
-)
-
-_NOT_NEGATIVE = (
-  "penalty",
-  "lora.dropout",
-  "prefix.projection",
-  "lower.learning_rate",
-  "upper.learning_rate",
-  "zo.learning_rate",
-  "zo.clip",
-  "zo.weight_decay",
-  "lower.clip_norm",
-  "upper.clip_norm",
-  "data.num_selection",
-  "data.shots",
-  "meta.size_power",
-  "meta.weight_power",
-  "adapt.learning_rate",
-  "icl.num_shots",
-  "head.learning_rate",
-  "generate.temperature",
-  "generate.top_k",
-  "train.profile_steps",
-  "train.max_nonfinite",
-  "train.max_loss_ratio",
-  "ckpt.base_every_steps",
-)
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Stops on a value that cannot be meant.
+  """Checks every field, and fields against each other.
 
   Raises:
     errors.UserError: names the field, what was found and what was expected.
   """
   fields = defaults.flat(config)
-  for name, valid in CHOICES.items():
-    found = fields[name]
-    if found not in valid:
-      raise errors.UserError(
-        f"config.{name}: expected one of {', '.join(valid)}; found "
-        f"'{found}'.{errors.nearest(str(found), valid)}"
-      )
-  for name in _POSITIVE:
-    if not fields[name] > 0:
-      raise errors.UserError(
-        f"config.{name}: expected more than 0; found {fields[name]}."
-      )
-  for name in _NOT_NEGATIVE:
-    if not fields[name] >= 0:
-      raise errors.UserError(
-        f"config.{name}: expected 0 or more; found {fields[name]}."
-      )
-  _check_zo(config)
-  _check_method(config)
-  _check_trackers(config.train.trackers)
-  _check_own_task(config)
-  _check_adapter(config)
-  _check_generate(config.generate)
-  _check_ckpt(config, fields)
+  for field in defaults.FIELDS.values():
+    field.validate(fields[field.name])
+  _check_zo(fields)
+  _check_method(fields)
+  _check_trackers(fields)
+  _check_own_task(fields)
+  _check_adapter(fields)
+  _check_generate(fields)
+  _check_ckpt(fields)
   try:
-    re.compile(config.lora.targets)
+    re.compile(fields["lora.targets"])
   except re.error as error:
     raise errors.UserError(
       "config.lora.targets: expected a regular expression; found "
-      f"'{config.lora.targets}' ({error})."
+      f"'{fields['lora.targets']}' ({error})."
     ) from error
-  if not config.model.name:
+  if not fields["model.name"]:
     raise errors.UserError(
       "config.model.name: expected a hub id or a local folder; found nothing."
     )
 
 
-def _check_trackers(names: Any) -> None:
-  """Stops on dashboards that are not known."""
-  for name in names:
+def _check_trackers(fields: _Fields) -> None:
+  """Checks the names of trackers."""
+  for name in fields["train.trackers"]:
     if name not in TRACKERS:
       raise errors.UserError(
         "config.train.trackers: expected some of "
@@ -166,58 +60,59 @@ def _check_trackers(names: Any) -> None:
       )
 
 
-def _check_method(config: ml_collections.ConfigDict) -> None:
-  """Stops on fields that a method would ignore."""
-  method = config.method
-  if "mezo" in method and config.zo.direction == "per_example":
+def _check_method(fields: _Fields) -> None:
+  """Checks for fields that the method would ignore."""
+  method = fields["method"]
+  if "mezo" in method and fields["zo.direction"] == "per_example":
     raise errors.UserError(
       "config.zo.direction: 'per_example' goes with method 'bilevel'; expected "
       f"another with '{method}'."
     )
-  if method == "mezo_peft" and (config.zo.select or config.zo.layers):
+  if method == "mezo_peft" and (fields["zo.select"] or fields["zo.layers"]):
     raise errors.UserError(
       "config.zo.select: names weights of theta, as zo.layers does; expected "
       "neither with method 'mezo_peft', which moves an adapter."
     )
-  total = config.train.num_steps
-  if "_then_" in method and config.train.num_first_steps >= total:
+  total = fields["train.num_steps"]
+  if "_then_" in method and fields["train.num_first_steps"] >= total:
     raise errors.UserError(
       f"config.train.num_first_steps: expected fewer than train.num_steps, "
-      f"{total}, with method '{method}'; found {config.train.num_first_steps}."
+      f"{total}, with method '{method}'; found "
+      f"{fields['train.num_first_steps']}."
     )
-  if config.keep == "s" and (
-    method != "bilevel" or config.command in ("metatrain", "adapt")
+  if fields["keep"] == "s" and (
+    method != "bilevel" or fields["command"] in ("metatrain", "adapt")
   ):
     raise errors.UserError(
       "config.keep: only method 'bilevel' on one task can keep 's'; expected "
-      f"'p' with method '{method}' and command '{config.command}'."
+      f"'p' with method '{method}' and command '{fields['command']}'."
     )
-  if config.command != "metatrain":
+  if fields["command"] != "metatrain":
     return
   if method not in methods.OVER_TASKS:
     raise errors.UserError(
       f"config.method: expected one of {', '.join(methods.OVER_TASKS)} over "
       f"many tasks; found '{method}'."
     )
-  if method != "bilevel" and config.meta.on_host:
+  if method != "bilevel" and fields["meta.on_host"]:
     raise errors.UserError(
       "config.meta.on_host: only method 'bilevel' has adapters of each task; "
       f"expected False with '{method}'."
     )
-  if config.data.prompt:
+  if fields["data.prompt"]:
     raise errors.UserError(
       "config.data.prompt: belongs to one task; expected none with many tasks."
     )
 
 
-def _check_own_task(config: ml_collections.ConfigDict) -> None:
-  """Stops on parts of a task of one's own that have no prompt to belong to."""
+def _check_own_task(fields: _Fields) -> None:
+  """Checks that the parts of a new task come with its prompt."""
   given = {
-    name: config.data[name]
+    name: fields[f"data.{name}"]
     for name in ("options", "labels", "label")
-    if config.data[name] and config.data[name] != "label"
+    if fields[f"data.{name}"] and fields[f"data.{name}"] != "label"
   }
-  if given and not config.data.prompt:
+  if given and not fields["data.prompt"]:
     name, value = next(iter(given.items()))
     raise errors.UserError(
       f"config.data.{name}: belongs to a task of one's own, which "
@@ -225,77 +120,81 @@ def _check_own_task(config: ml_collections.ConfigDict) -> None:
     )
 
 
-def _check_zo_parts(config: ml_collections.ConfigDict) -> None:
-  """Stops on an objective or a choice of weights that cannot be meant."""
-  objective = config.zo.objective
+def _check_zo_parts(fields: _Fields) -> None:
+  """Checks the objective of theta and the selection of its weights."""
+  objective = fields["zo.objective"]
   if ":" not in objective and objective not in OBJECTIVES:
     raise errors.UserError(
       f"config.zo.objective: expected one of {', '.join(OBJECTIVES)} or "
       f"MODULE:SCORE; found '{objective}'."
       f"{errors.nearest(objective, OBJECTIVES)}"
     )
-  if objective != "loss" and config.zo.estimator == "exact":
+  if objective != "loss" and fields["zo.estimator"] == "exact":
     raise errors.UserError(
       f"config.zo.objective: '{objective}' has no derivative for zo.estimator "
       "'exact'; expected 'loss', or the estimator 'central' or 'forward'."
     )
   try:
-    re.compile(config.zo.select)
+    re.compile(fields["zo.select"])
   except re.error as error:
     raise errors.UserError(
       "config.zo.select: expected a regular expression; found "
-      f"'{config.zo.select}' ({error})."
+      f"'{fields['zo.select']}' ({error})."
     ) from error
-  if config.zo.optimizer == "adamw" and (config.zo.select or config.zo.layers):
+  if fields["zo.optimizer"] == "adamw" and (
+    fields["zo.select"] or fields["zo.layers"]
+  ):
     raise errors.UserError(
       "config.zo.optimizer: 'adamw' decays every weight, those that "
       "zo.select or zo.layers keep as well; expected another."
     )
 
 
-def _check_zo(config: ml_collections.ConfigDict) -> None:
-  """Stops on choices that exclude each other; none is ever ignored."""
-  _check_zo_parts(config)
-  one_value = config.zo.estimator != "central" and config.zo.num_directions == 1
-  if config.zo.scaling == "std" and one_value:
+def _check_zo(fields: _Fields) -> None:
+  """Checks for choices of the zeroth-order step that exclude each other."""
+  _check_zo_parts(fields)
+  one_value = (
+    fields["zo.estimator"] != "central" and fields["zo.num_directions"] == 1
+  )
+  if fields["zo.scaling"] == "std" and one_value:
     raise errors.UserError(
       "config.zo.scaling: 'std' needs several values; expected zo.estimator "
-      f"'central' or more zo.num_directions; found '{config.zo.estimator}' and "
-      "1."
+      f"'central' or more zo.num_directions; found "
+      f"'{fields['zo.estimator']}' and 1."
     )
-  if config.zo.optimizer == "conservative" and (
-    config.zo.num_directions > 1 or config.zo.direction == "per_example"
+  if fields["zo.optimizer"] == "conservative" and (
+    fields["zo.num_directions"] > 1 or fields["zo.direction"] == "per_example"
   ):
     raise errors.UserError(
       "config.zo.optimizer: 'conservative' takes one direction a step; found "
-      f"{config.zo.num_directions} of kind '{config.zo.direction}'."
+      f"{fields['zo.num_directions']} of kind '{fields['zo.direction']}'."
     )
-  if config.zo.direction == "per_example" and config.zo.num_directions > 1:
+  if (
+    fields["zo.direction"] == "per_example" and fields["zo.num_directions"] > 1
+  ):
     raise errors.UserError(
       "config.zo.num_directions: 'per_example' takes one an example; expected "
-      f"1; found {config.zo.num_directions}."
+      f"1; found {fields['zo.num_directions']}."
     )
-  if config.zo.optimizer == "conservative" and (
-    config.zo.clip or config.zo.scaling != "none"
+  if fields["zo.optimizer"] == "conservative" and (
+    fields["zo.clip"] or fields["zo.scaling"] != "none"
   ):
     raise errors.UserError(
       "config.zo.optimizer: 'conservative' scales no coefficients; expected "
-      f"zo.scaling 'none' and zo.clip 0; found '{config.zo.scaling}' and "
-      f"{config.zo.clip}."
+      f"zo.scaling 'none' and zo.clip 0; found '{fields['zo.scaling']}' and "
+      f"{fields['zo.clip']}."
     )
-  if config.zo.weight_decay and config.zo.optimizer != "sgd":
+  if fields["zo.weight_decay"] and fields["zo.optimizer"] != "sgd":
     raise errors.UserError(
       "config.zo.weight_decay: only zo.optimizer 'sgd' takes it; found "
-      f"{config.zo.weight_decay} with '{config.zo.optimizer}'."
+      f"{fields['zo.weight_decay']} with '{fields['zo.optimizer']}'."
     )
 
 
-def _check_ckpt(
-  config: ml_collections.ConfigDict, fields: dict[str, Any]
-) -> None:
-  """Stops on a theta that no ledger rebuilds, and on fields there are not."""
-  optimizer, method = config.zo.optimizer, config.method
-  rarely = config.ckpt.base_every_steps
+def _check_ckpt(fields: _Fields) -> None:
+  """Checks that a ledger can rebuild theta, and names of fields."""
+  optimizer, method = fields["zo.optimizer"], fields["method"]
+  rarely = fields["ckpt.base_every_steps"]
   if rarely and not (
     methods.METHODS[method].updates_base
     and methods.METHODS[method].zeroth_order
@@ -310,7 +209,7 @@ def _check_ckpt(
       f"{' or '.join(IN_PLACE)} can be taken again from the ledger; expected 0 "
       f"with '{optimizer}'; found {rarely}."
     )
-  for name in config.ckpt.may_change:
+  for name in fields["ckpt.may_change"]:
     if name not in fields:
       raise errors.UserError(
         f"config.ckpt.may_change: there is no field '{name}'."
@@ -318,56 +217,62 @@ def _check_ckpt(
       )
 
 
-def _check_adapter(config: ml_collections.ConfigDict) -> None:
-  """Stops on adapters that there are not, and on fields they would ignore."""
-  known, kinds = defaults.ADAPTERS, str(config.adapter.kind).split("+")
+def _check_adapter(fields: _Fields) -> None:
+  """Checks the kinds of adapters, and for fields that they would ignore."""
+  known, kinds = defaults.ADAPTERS, str(fields["adapter.kind"]).split("+")
   for kind in kinds:
     if kind not in known or kinds.count(kind) > 1:
       raise errors.UserError(
         f"config.adapter.kind: expected one or more of {', '.join(known)}, "
-        f"each once, joined by '+'; found '{config.adapter.kind}'."
+        f"each once, joined by '+'; found '{fields['adapter.kind']}'."
         + ("" if kind in known else errors.nearest(kind, known))
       )
-  if config.lora.dropout >= 1:
+  if fields["lora.dropout"] >= 1:
     raise errors.UserError(
-      f"config.lora.dropout: expected less than 1; found {config.lora.dropout}."
+      f"config.lora.dropout: expected less than 1; found "
+      f"{fields['lora.dropout']}."
     )
-  if config.prefix.projection and config.prefix.init != "random":
+  if fields["prefix.projection"] and fields["prefix.init"] != "random":
     raise errors.UserError(
       "config.prefix.projection: a computed prefix cannot start from tokens; "
-      f"expected prefix.init 'random'; found '{config.prefix.init}'."
+      f"expected prefix.init 'random'; found '{fields['prefix.init']}'."
     )
-  if bool(config.prompt.text.strip()) != (config.prompt.init == "text"):
+  if bool(fields["prompt.text"].strip()) != (fields["prompt.init"] == "text"):
     raise errors.UserError(
       "config.prompt.text: expected words with prompt.init 'text', and only "
-      f"then; found '{config.prompt.text}' with '{config.prompt.init}'."
+      f"then; found '{fields['prompt.text']}' with '{fields['prompt.init']}'."
     )
 
 
-def _check_generate(options: ml_collections.ConfigDict) -> None:
-  """Stops on ways to generate that exclude each other."""
-  if options.top_p > 1:
+def _check_generate(fields: _Fields) -> None:
+  """Checks for ways to generate that exclude each other."""
+  if fields["generate.top_p"] > 1:
     raise errors.UserError(
       "config.generate.top_p: expected more than 0 and at most 1; found "
-      f"{options.top_p}."
+      f"{fields['generate.top_p']}."
     )
-  if options.num_beams > 1 and options.temperature:
+  if fields["generate.num_beams"] > 1 and fields["generate.temperature"]:
     raise errors.UserError(
       "config.generate.num_beams: beam search draws nothing; expected "
-      f"generate.temperature 0; found {options.temperature} with "
-      f"{options.num_beams} beams."
+      f"generate.temperature 0; found {fields['generate.temperature']} with "
+      f"{fields['generate.num_beams']} beams."
     )
-  if not options.temperature and (options.top_k or options.top_p < 1):
+  if not fields["generate.temperature"] and (
+    fields["generate.top_k"] or fields["generate.top_p"] < 1
+  ):
     raise errors.UserError(
       "config.generate.temperature: top_k and top_p need more than 0; found "
-      f"0 with top_k {options.top_k} and top_p {options.top_p}."
+      f"0 with top_k {fields['generate.top_k']} and top_p "
+      f"{fields['generate.top_p']}."
     )
-  if options.length_penalty != 1 and options.num_beams == 1:
+  if (
+    fields["generate.length_penalty"] != 1 and fields["generate.num_beams"] == 1
+  ):
     raise errors.UserError(
       "config.generate.length_penalty: only beam search takes it; expected 1, "
-      f"or more generate.num_beams; found {options.length_penalty}."
+      f"or more generate.num_beams; found {fields['generate.length_penalty']}."
     )
-  for text in options.stop:
+  for text in fields["generate.stop"]:
     if not isinstance(text, str) or not text:
       raise errors.UserError(
         "config.generate.stop: expected texts that are not empty; found "

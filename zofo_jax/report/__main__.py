@@ -1,8 +1,8 @@
-"""Compares runs on one page: `python -m zofo_jax.report`."""
+"""`python -m zofo_jax.report`: the same as `zofo report`."""
 
 import sys
 
-from zofo_jax.commands import report
+from zofo_jax import main
 
 if __name__ == "__main__":
-  sys.exit(report.main())
+  sys.exit(main.main(["report", *sys.argv[1:]]))

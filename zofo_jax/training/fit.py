@@ -73,7 +73,7 @@ def fit(
 
   Raises:
     UserError: something cannot be written, or the run diverged.
-    guards.InterruptedRun: SIGTERM or SIGINT came.
+    errors.InterruptedRun: SIGTERM or SIGINT came.
   """
   options = config.train
   # A run resumes in this order:

@@ -14,19 +14,6 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _WINDOW = 10
 
 
-class InterruptedRun(Exception):
-  """A signal ended a run, after its state was saved.
-
-  Attributes:
-    code: exit code, 128 plus the signal's number: 143 or 130.
-  """
-
-  def __init__(self, number: int, text: str):
-    """Initializes the exception with the signal's number and a message."""
-    super().__init__(f"stopped by {signal.Signals(number).name} {text}")
-    self.code = 128 + number
-
-
 class Signals:
   """Records SIGTERM and SIGINT in a `with` statement; a second one kills.
 

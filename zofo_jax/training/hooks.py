@@ -216,13 +216,13 @@ class Preemption(loop.Hook):
     """Ends the run if there was a signal.
 
     Raises:
-      guards.InterruptedRun: there was one.
+      errors.InterruptedRun: there was one.
     """
     if self._signal is None or step == self._num_steps:
       return
     self._save(state)
     self._wait()
-    raise guards.InterruptedRun(
+    raise errors.InterruptedRun(
       self._signal,
       f"at step {step} of {self._num_steps}, which is saved; the same command "
       "resumes the run.",

@@ -64,7 +64,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   Raises:
     UserError: something in the config, the files or `workdir` is wrong, or
       the run diverged.
-    guards.InterruptedRun: SIGTERM or SIGINT came.
+    errors.InterruptedRun: SIGTERM or SIGINT came.
   """
   folder = epath.Path(workdir)
   with multihost.raise_on_all_processes():

@@ -1,0 +1,268 @@
+"""Arguments of the commands: parsers, configs, processes.
+
+Every command has an `argparse` parser of its own flags. The fields of a config
+are typed and set by `ml_collections`.
+"""
+
+import argparse
+import importlib
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from zofo_jax import errors
+from zofo_jax.config import defaults, files, show, validate
+from zofo_jax.sharding import multihost
+
+
+class Parser(argparse.ArgumentParser):
+  """A parser that raises `UserError` instead of exiting."""
+
+  def error(self, message: str) -> NoReturn:
+    """Raises a `UserError` with the message."""
+    raise errors.UserError(f"{self.prog}: {message}.")
+
+  def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+    """Parses arguments, all of which must be known."""
+    options, unknown = self.parse_known_args(arguments)
+    self.check_known(unknown)
+    return options
+
+  def check_known(self, unknown: Sequence[str]) -> None:
+    """Raises a `UserError` that names the first unknown argument, if any."""
+    for argument in unknown:
+      name = argument.partition("=")[0]
+      if not argument.startswith("-"):
+        found = f"{self.prog} {argument}".removeprefix("zofo ").strip()
+        raise errors.UserError(
+          f"expected one command and its flags; found '{found}'."
+        )
+      valid = re.findall(r"--\w+", self.format_help())
+      raise errors.UserError(
+        f"{name}: `{self.prog}` has no such flag.{errors.nearest(name, valid)}"
+      )
+
+
+def make_parser(command: str, doc: str | None) -> Parser:
+  """Returns the parser of a command, described by its module's docstring."""
+  return Parser(
+    f"zofo {command}".strip(),
+    description=doc,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+    allow_abbrev=False,
+  )
+
+
+def add_config(parser: Parser) -> None:
+  """Adds the flags that give a config."""
+  parser.add_argument(
+    "--config",
+    metavar="FILE[:NAME=VALUE,...]",
+    help="a Python file, or the name of a shipped config: "
+    + ", ".join(files.names())
+    + "; --config.zo.eps=1e-2 sets a field",
+  )
+  parser.add_argument(
+    "--print_config",
+    action="store_true",
+    help="print every field of the config with its help, and exit",
+  )
+
+
+def add_run(parser: Parser) -> None:
+  """Adds the flags for the folder of a run and for several processes."""
+  parser.add_argument(
+    "--workdir", metavar="DIR", help="folder of the run; local or gs://"
+  )
+  group = parser.add_argument_group(
+    "several processes", "The same command is started in each of them."
+  )
+  group.add_argument(
+    "--distributed",
+    metavar="auto|HOST:PORT",
+    help="auto (TPU pods, SLURM, ...), or the address of process 0",
+  )
+  group.add_argument(
+    "--num_processes", type=int, help="with --distributed=HOST:PORT"
+  )
+  group.add_argument("--process_id", type=int, help="of this one, from 0")
+  group.add_argument(
+    "--timeout",
+    type=int,
+    default=300,
+    help="seconds that processes wait for each other at the start",
+  )
+
+
+def parse_config(
+  parser: Parser, arguments: Sequence[str]
+) -> tuple[argparse.Namespace, ml_collections.ConfigDict | None]:
+  """Parses arguments and loads the config that they name.
+
+  Args:
+    parser: has the flags of `add_config`.
+    arguments: of the command.
+
+  Returns:
+    Values of the flags, and the config with its changed fields; None without
+    --config.
+
+  Raises:
+    errors.UserError: an argument, the config or a field is wrong.
+  """
+  options, others = parser.parse_known_args(arguments)
+  _check_fields(others)
+  if options.config is None:
+    if others and others[0].startswith(("--config.", "--noconfig.")):
+      need_config(None)
+    parser.check_known(others)
+    return options, None
+  config, unknown = set_fields(files.load(options.config), others)
+  parser.check_known(unknown)
+  return options, config
+
+
+def need_config(
+  config: ml_collections.ConfigDict | None,
+) -> ml_collections.ConfigDict:
+  """Returns the config, or raises a `UserError` if there is none."""
+  if config is None:
+    raise errors.UserError(
+      "--config: expected a file such as configs/demo.py, or its name, demo; "
+      "found nothing."
+    )
+  return config
+
+
+def _check_fields(arguments: Sequence[str]) -> None:
+  """Raises a `UserError` that names the first field that does not exist."""
+  valid = [f"config.{name}" for name in defaults.FIELDS]
+  for argument in arguments:
+    name = argument.lstrip("-").partition("=")[0].removeprefix("no")
+    if name.startswith("config.") and name not in valid:
+      raise errors.UserError(
+        f"--{name}: there is no such field.{errors.nearest(name, valid)}"
+      )
+
+
+def set_fields(
+  config: ml_collections.ConfigDict, arguments: Sequence[str]
+) -> tuple[ml_collections.ConfigDict, list[str]]:
+  """Sets fields of a config from arguments such as "--config.zo.eps=1e-2".
+
+  Args:
+    config: the config.
+    arguments: flags, of fields and others.
+
+  Returns:
+    The config, locked, and the arguments that name no field.
+
+  Raises:
+    errors.UserError: a value is not of its field's type.
+  """
+  others = [a for a in arguments if re.match(r"-+(?!(no)?config\.)[a-z]", a)]
+  argv = ["zofo", *(a for a in arguments if a not in others)]
+  values = flags.FlagValues()
+  try:
+    config_flags.DEFINE_config_dict(
+      "config", config, flag_values=values, sys_argv=argv
+    )
+    others += values(argv)[1:]
+  except (AttributeError, LookupError, TypeError, ValueError) as error:
+    # As ml_collections raises them.
+    raise errors.UserError(f"--config: {errors.first_line(error)}.") from error
+  except flags.Error as error:
+    raise errors.UserError(f"{errors.first_line(error)}.") from error
+  return values["config"].value, others
+
+
+def print_config(config: ml_collections.ConfigDict | None) -> None:
+  """Prints every field of a config, and then checks them."""
+  config = need_config(config)
+  print(show.as_arguments(config))
+  validate.check(config)
+
+
+def start_processes(
+  options: argparse.Namespace, command: str, fields: dict[str, Any]
+) -> None:
+  """Connects the processes, if there are several, and compares their inputs.
+
+  Args:
+    options: values of the flags of `add_run`.
+    command: the command.
+    fields: fields of the config.
+
+  Raises:
+    errors.UserError: a flag is missing, or processes were given other inputs.
+  """
+  if not options.distributed:
+    for name in ("num_processes", "process_id"):
+      if getattr(options, name) is not None:
+        raise errors.UserError(
+          f"--{name}: expected --distributed=HOST:PORT with it; found none."
+        )
+    return
+  multihost.initialize(
+    options.distributed,
+    num_processes=options.num_processes,
+    process_id=options.process_id,
+    timeout=options.timeout,
+  )
+  inputs = {f"config.{name}": value for name, value in fields.items()}
+  multihost.assert_same_inputs(
+    {"the command": command, "--workdir": options.workdir, **inputs}
+  )
+
+
+def need_workdir(options: argparse.Namespace) -> str:
+  """Returns --workdir, or raises a `UserError` if there is none."""
+  if not options.workdir:
+    raise errors.UserError("--workdir: expected a folder; found nothing.")
+  return options.workdir
+
+
+def default_workdir(config: str | None) -> str | None:
+  """Returns the folder of a run of a config that is given by its name.
+
+  Example:
+    >>> default_workdir("opt:size=125m,task=sst2")
+    'runs/opt,size=125m,task=sst2'
+    >>> default_workdir("configs/opt.py")
+  """
+  name = (config or "").partition(":")[0]
+  if not name or "/" in name or name.endswith(".py"):
+    return None
+  return f"runs/{str(config).replace('/', '_').replace(':', ',')}"
+
+
+def run_config(
+  arguments: Sequence[str], command: str | None = None, doc: str | None = None
+) -> None:
+  """Runs a command that needs a config and a folder to write to.
+
+  Args:
+    arguments: of the command.
+    command: train, icl, ...; None for the config's own.
+    doc: the command's description.
+  """
+  parser = make_parser(command or "", doc)
+  add_config(parser)
+  add_run(parser)
+  options, config = parse_config(parser, arguments)
+  if options.print_config:
+    print_config(config)
+    return
+  command = command or ("train" if config is None else config.command)
+  if command in ("train", "metatrain", "adapt"):
+    options.workdir = options.workdir or default_workdir(options.config)
+  workdir, config = need_workdir(options), need_config(config)
+  config.command = command
+  start_processes(options, command, defaults.flat(config))
+  # Imports that take seconds: only once the arguments are right.
+  module = importlib.import_module(f"zofo_jax.commands.{command}")
+  module.run(config, workdir)

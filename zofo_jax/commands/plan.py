@@ -1,0 +1,32 @@
+"""Plans a run: whether it fits, on how few chips, at what cost.
+
+Needs neither the devices nor the weights.
+
+  zofo plan --config=llama:size=70b --topology=v5p:4x4x4 --json=PLAN.json
+"""
+
+from collections.abc import Sequence
+
+from zofo_jax import errors
+from zofo_jax.commands import arguments as arguments_lib
+
+
+def main(arguments: Sequence[str]) -> None:
+  """Runs the command."""
+  parser = arguments_lib.make_parser("plan", __doc__)
+  arguments_lib.add_config(parser)
+  parser.add_argument("--topology", help="devices, such as v5e:4x4 or h100:8")
+  parser.add_argument("--json", metavar="FILE", help="file to write figures to")
+  options, config = arguments_lib.parse_config(parser, arguments)
+  if options.print_config:
+    arguments_lib.print_config(config)
+    return
+  config = arguments_lib.need_config(config)
+  if not options.topology:
+    raise errors.UserError(
+      "--topology: expected devices such as v5e:4x4, cpu:8 or h100:8; found "
+      "nothing."
+    )
+  from zofo_jax.plan import planner  # takes seconds
+
+  planner.plan(config, options.topology, options.json)
