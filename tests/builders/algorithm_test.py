@@ -83,6 +83,7 @@ def test_losses_of_a_model(tiny_model, tiny_rows, loss, dtype, rtol):
   config.data.dir = str(tiny_rows)
   config.data.task = "rotten_tomatoes"
   config.data.num_selection = config.data.num_test = 8
+  config.mesh.data = 1
   run = run_lib.make_run(config)
 
   def first_batch(config):
