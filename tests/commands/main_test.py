@@ -18,6 +18,7 @@ from zofo_jax import main
 
 ROOT = pathlib.Path(__file__).parents[2]
 LLAMA = ROOT / "configs" / "llama.py"
+COUNTS = {"lower": 96, "upper": 48, "selection": 48, "test": 64}
 
 
 @pytest.fixture
@@ -56,6 +57,8 @@ def train(complaint, tiny_model, tiny_rows, tmp_path):
       f"--config.model.name={model}",
       f"--config.data.dir={rows}",
       "--config.data.task=rotten_tomatoes",
+      # As many as there are: nothing to warn of.
+      *(f"--config.data.num_{name}={count}" for name, count in COUNTS.items()),
       *changes,
     )
 
@@ -362,6 +365,8 @@ def test_another_config_than_the_run_began_with(
   config.model.name = str(tiny_model)
   config.data.dir = str(tiny_rows)
   config.data.task = "rotten_tomatoes"
+  for name, count in COUNTS.items():
+    config.data[f"num_{name}"] = count
   (tmp_path / "run" / "checkpoints").mkdir(parents=True)
   (tmp_path / "run" / "config.json").write_text(json.dumps(config.to_dict()))
   text = train("--config.zo.eps=0.01", "--config.seed=1")
