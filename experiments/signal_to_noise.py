@@ -32,6 +32,7 @@ from zofo_jax.builders import run as run_lib
 from zofo_jax.core import directions, sampler
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.data import batching
+from zofo_jax.models.decoder import STACKED
 
 ROOT = pathlib.Path(__file__).parents[1]
 KINDS = {
@@ -142,7 +143,7 @@ def main():
     for number in range(given.directions):
       own, frame = jax.random.split(jax.random.key(number))
       key = keys_lib.DirectionKey(own, frame)
-      z = sampler.Sampler(kind).weighted_sum(
+      z = sampler.Sampler(kind, stacked=STACKED).weighted_sum(
         base, key._replace(direction=own[None]), jnp.ones(1)
       )
       exact = dot(g, z)

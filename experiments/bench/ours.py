@@ -21,6 +21,7 @@ from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import encode_options
 from zofo_jax.evaluation import scoring
 from zofo_jax.models import apply, llama, opt
+from zofo_jax.models.decoder import STACKED
 
 DIRECTIONS = {
   "rademacher": zofo.directions.Rademacher(),
@@ -124,7 +125,7 @@ def zo_step(
   direction: zofo.directions.Direction,
 ) -> Callable[..., tuple[Any, Any]]:
   """Makes a central estimate along one direction with SGD in place."""
-  sampler = zofo.Sampler(direction, lazy=True)
+  sampler = zofo.Sampler(direction, stacked=STACKED, lazy=True)
   zo = zofo.ZerothOrder(sampler)
   sgd = zofo.outer.sgd(_RATE)
 
@@ -250,7 +251,11 @@ def _iterate(
     lower_tx=optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-4)),
     upper_tx=optax.adam(1e-4),
     base_tx=zofo.outer.sgd(_RATE),
-    zo=zofo.ZerothOrder(zofo.Sampler(zofo.directions.Rademacher(), lazy=True)),
+    zo=zofo.ZerothOrder(
+      zofo.Sampler(
+        zofo.directions.Rademacher(), stacked=STACKED, lazy=True
+      )
+    ),
     over_tasks=bool(num_tasks),
   )
   buffers = {

@@ -16,6 +16,7 @@ from zofo_jax.builders import model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.core import directions, losses
 from zofo_jax.models import llama
+from zofo_jax.models.decoder import STACKED
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 MODEL = llama.Llama(llama.LlamaConfig(96, 16, 24, 2, 4, 2, 4))
@@ -72,7 +73,9 @@ def take_step(base, upper, lower, rate=1e-2):
     lower_tx=optax.adam(rate),
     upper_tx=optax.adam(rate),
     base_tx=zofo.outer.sgd(1e-3),
-    zo=zofo.ZerothOrder(zofo.Sampler(directions.Rademacher(), lazy=True)),
+    zo=zofo.ZerothOrder(
+      zofo.Sampler(directions.Rademacher(), stacked=STACKED, lazy=True)
+    ),
   )
   state = algorithm.init(jax.random.key(5), base, upper, lower)
   batch = zofo.BilevelBatch(make_batch(0, T), make_batch(1), make_batch(2))

@@ -11,6 +11,7 @@ from tests.models.recorded import load
 from zofo_jax import adapters, errors
 from zofo_jax.core import directions, perturbed, sampler
 from zofo_jax.core import keys as keys_lib
+from zofo_jax.models.decoder import STACKED
 
 CASES = ["llama", "llama_dynamic", "opt", "opt_350m"]
 KINDS = ["lora", "prefix", "projected", "prompt", "all"]
@@ -161,9 +162,9 @@ def test_perturbed_weights_act_as_their_values(kind):
   model, base, tokens, mask = recorded("llama")
   adapter = make(kind, model, base)
   key = keys_lib.DirectionKey(jax.random.key(3), jax.random.key(4))
-  nodes = sampler.Sampler(directions.Rademacher(), lazy=True).perturb(
-    base, key, 1e-2
-  )
+  nodes = sampler.Sampler(
+    directions.Rademacher(), stacked=STACKED, lazy=True
+  ).perturb(base, key, 1e-2)
   ours = run(model, nodes, adapter, tokens, mask)
   whole = run(model, perturbed.materialize(nodes), adapter, tokens, mask)
   np.testing.assert_allclose(ours, whole, atol=1e-4)

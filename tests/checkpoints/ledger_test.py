@@ -19,6 +19,7 @@ from zofo_jax.core import bilevel, directions, outer, perturbed
 from zofo_jax.core import sampler as sampler_lib
 from zofo_jax.core.types import BilevelBatch, BilevelHParams, InPlaceUpdate
 from zofo_jax.core.zeroth_order import ZerothOrder
+from zofo_jax.models.decoder import STACKED
 
 
 def line(step, *weights, move=True):
@@ -216,7 +217,9 @@ def weights_of(dtype):
 def test_theta_is_rebuilt_bit_for_bit(
   direction, dtype, num_directions, tx, layers
 ):
-  sampler = sampler_lib.Sampler(direction, layers=layers, lazy=True)
+  sampler = sampler_lib.Sampler(
+    direction, layers=layers, stacked=STACKED, lazy=True
+  )
   algorithm = bilevel.make_bilevel_step(
     loss_fn,
     lower_tx=optax.sgd(1e-2),

@@ -15,8 +15,10 @@ import zofo_jax as zofo
 from zofo_jax.core import directions, outer, perturbed, sampler, zo
 from zofo_jax.core import keys as keys_lib
 
+STACKED = r"(^|/)layers/"
+
 D, ROWS, T = 8, 8, 3
-SAMPLER = sampler.Sampler(directions.Rademacher())
+SAMPLER = sampler.Sampler(directions.Rademacher(), stacked=STACKED)
 
 
 @jax.custom_jvp
@@ -267,7 +269,7 @@ def test_no_stacked_weight_is_copied():
     residual = jnp.sum(x, axis=-1) + adapter["b"] - y
     return jnp.sum(weight * residual**2) / jnp.sum(weight)
 
-  lazy = sampler.Sampler(directions.Rademacher(), lazy=True)
+  lazy = sampler.Sampler(directions.Rademacher(), lazy=True, stacked=STACKED)
   algorithm = _algorithm(loss, zo=zofo.ZerothOrder(lazy))
   state = algorithm.init(key, base, upper, lower)
   step = jax.jit(algorithm.step, donate_argnums=0)

@@ -14,7 +14,7 @@ from zofo_jax.core import keys as keys_lib
 
 STACKED = r"(^|/)layers/"
 D, ROWS, T = 8, 8, 3
-SAMPLER = sampler.Sampler(directions.Rademacher())
+SAMPLER = sampler.Sampler(directions.Rademacher(), stacked=STACKED)
 
 
 def _loss(base, adapter, batch, key):
@@ -152,7 +152,7 @@ def test_iteration_equals_the_transcription(
   eps, penalty = 0.05, 3.0
   # Two layers of vectors, or a matrix for directions that need one.
   low_rank = isinstance(direction, directions.LowRank)
-  probed = sampler.Sampler(direction, stacked="^$" if low_rank else STACKED)
+  probed = sampler.Sampler(direction, stacked=None if low_rank else STACKED)
   fast, slow = {
     "sgd": (outer.sgd(1e-2), _slow_sgd(1e-2)),
     "adam": (optax.adam(1e-2), _slow_adam(1e-2)),
@@ -262,7 +262,12 @@ def test_directions_share_their_frame_for_some_steps():
   for _ in range(6):
     state, _ = step(state, batch)
     own, frame = state.base_opt[1]
-    z = _unit(own[0], frame, base, sampler.Sampler(directions.LowRank(2)))
+    z = _unit(
+      own[0],
+      frame,
+      base,
+      sampler.Sampler(directions.LowRank(2), stacked=STACKED),
+    )
     zs.append(np.array(z["w"]))
   rank = lambda steps: np.linalg.matrix_rank(np.vstack([zs[i] for i in steps]))
   assert rank((0, 1, 2)) == rank((3, 4, 5)) == 2  # one V

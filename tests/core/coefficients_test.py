@@ -12,7 +12,9 @@ from zofo_jax.core import directions, outer, zo
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
 
-SAMPLER = sampler_lib.Sampler(directions.Rademacher())
+STACKED = r"(^|/)layers/"
+
+SAMPLER = sampler_lib.Sampler(directions.Rademacher(), stacked=STACKED)
 KEY = jax.random.key(99)
 SCALINGS = {
   "clip": outer.clip(0.5),

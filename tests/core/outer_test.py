@@ -11,7 +11,9 @@ import pytest
 from zofo_jax.core import directions, outer, sampler, zo
 from zofo_jax.core import keys as keys_lib
 
-SAMPLER = sampler.Sampler(directions.Rademacher())
+STACKED = r"(^|/)layers/"
+
+SAMPLER = sampler.Sampler(directions.Rademacher(), stacked=STACKED)
 KEY = jax.random.key(99)
 
 

@@ -13,6 +13,8 @@ from jax.sharding import PartitionSpec as P
 from zofo_jax.core import directions, perturbed, sampler
 from zofo_jax.core import keys as keys_lib
 
+STACKED = r"(^|/)layers/"
+
 RADEMACHER = directions.Rademacher()
 LOW_RANK = directions.LowRank(2)
 PER_EXAMPLE = directions.PerExample()
@@ -47,14 +49,18 @@ def _tree(dtype=jnp.float32):
 
 
 def _nodes(kind, tree, key, scale):
-  return sampler.Sampler(kind, lazy=True).perturb(tree, key, scale)
+  return sampler.Sampler(kind, lazy=True, stacked=STACKED).perturb(
+    tree, key, scale
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _z(kind, tree, key):
   """Writes z of one key out, without nodes; int leaves give zeros."""
   keys = keys_lib.DirectionKey(key.direction[None], key.subspace)
-  return sampler.Sampler(kind).weighted_sum(tree, keys, jnp.ones(1))
+  return sampler.Sampler(kind, stacked=STACKED).weighted_sum(
+    tree, keys, jnp.ones(1)
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -64,7 +70,7 @@ def _draw(kind, key, shape_of):
 
 def _node(kind, weight, scale, seed=0):
   """A node of one matrix, and its value by hand."""
-  key = keys_lib.leaf_keys(_key(seed), {"w": weight})["w"]
+  key = keys_lib.leaf_keys(_key(seed), {"w": weight}, stacked=STACKED)["w"]
   scale = jnp.float32(scale)
   z = kind.mask(_draw(kind, key, weight), weight)
   whole = (weight.astype(jnp.float32) + scale * z).astype(weight.dtype)
@@ -85,16 +91,16 @@ def _close(left, right, tolerance=1e-5):
 
 def test_a_key_for_every_leaf_and_layer():
   tree, key = _tree(), _key()
-  keys = keys_lib.leaf_keys(key, tree)
+  keys = keys_lib.leaf_keys(key, tree, stacked=STACKED)
   assert keys["head"].direction.shape == keys["head"].subspace.shape == (2,)
   for part in keys["layers"]["mlp"]["kernel"]:
     assert part.shape == (LAYERS, 2)
   # Without the pattern the same leaf is one array with one key.
-  flat = keys_lib.leaf_keys(key, tree, stacked="^$")
+  flat = keys_lib.leaf_keys(key, tree)
   assert flat["layers"]["mlp"]["kernel"].direction.shape == (2,)
   # All differ, those of one key used for both parts too.
   keys = keys_lib.leaf_keys(
-    keys_lib.DirectionKey(key.direction, key.direction), tree
+    keys_lib.DirectionKey(key.direction, key.direction), tree, stacked=STACKED
   )
   words = np.concatenate([k.reshape(-1, 2) for k in jax.tree.leaves(keys)])
   assert len(np.unique(words, axis=0)) == len(words) == 2 * (3 * LAYERS + 4)
@@ -104,16 +110,18 @@ def test_keys_depend_on_the_path_alone():
   tree, key = _tree(), _key()
   alone = {"layers": {"mlp": {"kernel": tree["layers"]["mlp"]["kernel"]}}}
   _same(
-    keys_lib.leaf_keys(key, alone)["layers"]["mlp"]["kernel"],
-    keys_lib.leaf_keys(key, tree)["layers"]["mlp"]["kernel"],
+    keys_lib.leaf_keys(key, alone, stacked=STACKED)["layers"]["mlp"]["kernel"],
+    keys_lib.leaf_keys(key, tree, stacked=STACKED)["layers"]["mlp"]["kernel"],
   )
 
 
 def test_own_and_frame_reach_their_parts():
   tree, key = _tree(), _key(1)
   other = _key(2)
-  both = keys_lib.leaf_keys(key, tree)
-  mixed = keys_lib.leaf_keys(key._replace(direction=other.direction), tree)
+  both = keys_lib.leaf_keys(key, tree, stacked=STACKED)
+  mixed = keys_lib.leaf_keys(
+    key._replace(direction=other.direction), tree, stacked=STACKED
+  )
   for old, new in zip(
     jax.tree.leaves(both, is_leaf=lambda x: isinstance(x, keys_lib.LeafKey)),
     jax.tree.leaves(mixed, is_leaf=lambda x: isinstance(x, keys_lib.LeafKey)),
@@ -130,7 +138,7 @@ def test_other_generators_are_refused(impl):
     keys_lib.DirectionKey(good, bad),
   ):
     with pytest.raises(ValueError, match="threefry"):
-      keys_lib.leaf_keys(key, _tree())
+      keys_lib.leaf_keys(key, _tree(), stacked=STACKED)
 
 
 # --- Reading -----------------------------------------------------------------
@@ -240,7 +248,9 @@ def test_lazy_model_equals_materialised(kind):
   z = _z(kind, tree, key)
   for got, scale in zip(both, scales):
     # The materialised tree, by the library and by hand.
-    arrays = jax.jit(sampler.Sampler(kind).perturb)(tree, key, scale)
+    arrays = jax.jit(sampler.Sampler(kind, stacked=STACKED).perturb)(
+      tree, key, scale
+    )
     by_hand = jax.tree.map(
       lambda leaf, z, scale=scale: leaf + np.float32(scale) * z, tree, z
     )

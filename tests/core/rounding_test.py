@@ -12,6 +12,8 @@ from zofo_jax.core import directions, rounding
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
 
+STACKED = r"(^|/)layers/"
+
 RADEMACHER = directions.Rademacher()
 HALF = [jnp.bfloat16, jnp.float16]
 
@@ -56,7 +58,7 @@ def test_writes_round_each_weight_by_itself(dtype):
     "b": jnp.ones((50, 40), dtype),
     "layers": {"c": jnp.ones((3, 50, 40), dtype)},
   }
-  sampler = sampler_lib.Sampler(RADEMACHER)
+  sampler = sampler_lib.Sampler(RADEMACHER, stacked=STACKED)
   keys, weights = _keys(1), jnp.array([spacing / 4])
   to_nearest = _add(sampler, tree, keys, weights)
   z = jax.jit(sampler.weighted_sum)(tree, keys, jnp.ones(1))
@@ -87,7 +89,7 @@ def _displacements(dtype, rate, drift):
   rng = np.random.default_rng(0)
   start = jnp.asarray(0.02 * rng.normal(size=(200, 100)), dtype)
   coefficients = 30.0 * rng.normal(size=1000).astype(np.float32)
-  sampler = sampler_lib.Sampler(RADEMACHER)
+  sampler = sampler_lib.Sampler(RADEMACHER, stacked=STACKED)
 
   def step(i, bases):
     own = jax.random.fold_in(jax.random.key(1), 0 if drift else i)

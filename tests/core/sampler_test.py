@@ -16,6 +16,8 @@ from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
 from zofo_jax.core import tree as tree_lib
 
+STACKED = r"(^|/)layers/"
+
 RADEMACHER = directions.Rademacher()
 KINDS = [
   RADEMACHER,
@@ -64,7 +66,9 @@ def _draw(kind, key, leaf, stacked):
 def _z(kind, tree, keys, q):
   """Draws one z leaf by leaf."""
   own = keys_lib.leaf_keys(
-    keys_lib.DirectionKey(keys.direction[q], keys.subspace), tree
+    keys_lib.DirectionKey(keys.direction[q], keys.subspace),
+    tree,
+    stacked=STACKED,
   )
 
   def leaf_z(path, leaf, key):
@@ -99,7 +103,7 @@ def test_add_and_write_equal_a_slow_loop(kind, count):
       total,
       _z(kind, tree, keys, q),
     )
-  sampler = sampler_lib.Sampler(kind)
+  sampler = sampler_lib.Sampler(kind, stacked=STACKED)
   written = _write(sampler, tree, keys, weights)
   assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(written))
   _close(written, total)
@@ -112,7 +116,7 @@ def test_add_and_write_equal_a_slow_loop(kind, count):
 def test_write_is_add_on_zeros(kind):
   zeros = jax.tree.map(jnp.zeros_like, _tree())
   arguments = (zeros, _keys(2), jnp.array([0.5, -2.0]))
-  sampler = sampler_lib.Sampler(kind)
+  sampler = sampler_lib.Sampler(kind, stacked=STACKED)
   _same(_write(sampler, *arguments), _add(sampler, *arguments))
 
 
@@ -123,13 +127,17 @@ def _kernels(name):
 @kinds
 def test_select_leaves_the_rest_untouched(kind):
   tree, keys = _tree(), _keys(1)
-  sampler = sampler_lib.Sampler(kind, select=_kernels, lazy=True)
+  sampler = sampler_lib.Sampler(
+    kind, select=_kernels, lazy=True, stacked=STACKED
+  )
   nodes = sampler.perturb(
     tree, keys_lib.DirectionKey(keys.direction[0], keys.subspace), 0.1
   )
   moved = _add(sampler, tree, keys, jnp.ones(1), decay=0.5)
   z = _write(sampler, tree, keys, jnp.ones(1))
-  everything = _write(sampler_lib.Sampler(kind), tree, keys, jnp.ones(1))
+  everything = _write(
+    sampler_lib.Sampler(kind, stacked=STACKED), tree, keys, jnp.ones(1)
+  )
   kernel = lambda tree: tree["layers"].pop("kernel")
   # What is left out changes nothing for the rest.
   np.testing.assert_array_equal(kernel(z), kernel(everything))
@@ -148,8 +156,8 @@ def test_select_leaves_the_rest_untouched(kind):
 )
 def test_layers_leave_the_others_untouched(kind, layers):
   tree, keys = _tree(jnp.bfloat16), _keys(2)
-  sampler = sampler_lib.Sampler(kind, layers=layers)
-  everything = sampler_lib.Sampler(kind)
+  sampler = sampler_lib.Sampler(kind, layers=layers, stacked=STACKED)
+  everything = sampler_lib.Sampler(kind, stacked=STACKED)
   weights = jnp.array([1.0, 0.25])
   key = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
   rest = [layer for layer in range(LAYERS) if layer not in layers]
@@ -174,7 +182,11 @@ def test_layers_leave_the_others_untouched(kind, layers):
 def test_decay_skips_vectors():
   tree, keys = _tree(), _keys(1)
   moved = _add(
-    sampler_lib.Sampler(RADEMACHER), tree, keys, jnp.zeros(1), decay=0.25
+    sampler_lib.Sampler(RADEMACHER, stacked=STACKED),
+    tree,
+    keys,
+    jnp.zeros(1),
+    decay=0.25,
   )
   _close(moved["embed"], 0.75 * tree["embed"], rtol=1e-7)
   layers = moved["layers"]
@@ -197,7 +209,7 @@ def test_sharded_rows_exchange_nothing(kind):
   kernel = np.random.default_rng(0).normal(size=(2, 512, 136))
   whole = {"layers": {"kernel": jnp.asarray(kernel, jnp.bfloat16)}}
   tree = jax.device_put(whole, sharding)
-  sampler = sampler_lib.Sampler(kind)
+  sampler = sampler_lib.Sampler(kind, stacked=STACKED)
   arguments = (_keys(2), jnp.array([0.5, -1.0]))
   add = jax.jit(
     functools.partial(sampler.apply_directions, rounding_key=jax.random.key(4)),
@@ -228,7 +240,7 @@ def test_any_tree_is_perturbed_as_it_is_updated(kind, plain, stacked, dtype):
   tree["layers"] = [rng.normal(size=(2, *shape)) for shape in stacked]
   tree = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), tree)
   keys = _keys(1)
-  sampler = sampler_lib.Sampler(kind)
+  sampler = sampler_lib.Sampler(kind, stacked=STACKED)
   key = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
   shifted = jax.jit(sampler.perturb)(tree, key, 0.5)
   moved = _add(sampler, tree, keys, jnp.array([0.5]))
@@ -245,7 +257,7 @@ def test_any_tree_is_perturbed_as_it_is_updated(kind, plain, stacked, dtype):
   ids=lambda k: type(k).__name__,
 )
 def test_a_donated_tree_is_written_in_place(kind, count):
-  sampler, keys = sampler_lib.Sampler(kind), _keys(count)
+  sampler, keys = sampler_lib.Sampler(kind, stacked=STACKED), _keys(count)
   tree = {"layers": {"kernel": jnp.zeros((24, 256, 512))}}
   add = jax.jit(
     lambda tree, c: sampler.apply_directions(tree, keys, c), donate_argnums=0
@@ -262,7 +274,10 @@ def test_a_donated_tree_is_written_in_place(kind, count):
   "platform, loops", [("cpu", False), ("cuda", False), ("tpu", True)]
 )
 def test_layers_are_written_at_once_or_one_by_one(platform, loops):
-  sampler, keys = sampler_lib.Sampler(directions.Gaussian()), _keys(1)
+  sampler, keys = (
+    sampler_lib.Sampler(directions.Gaussian(), stacked=STACKED),
+    _keys(1),
+  )
   tree = {"layers": {"kernel": jnp.zeros((24, 256, 512))}}
   lowered = (
     jax.jit(lambda tree, c: sampler.apply_directions(tree, keys, c))
@@ -274,7 +289,7 @@ def test_layers_are_written_at_once_or_one_by_one(platform, loops):
 
 def test_no_layer_may_move():
   tree, keys = _tree(), _keys(1)
-  sampler = sampler_lib.Sampler(RADEMACHER, layers=())
+  sampler = sampler_lib.Sampler(RADEMACHER, layers=(), stacked=STACKED)
   new = _add(sampler, tree, keys, jnp.ones(1))
   one = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
   read = jax.jit(lambda tree: sampler.perturb(tree, one, 0.5))(tree)
@@ -295,7 +310,7 @@ def test_a_table_by_blocks_of_rows_is_the_table_at_once(
   tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
   arguments = (tree, _keys(count), jnp.linspace(0.5, 1.0, count))
   options = {"decay": 0.1, "rounding_key": jax.random.key(5)}
-  add = sampler_lib.Sampler(kind).apply_directions
+  add = sampler_lib.Sampler(kind, stacked=STACKED).apply_directions
   at_once = jax.jit(add)(*arguments, **options)
 
   def default(*operands, default, **branches):

@@ -11,6 +11,8 @@ import zofo_jax as zofo
 from zofo_jax.core import directions, zo
 from zofo_jax.core import sampler as sampler_lib
 
+STACKED = r"(^|/)layers/"
+
 RADEMACHER = directions.Rademacher()
 KINDS = [
   directions.Gaussian(),
@@ -70,7 +72,7 @@ def test_mean_over_directions_is_the_gradient(direction):
 
 def _estimate_in_frames(fn, direction, num_directions, tree, eps=1e-2):
   """Q estimates of one direction each; aux becomes their z, [Q, d]."""
-  sampler = sampler_lib.Sampler(direction)
+  sampler = sampler_lib.Sampler(direction, stacked=STACKED)
 
   def one(key):
     estimate = zo.estimate(fn, tree, key, eps, zofo.ZerothOrder(sampler))

@@ -17,6 +17,7 @@ from zofo_jax.data import batching
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import beam_search, generation
 from zofo_jax.models import kv_cache
+from zofo_jax.models.decoder import STACKED
 from zofo_jax.models.hf import weights
 
 # Grouped kv heads, windows in all layers and in some, both kinds of OPT.
@@ -97,9 +98,9 @@ def test_perturbed_weights_and_adapters_generate():
     lambda leaf: jax.random.normal(jax.random.key(2), leaf.shape) / 4, lora
   )
   key = keys_lib.DirectionKey(jax.random.key(3), jax.random.key(4))
-  nodes = sampler.Sampler(directions.Rademacher(), lazy=True).perturb(
-    base, key, 0.05
-  )
+  nodes = sampler.Sampler(
+    directions.Rademacher(), stacked=STACKED, lazy=True
+  ).perturb(base, key, 0.05)
   generate_fn = jax.jit(
     generation.make_generate_fn(
       module, max_new_tokens=6, stops=NO_STOPS, pad=PAD

@@ -14,6 +14,7 @@ from zofo_jax import models
 from zofo_jax.core import directions, perturbed, prng, sampler
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
+from zofo_jax.models.decoder import STACKED
 
 CASES = list(hf.CASES)
 
@@ -133,7 +134,9 @@ def test_target_log_probs_are_those_of_the_logits(name):
 def test_perturbed_weights_act_as_their_values(name):
   model, base, tokens, mask, _ = recorded(name)
   key = keys_lib.DirectionKey(jax.random.key(3), jax.random.key(4))
-  nodes = sampler.Sampler(Waves(), lazy=True).perturb(base, key, 1.0)
+  nodes = sampler.Sampler(Waves(), stacked=STACKED, lazy=True).perturb(
+    base, key, 1.0
+  )
 
   def scaled(scale):
     step = lambda w: dataclasses.replace(w, scale=w.scale * scale)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import zofo_jax as zofo
 from zofo_jax.core import directions, outer, perturbed, sampler, zo
+from zofo_jax.models.decoder import STACKED
 from zofo_jax.plan import hlo
 from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
@@ -62,7 +63,7 @@ def _loss(base, batch):
 
 
 def _step(kind, estimator, per_example, num_directions=2, **options):
-  lazy = sampler.Sampler(kind, lazy=True)
+  lazy = sampler.Sampler(kind, stacked=STACKED, lazy=True)
   tx = outer.sgd(1e-2, outer.scale_by_std(), weight_decay=0.1)
 
   def step(base, batch, key):

@@ -15,6 +15,7 @@ from zofo_jax import adapters, errors, models
 from zofo_jax.builders import model as model_lib
 from zofo_jax.core import directions, losses, outer, sampler
 from zofo_jax.core import keys as keys_lib
+from zofo_jax.models.decoder import STACKED
 from zofo_jax.models.hf import published, weights
 from zofo_jax.plan import hlo
 from zofo_jax.sharding import dispatch
@@ -46,7 +47,7 @@ CONFIGS = {
     "max_position_embeddings": 32,
   },
 }
-SAMPLER = sampler.Sampler(directions.Rademacher(), lazy=True)
+SAMPLER = sampler.Sampler(directions.Rademacher(), stacked=STACKED, lazy=True)
 ROWS, LENGTH, T, EPS, PENALTY = 8, 12, 2, 0.02, 2.0
 
 
@@ -180,7 +181,7 @@ def test_an_iteration_is_the_same_on_every_mesh(sizes):
 )
 def test_z_has_the_same_bits_on_every_mesh(kind):
   _, family, base = model("opt")
-  some = sampler.Sampler(kind)
+  some = sampler.Sampler(kind, stacked=STACKED)
   keys = keys_lib.DirectionKey(
     jax.random.split(jax.random.key(3), 1), jax.random.key(4)
   )

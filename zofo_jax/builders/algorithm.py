@@ -21,9 +21,9 @@ from zofo_jax.core import (
   sampler,
   zeroth_order,
 )
-from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.types import BilevelAlgorithm, BilevelHParams, LossFn
+from zofo_jax.models.decoder import STACKED
 
 
 def make_schedule(
@@ -83,6 +83,7 @@ def make_sampler(zo_config: ml_collections.ConfigDict) -> sampler.Sampler:
     kinds[zo_config.direction],
     select=lambda path: bool(re.search(zo_config.select, path)),
     layers=tuple(zo_config.layers) or None,
+    stacked=STACKED,
     lazy=True,
   )
 
@@ -129,7 +130,7 @@ def check_sampler(zo_config: ml_collections.ConfigDict, base: Any) -> None:
       f"are {', '.join(shapes)}."
     )
   stacked = [
-    shape for path, shape in shapes.items() if re.search(keys_lib.STACKED, path)
+    shape for path, shape in shapes.items() if re.search(STACKED, path)
   ]
   wrong = [i for i in zo_config.layers if i not in range(stacked[0][0])]
   if wrong or len(set(zo_config.layers)) < len(zo_config.layers):
@@ -215,8 +216,10 @@ def make_algorithm(
   def mezo(train_base: bool = True) -> BilevelAlgorithm:
     zo = make_zeroth_order(config.zo, map_fn=map_fn)
     if not train_base:
-      # Adapters are small, and no model reads their parts lazily.
-      adapter_sampler = sampler.Sampler(zo.sampler.direction)
+      # Adapters are small, and their code reads plain arrays.
+      adapter_sampler = sampler.Sampler(
+        zo.sampler.direction, stacked=STACKED, lazy=False
+      )
       zo = dataclasses.replace(zo, sampler=adapter_sampler)
     return baselines.make_zeroth_order_step(
       probe_loss_fn or loss_fn,

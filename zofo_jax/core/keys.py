@@ -24,9 +24,6 @@ import numpy as np
 from zofo_jax.core import prng
 from zofo_jax.core import tree as tree_lib
 
-# Paths below a container called `layers`, whose leaves' axis 0 counts layers.
-STACKED = r"(^|/)layers/"
-
 
 class StepKeys(NamedTuple):
   """Keys of one outer iteration; typed PRNG keys, shape [].
@@ -120,13 +117,14 @@ def direction_keys(
   )
 
 
-def leaf_keys(key: DirectionKey, tree: Any, stacked: str = STACKED) -> Any:
+def leaf_keys(key: DirectionKey, tree: Any, stacked: str | None = None) -> Any:
   """Derives the keys of all leaves from the key of a direction.
 
   Args:
     key: key of the direction. Folded, not consumed.
     tree: any pytree of arrays.
-    stacked: pattern of the paths of leaves whose axis 0 counts layers.
+    stacked: pattern of the paths of leaves whose axis 0 counts layers; None if
+      there are none.
 
   Returns:
     A tree like `tree` of `LeafKey`.
@@ -147,7 +145,7 @@ def leaf_keys(key: DirectionKey, tree: Any, stacked: str = STACKED) -> Any:
   names = [tree_lib.path_name(path) for path, _ in leaves]
   crcs = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)
   depths = [
-    leaf.shape[0] if re.search(stacked, name) else 0
+    leaf.shape[0] if stacked is not None and re.search(stacked, name) else 0
     for name, (_, leaf) in zip(names, leaves, strict=True)
   ]
   layers = np.arange(max(depths, default=0), dtype=np.uint32)[None]

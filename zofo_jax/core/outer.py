@@ -217,7 +217,7 @@ def conservative(learning_rate: float) -> OuterTransform:
     )
     size = state.learning_rate * estimate.coefficients[0]
     values = jax.lax.map(
-      lambda t: objective(sampler.perturb(base, direction, t)),
+      sampler.line(objective, base, direction),
       jnp.stack([-size, jnp.zeros_like(size), size]),
     )
     best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))

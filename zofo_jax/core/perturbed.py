@@ -11,22 +11,34 @@ Keys: direction -> leaf path -> layer (of stacked leaves) -> element.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zofo_jax.core import directions, prng, xla
 from zofo_jax.core import keys as keys_lib
+from zofo_jax.core.array_like import ArrayLike
 
 # Rows that exist at a time of a table that is perturbed or written whole.
 ROWS_PER_BLOCK = 4096
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Perturbed:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Perturbed(ArrayLike):
   """A weight to be read as value + scale * z.
+
+  It is an array to whatever reads it: `jnp` functions, operators, indexing and
+  methods form value + scale * z where they stand, so that a model that knows
+  nothing of it reads perturbed weights a layer at a time. `dot`, `w @ x` and
+  the other functions of this module also use products that need no z.
+
+  It is also a pytree: `lax.scan`, `vmap`, `jit` and `jax.tree.map` see its
+  arrays, so a function that is mapped over the leaves of a parameter tree has
+  to say `is_leaf=is_perturbed`.
 
   Attributes:
     value: the stored weight, shape [...] or, stacked, [layers, ...].
@@ -44,6 +56,32 @@ class Perturbed:
   def shape(self) -> tuple[int, ...]:
     """Shape of the stored weight."""
     return self.value.shape
+
+  @property
+  def dtype(self) -> Any:
+    """Dtype of the stored weight, and of the perturbed one."""
+    return self.value.dtype
+
+  def __jax_array__(self) -> jax.Array:
+    """Returns the perturbed weight."""
+    return read(self)
+
+  def __getitem__(self, index: Any) -> Any:
+    """Indexes the perturbed weight; a layer of a stack is not read yet."""
+    if self.scale.ndim and isinstance(index, (int, np.integer)):
+      return jax.tree.map(lambda leaf: leaf[index], self)
+    return read(self)[index]
+
+  def __matmul__(self, x: Any) -> jax.Array:
+    """Returns w x; for a vector x, without z where the direction allows it."""
+    if self.ndim == 2 and jnp.ndim(x) == 1:
+      dtype = jnp.result_type(self.dtype, x)
+      return dot_transposed(jnp.asarray(x, dtype), self).astype(dtype)
+    return read(self) @ x
+
+  def __rmatmul__(self, x: Any) -> jax.Array:
+    """Returns x w for an x that is no jax array, which would read w first."""
+    return dot(jnp.asarray(x), self)
 
   def add(self, z: jax.Array, stored: jax.Array) -> jax.Array:
     """Returns stored weights plus scale times what of z they move along."""
@@ -192,3 +230,58 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
 def materialize(tree: Any) -> Any:
   """Replaces every `Perturbed` node by its value, whole."""
   return jax.tree.map(read, tree, is_leaf=is_perturbed)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Opaque(ArrayLike):
+  """A stand-in for a `Perturbed` node whose parts no arithmetic accepts.
+
+  Attributes:
+    parts: of the shapes of a node's value and scale, of a PRNG key's dtype.
+    weight_dtype: dtype of the weight.
+  """
+
+  parts: tuple[Any, Any]
+  weight_dtype: Any = dataclasses.field(metadata={"static": True})
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the weight."""
+    return self.parts[0].shape
+
+  @property
+  def dtype(self) -> Any:
+    """Dtype of the weight."""
+    return self.weight_dtype
+
+  def __jax_array__(self) -> jax.Array:
+    return jnp.zeros(self.shape, self.dtype)
+
+
+def reads_arrays_only(fn: Callable[[Any], Any], tree: Any) -> bool:
+  """Returns whether fn reads the `Perturbed` nodes of a tree as arrays only.
+
+  A function that maps over the leaves of its parameters (a norm of them, a cast
+  of them all) would take a node's value, key and scale for parameters. fn is
+  traced, never run, with nodes whose parts allow no arithmetic.
+
+  Args:
+    fn: a function of a tree like `tree`.
+    tree: pytree with `Perturbed` nodes, of arrays or of their shapes.
+  """
+  key_dtype = jax.eval_shape(jax.random.key, 0).dtype
+
+  def make_opaque(node):
+    if not is_perturbed(node):
+      return node
+    # Arithmetic on PRNG keys is an error; slicing and batching are not.
+    shapes = (node.value.shape, node.scale.shape)
+    value, scale = (jax.ShapeDtypeStruct(s, key_dtype) for s in shapes)
+    return _Opaque((value, scale), node.dtype)
+
+  try:
+    jax.eval_shape(fn, jax.tree.map(make_opaque, tree, is_leaf=is_perturbed))
+  except Exception:  # whatever the model's own code raises
+    return False
+  return True

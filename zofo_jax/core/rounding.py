@@ -54,7 +54,7 @@ def apply_updates(tree: Any, updates: Any, rounding_key: jax.Array) -> Any:
     A tree like `tree`, of its dtypes.
   """
   keys = keys_lib.leaf_keys(
-    keys_lib.DirectionKey(rounding_key, rounding_key), tree, stacked="^$"
+    keys_lib.DirectionKey(rounding_key, rounding_key), tree
   )
 
   def add(leaf, update, leaf_key):

@@ -26,23 +26,42 @@ def _everything(name: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-  """Says which weights are probed, along what, and how they are read.
+  """Which weights are perturbed, along what directions, and how they are read.
 
   Attributes:
     direction: the kind of direction.
-    select: tells from a leaf's path, `layers/attention/query/kernel`, whether
-      it is perturbed and updated. Leaves that are no floats never are.
-    layers: numbers of the layers that are, in stacked leaves; None for all.
-    stacked: pattern of the paths whose axis 0 counts layers.
-    lazy: hand the loss `Perturbed` nodes instead of whole perturbed arrays; for
-      models that read weights through the functions of this module.
+    select: from a leaf's path, such as `layers/attention/query/kernel`, to
+      whether it is perturbed and updated. Leaves that are no floats never are.
+    layers: indices of the layers that are, in stacked leaves; None for all.
+    stacked: regular expression, searched in the paths, of the leaves whose axis
+      0 counts layers and is scanned over by the model. Every layer of such a
+      leaf has a direction of its own: a stack of matrices is matrices to
+      `directions.LowRank` and to weight decay. None: no leaf is a stack.
+    lazy: whether the loss gets `Perturbed` nodes, which form a perturbed weight
+      where it is used, instead of a perturbed copy of the whole tree. Both give
+      the same values up to rounding. None (default): lazily where leaves are
+      stacked, so that one layer of perturbed weights exists at a time, and the
+      loss reads its weights as arrays only; whole otherwise. Set it to False
+      for a loss that reads a weight many times, such as a recurrent cell: each
+      reading draws z again. True: always, with no look at the loss.
+
+  Raises:
+    ValueError: `layers` are chosen where no leaf is stacked.
   """
 
   direction: directions.Direction = directions.Gaussian()
   select: Callable[[str], bool] = _everything
   layers: tuple[int, ...] | None = None
-  stacked: str = keys_lib.STACKED
-  lazy: bool = False
+  stacked: str | None = None
+  lazy: bool | None = None
+
+  def __post_init__(self) -> None:
+    """Checks that the choice of layers can be met."""
+    if self.layers is not None and self.stacked is None:
+      raise ValueError(
+        f"Sampler(layers={self.layers}) needs `stacked`, a pattern of the "
+        "paths of leaves whose axis 0 counts layers; it is None."
+      )
 
   def _selects(self, path: tuple[Any, ...], leaf: Any) -> bool:
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
@@ -51,13 +70,43 @@ class Sampler:
   def perturb(
     self, tree: Any, key: keys_lib.DirectionKey, scale: jax.typing.ArrayLike
   ) -> Any:
-    """Returns tree + scale * z(key), as nodes if `lazy`, else as arrays.
+    """Returns tree + scale * z(key).
 
     Args:
       tree: pytree of weights; only read.
       key: key of the direction. Folded, not consumed.
       scale: signed step along z, float32, shape [].
+
+    Returns:
+      A tree like `tree`, of `Perturbed` nodes if `lazy` is True, of arrays
+      otherwise.
     """
+    nodes = self._nodes(tree, key, scale)
+    return nodes if self.lazy else perturbed.materialize(nodes)
+
+  def line(
+    self, fn: Callable[[Any], Any], tree: Any, key: keys_lib.DirectionKey
+  ) -> Callable[[jax.Array], Any]:
+    """Returns the function t -> fn(tree + t * z(key)).
+
+    Args:
+      fn: function of a tree like `tree`; evaluated as `lazy` says.
+      tree: pytree of weights; only read.
+      key: key of the direction. Folded, not consumed.
+
+    Returns:
+      A function of t, float32, shape [].
+    """
+    lazy = self.lazy
+    if lazy is None:
+      lazy = self.stacked is not None and perturbed.reads_arrays_only(
+        fn, jax.eval_shape(lambda: self._nodes(tree, key, 0.0))
+      )
+    read = (lambda nodes: nodes) if lazy else perturbed.materialize
+    return lambda t: fn(read(self._nodes(tree, key, t)))
+
+  def _nodes(self, tree, key, scale):
+    """Returns tree + scale * z(key) as `Perturbed` nodes."""
     scale = jnp.asarray(scale, jnp.float32)
 
     def node(path, leaf, leaf_key):
@@ -70,10 +119,9 @@ class Sampler:
         leaf_scale = leaf_scale * chosen
       return perturbed.Perturbed(leaf, leaf_key, leaf_scale, self.direction)
 
-    nodes = jax.tree.map_with_path(
+    return jax.tree.map_with_path(
       node, tree, keys_lib.leaf_keys(key, tree, self.stacked)
     )
-    return nodes if self.lazy else perturbed.materialize(nodes)
 
   def apply_directions(
     self,

@@ -143,7 +143,7 @@ def estimate(
 
   def derivative(direction_key):
     direction = keys_lib.DirectionKey(direction_key, keys.subspace)
-    line = lambda t: value_of(zo.sampler.perturb(tree, direction, t))
+    line = zo.sampler.line(value_of, tree, direction)
     return zo.estimator.derivative(line, eps, base_value)
 
   return _collect(keys, zo.map_fn(derivative, keys.direction))
@@ -188,7 +188,7 @@ def estimate_per_example(
   def derivative(direction_key, example):
     direction = keys_lib.DirectionKey(direction_key, keys.subspace)
     base_value = value_of(tree, example) if zo.estimator.shared else None
-    line = lambda t: value_of(zo.sampler.perturb(tree, direction, t), example)
+    line = zo.sampler.line(lambda x: value_of(x, example), tree, direction)
     return zo.estimator.derivative(line, eps, base_value)
 
   derivatives = jax.vmap(derivative)(keys.direction, examples)

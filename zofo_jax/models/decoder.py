@@ -18,6 +18,9 @@ from zofo_jax.core import perturbed
 from zofo_jax.models import kv_cache
 from zofo_jax.models.layers import token_positions
 
+# Paths of the weights that `stack_layers` stacks: axis 0 counts layers.
+STACKED = r"(^|/)layers/"
+
 
 def stack_layers(
   block: type[nn.Module], length: int, remat: bool, in_axes: Any
