@@ -139,7 +139,7 @@ def make_first_order_step(
     key = jax.random.fold_in(state.key, state.step)
     if train_base:
       base, base_opt, losses = inner.minimize(
-        lambda adapter, base, *rest: loss(base, adapter, *rest),
+        lambda adapter, base, *args: loss(base, adapter, *args),
         state.upper,
         state.base,
         state.base_opt,

@@ -35,19 +35,19 @@ def check_arrays(params: types.Params, name: str) -> None:
     ValueError: a leaf is a function, a number or a string, or a PRNG key.
   """
   for path, leaf in tree_lib.named_leaves(params).items():
-    where = f"{name}: the leaf '{path}' is"
+    about = f"{name}: the leaf '{path}' is"
     if callable(leaf) and not isinstance(leaf, _ARRAYS):
       raise ValueError(
-        f"{where} a function; expected arrays, such as the first part of "
+        f"{about} a function; expected arrays, such as the first part of "
         "eqx.partition(model, eqx.is_array)."
       )
     if not isinstance(leaf, _ARRAYS):
       raise ValueError(
-        f"{where} of type {type(leaf).__name__}; expected arrays."
+        f"{about} of type {type(leaf).__name__}; expected arrays."
       )
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
       raise ValueError(
-        f"{where} a PRNG key; expected weights alone, such as the state params "
+        f"{about} a PRNG key; expected weights alone, such as the state params "
         "of graphdef, params, rest = nnx.split(model, nnx.Param, ...)."
       )
 
@@ -179,7 +179,7 @@ def checked_loss(
   """Wraps a loss so that its result is checked when it is traced.
 
   Args:
-    fn: the loss. What it raises itself is left as it is.
+    fn: the loss. Errors that it raises itself pass through.
     name: what it is called in messages.
     has_aux: whether it returns (loss, aux).
 
@@ -242,17 +242,17 @@ def check_lower_batch(batch: types.BilevelBatch, axis: int = 0) -> None:
   lengths = {}
   for path, leaf in lower.items():
     shape = jnp.shape(leaf)
-    where = f"batch.lower: the leaf '{path}' has" if path else "batch.lower has"
+    about = f"batch.lower: the leaf '{path}' has" if path else "batch.lower has"
     if path in penalty:
       rows = jnp.shape(penalty[path])
       if len(shape) != len(rows) + 1:
         raise ValueError(
-          f"{where} shape {list(shape)}, and batch.penalty {list(rows)}; "
+          f"{about} shape {list(shape)}, and batch.penalty {list(rows)}; "
           "expected one axis more, which counts the inner steps."
         )
     if len(shape) <= axis:
       raise ValueError(
-        f"{where} shape {list(shape)}; expected an axis that counts the inner "
+        f"{about} shape {list(shape)}; expected an axis that counts the inner "
         "steps."
       )
     lengths[path] = shape[axis]

@@ -10,11 +10,12 @@ from zofo_jax.core import zo
 
 
 class CoefficientTransform(NamedTuple):
-  """A change of an estimate's coefficients, with a few numbers of state.
+  """A transformation of an estimate's coefficients; its state is scalars.
 
   Attributes:
     init: () -> state.
-    update: (estimate, state) -> (estimate, state), new coefficients in it.
+    update: (estimate, state) -> (estimate, state); the returned estimate has
+      the new coefficients.
   """
 
   init: Callable[[], Any]
@@ -32,20 +33,29 @@ def _stateless(fn: Callable[[zo.Estimate], jax.Array]) -> CoefficientTransform:
 
 
 def clip(limit: float) -> CoefficientTransform:
-  """Clips every coefficient to [-limit, limit] (QZO, arXiv 2505.13430)."""
+  """Returns clipping of every c_q to [-limit, limit] (QZO, arXiv 2505.13430).
+
+  Args:
+    limit: largest size of a coefficient.
+  """
   return _stateless(lambda e: jnp.clip(e.coefficients, -limit, limit))
 
 
 def sign() -> CoefficientTransform:
-  """Keeps the coefficients' signs alone: steps of one size."""
+  """Returns the signs of the coefficients: steps of one size."""
   return _stateless(lambda e: jnp.sign(e.coefficients))
 
 
 def scale_by_std(epsilon: float = 1e-8) -> CoefficientTransform:
-  """Divides by the standard deviation of the evaluated values.
+  """Returns division by the standard deviation of the evaluated values.
+
+  c_q / (std(f(x + eps z_q), f(x - eps z_q), ...) + epsilon)
 
   FZOO (arXiv 2506.09034): Adam-like steps without state. Needs several values:
   more than one direction, or two points along one.
+
+  Args:
+    epsilon: added to the standard deviation.
   """
 
   def scale(estimate):
@@ -65,17 +75,23 @@ class RunningScale(NamedTuple):
 def scale_by_running_rms(
   decay: float = 0.99, epsilon: float = 1e-8
 ) -> CoefficientTransform:
-  """Divides by the running root mean square of the coefficients.
+  """Returns division by the running root mean square of the coefficients.
 
-  One adaptive number for all weights, as good as Adam's one for each (MEAZO,
-  arXiv 2605.03869).
+  v <- decay v + (1 - decay) mean_q c_q^2,  c_q / (sqrt(v / bias) + epsilon)
+
+  with Adam's bias correction. One adaptive number for all weights, which does
+  as well as Adam's number for each (MEAZO, arXiv 2605.03869).
+
+  Args:
+    decay: decay rate of the running mean.
+    epsilon: added to the root mean square.
   """
 
   def init():
     return RunningScale(jnp.zeros([], jnp.int32), jnp.zeros([], jnp.float32))
 
   def update(estimate, state):
-    # Of the finite ones: the others are zero, and would make it smaller.
+    # The mean over the finite ones; the others are zero.
     finite = estimate.coefficients.shape[0] - estimate.num_nonfinite
     square = jnp.sum(jnp.square(estimate.coefficients))
     square = square / jnp.maximum(finite, 1)

@@ -1,8 +1,11 @@
-"""Kinds of random directions z, each a function of a key and a position.
+"""Random directions z, each element a function of a key and its position.
 
 A leaf's key has two parts: `direction` is new for every direction, `subspace`
-may be shared by several; see `keys.LeafKey`. Every dense kind has
+may be shared by several; see `keys.LeafKey`. Every kind except `Sparse` has
 E[z z^T] = I.
+
+A new kind is a frozen dataclass that subclasses `Direction` and defines
+`sample`; the other members are optimisations.
 """
 
 import dataclasses
@@ -17,7 +20,7 @@ import numpy as np
 from zofo_jax.core import prng
 from zofo_jax.core.keys import LeafKey
 
-# Rows of a leaf's axis 0: their numbers, or consecutive ones.
+# Rows of a leaf's axis 0: an array of indices, or a range.
 Rows = jax.Array | prng.RowRange
 Shape = tuple[int, ...]
 
@@ -27,25 +30,29 @@ class Direction(Protocol):
 
   @property
   def cache_draw(self) -> bool:
-    """Whether z is dearer to draw than to keep until its next use; here not."""
+    """Whether drawing z costs more than keeping it until it is used again.
+
+    Default: False.
+    """
     return False
 
   @property
   def elementwise(self) -> bool:
-    """Whether few numbers, and none of its row, tell one of z; here so.
+    """Whether an element of z depends on O(1) random numbers.
 
-    Then a stack of layers is written in one pass, with hardly any temporaries.
+    And on no other element of its row. Default: True; a stack of layers is then
+    updated in one vectorised pass, with hardly any temporaries.
     """
     return True
 
   @property
   def exact_in_low_precision(self) -> bool:
-    """Whether every float dtype holds the numbers of z; here not."""
+    """Whether every float dtype represents z exactly. Default: False."""
     return False
 
   @property
   def has_weighted_sum(self) -> bool:
-    """Whether `weighted_sum` has a way of its own; here not."""
+    """Whether `weighted_sum` is implemented. Default: False."""
     return False
 
   def sample(
@@ -54,30 +61,39 @@ class Direction(Protocol):
     """Draws z of one leaf, or of some rows of its axis 0.
 
     Args:
-      key: the leaf's key.
-      shape: the leaf's shape, without an axis of layers.
-      rows: which rows of axis 0; None for all.
+      key: key of the leaf.
+      shape: shape of the leaf, without an axis of layers.
+      rows: which rows of axis 0 to draw; None for all.
 
     Returns:
-      float32, of that shape but for the rows.
+      float32, of shape `shape`, or [*rows, *shape[1:]].
     """
     ...
 
   def mask(self, z: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns the part of z along which these weights move; here all of it."""
+    """Returns the part of z along which a weight moves. Default: all of it.
+
+    Args:
+      z: float32, of the shape of `weight`.
+      weight: the stored weight, unperturbed.
+    """
     del weight
     return z
 
   def matmul(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
   ) -> jax.Array | None:
-    """Returns x z, or x z^T, if that needs no z; here None.
+    """Returns x z, or x z^T, computed without z. Default: None.
 
     Args:
       x: [..., in], or [..., out] if transposed.
       key: key of a matrix z [in, out].
       shape: (in, out).
       transposed: whether to multiply by z^T.
+
+    Returns:
+      The product, of the dtype of `x`; None if forming z is no more expensive,
+      or the only way.
     """
     del x, key, shape, transposed
     return None
@@ -85,7 +101,16 @@ class Direction(Protocol):
   def weighted_sum(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
   ) -> jax.Array | None:
-    """Returns sum_q weights[q] z(keys[q]) in one go if it can; here None."""
+    """Returns sum_q weights[q] z(keys[q]) without a loop over q. Default: None.
+
+    Args:
+      keys: keys of one leaf's directions, each part [Q, 2].
+      weights: float32, shape [Q].
+      shape: shape of the leaf, without an axis of layers.
+
+    Returns:
+      float32, of shape `shape`; None if the loop is the only way.
+    """
     del keys, weights, shape
     return None
 
@@ -96,7 +121,18 @@ def sample_rows(
   shape: Shape,
   rows: Rows | None = None,
 ) -> jax.Array:
-  """Draws a leaf as rows of elements; a scalar is one row of one element."""
+  """Draws a leaf as rows of elements; a scalar is one row of one element.
+
+  Args:
+    elements: (key, rows, columns) -> float32 [*rows.shape, columns], such as
+      `prng.gaussian`.
+    key: uint32, shape [2].
+    shape: shape of the leaf.
+    rows: which rows of axis 0 to draw; None for all.
+
+  Returns:
+    float32, of shape `shape`, or [*rows, *shape[1:]].
+  """
   if rows is None:
     rows = prng.RowRange(0, shape[0] if shape else 1)
     leading = shape[:1]
@@ -115,7 +151,7 @@ class Gaussian(Direction):
 
   @property
   def cache_draw(self) -> bool:
-    """Whether z is dearer to draw than to keep: a cipher and a quantile."""
+    """True: an element costs a cipher and a normal quantile."""
     return True
 
   def sample(
@@ -127,11 +163,11 @@ class Gaussian(Direction):
 
 @dataclasses.dataclass(frozen=True)
 class Rademacher(Direction):
-  """z uniform on {-1, +1}^d, 64 elements a draw."""
+  """z uniform on {-1, +1}^d; one call of the cipher gives 64 elements."""
 
   @property
   def exact_in_low_precision(self) -> bool:
-    """Whether every float dtype holds the numbers of z; here so."""
+    """True: +1 and -1."""
     return True
 
   def sample(
@@ -145,24 +181,25 @@ class Rademacher(Direction):
 class LowRank(Direction):
   """z = U V^T / sqrt(rank) with Gaussian U and V: a LoRA drawn from a key.
 
-  U [in, rank] comes from the direction's own key, V [out, rank] from its
-  frame's, so directions of one frame share V's space (LOZO, arXiv 2410.07698).
-  Leaves that are no matrices get Gaussian directions.
+  U [in, rank] is drawn from the key of the direction, V [out, rank] from that
+  of the subspace, so directions that share a subspace key share the column
+  space of V (LOZO, arXiv 2410.07698). Leaves that are no matrices (an axis of
+  layers not counted) get Gaussian directions.
 
   Attributes:
-    rank: columns of U and V.
+    rank: number of columns of U and V.
   """
 
   rank: int = 4
 
   @property
   def elementwise(self) -> bool:
-    """Whether the factors of all layers together are small."""
+    """True for a small rank: an element depends on 2 * rank numbers."""
     return self.rank <= 8
 
   @property
   def has_weighted_sum(self) -> bool:
-    """Whether `weighted_sum` has a way of its own; here so."""
+    """True: one matrix product."""
     return True
 
   def _scale(self) -> np.float32:
@@ -177,8 +214,8 @@ class LowRank(Direction):
     v = sample_rows(
       prng.gaussian_materialized, key.subspace, (shape[1], self.rank)
     )
-    # In fixed point, and coarse enough that a sum of `rank` products is exact
-    # in float32: z has the same bits in whatever order a program adds.
+    # Rounded to fixed point, so coarse that a sum of `rank` products is exact
+    # in float32: z has the same bits in whatever order a program adds them.
     largest = self.rank * prng.GAUSSIAN_MAX**2
     step = np.float32(2.0 ** -((24 - int(np.ceil(np.log2(largest)))) // 2))
     return jnp.round(u / step) * step, jnp.round(v / step) * step
@@ -190,8 +227,8 @@ class LowRank(Direction):
     if len(shape) != 2:
       return sample_rows(prng.gaussian, key.direction, shape, rows)
     u, v = self._factors(key, shape, rows)
-    # Outer products, which merge with what uses z; a product of matrices would
-    # be written to memory whole.
+    # Outer products, which XLA fuses with the use of z; it would write a matrix
+    # product to memory whole.
     columns = v.T.reshape(self.rank, *(1,) * (u.ndim - 1), -1)
     terms = [u[..., r, None] * columns[r] for r in range(self.rank)]
     return functools.reduce(jnp.add, terms) * self._scale()
@@ -199,9 +236,9 @@ class LowRank(Direction):
   def matmul(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False
   ) -> jax.Array | None:
-    """Returns (x U) V^T, or (x V) U^T, where z is the larger thing to form."""
+    """Returns (x U) V^T or (x V) U^T if that is cheaper than forming z."""
     rows = x.size // x.shape[-1]
-    # The product passes over x's rows twice, U V^T over the whole of z.
+    # The product passes over the rows of x twice, U V^T over all of z.
     if rows * sum(shape) >= np.prod(shape, dtype=np.int64):
       return None
     u, v = self._factors(key, shape)
@@ -212,7 +249,7 @@ class LowRank(Direction):
   def weighted_sum(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
   ) -> jax.Array | None:
-    """Returns one product of rank Q * rank."""
+    """Returns the sum as one product of rank Q * rank."""
     if len(shape) != 2:
       return None
     u, v = jax.vmap(lambda key: self._factors(key, shape))(keys)
@@ -224,11 +261,13 @@ class LowRank(Direction):
 
 @dataclasses.dataclass(frozen=True)
 class PerExample(Direction):
-  """z = Z o (r s^T): signs r, s of its own on a Z that its frame shares.
+  """z = Z o (r s^T): random signs r, s on a matrix Z that directions share.
 
-  The directions of a batch's examples are of one frame and cost one product
-  more than none: x (Z o r s^T) = ((x o r) Z) o s, and their weighted sum is
-  Z o (R^T diag(c) S) (Flipout, arXiv 1803.04386; GRZO, arXiv 2606.02857).
+  r [in] and s [out] are drawn from the key of the direction, Z [in, out] from
+  that of the subspace. All examples of a batch share Z, so that a direction for
+  each costs one more matrix product than none: x (Z o r s^T) = ((x o r) Z) o s.
+  The weighted sum is Z o (R^T diag(c) S). Flipout (arXiv 1803.04386); GRZO
+  (arXiv 2606.02857).
 
   Attributes:
     shared: the kind of Z.
@@ -238,18 +277,18 @@ class PerExample(Direction):
 
   @property
   def elementwise(self) -> bool:
-    """Whether the shared kind is."""
+    """As for the shared kind."""
     return self.shared.elementwise
 
   @property
   def has_weighted_sum(self) -> bool:
-    """Whether `weighted_sum` has a way of its own; here so."""
+    """True: one matrix product."""
     return True
 
   def _shared(
     self, subspace_key: jax.Array, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
-    # Two keys, so that a Z of two factors does not draw the same one twice.
+    # Two keys, so that the two factors of a low-rank Z differ.
     other = prng.fold_in(subspace_key, np.uint32(0), np.uint32(4))
     return self.shared.sample(LeafKey(subspace_key, other), shape, rows)
 
@@ -259,8 +298,8 @@ class PerExample(Direction):
     """Returns r [rows] and s [columns]."""
     left = sample_rows(prng.rademacher, direction_key, shape[:1], rows)
     columns = int(np.prod(shape[1:], dtype=np.int64))
-    # A key of its own, so that s does not repeat the signs of r; a vector has
-    # no s.
+    # A separate key, so that s does not repeat the signs of r; a vector has no
+    # s.
     other = prng.fold_in(direction_key, np.uint32(0), np.uint32(3))
     right = sample_rows(prng.rademacher, other, (columns,))
     return left, right if len(shape) > 1 else jnp.ones_like(right)
@@ -288,7 +327,7 @@ class PerExample(Direction):
   def weighted_sum(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
   ) -> jax.Array:
-    """Returns Z o (R^T diag(weights) S), for keys of one frame."""
+    """Returns Z o (R^T diag(weights) S), for keys of one subspace."""
     left, right = jax.vmap(
       lambda direction_key: self._signs(direction_key, shape)
     )(keys.direction)
@@ -299,15 +338,15 @@ class PerExample(Direction):
 
 @dataclasses.dataclass(frozen=True)
 class Sparse(Direction):
-  """A dense kind, on small weights alone (S-MeZO, arXiv 2402.15751).
+  """Directions that move small weights only (S-MeZO, arXiv 2402.15751).
 
-  The mask |w| <= threshold * rms(row) is read off the weights, row by row along
-  the last axis, and never stored; vectors are not masked.
+  The mask |w| <= threshold * rms(row) is computed from the weights, row by row
+  along the last axis, and never stored. Vectors are not masked.
 
   Attributes:
     dense: the kind that is masked.
-    threshold: largest weight that moves, over the root mean square of its row;
-      0.67 lets about half of Gaussian weights move.
+    threshold: size of the largest weight that moves, relative to the root mean
+      square of its row; at 0.67, about half of Gaussian weights move.
   """
 
   dense: Direction = Rademacher()
@@ -315,27 +354,27 @@ class Sparse(Direction):
 
   @property
   def cache_draw(self) -> bool:
-    """Whether the dense kind is."""
+    """As for the dense kind."""
     return self.dense.cache_draw
 
   @property
   def exact_in_low_precision(self) -> bool:
-    """Whether every float dtype holds the dense kind's numbers."""
+    """As for the dense kind."""
     return self.dense.exact_in_low_precision
 
   @property
   def elementwise(self) -> bool:
-    """Not so: the mask takes a whole row of weights."""
+    """False: the mask depends on a whole row of weights."""
     return False
 
   def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
-    """Draws z before it is masked; see `Direction`."""
+    """Draws z, not yet masked; see `Direction`."""
     return self.dense.sample(key, shape, rows)
 
   def mask(self, z: jax.Array, weight: jax.Array) -> jax.Array:
-    """Returns z where the weights are small, else 0."""
+    """Returns z where the weight is small, 0 elsewhere."""
     if weight.ndim < 2:
       return z
     square = jnp.square(weight.astype(jnp.float32))

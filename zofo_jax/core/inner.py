@@ -22,17 +22,17 @@ def apply_gradients(
   *,
   tx: optax.GradientTransformation,
 ) -> tuple[Any, optax.OptState, jax.Array]:
-  """Takes one optimizer step on an adapter, unless its gradient is broken.
+  """Takes one optimizer step on an adapter, unless a gradient is not finite.
 
   Args:
-    grads: the gradient, a tree like `adapter`.
+    grads: gradient, a tree like `adapter`.
     opt_state: state of `tx`.
     adapter: adapter parameters.
     tx: optax transformation of the adapter.
 
   Returns:
-    The adapter, the optimizer state and the gradient's norm, float32, shape [];
-    where the norm is not finite the first two are as they were.
+    The adapter, the optimizer state and the gradient's norm, float32, shape [].
+    If the norm is not finite, the first two are unchanged.
   """
   norm = optax.tree.norm(grads)
   updates, new_state = tx.update(grads, opt_state, adapter)
@@ -54,18 +54,19 @@ def minimize(
 ) -> tuple[Any, optax.OptState, jax.Array]:
   """Takes T optimizer steps on an adapter.
 
+  A step whose gradient is not finite is skipped.
+
   Args:
     loss_fn: the lower loss.
     base: backbone parameters; not differentiated.
     adapter: adapter parameters.
     opt_state: state of `tx` for the adapter.
     batches: batches stacked on a leading axis T; T is read from the shape.
-    key: typed PRNG key, shape []. Folded with the step's number.
+    key: typed PRNG key, shape []. Folded with the index of the step.
     tx: optax transformation of the adapter.
 
   Returns:
-    The adapter, the optimizer state and the T losses, float32, shape [T]. A
-    step whose gradient is not finite is left out.
+    The adapter, the optimizer state and the losses, float32, shape [T].
   """
   num_steps = jax.tree.leaves(batches)[0].shape[0]
 

@@ -1,4 +1,4 @@
-"""Several losses at one backbone, evaluated together where they are alike."""
+"""Several losses at one backbone; equal functions are one batched call."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -9,14 +9,14 @@ import jax.numpy as jnp
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.types import LossFn
 
-# A loss, the adapter and the batch that it takes.
+# A loss, its adapter and its batch.
 Term = tuple[LossFn, Any, Any]
 
 
 def _same_structure(trees: Iterable[Any]) -> bool:
-  """Tells whether trees have one structure, and leaves one shape and type."""
-  first, *rest = (jax.tree.map(jax.typeof, tree) for tree in trees)
-  return all(other == first for other in rest)
+  """Returns whether trees agree in structure, and leaves in shape and dtype."""
+  first, *others = (jax.tree.map(jax.typeof, tree) for tree in trees)
+  return all(other == first for other in others)
 
 
 def evaluate_losses(

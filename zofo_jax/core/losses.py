@@ -1,7 +1,7 @@
-"""Losses over label words and right answers, from target log-probabilities.
+"""Losses of label words and answers, from log-probabilities of targets.
 
-A batch names the positions whose next token is supervised; a model returns
-log p of each target there, and everything below is arithmetic on those.
+A batch names the positions whose next token is supervised. A model returns
+log p of each target, and everything below is arithmetic on these.
 """
 
 from collections.abc import Callable
@@ -21,15 +21,16 @@ class Batch(NamedTuple):
   Attributes:
     tokens: int32 [B, R, L].
     mask: bool [B, R, L], True at real tokens.
-    positions: int32 [B, R, P], where hidden states are read; each predicts
-      the token after it.
-    target_slot: int32 [B, R, K], which of the P positions predicts a target.
+    positions: int32 [B, R, P], positions whose hidden states are read; each
+      predicts the next token.
+    target_slot: int32 [B, R, K], index of the position (0 to P - 1) that
+      predicts a target.
     target_token: int32 [B, R, K], the token to predict.
-    target_option: int32 [B, R, K], the option a target belongs to.
+    target_option: int32 [B, R, K], the option that a target belongs to.
     target_weight: float32 [B, R, K], 1 for a target, 0 for padding.
     label: int32 [B], the right option.
     option_mask: bool [B, O], True at real options.
-    example_weight: float32 [B], 0 for an example that only fills the batch.
+    example_weight: float32 [B], 0 for an example that only pads the batch.
   """
 
   tokens: jax.Array
@@ -49,9 +50,10 @@ LogProbsFn = Callable[[Any, Any, Batch, jax.Array | None], jax.Array]
 
 
 def option_scores(log_probs: jax.Array, batch: Batch) -> jax.Array:
-  """Mean log-probability of each option's tokens; float32's least where none.
+  """Returns the mean log-probability of each option's tokens.
 
-  Finite, so that a row without options gives no NaN to a gradient.
+  An option that is padding scores the least float32: finite, so that a row
+  without options gives no NaN to a gradient.
 
   Args:
     log_probs: log p of every target, float32 [B, R, K].
@@ -70,9 +72,9 @@ def option_scores(log_probs: jax.Array, batch: Batch) -> jax.Array:
 
 
 def likelihood(log_probs: jax.Array, batch: Batch) -> jax.Array:
-  """Teacher-forced loss: minus the mean log p of the right option's tokens.
+  """Returns the language-modelling loss of the right options.
 
-  The mean runs over tokens of all examples, as in language-model training.
+  Minus the mean log p over the tokens of the right options of all examples.
 
   Args:
     log_probs: log p of every target, float32 [B, R, K].
@@ -87,11 +89,12 @@ def likelihood(log_probs: jax.Array, batch: Batch) -> jax.Array:
 
 
 def classification(log_probs: jax.Array, batch: Batch) -> jax.Array:
-  """Cross-entropy over the options' mean log-probabilities.
+  """Returns the cross-entropy over the options' mean log-probabilities.
 
   Args:
     log_probs: log p of every target, float32 [B, R, K].
-    batch: the rows they belong to; options may differ in number by example.
+    batch: the rows they belong to; examples may differ in their number of
+      options.
 
   Returns:
     float32, shape [].
@@ -105,13 +108,13 @@ def classification(log_probs: jax.Array, batch: Batch) -> jax.Array:
 
 
 def option_errors(log_probs: jax.Array, batch: Batch) -> jax.Array:
-  """Share of examples whose best option is not the right one.
+  """Returns the share of examples whose best option is not the right one.
 
   Piecewise constant: for zeroth-order steps, not for gradients.
 
   Args:
     log_probs: log p of every target, float32 [B, R, K].
-    batch: the rows they belong to, every option among them.
+    batch: the rows they belong to, with all options of every example.
 
   Returns:
     float32, shape [].
@@ -131,10 +134,11 @@ def make_loss_fn(
 
   Args:
     log_probs_fn: log p of a batch's targets.
-    reduce_fn: `likelihood`, `classification` or any function like them.
+    reduce_fn: `likelihood`, `classification` or another function of
+      (log_probs, batch).
 
   Returns:
-    loss(base, adapter, batch, key) -> scalar, as the core takes it.
+    loss(base, adapter, batch, key) -> scalar.
   """
 
   def loss_fn(base, adapter, batch, key):

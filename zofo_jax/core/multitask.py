@@ -1,8 +1,8 @@
-"""Many tasks: which take part in an iteration, and where their adapters stay.
+"""Many tasks: sampling them, and gathering and scattering their adapters.
 
-All N tasks' adapters and optimizer states are stacked on a leading axis of a
-`BilevelState`; an iteration takes M of them out, moves them and theta with
-`bilevel_step(..., over_tasks=True)`, and puts them back. Those stacks may be
+The adapters and optimizer states of all N tasks are stacked on a leading axis
+of a `BilevelState`. An iteration gathers M of them, updates them and theta by
+`bilevel_step(..., over_tasks=True)`, and scatters them back. The stacks may be
 NumPy arrays: then only the M sampled tasks are ever on the device.
 """
 
@@ -18,15 +18,15 @@ from zofo_jax.core.types import PER_TASK_FIELDS, BilevelState
 def inclusion_probabilities(
   sizes: Sequence[float], count: int, power: float = 0.0
 ) -> np.ndarray:
-  """Returns the chance of every task to be among the sampled ones.
+  """Returns the probability of every task to be among the sampled ones.
 
-  min(1, c size_i^power), where c makes the chances add up to `count`.
+  min(1, c size_i^power), where c makes the probabilities add up to `count`.
 
   Args:
-    sizes: rows of each task, shape [N].
-    count: how many are sampled, at most N.
-    power: 0 for equal chances, 1 for chances in proportion to the sizes,
-      1 / T for a temperature T.
+    sizes: number of rows of each task, shape [N].
+    count: number of tasks that are sampled, at most N.
+    power: 0 for equal probabilities, 1 for probabilities in proportion to the
+      sizes, 1 / T for a temperature T.
 
   Returns:
     float64, shape [N].
@@ -48,12 +48,12 @@ def inclusion_probabilities(
   weights = np.asarray(sizes, np.float64) ** power
   certain = np.zeros(len(weights), bool)
   while True:
-    rest = np.where(certain, 0.0, weights)
-    share = (count - certain.sum()) / max(rest.sum(), 1e-300)
-    chances = np.where(certain, 1.0, share * rest)
-    if chances.max() <= 1.0:
-      return chances
-    certain |= chances >= 1.0
+    uncertain = np.where(certain, 0.0, weights)
+    share = (count - certain.sum()) / max(uncertain.sum(), 1e-300)
+    probabilities = np.where(certain, 1.0, share * uncertain)
+    if probabilities.max() <= 1.0:
+      return probabilities
+    certain |= probabilities >= 1.0
 
 
 def sample_tasks(
@@ -71,32 +71,32 @@ def sample_tasks(
   the mean over all tasks weighted by their probabilities.
 
   Args:
-    seed: chooses the draws.
+    seed: seed of the run.
     step: number of the iteration.
-    sizes: rows of each task, shape [N].
-    count: how many different tasks are drawn, at most N.
+    sizes: number of rows of each task, shape [N].
+    count: number of different tasks that are drawn, at most N.
     power: as for `inclusion_probabilities`.
 
   Returns:
-    Numbers of tasks in order, int64, shape [count].
+    Indices of tasks, ascending, int64, shape [count].
   """
-  chances = inclusion_probabilities(sizes, count, power)
-  draw = np.random.RandomState([seed, step])
-  order = draw.permutation(len(chances))
-  # Points one apart on a line of intervals no longer than one: each is hit once
-  # at most. The line's end is exact, whatever the sum's last digit.
-  ends = np.cumsum(chances[order])
+  probabilities = inclusion_probabilities(sizes, count, power)
+  random = np.random.RandomState([seed, step])
+  order = random.permutation(len(probabilities))
+  # Points at distance one on a line of intervals no longer than one: an
+  # interval is hit at most once. The end is exact despite rounding in the sum.
+  ends = np.cumsum(probabilities[order])
   ends[-1] = count
-  points = np.arange(count) + draw.random_sample()
+  points = np.arange(count) + random.random_sample()
   return np.sort(order[np.searchsorted(ends, points, side="right")])
 
 
 def gather_tasks(state: BilevelState, tasks: Any) -> BilevelState:
-  """Returns a state whose stacks hold some tasks only.
+  """Returns the state of some of the tasks.
 
   Args:
-    state: its stacks have an axis of N tasks, on the device or in NumPy.
-    tasks: numbers of tasks, int, shape [M].
+    state: state of N tasks, its stacks jax or NumPy arrays.
+    tasks: indices of tasks, int, shape [M].
   """
   gather = lambda leaf: leaf[tasks]
   return state._replace(
@@ -110,15 +110,15 @@ def gather_tasks(state: BilevelState, tasks: Any) -> BilevelState:
 def scatter_tasks(
   state: BilevelState, tasks: Any, moved: BilevelState
 ) -> BilevelState:
-  """Returns `moved` with its tasks back among all the others.
+  """Returns `moved` with its tasks put back among all tasks.
 
-  The other tasks' numbers stay as they are, bit for bit. NumPy stacks are
-  written in place.
+  The other tasks' adapters are unchanged, bit for bit. NumPy stacks are written
+  in place.
 
   Args:
-    state: its stacks have an axis of N tasks.
-    tasks: numbers of tasks, different ones, int, shape [M].
-    moved: a state of these tasks alone, as `gather_tasks` gives it.
+    state: state of N tasks.
+    tasks: indices of tasks, all different, int, shape [M].
+    moved: state of these tasks, from `gather_tasks`, after a step.
   """
 
   def scatter(leaf, rows):

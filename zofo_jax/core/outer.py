@@ -1,8 +1,13 @@
 """Updates of the backbone from a zeroth-order estimate.
 
 An outer transformation is a pair (init, update) like optax's, except that it
-receives keys and coefficients instead of a gradient tree, so that a stateless
-one adds its directions to donated weights without any copy of their size.
+receives keys and coefficients instead of a gradient tree. A stateless one then
+adds its directions to donated weights without any copy of their size:
+
+  theta <- (1 - decay) theta + sum_q weights[q] z_q.
+
+Since z_q is a function of the run's key and the step, (step, weights, decay) is
+enough to replay such an update; see `replay_update`.
 """
 
 from collections.abc import Callable
@@ -28,7 +33,7 @@ from zofo_jax.core.coefficients import scale_by_std as scale_by_std
 from zofo_jax.core.coefficients import sign as sign
 from zofo_jax.core.types import InPlaceUpdate as InPlaceUpdate
 
-# (base) -> value of the objective that was estimated.
+# base -> value of the objective whose gradient was estimated.
 Objective = Callable[[Any], jax.Array]
 # (base, state, estimate, sampler, objective) -> (move, state)
 ComputeUpdateFn = Callable[
@@ -38,12 +43,13 @@ ComputeUpdateFn = Callable[
 
 
 class OuterTransform(NamedTuple):
-  """A backbone update.
+  """An update of the backbone.
 
   Attributes:
-    init: (base) -> state.
-    update: (base, state, estimate, sampler, objective, key) -> (base, state);
-      the objective may be evaluated again, the typed key is for rounding.
+    init: base -> state.
+    update: (base, state, estimate, sampler, objective, key) -> (base, state).
+      It may evaluate the objective at other points; the typed PRNG key is for
+      stochastic rounding.
     compute_update: (base, state, estimate, sampler, objective) ->
       (InPlaceUpdate, state). Computes the in-place update without applying it.
       None for transforms that cannot be expressed as an `InPlaceUpdate`.
@@ -60,7 +66,7 @@ class OuterTransform(NamedTuple):
 def _in_place(
   init: Callable[[Any], Any], compute_update: ComputeUpdateFn
 ) -> OuterTransform:
-  """Makes the update that writes what `compute_update` says."""
+  """Returns the transformation that applies what `compute_update` returns."""
 
   def update(base, state, estimate, sampler, objective, key):
     move, state = compute_update(base, state, estimate, sampler, objective)
@@ -84,10 +90,19 @@ def apply_transform(
   objective: Objective,
   key: jax.Array,
 ) -> tuple[Any, Any, InPlaceUpdate | None]:
-  """Updates as `tx.update` does, and tells what was written.
+  """Applies `tx.update`, and returns the update if it was in place.
+
+  Args:
+    tx: the transformation.
+    base: backbone parameters.
+    state: state of `tx`.
+    estimate: gradient estimate at `base`.
+    sampler: sampler that the estimate was made with.
+    objective: function whose gradient was estimated.
+    key: typed PRNG key of the rounding, shape [].
 
   Returns:
-    (base, state, move); the move is None if `tx` does not write in place.
+    (base, state, move); the move is None if `tx` does not update in place.
   """
   if tx.compute_update is None:
     update = tx.update(base, state, estimate, sampler, objective, key)
@@ -105,15 +120,15 @@ def replay_update(
   sampler: sampler_lib.Sampler,
   subspace_steps: int = 1,
 ) -> Any:
-  """Takes a step on theta again, bit for bit; donate `base` if jitted.
+  """Replays an in-place update, bit for bit; donate `base` if jitted.
 
   Args:
     base: theta before the step.
-    key: the run's typed PRNG key.
-    step: number of the iteration, from 0.
-    move: what the step was.
-    sampler: as in the run.
-    subspace_steps: as in the run.
+    key: typed PRNG key of the run, shape [].
+    step: number of the iteration, from 0; int32, shape [].
+    move: the update, as it was recorded.
+    sampler: sampler of the run.
+    subspace_steps: as in the run's `ZerothOrder`.
 
   Returns:
     theta after the step.
@@ -133,9 +148,9 @@ class SgdState(NamedTuple):
   """State of `sgd`.
 
   Attributes:
-    num_updates: int32, shape [].
-    learning_rate: float32, shape [].
-    scaling: state of the scaling.
+    num_updates: number of updates done, int32, shape [].
+    learning_rate: learning rate of the last update, float32, shape [].
+    scaling: states of the transformations of the coefficients.
   """
 
   num_updates: jax.Array
@@ -148,19 +163,30 @@ def sgd(
   *scalings: CoefficientTransform,
   weight_decay: float = 0.0,
 ) -> OuterTransform:
-  """Adds -lr * (1/Q) sum_q c_q z_q to the weights in place.
+  """Returns stochastic gradient descent in place.
 
-  An estimate without any finite coefficient leaves weights and state as they
-  are. Writes to dtypes narrower than float32 are rounded stochastically.
+  theta <- (1 - lr * weight_decay) theta - lr (1/Q) sum_q c_q z_q
+
+  An estimate without any finite coefficient changes neither weights nor state.
+  Results in dtypes narrower than float32 are rounded stochastically.
 
   Args:
-    learning_rate: a number, kept in the state so that changing it there does
-      not recompile, or an optax schedule of the update count.
-    *scalings: changes of the coefficients, applied in order.
-    weight_decay: decoupled, times the learning rate; matrices only.
+    learning_rate: a number, which is part of the state so that changing it
+      there does not recompile, or an optax schedule of the number of updates.
+    *scalings: transformations of the coefficients, applied in order: `clip`,
+      `sign`, `scale_by_std`, `scale_by_running_rms`.
+    weight_decay: decoupled weight decay, multiplied by the learning rate;
+      matrices only.
 
   Returns:
     The transformation; its state is a few scalars.
+
+  Example:
+    >>> import zofo_jax as zofo
+    >>> tx = zofo.outer.sgd(1e-6, zofo.outer.clip(100.0), weight_decay=0.1)
+    >>> state = tx.init(base=None)
+    >>> int(state.num_updates), float(state.learning_rate) == 1e-6
+    (0, False)
   """
   schedule = learning_rate if callable(learning_rate) else None
 
@@ -195,15 +221,16 @@ def sgd(
 
 
 def conservative(learning_rate: float) -> OuterTransform:
-  """Takes the better of a step, its opposite and none (ZO-Bench's).
+  """Returns descent that takes the best of a step, its opposite and none.
 
-  Three more evaluations; the candidates are perturbed, never copied.
+  ZO-SGD-Cons of ZO-Bench (Zhang et al., 2024, arXiv 2402.11592). Costs three
+  evaluations more; the candidates are perturbed, never copied.
 
   Args:
-    learning_rate: of the step -lr c z.
+    learning_rate: learning rate lr of the step -lr c z.
 
   Returns:
-    The transformation, for one direction.
+    The transformation, for a single direction.
   """
   inner_sgd = sgd(learning_rate)
   plain = inner_sgd.compute_update
@@ -211,7 +238,10 @@ def conservative(learning_rate: float) -> OuterTransform:
 
   def compute_update(base, state, estimate, sampler, objective):
     if estimate.coefficients.shape[0] != 1:
-      raise ValueError("outer.conservative takes one direction a step.")
+      raise ValueError(
+        "outer.conservative takes one direction a step; found "
+        f"{estimate.coefficients.shape[0]}."
+      )
     direction = keys_lib.DirectionKey(
       estimate.keys.direction[0], estimate.keys.subspace
     )
@@ -222,7 +252,7 @@ def conservative(learning_rate: float) -> OuterTransform:
     )
     best = jnp.argmin(jnp.where(jnp.isfinite(values), values, jnp.inf))
     factor = jnp.array([1.0, 0.0, -1.0])[best]
-    # Where none of the three is finite nothing says that a step is better.
+    # If none of the three is finite, there is no step.
     factor = jnp.where(jnp.isfinite(values[best]), factor, 0.0)
     chosen = estimate._replace(coefficients=factor * estimate.coefficients)
     return plain(base, state, chosen, sampler, objective)
@@ -233,27 +263,30 @@ def conservative(learning_rate: float) -> OuterTransform:
 def from_optax(
   tx: optax.GradientTransformation, *scalings: CoefficientTransform
 ) -> OuterTransform:
-  """Feeds the estimate, written out in float32, to an optax transformation.
+  """Returns an optax transformation of the estimate as a gradient tree.
 
-  Needs one float32 tree of the backbone's size beside whatever `tx` keeps. An
-  estimate without any finite coefficient leaves weights and state as they are.
-  Writes are rounded as those of `sgd`.
+  Needs one float32 tree of the backbone's size, besides the state of `tx`. An
+  estimate without any finite coefficient changes neither weights nor state.
+  Results are rounded as by `sgd`.
 
   Args:
-    tx: any transformation; `adam` and the like keep trees of their own.
-    *scalings: changes of the coefficients before that.
+    tx: any optax transformation; the state of `adam` and the like is several
+      trees of the backbone's size.
+    *scalings: transformations of the coefficients, applied before `tx`.
 
   Returns:
     The transformation.
   """
 
-  # What a transformation keeps has the types of what it is first shown, and it
-  # is shown float32 gradients.
-  def full(base):
+  # The state of a transformation takes its dtypes from the parameters, and the
+  # gradients are float32.
+  def to_float32(base):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
 
   def init(base):
-    return tx.init(full(base)), tuple(scaling.init() for scaling in scalings)
+    return tx.init(to_float32(base)), tuple(
+      scaling.init() for scaling in scalings
+    )
 
   def update(base, state, estimate, sampler, objective, key):
     del objective
@@ -265,7 +298,7 @@ def from_optax(
         scaled, scaling_state = scaling.update(scaled, scaling_state)
         new.append(scaling_state)
       gradient = zo.gradient(base, scaled, sampler)
-      updates, tx_state = tx.update(gradient, tx_state, full(base))
+      updates, tx_state = tx.update(gradient, tx_state, to_float32(base))
       base = rounding.apply_updates(base, updates, key)
       return base, (tx_state, tuple(new))
 
@@ -278,5 +311,5 @@ def from_optax(
 def to_outer_transform(
   tx: OuterTransform | optax.GradientTransformation,
 ) -> OuterTransform:
-  """Accepts either kind of transformation."""
+  """Returns an outer transformation, made of an optax one if need be."""
   return tx if isinstance(tx, OuterTransform) else from_optax(tx)

@@ -1,10 +1,10 @@
 """Weights theta + scale * z that exist only where they are used.
 
-`perturb` pairs each weight with the key of its z in a `Perturbed` node and
-draws nothing. The node is a pytree: `lax.scan` over stacked layers slices it,
-`vmap` over scales or examples batches it. A model reads its weights through
-`read`, `take`, `read_rows`, `dot` and `dot_transposed`, and a perturbed one
-exists a layer at a time, if at all.
+`Sampler.perturb` pairs each weight with the key of its z in a `Perturbed` node
+and draws nothing. The node is a pytree: `lax.scan` over stacked layers slices
+it, `vmap` over scales or examples batches it. It is an array to any model,
+which then reads perturbed weights a layer at a time. Models that call `take`,
+`read_rows`, `dot`, `dot_transposed` and `log_normalizer` draw even less.
 
 Keys: direction -> leaf path -> layer (of stacked leaves) -> element.
 """
@@ -22,7 +22,7 @@ from zofo_jax.core import directions, prng, xla
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core.array_like import ArrayLike
 
-# Rows that exist at a time of a table that is perturbed or written whole.
+# Number of rows that exist at a time of a table that is perturbed or updated.
 ROWS_PER_BLOCK = 4096
 
 
@@ -84,14 +84,17 @@ class Perturbed(ArrayLike):
     return dot(jnp.asarray(x), self)
 
   def add(self, z: jax.Array, stored: jax.Array) -> jax.Array:
-    """Returns stored weights plus scale times what of z they move along."""
+    """Returns stored + scale * mask(z), rounded once, to the stored dtype."""
     z = self.direction.mask(z, stored)
     shifted = stored.astype(jnp.float32) + self.scale * z
     return shifted.astype(stored.dtype)
 
 
 def _draw(weight: Perturbed, rows: directions.Rows | None = None) -> jax.Array:
-  """Draws z, once for all signs that read it if that is dear."""
+  """Draws z.
+
+  If that is expensive, z is kept in memory so that +eps and -eps share it.
+  """
 
   def draw(key):
     return weight.direction.sample(key, weight.shape, rows)
@@ -106,21 +109,26 @@ def _draw(weight: Perturbed, rows: directions.Rows | None = None) -> jax.Array:
 
 
 def is_perturbed(weight: Any) -> bool:
-  """Tells a `Perturbed` node from an array."""
+  """Returns whether a weight is a `Perturbed` node, not an array."""
   return isinstance(weight, Perturbed)
 
 
 def read(weight: Any) -> jax.Array:
-  """Reads a whole weight: the array itself, or value + scale * z."""
+  """Returns a whole weight: the array itself, or value + scale * z."""
   if not is_perturbed(weight):
     return weight
-  if weight.scale.ndim:  # stacked, and not sliced by a scan
+  if weight.scale.ndim:  # stacked layers, not sliced by a scan
     return jax.vmap(read)(weight)
   return weight.add(_draw(weight), weight.value)
 
 
 def take(weight: Any, rows: jax.Array) -> jax.Array:
-  """Reads rows of axis 0 (an embedding look-up), z for those rows alone."""
+  """Returns rows of axis 0 (an embedding look-up), drawing z for these only.
+
+  Args:
+    weight: [V, ...], perturbed or not.
+    rows: indices, int, any shape.
+  """
   if not is_perturbed(weight):
     return jnp.take(weight, rows, axis=0)
   z = _draw(weight, rows)
@@ -128,7 +136,7 @@ def take(weight: Any, rows: jax.Array) -> jax.Array:
 
 
 def read_rows(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
-  """Reads `size` consecutive rows of axis 0 from `start`, a multiple of 64."""
+  """Returns `size` rows of axis 0 from `start`, a multiple of 64."""
   if not is_perturbed(weight):
     return jax.lax.dynamic_slice_in_dim(weight, start, size)
   stored = jax.lax.dynamic_slice_in_dim(weight.value, start, size)
@@ -156,7 +164,7 @@ def _materialize_after(
 def dot(
   x: jax.Array, weight: Any, depends_on: jax.Array | None = None
 ) -> jax.Array:
-  """Multiplies x [..., in] by a weight [in, out].
+  """Returns x w, without z where the direction allows it.
 
   Args:
     x: [..., in].
@@ -175,13 +183,18 @@ def dot(
       tpu=functools.partial(_materialize_after, keep_dtype=True),
       default=_materialize_after,
     )
-  # In float32: a scale rounded to bfloat16 is another step than is divided by.
+  # In float32: the difference is divided by eps, not by its bfloat16 rounding.
   shift = weight.scale * product.astype(jnp.float32)
   return ((x @ weight.value).astype(jnp.float32) + shift).astype(x.dtype)
 
 
 def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
-  """Multiplies x [..., D] by a table [V, D], transposed; float32 [..., V]."""
+  """Returns x w^T for a table w [V, D]; float32 [..., V].
+
+  Args:
+    x: [..., D].
+    weight: [V, D], perturbed or not.
+  """
 
   def times(rows):
     return jnp.einsum(
@@ -201,8 +214,12 @@ def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
 def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
   """Returns log sum_v exp(x w_v) over the rows of a table; float32 [...].
 
-  A perturbed table, which would exist whole once for every sign, is walked in
-  blocks of rows, unless its direction has a product without z.
+  A perturbed table is read in blocks of rows, since it would exist whole for
+  both signs, unless its direction has a product without z.
+
+  Args:
+    x: [..., D].
+    weight: [V, D], perturbed or not.
   """
   size = weight.shape[0]
   if not is_perturbed(weight) or (
@@ -215,20 +232,22 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
     logits = dot_transposed(x, read_rows(weight, start, rows))
     return jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
 
-  whole, rest = divmod(size, ROWS_PER_BLOCK)
+  num_blocks, remainder = divmod(size, ROWS_PER_BLOCK)
   total = jnp.full(x.shape[:-1], -jnp.inf)
-  if whole:  # A loop of no turns is still traced.
+  if num_blocks:  # a loop without iterations is still traced
     total = jax.lax.fori_loop(
       0,
-      whole,
+      num_blocks,
       lambda i, total: add_block(total, i * ROWS_PER_BLOCK, ROWS_PER_BLOCK),
       total,
     )
-  return add_block(total, whole * ROWS_PER_BLOCK, rest) if rest else total
+  if not remainder:
+    return total
+  return add_block(total, num_blocks * ROWS_PER_BLOCK, remainder)
 
 
 def materialize(tree: Any) -> Any:
-  """Replaces every `Perturbed` node by its value, whole."""
+  """Replaces every `Perturbed` node by the perturbed weight."""
   return jax.tree.map(read, tree, is_leaf=is_perturbed)
 
 

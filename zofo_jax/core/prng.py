@@ -21,8 +21,9 @@ _PARITY = np.uint32(0x1BD11BDA)
 # Largest |z| of `gaussian`, whose uniform numbers have 23 bits.
 GAUSSIAN_MAX = 5.42
 
-# Of `normal_quantile`, lowest power first: log2(1 + m) / m on [0, 1), and
-# numerator and denominator of (quantile / x)^2 by w on [0, 23].
+# Coefficients of `normal_quantile`, lowest power first: of log2(1 + m) / m for
+# m in [0, 1), and of the numerator and denominator of (quantile / x)^2 for w in
+# [0, 23].
 _LOG2 = (
   1.4425532,
   -0.71828187,
@@ -43,11 +44,11 @@ _BELOW = (1.0, 0.0620229906, 0.0153206532, 0.000773512427)
 
 
 class RowRange(NamedTuple):
-  """Consecutive rows, cheaper to draw than rows in any order.
+  """Consecutive rows, which are cheaper to draw than rows in any order.
 
   Attributes:
-    start: number of the first row, a multiple of 64; may be traced.
-    size: how many rows.
+    start: index of the first row, a multiple of 64; may be traced.
+    size: number of rows.
   """
 
   start: jax.typing.ArrayLike
@@ -66,17 +67,18 @@ def _rounds(
 
 
 def _schedule(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns the words that rounds mix in, in turn."""
+  """Returns the key words that are added between blocks of rounds."""
   k0, k1 = key[..., 0], key[..., 1]
   return k0, k1, k0 ^ k1 ^ _PARITY
 
 
-# Traced once a shape, not at each of the hundreds of draws of a step.
+# Jitted so that it is traced once per shape, not for each of the hundreds of
+# draws of a step.
 @jax.jit
 def threefry2x32(
   key: jax.Array, high: jax.Array, low: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Encrypts the counter (high, low) under a key: 64 random bits an element.
+  """Encrypts the counter (high, low) under a key: 64 random bits per element.
 
   Args:
     key: uint32, shape [2] or [..., 2] broadcasting against the counters.
@@ -162,12 +164,12 @@ def fold_in(
 
 
 def _last_axis(size: int, ndim: int) -> jax.Array:
-  """Counts along the last of `ndim` axes, uint32, shape [1, ..., 1, size]."""
+  """Returns 0 to size - 1 along the last of `ndim` axes, uint32."""
   return jnp.arange(size, dtype=jnp.uint32).reshape((1,) * (ndim - 1) + (size,))
 
 
 def _unit(x0: jax.Array, x1: jax.Array) -> jax.Array:
-  """Makes a float in (0, 1) of two words."""
+  """Returns a float in (0, 1) from two words."""
   # 23 random bits give a float in [1, 2); the half step keeps 0 and 1 out.
   mantissa = ((x0 ^ x1) >> 9) | np.uint32(0x3F800000)
   unit = jax.lax.bitcast_convert_type(mantissa, jnp.float32)
@@ -177,7 +179,7 @@ def _unit(x0: jax.Array, x1: jax.Array) -> jax.Array:
 def _counters(
   rows: jax.Array | RowRange, columns: int
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns every element's row and column, as arrays that broadcast."""
+  """Returns the row and column of every element, as arrays that broadcast."""
   if isinstance(rows, RowRange):
     rows = _consecutive(rows.start, rows.size)
   return rows[..., None], _last_axis(columns, rows.ndim + 1)
@@ -208,23 +210,25 @@ def _horner(coefficients: tuple[float, ...], x: jax.Array) -> jax.Array:
   return y
 
 
-# One program even where the caller compiles none: its products and sums would
-# round differently by themselves.
+# Jitted so that it is one program in eager code, too: op by op, products and
+# sums would round differently.
 @jax.jit
 def normal_quantile(x: jax.Array) -> jax.Array:
-  """Returns sqrt(2) erf_inv(x), within 5e-6 of its size, and faster.
+  """Returns sqrt(2) erf_inv(x) to a relative error of 5e-6.
 
-  With w = -log2(1 - x^2), (quantile / x)^2 is nearly linear in w at both ends;
-  a rational function, fitted to its largest relative error, meets it to 5e-6.
+  With w = -log2(1 - x^2), (quantile / x)^2 is nearly linear in w at both ends,
+  and is approximated by a rational function with the least maximal relative
+  error. Faster than `jax.lax.erf_inv`.
 
   Args:
-    x: float32, multiples of 2^-23 in (-1, 1): what 2 u - 1 gives for `uniform`.
+    x: float32, multiples of 2^-23 in (-1, 1), such as 2 u - 1 for u of
+      `uniform`.
 
   Returns:
     Normal quantiles of (1 + x) / 2, float32.
   """
-  # Both factors are exact. The logarithm is read off the float: its exponent,
-  # and m q(m) for log2(1 + m), all of it multiplications that fuse.
+  # Both factors are exact. The logarithm is the exponent of the float plus
+  # m q(m) for log2(1 + m), all of it multiplications that fuse.
   word = jax.lax.bitcast_convert_type((1.0 - x) * (1.0 + x), jnp.uint32)
   exponent = (word >> 23).astype(jnp.float32) - 127.0
   m = jax.lax.bitcast_convert_type(
@@ -233,15 +237,15 @@ def normal_quantile(x: jax.Array) -> jax.Array:
   m = m - 1.0
   w = -(exponent + m * _horner(_LOG2, m))
   squared = x * x * (_horner(_ABOVE, w) / _horner(_BELOW, w))
-  # The sign comes last, as a bit, so that no product is left that a compiler
-  # could merge with what follows.
+  # The sign is set last, as a bit, so that no product is left that a compiler
+  # could contract with what follows.
   sign = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0x80000000)
   size = jax.lax.bitcast_convert_type(jnp.sqrt(squared), jnp.uint32)
   return jax.lax.bitcast_convert_type(size | sign, jnp.float32)
 
 
 def _normal(x0: jax.Array, x1: jax.Array) -> jax.Array:
-  """Makes a normal number of two words."""
+  """Returns a normal number from two words."""
   return normal_quantile(2.0 * _unit(x0, x1) - 1.0)
 
 
@@ -259,7 +263,7 @@ def gaussian(
 def gaussian_materialized(
   key: jax.Array, rows: jax.Array | RowRange, columns: int
 ) -> jax.Array:
-  """Draws the numbers of `gaussian`, each to be shared by many elements."""
+  """Draws the numbers of `gaussian`, computed once for many elements each."""
   return threefry2x32_materialized(
     key, *_counters(rows, columns), transform=_normal
   )
@@ -268,7 +272,7 @@ def gaussian_materialized(
 def rademacher(
   key: jax.Array, rows: jax.Array | RowRange, columns: int
 ) -> jax.Array:
-  """Draws +1 or -1 with equal chance, one bit an element.
+  """Draws +1 or -1 with equal probability, one bit per element.
 
   A column's 64 random bits serve 64 consecutive rows, so that neighbours in
   memory differ in the word and share the shift. Devices that hold fewer than 64
@@ -293,7 +297,8 @@ def rademacher(
   x0, x1 = threefry2x32_materialized(
     key, _consecutive(first, blocks)[:, None], _last_axis(columns, 2)
   )
-  # Chosen, not joined: XLA's loops over joined arrays are no vector loops.
+  # Selected, not concatenated: XLA does not vectorise loops over concatenated
+  # arrays.
   second = jnp.arange(2, dtype=jnp.uint32).reshape(1, 2, 1, 1) == 1
   words = jnp.where(second, x1[:, None, None], x0[:, None, None])
   bits = words << jnp.arange(32, dtype=jnp.uint32).reshape(1, 1, 32, 1)
@@ -305,8 +310,8 @@ def _consecutive(start: jax.typing.ArrayLike, size: int) -> jax.Array:
 
 
 def _sign(bits: jax.Array) -> jax.Array:
-  """Turns the highest bit of each word into +1 or -1."""
-  one = np.uint32(0x3F800000)
+  """Returns +1 or -1 from the highest bit of each word."""
+  bits_of_one = np.uint32(0x3F800000)
   return jax.lax.bitcast_convert_type(
-    (bits & np.uint32(0x80000000)) | one, jnp.float32
+    (bits & np.uint32(0x80000000)) | bits_of_one, jnp.float32
   )

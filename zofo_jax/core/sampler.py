@@ -1,4 +1,4 @@
-"""Which weights move along which directions, and how the sum is written.
+"""Samplers: which weights move, along which directions, and how in place.
 
 The z that `perturb` reads in a forward pass and the z that `apply_directions`
 adds to the weights are the same function of a key; see `keys`.
@@ -18,9 +18,9 @@ from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
 
 
-def _everything(name: str) -> bool:
+def _select_all(path: str) -> bool:
   """Selects every leaf."""
-  del name
+  del path
   return True
 
 
@@ -50,7 +50,7 @@ class Sampler:
   """
 
   direction: directions.Direction = directions.Gaussian()
-  select: Callable[[str], bool] = _everything
+  select: Callable[[str], bool] = _select_all
   layers: tuple[int, ...] | None = None
   stacked: str | None = None
   lazy: bool | None = None
@@ -134,22 +134,32 @@ class Sampler:
   ) -> Any:
     """Returns (1 - decay) tree + sum_q weights[q] * z(keys[q]).
 
-    Written so that a donated `tree` is updated in place: the temporaries are at
-    most one layer, or some rows of a table, in float32, whatever the number of
-    directions.
+    A donated `tree` is updated in place: the temporaries are one layer, or some
+    rows of a table, in float32, whatever the number of directions.
 
     Args:
       tree: pytree of weights, any float dtype.
       keys: keys of the directions, `direction` [Q] and one `subspace` [].
         Folded, not consumed.
       weights: float32, shape [Q].
-      decay: share taken off every matrix, not off vectors (norms and biases).
-      rounding_key: typed key for stochastic rounding to dtypes narrower than
-        float32, by which steps far below one unit in the last place still move
-        the weights on average; None rounds to nearest.
+      decay: factor by which matrices shrink, float32, shape []. Vectors (norms
+        and biases) do not decay.
+      rounding_key: typed PRNG key for stochastic rounding to dtypes narrower
+        than float32, by which steps far below one unit in the last place still
+        move the weights on average; None rounds to nearest.
 
     Returns:
-      A tree like `tree`; leaves that are not selected come back untouched.
+      A tree like `tree`; leaves that are not selected are returned unchanged.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import zofo_jax as zofo
+      >>> sampler = zofo.Sampler(zofo.directions.Rademacher())
+      >>> key, subspace = jax.random.split(jax.random.key(0))
+      >>> keys = zofo.keys.direction_keys(key, subspace, 1)
+      >>> moved = sampler.apply_directions(jnp.ones(3), keys, jnp.array([0.5]))
+      >>> (abs(moved - 1)).tolist()
+      [0.5, 0.5, 0.5]
     """
 
     def new(stored, leaf_keys, round_key, part=None):
@@ -172,8 +182,13 @@ class Sampler:
   ) -> Any:
     """Returns sum_q weights[q] * z(keys[q]) as a float32 tree like `tree`.
 
-    Zero where `apply_directions` leaves the weights untouched; it explains the
-    arguments.
+    Args:
+      tree: pytree of weights; read only by directions that depend on them.
+      keys: keys of the directions, `direction` [Q] and one `subspace` [].
+      weights: float32, shape [Q].
+
+    Returns:
+      A float32 tree like `tree`; zeros where a weight is not selected.
     """
 
     def new(stored, leaf_keys, _, part=None):
@@ -207,30 +222,41 @@ class Sampler:
     return jax.tree.map_with_path(apply, tree, keys_tree, *rounding_keys)
 
   def _write(self, new, leaf, into, leaf_keys, round_key):
-    """Returns `into` with new(weights, keys, rounding key) in moving layers."""
+    """Returns `into` with the selected layers replaced by `new` of them.
+
+    Args:
+      new: (stored weights, keys, rounding key, part) -> new weights of a layer;
+        `part` as for `_sum`.
+      leaf: the stored leaf.
+      into: what is overwritten, of the same shape; `leaf` for an update in
+        place.
+      leaf_keys: keys of the leaf, [Q, 2] or [Q, layers, 2].
+      round_key: rounding key of the leaf, [2] or [layers, 2]; None for none.
+    """
     if leaf_keys.direction.ndim == 2:  # no layers
-      several = leaf_keys.direction.shape[0] > 1
-      joined = several and self.direction.has_weighted_sum
-      if leaf.ndim != 2 or leaf.shape[0] <= perturbed.ROWS_PER_BLOCK or joined:
+      at_once = leaf_keys.direction.shape[0] > 1
+      at_once &= self.direction.has_weighted_sum
+      at_once |= leaf.ndim != 2 or leaf.shape[0] <= perturbed.ROWS_PER_BLOCK
+      if at_once:
         return new(leaf, leaf_keys, round_key)
       return xla.by_platform(
         *(leaf, into, leaf_keys, round_key),
         cpu=lambda leaf, _, *keys: new(leaf, *keys),
         default=functools.partial(self._write_rows, new, into is leaf),
       )
-    whole = self.layers is None and leaf_keys.direction.shape[0] == 1
-    if whole and self.direction.elementwise:
+    one_direction = leaf_keys.direction.shape[0] == 1
+    if one_direction and self.layers is None and self.direction.elementwise:
 
-      def at_once(leaf, _, leaf_keys, round_key):
+      def vectorised(leaf, _, leaf_keys, round_key):
         axes = (0, 1, None if round_key is None else 0)
         return jax.vmap(new, axes)(leaf, leaf_keys, round_key)
 
-      # One pass over the memory, in parallel and in place but on TPU, which
-      # would need as much again.
+      # One pass over the memory, in parallel and in place, except on TPU, where
+      # it would need a copy.
       return xla.by_platform(
         *(leaf, into, leaf_keys, round_key),
-        cpu=at_once,
-        gpu=at_once,
+        cpu=vectorised,
+        gpu=vectorised,
         default=functools.partial(self._write_layers, new, into is leaf),
       )
     return self._write_layers(
@@ -238,7 +264,7 @@ class Sampler:
     )
 
   def _write_rows(self, new, in_place, leaf, into, leaf_keys, round_key):
-    """Returns what `_write` does, a block of a table's rows at a time."""
+    """Computes `_write` of a table, a block of rows at a time."""
 
     def write(start, size, table):
       rows = prng.RowRange(start, size)
@@ -249,40 +275,46 @@ class Sampler:
       return jax.lax.dynamic_update_slice_in_dim(table, block, start, 0)
 
     size = perturbed.ROWS_PER_BLOCK
-    count, rest = divmod(leaf.shape[0], size)
+    count, remainder = divmod(leaf.shape[0], size)
     into = jax.lax.fori_loop(
       0, count, lambda i, table: write(i * size, size, table), into
     )
-    return write(count * size, rest, into) if rest else into
+    return write(count * size, remainder, into) if remainder else into
 
   def _write_layers(self, new, in_place, leaf, into, leaf_keys, round_key):
-    """Returns what `_write` does, a layer at a time; in place, into is leaf."""
-    # Layer by layer: what is summed or masked exists for one of them at a time.
-    moving = range(leaf.shape[0]) if self.layers is None else self.layers
-    if not moving:  # A loop of no turns is still traced.
+    """Computes `_write` of stacked layers, a layer at a time.
+
+    A sum of directions, or a mask, then exists for one layer at a time.
+    """
+    selected = range(leaf.shape[0]) if self.layers is None else self.layers
+    if not selected:  # a loop without iterations is still traced
       return into
-    numbers = jnp.asarray(tuple(moving), jnp.int32)
+    layers = jnp.asarray(tuple(selected), jnp.int32)
 
     def write_layer(i, stack):
-      layer = numbers[i]
+      layer = layers[i]
       layer_keys = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
       layer_round_key = None if round_key is None else _at(round_key, layer)
-      # Read from where it will be written, else both would have to exist.
+      # Read from where it will be written, so that one stack is enough.
       stored = _at(stack if in_place else leaf, layer)
       block = new(stored, layer_keys, layer_round_key)
       return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
 
-    return jax.lax.fori_loop(0, len(moving), write_layer, into)
+    return jax.lax.fori_loop(0, len(selected), write_layer, into)
 
   def _sum(self, stored, keys, weights, part=None):
-    """sum_q weights[q] z(keys[q]) for one layer's weights, float32.
+    """Returns sum_q weights[q] z(keys[q]) for the weights of a layer, float32.
 
-    `stored` may be a part: (shape of the whole, which rows of it).
+    Args:
+      stored: the weights, or some rows of them.
+      keys: keys of a leaf or layer, [Q, 2].
+      weights: float32, shape [Q].
+      part: (shape of the whole, its rows in `stored`); None for all rows.
     """
     whole, rows = part or (stored.shape, None)
     if weights.shape[0] == 1:
-      only = jax.tree.map(lambda k: k[0], keys)
-      z = self.direction.sample(only, whole, rows)
+      key = jax.tree.map(lambda k: k[0], keys)
+      z = self.direction.sample(key, whole, rows)
       return self.direction.mask(weights[0] * z, stored)
     combined = self.direction.weighted_sum(keys, weights, whole)
     if combined is None:

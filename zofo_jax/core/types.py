@@ -1,4 +1,4 @@
-"""What the step of Bilevel-ZOFO takes and gives."""
+"""Types of the method: losses, and what a step takes and returns."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import optax
 
-# Any pytree of arrays.
+# A pytree of arrays.
 PyTree: TypeAlias = Any
-# Pytrees of parameters: of the backbone or of an adapter.
+# A pytree of parameters, of the backbone or of an adapter.
 Params: TypeAlias = Any
 # (base, adapter, batch, key) -> scalar loss, or (loss, aux) where a function
 # with `has_aux` takes it. A None key means no dropout.
@@ -16,12 +16,12 @@ LossFn: TypeAlias = Callable[[Params, Params, PyTree, jax.Array | None], Any]
 
 
 class InPlaceUpdate(NamedTuple):
-  """A step on theta, to be written in place.
+  """An in-place update theta <- (1 - decay) theta + sum_q weights[q] z_q.
 
   Attributes:
-    weights: factors of the directions, float32, shape [Q]; NumPy's as well.
-    decay: share taken off every matrix, float32, shape [].
-    learning_rate: what the weights were made with, float32, shape [].
+    weights: factors of the directions, float32, shape [Q]; jax or NumPy.
+    decay: factor by which matrices shrink, float32, shape [].
+    learning_rate: learning rate that the weights contain, float32, shape [].
   """
 
   weights: Any
@@ -30,12 +30,12 @@ class InPlaceUpdate(NamedTuple):
 
 
 class BilevelState(NamedTuple):
-  """Everything that decides the rest of a run.
+  """Everything that determines the rest of a run.
 
   Attributes:
-    step: outer iterations done, int32, shape [].
+    step: number of outer iterations done, int32, shape [].
     base: backbone parameters theta.
-    upper: adapter p, the one that is kept.
+    upper: adapter p, the result.
     lower: auxiliary adapter s.
     base_opt: state of the backbone's update.
     upper_opt: optimizer state of p.
@@ -53,18 +53,19 @@ class BilevelState(NamedTuple):
   key: jax.Array
 
 
-# Fields of a state that have an axis of tasks where there are several.
+# Fields of a state that have a leading axis of tasks with `over_tasks`.
 PER_TASK_FIELDS = ("upper", "lower", "upper_opt", "lower_opt")
 
 
 class BilevelBatch(NamedTuple):
-  """Rows of one outer iteration.
+  """Batches of one outer iteration; over tasks, leaves are [M, ...].
 
   Attributes:
     lower: batches from D_p for the T inner steps; leaves [T, ...].
-    penalty: one fresh batch from D_p for the penalty terms.
+    penalty: one more batch from D_p, for the penalty terms.
     upper: one batch from D_f.
-    weights: of the tasks in the mean of G, float32 [M]; None for equal ones.
+    weights: weights of the tasks in the mean of G, float32 [M]; None for equal
+      ones.
   """
 
   lower: Any
@@ -74,16 +75,21 @@ class BilevelBatch(NamedTuple):
 
 
 class BilevelHParams(NamedTuple):
-  """Numbers that may change without a new compilation; float32, shape []."""
+  """Hyper-parameters that are traced: changing them does not recompile.
+
+  Attributes:
+    zo_eps: smoothing radius eps of zeroth-order estimates, float32, shape [].
+    penalty: weight lam of the penalty, float32, shape [].
+  """
 
   zo_eps: jax.typing.ArrayLike = 1e-3
   penalty: jax.typing.ArrayLike = 1.0
 
 
 class BilevelInfo(NamedTuple):
-  """What an iteration tells a logger; float32 unless said.
+  """Metrics of one iteration; float32 unless noted.
 
-  Over tasks, losses and the norm have their axis in front: [M, T] and [M].
+  Over tasks, losses and the norm have a leading axis of tasks: [M, T] and [M].
 
   Attributes:
     lower_loss: L(theta, s) at each inner step, shape [T].
@@ -91,12 +97,13 @@ class BilevelInfo(NamedTuple):
     penalty_loss: L(theta, p; D_p), shape [].
     objective: mean of G over the probed points, shape [].
     coefficients: directional derivatives of G, shape [Q].
-    num_nonfinite: directions dropped because G, or p's gradient, was not
-      finite, int32 [].
+    num_nonfinite: number of directions dropped because G, or p's gradient, was
+      not finite, int32 [].
     upper_grad_norm: norm of p's gradient, shape [].
-    move: what was added to theta; None if it was not added in place.
-    aux: auxiliary output of L(theta, p; D_f), with an axis of tasks in front
-      where there are tasks; None without `has_aux`.
+    move: the in-place update of theta; None if `base_tx` does not update in
+      place.
+    aux: auxiliary output of L(theta, p; D_f), over tasks with a leading axis of
+      tasks; None without `has_aux`.
   """
 
   lower_loss: jax.Array

@@ -1,8 +1,10 @@
 """Work-arounds for how XLA schedules and fuses, each with its platforms.
 
-None of them changes a number; they change what is kept in memory and when it is
-computed. What each is for was seen in programs compiled by jaxlib 0.10 for CPU
-and GPU, and for TPU v5e, v5p and v6e ahead of time.
+None of them changes a number; they change what is kept in memory, and when it
+is computed. They were found in programs compiled by jaxlib 0.10 for CPU and
+GPU, and ahead of time for TPU. Whoever updates jaxlib may try without them:
+tests of the compiled programs (temporaries, loops, conditionals) show whether
+they are still needed.
 """
 
 from collections.abc import Callable
