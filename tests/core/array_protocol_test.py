@@ -264,8 +264,8 @@ def test_it_is_an_array_in_every_other_way():
   same(w.at[0].set(0.0), array.at[0].set(0.0))
   same(-w, -array)
   same(abs(w), abs(array))
-  for ours, row in zip(w, array, strict=True):
-    same(ours, row)
+  for actual, row in zip(w, array, strict=True):
+    same(actual, row)
   same(jnp.einsum("io,i->o", w, jnp.ones(3)), jnp.einsum("io->o", array))
   with pytest.raises(AttributeError, match="no attribute 'kernel'"):
     _ = w.kernel

@@ -1,4 +1,4 @@
-"""What Bilevel-ZOFO is compared with: against transcriptions, and as runs."""
+"""Baselines, against transcriptions and as runs."""
 
 import functools
 import json
@@ -55,11 +55,11 @@ def _batch(seed=1):
   return BilevelBatch(make(T, ROWS), (), make(ROWS))
 
 
-def _close(ours, theirs, rtol=1e-4):
+def _close(actual, expected, rtol=1e-4):
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=rtol, atol=1e-5),
-    ours,
-    theirs,
+    actual,
+    expected,
   )
 
 
@@ -140,9 +140,11 @@ def test_one_after_the_other_is_each_in_its_time(adapter_first):
   for number in range(4):
     batch = _batch(number)
     state, info = step(state, batch, HPARAMS)
-    alone, told = pair[number >= 2].step(alone, batch, HPARAMS)
+    alone, stage_info = pair[number >= 2].step(alone, batch, HPARAMS)
     _close((state.base, state.upper), (alone.base, alone.upper))
-    np.testing.assert_allclose(info.upper_loss, told.upper_loss.mean(), 1e-4)
+    np.testing.assert_allclose(
+      info.upper_loss, stage_info.upper_loss.mean(), 1e-4
+    )
     zeroth_order = adapter_first == (number >= 2)
     assert info.coefficients.shape == (2,)
     assert bool(np.any(info.coefficients)) == zeroth_order
@@ -181,10 +183,10 @@ def test_a_run_of_every_method(
     if "upper_loss" in line
   ]
   assert [line["step"] for line in lines] == list(range(1, 9))
-  # A pass of 8 rows: 2 points, or 2 steps forward and back (twice as dear with
+  # A pass of 8 rows: 2 points, or 2 steps forward and back (twice the cost with
   # all weights).
   mezo, peft, full = (2, 0, 16), (2, 2, 32), (2, 2, 48)
-  each = {
+  spent_by_step = {
     "mezo": [mezo] * 8,
     "mezo_peft": [mezo] * 8,
     "peft": [peft] * 8,
@@ -193,7 +195,9 @@ def test_a_run_of_every_method(
     "mezo_then_peft": [mezo] * 4 + [peft] * 4,
   }[method]
   names = ("forward_passes", "backward_passes", "forward_equivalents")
-  for line, expected in zip(lines, np.cumsum(each, axis=0), strict=True):
+  for line, expected in zip(
+    lines, np.cumsum(spent_by_step, axis=0), strict=True
+  ):
     assert [line[name] for name in names] == expected.tolist()
     assert line["peak_rss_bytes"] >= line["rss_bytes"] > 0
   ratios = {line["flops"] / line["forward_equivalents"] for line in lines}
@@ -205,8 +209,8 @@ def test_a_run_of_every_method(
   run = evaluate.load_run(epath.Path(folder))
   state = evaluate.restore(run, epath.Path(folder))
   assert bool(state.upper) == (method not in ("mezo", "full"))
-  found = evaluate.evaluate_run(str(folder))
-  assert found["accuracy"] == summary["test_accuracy"]
+  result = evaluate.evaluate_run(str(folder))
+  assert result["accuracy"] == summary["test_accuracy"]
 
 
 @pytest.mark.skipif(

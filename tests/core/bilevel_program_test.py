@@ -66,8 +66,8 @@ def _remember_keys(tx, num_directions):
   blank = jax.random.key(0)
   blank = keys_lib.DirectionKey(jax.random.split(blank, num_directions), blank)
 
-  def update(base, state, estimate, *rest):
-    base, state = tx.update(base, state[0], estimate, *rest)
+  def update(base, state, estimate, *args):
+    base, state = tx.update(base, state[0], estimate, *args)
     return base, (state, estimate.keys)
 
   return outer.OuterTransform(lambda base: (tx.init(base), blank), update)
@@ -203,9 +203,9 @@ def test_batches_of_unequal_shape():
   )
   padded = short._replace(upper=jax.tree.map(pad, short.upper))
   hparams = zofo.BilevelHParams(0.05, 2.0)
-  one = step(algorithm.init(*_start()), short, hparams)
+  expected = step(algorithm.init(*_start()), short, hparams)
   other = step(algorithm.init(*_start()), padded, hparams)
-  _close(one, other, rtol=1e-4, atol=1e-4)
+  _close(expected, other, rtol=1e-4, atol=1e-4)
 
 
 def test_two_functions_of_one_loss():
@@ -213,9 +213,9 @@ def test_two_functions_of_one_loss():
   algorithm, step = _plain()
   twin = _algorithm(_loss, lambda *arguments: _loss(*arguments))
   hparams = zofo.BilevelHParams(0.05, 2.0)
-  one = step(algorithm.init(*_start()), _batch(), hparams)
+  expected = step(algorithm.init(*_start()), _batch(), hparams)
   other = jax.jit(twin.step)(twin.init(*_start()), _batch(), hparams)
-  _close(one, other, rtol=1e-4, atol=1e-4)
+  _close(expected, other, rtol=1e-4, atol=1e-4)
 
 
 def test_keys_reach_first_order_losses_only():
@@ -294,7 +294,7 @@ def test_mesh_equals_one_device():
   )
   step = jax.jit(algorithm.step)
   hparams = zofo.BilevelHParams(eps, penalty)
-  one, one_info = step(algorithm.init(*_start()), _batch(), hparams)
+  expected, expected_info = step(algorithm.init(*_start()), _batch(), hparams)
 
   key, base, upper, lower = _start()
   base = {
@@ -311,11 +311,13 @@ def test_mesh_equals_one_device():
   many, many_info = step(state, batch, hparams)
   for part in (0, 1):
     np.testing.assert_array_equal(
-      *(jax.random.key_data(s.base_opt[1][part]) for s in (one, many))
+      *(jax.random.key_data(s.base_opt[1][part]) for s in (expected, many))
     )
   # Sums in another order: a few ulps of each loss, then over eps.
-  scale = float(one_info.upper_loss + 2 * penalty * one_info.penalty_loss)
+  scale = float(
+    expected_info.upper_loss + 2 * penalty * expected_info.penalty_loss
+  )
   atol = 8 * 2.0**-23 * scale / eps
-  _close(many_info.coefficients, one_info.coefficients, rtol=0, atol=atol)
-  _close(many.base, one.base, rtol=1e-6, atol=1e-2 * atol)
-  _close((many.upper, many.lower), (one.upper, one.lower))
+  _close(many_info.coefficients, expected_info.coefficients, rtol=0, atol=atol)
+  _close(many.base, expected.base, rtol=1e-6, atol=1e-2 * atol)
+  _close((many.upper, many.lower), (expected.upper, expected.lower))

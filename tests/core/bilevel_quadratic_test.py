@@ -20,8 +20,8 @@ def _remember_keys(tx, num_directions):
   blank = jax.random.key(0)
   blank = keys_lib.DirectionKey(jax.random.split(blank, num_directions), blank)
 
-  def update(base, state, estimate, *rest):
-    base, state = tx.update(base, state[0], estimate, *rest)
+  def update(base, state, estimate, *args):
+    base, state = tx.update(base, state[0], estimate, *args)
     return base, (state, estimate.keys)
 
   return outer.OuterTransform(lambda base: (tx.init(base), blank), update)
@@ -38,9 +38,9 @@ def _algorithm(loss, upper_loss, **options):
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _unit(own, frame, tree, sampler):
+def _unit(direction_key, subspace_key, tree, sampler):
   return sampler.weighted_sum(
-    tree, keys_lib.DirectionKey(own[None], frame), jnp.ones(1)
+    tree, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
   )
 
 
@@ -91,10 +91,10 @@ def test_hyper_gradient_at_rate_one_over_penalty():
     state = algorithm.init(jax.random.key(0), theta, upper, jnp.zeros(4))
     state, info = step(state, _NO_ROWS, zofo.BilevelHParams(0.1, penalty))
     # <g, z_q> along more directions than dimensions determines g.
-    own, frame = state.base_opt[1]
+    direction_key, subspace_key = state.base_opt[1]
     z = [
-      _unit(key, frame, theta, sampler.Sampler(directions.Gaussian()))
-      for key in own
+      _unit(key, subspace_key, theta, sampler.Sampler(directions.Gaussian()))
+      for key in direction_key
     ]
     gradient, *_ = np.linalg.lstsq(np.array(z), np.array(info.coefficients))
     errors.append((1 + penalty) * np.linalg.norm(gradient - hyper_gradient))

@@ -63,8 +63,8 @@ def _remember_keys(tx, num_directions):
   blank = jax.random.key(0)
   blank = keys_lib.DirectionKey(jax.random.split(blank, num_directions), blank)
 
-  def update(base, state, estimate, *rest):
-    base, state = tx.update(base, state[0], estimate, *rest)
+  def update(base, state, estimate, *args):
+    base, state = tx.update(base, state[0], estimate, *args)
     return base, (state, estimate.keys)
 
   return outer.OuterTransform(lambda base: (tx.init(base), blank), update)
@@ -130,9 +130,9 @@ def _slow_sgd(rate):
 
 
 @functools.partial(jax.jit, static_argnums=3)
-def _unit(own, frame, tree, sampler):
+def _unit(direction_key, subspace_key, tree, sampler):
   return sampler.weighted_sum(
-    tree, keys_lib.DirectionKey(own[None], frame), jnp.ones(1)
+    tree, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
   )
 
 
@@ -195,8 +195,8 @@ def test_iteration_equals_the_transcription(
     # 2b. theta, from the old p and the new s.
     def objective(base, q, p=p, s=s, rows=rows):
       # A direction sees all rows, or the row of its own example.
-      own = slice(q, q + 1) if per_example else slice(None)
-      upper, shared = ([x[own] for x in b] for b in (rows.upper, rows.penalty))
+      seen = slice(q, q + 1) if per_example else slice(None)
+      upper, shared = ([x[seen] for x in b] for b in (rows.upper, rows.penalty))
       return _numpy_loss(base, p, upper)[0] + penalty * (
         _numpy_loss(base, p, shared)[0] - _numpy_loss(base, s, shared)[0]
       )
@@ -254,17 +254,17 @@ def test_directions_share_their_frame_for_some_steps():
     zo=zofo.ZerothOrder(directions.LowRank(2), subspace_steps=3),
   )
   base = {"w": _draw(0)(6, 7)}
-  one = jnp.float32(1.0)
-  state = algorithm.init(jax.random.key(0), base, one, one)
+  scale = jnp.float32(1.0)
+  state = algorithm.init(jax.random.key(0), base, scale, scale)
   batch = zofo.BilevelBatch(jnp.ones(1), jnp.float32(1.0), jnp.float32(2.0))
   step = jax.jit(algorithm.step)
   zs = []
   for _ in range(6):
     state, _ = step(state, batch)
-    own, frame = state.base_opt[1]
+    direction_key, subspace_key = state.base_opt[1]
     z = _unit(
-      own[0],
-      frame,
+      direction_key[0],
+      subspace_key,
       base,
       sampler.Sampler(directions.LowRank(2), stacked=STACKED),
     )

@@ -36,14 +36,16 @@ def _base(dtype=jnp.float32):
 def _estimate(step, num_directions, broken=()):
   """Makes up an estimate: random keys, coefficients and values."""
   rng = np.random.default_rng(step)
-  own, frame = jax.random.split(jax.random.key(step))
+  direction_key, subspace_key = jax.random.split(jax.random.key(step))
   finite = np.ones(num_directions, bool)
   finite[list(broken)] = False
   coefficients = np.where(finite, rng.normal(size=num_directions), 0)
   values = rng.normal(size=(num_directions, 2))
   values[~finite, 0] = np.nan
   return zo.Estimate(
-    keys=keys_lib.DirectionKey(jax.random.split(own, num_directions), frame),
+    keys=keys_lib.DirectionKey(
+      jax.random.split(direction_key, num_directions), subspace_key
+    ),
     coefficients=jnp.asarray(coefficients, jnp.float32),
     num_nonfinite=jnp.int32(len(broken)),
     values=jnp.asarray(values, jnp.float32),
@@ -52,9 +54,9 @@ def _estimate(step, num_directions, broken=()):
 
 
 @jax.jit
-def _unit(own, frame, tree):
+def _unit(direction_key, subspace_key, tree):
   return SAMPLER.weighted_sum(
-    tree, keys_lib.DirectionKey(own[None], frame), jnp.ones(1)
+    tree, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
   )
 
 
@@ -65,11 +67,12 @@ def _flat(tree):
 
 def _sum(estimate, coefficients, base):
   """Sums c_q z_q over finite q and divides by their number, in float64."""
-  own, frame = estimate.keys
+  direction_key, subspace_key = estimate.keys
   total = sum(
-    float(c) * _flat(_unit(k, frame, base)) for k, c in zip(own, coefficients)
+    float(c) * _flat(_unit(k, subspace_key, base))
+    for k, c in zip(direction_key, coefficients)
   )
-  return total / (len(own) - int(estimate.num_nonfinite))
+  return total / (len(direction_key) - int(estimate.num_nonfinite))
 
 
 def _updater(tx, **options):

@@ -24,11 +24,13 @@ KINDS = [GAUSSIAN, RADEMACHER, LOW_RANK, PER_EXAMPLE, SPARSE]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: type(k).__name__)
 
 
-def _keys(count, seed=0, frames=None):
-  """Keys of `count` directions, of as many frames or of one."""
+def _keys(count, seed=0, num_subspaces=None):
+  """Keys of `count` directions, of as many subspaces or of one."""
   words = np.random.default_rng(seed).integers(2**32, size=(2, count, 2))
-  own, frame = jnp.asarray(words.astype(np.uint32))
-  return keys_lib.LeafKey(own, frame if frames is None else frame[:1])
+  direction_key, subspace_key = jnp.asarray(words.astype(np.uint32))
+  return keys_lib.LeafKey(
+    direction_key, subspace_key if num_subspaces is None else subspace_key[:1]
+  )
 
 
 def _at(keys, q):
@@ -45,10 +47,12 @@ def _draw(kind, key, shape, rows=None):
 @functools.partial(jax.jit, static_argnums=(0, 2))
 def _draws(kind, keys, shape):
   """Draws a z of every key, [Q, *shape]."""
-  frame_axis = 0 if len(keys.subspace) == len(keys.direction) else None
-  frame = keys.subspace if frame_axis == 0 else keys.subspace[0]
-  draw = lambda own, frame: kind.sample(keys_lib.LeafKey(own, frame), shape)
-  return jax.vmap(draw, (0, frame_axis))(keys.direction, frame)
+  subspace_axis = 0 if len(keys.subspace) == len(keys.direction) else None
+  subspace_key = keys.subspace if subspace_axis == 0 else keys.subspace[0]
+  draw = lambda direction_key, subspace_key: kind.sample(
+    keys_lib.LeafKey(direction_key, subspace_key), shape
+  )
+  return jax.vmap(draw, (0, subspace_axis))(keys.direction, subspace_key)
 
 
 @kinds
@@ -102,19 +106,21 @@ def test_rows_are_rows_of_the_whole(kind, shape):
 
 
 @pytest.mark.parametrize(
-  "kind, frames",
+  "kind, num_subspaces",
   [(kind, None) for kind in KINDS]
   + [
-    (PER_EXAMPLE, 1),  # also among directions of one frame
+    (PER_EXAMPLE, 1),  # also among directions of one subspace
     (directions.PerExample(GAUSSIAN), None),
     (directions.PerExample(LOW_RANK), None),
     (directions.Sparse(LOW_RANK), None),
   ],
 )
 @pytest.mark.parametrize("shape", [(), (5,), (3, 2)])
-def test_covariance_is_the_identity(kind, frames, shape):
+def test_covariance_is_the_identity(kind, num_subspaces, shape):
   count = 6000
-  z = np.array(_draws(kind, _keys(count, frames=frames), shape), np.float64)
+  z = np.array(
+    _draws(kind, _keys(count, num_subspaces=num_subspaces), shape), np.float64
+  )
   z = z.reshape(count, -1)
   for product, expected in (
     (z[:, :, None] * z[:, None, :], np.eye(z.shape[1])),
@@ -139,14 +145,14 @@ def test_keys_give_other_directions(kind):
   "kind", [LOW_RANK, PER_EXAMPLE, directions.PerExample(GAUSSIAN)]
 )
 def test_product_needs_no_z(kind, transposed):
-  keys = _keys(3, frames=1)
+  keys = _keys(3, num_subspaces=1)
   shape = (6, 9)
   x = np.random.default_rng(0).normal(size=(3, 2, shape[transposed]))
   x = x.astype(np.float32)
 
   @jax.jit
-  def products(x, own):
-    key = keys_lib.LeafKey(own, keys.subspace[0])
+  def products(x, direction_key):
+    key = keys_lib.LeafKey(direction_key, keys.subspace[0])
     return kind.matmul(x, key, shape, transposed=transposed)
 
   z = np.array(_draws(kind, keys, shape))
@@ -179,7 +185,7 @@ def test_dense_kinds_have_no_shortcut(kind):
 @pytest.mark.parametrize("shape", [(), (5,), (6, 9), (2, 3, 4)])
 @pytest.mark.parametrize("kind", [LOW_RANK, PER_EXAMPLE])
 def test_combine_is_the_weighted_sum(kind, shape):
-  keys = _keys(4, frames=1)
+  keys = _keys(4, num_subspaces=1)
   keys = keys._replace(subspace=jnp.tile(keys.subspace, (4, 1)))
   weights = jnp.array([0.5, -2.0, 1e-3, 0.0])
   got = jax.jit(kind.weighted_sum, static_argnums=2)(keys, weights, shape)
@@ -195,25 +201,29 @@ def test_combine_is_the_weighted_sum(kind, shape):
 def test_low_rank_directions_of_a_frame_share_v_alone():
   def ranks(keys):
     first, second = np.array(_draws(directions.LowRank(3), keys, (20, 30)))
-    one = np.linalg.matrix_rank(first)
+    rank = np.linalg.matrix_rank(first)
     rows = np.linalg.matrix_rank(np.vstack([first, second]))
     columns = np.linalg.matrix_rank(np.hstack([first, second]))
-    return one, rows, columns
+    return rank, rows, columns
 
-  assert ranks(_keys(2, frames=1)) == (3, 3, 6)
+  assert ranks(_keys(2, num_subspaces=1)) == (3, 3, 6)
   assert ranks(_keys(2)) == (3, 6, 6)
-  # And the other way round: one U in two frames.
+  # And the other way round: one U in two subspaces.
   keys = _keys(2)
   keys = keys._replace(direction=keys.direction[jnp.array([0, 0])])
   assert ranks(keys) == (3, 6, 3)
 
 
 def test_per_example_directions_differ_by_signs_of_rows_and_columns():
-  first, second = np.array(_draws(PER_EXAMPLE, _keys(2, frames=1), (20, 30)))
+  first, second = np.array(
+    _draws(PER_EXAMPLE, _keys(2, num_subspaces=1), (20, 30))
+  )
   ratio = first * second
   assert np.linalg.matrix_rank(ratio) == 1
   # Square: the signs of rows are not those of columns.
-  first, second = np.array(_draws(PER_EXAMPLE, _keys(2, frames=1), (64, 64)))
+  first, second = np.array(
+    _draws(PER_EXAMPLE, _keys(2, num_subspaces=1), (64, 64))
+  )
   ratio = first * second
   assert abs(np.mean(ratio[:, 0] * ratio[0])) < 5 / 8
   other, another = np.array(_draws(PER_EXAMPLE, _keys(2), (20, 30)))
@@ -231,12 +241,12 @@ def test_sparse_moves_the_small_weights_of_each_row(dtype, threshold):
   key = _at(_keys(1), 0)
   z = _draw(RADEMACHER, key, weight.shape)
   np.testing.assert_array_equal(_draw(kind, key, weight.shape), z)
-  kept = np.array(jax.jit(kind.mask)(z, weight))
+  masked = np.array(jax.jit(kind.mask)(z, weight))
   exact = np.array(weight, np.float64)
   limit = threshold * np.sqrt(np.mean(exact**2, axis=1, keepdims=True))
-  np.testing.assert_array_equal(kept, np.where(np.abs(exact) <= limit, z, 0))
+  np.testing.assert_array_equal(masked, np.where(np.abs(exact) <= limit, z, 0))
   share = math.erf(threshold / math.sqrt(2))  # of a Gaussian
-  assert np.all(np.abs(np.mean(kept != 0, axis=1) - share) < 0.1)
+  assert np.all(np.abs(np.mean(masked != 0, axis=1) - share) < 0.1)
   # Vectors, whose few elements are all of one kind, move whole.
   np.testing.assert_array_equal(kind.mask(z[0], weight[0]), z[0])
 

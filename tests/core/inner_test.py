@@ -26,9 +26,9 @@ def _guard_jvp(primals, tangents):
 def _loss(base, adapter, batch, key):
   """A nonlinear regression with dropout on the adapter's input."""
   x, y = batch
-  kept = jax.random.bernoulli(key, 0.8, x.shape)
+  mask = jax.random.bernoulli(key, 0.8, x.shape)
   weight = _guard(base["w"])
-  prediction = jnp.tanh(x @ weight) + (x * kept) @ adapter["a"]
+  prediction = jnp.tanh(x @ weight) + (x * mask) @ adapter["a"]
   return jnp.mean((prediction + adapter["b"] - y) ** 2)
 
 
@@ -97,8 +97,8 @@ def test_dropout_differs_by_step_and_the_key_decides():
     for seed in (0, 1)
   }
   assert len(np.unique(np.concatenate(list(seen.values())))) == 14
-  again = run(*arguments, jnp.zeros(7), jax.random.key(0))[2]
-  np.testing.assert_array_equal(again, seen[0])
+  repeated = run(*arguments, jnp.zeros(7), jax.random.key(0))[2]
+  np.testing.assert_array_equal(repeated, seen[0])
 
 
 def test_error_decays_linearly_in_the_number_of_steps():

@@ -73,21 +73,21 @@ _PER_EXAMPLE = {
 )
 def test_tasks_together_are_tasks_alone(weights, options):
   # The tasks' keys differ from a lone one's, so here nothing reads them.
-  together, alone = (
+  over_tasks, alone = (
     _algorithm(_no_key, over_tasks=over, **options) for over in (True, False)
   )
   uppers, lowers = _adapters(1, M), _adapters(2, M)
   weights = weights and jnp.array(weights)
   batch = _batch(M, weights=weights)
   key = jax.random.key(3)
-  state, info = jax.jit(together.step)(
-    together.init(key, _base(), uppers, lowers), batch, HPARAMS
+  state, info = jax.jit(over_tasks.step)(
+    over_tasks.init(key, _base(), uppers, lowers), batch, HPARAMS
   )
   one_step = jax.jit(alone.step)
   coefficients = []
   for i in range(M):
     pick = lambda tree, i=i: jax.tree.map(lambda leaf: leaf[i], tree)
-    one, one_info = one_step(
+    expected, expected_info = one_step(
       alone.init(key, _base(), pick(uppers), pick(lowers)),
       pick(batch._replace(weights=None)),
       HPARAMS,
@@ -97,13 +97,13 @@ def test_tasks_together_are_tasks_alone(weights, options):
       jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
         pick(getattr(state, name)),
-        getattr(one, name),
+        getattr(expected, name),
       )
     for name in ("lower_loss", "upper_loss", "penalty_loss", "upper_grad_norm"):
       np.testing.assert_allclose(
-        getattr(info, name)[i], getattr(one_info, name), rtol=1e-5
+        getattr(info, name)[i], getattr(expected_info, name), rtol=1e-5
       )
-    coefficients.append(one_info.coefficients)
+    coefficients.append(expected_info.coefficients)
   mean = np.average(coefficients, axis=0, weights=weights)
   assert np.ptp(coefficients, axis=0).min() > 0.5
   np.testing.assert_allclose(info.coefficients, mean, rtol=1e-3, atol=1e-3)
@@ -115,11 +115,11 @@ def test_one_task_is_the_single_task_step_bit_for_bit():
   lift = functools.partial(jax.tree.map, lambda leaf: leaf[None])
   state = without.init(key, _base(), upper, lower)
   many = with_axis.init(key, _base(), lift(upper), lift(lower))
-  alone, together = jax.jit(without.step), jax.jit(with_axis.step)
+  alone, over_tasks = jax.jit(without.step), jax.jit(with_axis.step)
   for seed in range(2):
     batch = _batch(seed=seed)
     state, info = alone(state, batch, HPARAMS)
-    many, many_info = together(many, lift(batch), HPARAMS)
+    many, many_info = over_tasks(many, lift(batch), HPARAMS)
   expected = state._replace(
     **{
       name: lift(getattr(state, name))
@@ -154,8 +154,8 @@ def test_a_perturbed_weight_is_formed_once_for_all_tasks():
 
   def tasks_of_weights(step, state):
     # The adapters, which do have the axis, are kept out by another shape.
-    found = _shapes(jax.make_jaxpr(step)(state, _batch(count), HPARAMS).jaxpr)
-    return {shape for shape in found if shape[-2:] == (D, 5)} & {
+    shapes = _shapes(jax.make_jaxpr(step)(state, _batch(count), HPARAMS).jaxpr)
+    return {shape for shape in shapes if shape[-2:] == (D, 5)} & {
       (count, 2, D, 5),
       (2, count, D, 5),
       (count, D, 5),
@@ -167,14 +167,14 @@ def test_a_perturbed_weight_is_formed_once_for_all_tasks():
     return jnp.mean((base_part + x @ adapter["a"] - y) ** 2)
 
   args = (args[0], args[1], *({"a": _draw(i)(count, D)} for i in (1, 2)))
-  together = _algorithm(loss)
-  state = together.init(*args)
-  assert not tasks_of_weights(together.step, state)
+  over_tasks = _algorithm(loss)
+  state = over_tasks.init(*args)
+  assert not tasks_of_weights(over_tasks.step, state)
   # What it looks like when it is not so.
   alone = _algorithm(loss, over_tasks=False)
   axes = zofo.BilevelState(None, None, 0, 0, None, 0, 0, None)
-  apart = jax.vmap(alone.step, (axes, 0, None))
-  assert tasks_of_weights(apart, state)
+  separately = jax.vmap(alone.step, (axes, 0, None))
+  assert tasks_of_weights(separately, state)
 
 
 # Tasks of the family: |s - A theta|^2 / 2 below, |p - b|^2 / 2 +
@@ -288,8 +288,8 @@ def test_tasks_are_a_function_of_seed_and_step():
     multitask.sample_tasks(0, 0, [1, 1, 1], 4)
 
 
-@pytest.mark.parametrize("where", ["host", "device"])
-def test_only_sampled_tasks_move(where):
+@pytest.mark.parametrize("memory", ["host", "device"])
+def test_only_sampled_tasks_move(memory):
   count, tasks = 5, np.array([1, 4])
   algorithm = _algorithm()
   state = algorithm.init(
@@ -297,7 +297,7 @@ def test_only_sampled_tasks_move(where):
   )
   names = ("upper", "lower", "upper_opt", "lower_opt")
   before = {n: jax.tree.map(np.array, getattr(state, n)) for n in names}
-  if where == "host":
+  if memory == "host":
     state = state._replace(
       **{n: jax.tree.map(np.array, getattr(state, n)) for n in names}
     )
@@ -308,14 +308,14 @@ def test_only_sampled_tasks_move(where):
   assert int(after.step) == 1
   others = np.array([0, 2, 3])
   for name in names:
-    for new, old, own in zip(
+    for new, old, updated in zip(
       *map(jax.tree.leaves, (getattr(after, name), before[name])),
       jax.tree.leaves(getattr(moved, name)),
       strict=True,
     ):
-      assert isinstance(new, np.ndarray) == (where == "host")
+      assert isinstance(new, np.ndarray) == (memory == "host")
       np.testing.assert_array_equal(new[others], old[others])
-      np.testing.assert_array_equal(new[tasks], own)
+      np.testing.assert_array_equal(new[tasks], updated)
       assert (np.asarray(new[tasks]) != old[tasks]).any()
 
 

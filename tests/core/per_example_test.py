@@ -64,16 +64,16 @@ def _estimate(base, examples, key, sampler=LAZY, estimator=zo.central):
 
 
 @jax.jit
-def _unit(own, frame, base):
+def _unit(direction_key, subspace_key, base):
   return WHOLE.weighted_sum(
-    base, keys_lib.DirectionKey(own[None], frame), jnp.ones(1)
+    base, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
   )
 
 
-def _each(estimate):
+def _directions(estimate):
   """Yields every example's number and its z, whole."""
-  for i, own in enumerate(estimate.keys.direction):
-    yield i, _unit(own, estimate.keys.subspace, _base())
+  for i, direction_key in enumerate(estimate.keys.direction):
+    yield i, _unit(direction_key, estimate.keys.subspace, _base())
 
 
 def _shift(base, z, t):
@@ -95,7 +95,7 @@ def test_fused_forward_equals_separate_models(name):
   loss = jax.jit(_loss)
   slope = jax.jit(lambda b, z, e: jax.jvp(lambda b: _loss(b, e), (b,), (z,)))
   assert estimate.coefficients.shape == (EXAMPLES,)
-  for i, z in _each(estimate):
+  for i, z in _directions(estimate):
     example = jax.tree.map(lambda leaf, i=i: leaf[i], _examples())
     plus, zero, minus = (
       float(loss(_shift(_base(), z, t), example)) for t in (EPS, 0, -EPS)
@@ -121,20 +121,20 @@ def test_other_kinds_and_a_loop_over_examples():
   estimate = _estimate(_base(), _examples(), jax.random.key(3), sampler=sampler)
 
   @jax.jit
-  def alone(own, example):
-    key = keys_lib.DirectionKey(own, estimate.keys.subspace)
+  def alone(direction_key, example):
+    key = keys_lib.DirectionKey(direction_key, estimate.keys.subspace)
     at = lambda t: _loss(sampler.perturb(_base(), key, t), example)
     return jnp.stack([at(EPS), at(-EPS)])
 
-  for i, own in enumerate(estimate.keys.direction):
+  for i, direction_key in enumerate(estimate.keys.direction):
     example = jax.tree.map(lambda leaf, i=i: leaf[i], _examples())
-    _close(estimate.values[i], alone(own, example))
+    _close(estimate.values[i], alone(direction_key, example))
 
 
 def test_fused_update_is_the_sum_of_rank_one_updates():
   estimate = _estimate(_base(), _examples(), jax.random.key(2))
   total = jax.tree.map(np.zeros_like, _base())
-  units = [z for _, z in _each(estimate)]
+  units = [z for _, z in _directions(estimate)]
   for c, z in zip(np.array(estimate.coefficients), units):
     total = jax.tree.map(lambda t, z, c=c: t + c * z / EXAMPLES, total, z)
   # Over the signs they share, the directions of matrices are of rank one.

@@ -158,12 +158,12 @@ def test_nodes_hold_the_z_of_the_update(kind):
       0,
       nodes["layers"],
     )
-    rest = perturbed.materialize(nodes)  # stacked leaves in one go
+    others = perturbed.materialize(nodes)  # stacked leaves in one go
     head = jnp.concatenate(
-      [perturbed.read_rows(nodes["head"], 0, 13), rest["head"][13:]]
+      [perturbed.read_rows(nodes["head"], 0, 13), others["head"][13:]]
     )
     embed = perturbed.take(nodes["embed"], jnp.arange(70))
-    return rest | {"embed": embed, "head": head}, layers
+    return others | {"embed": embed, "head": head}, layers
 
   both, layers = jax.jit(jax.vmap(read))(jnp.array([1.0, -1.0]))
   expected.pop("offset")

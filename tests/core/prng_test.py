@@ -41,9 +41,9 @@ def test_known_answers(counter, key, answer):
 def test_same_bits_as_jax():
   counter = np.random.default_rng(0).integers(2**32, size=(2, 1000))
   counter = counter.astype(np.uint32)
-  ours = prng.threefry2x32(KEY, jnp.array(counter[0]), jnp.array(counter[1]))
-  theirs = jax_random.threefry_2x32(KEY, jnp.array(counter.reshape(-1)))
-  np.testing.assert_array_equal(np.concatenate(ours), theirs)
+  actual = prng.threefry2x32(KEY, jnp.array(counter[0]), jnp.array(counter[1]))
+  expected = jax_random.threefry_2x32(KEY, jnp.array(counter.reshape(-1)))
+  np.testing.assert_array_equal(np.concatenate(actual), expected)
 
 
 def test_looped_cipher_gives_the_same_bits():
@@ -52,9 +52,9 @@ def test_looped_cipher_gives_the_same_bits():
   looped = prng.threefry2x32_materialized(KEY, high, low)
   jax.tree.map(np.testing.assert_array_equal, fused, looped)
   keys = jnp.stack([KEY, KEY + np.uint32(1)])  # a key of its own for each
-  each = jax.jit(lambda: prng.threefry2x32(keys, high[0], low[0, :2]))()
+  batched = jax.jit(lambda: prng.threefry2x32(keys, high[0], low[0, :2]))()
   alone = prng.threefry2x32_materialized(keys[1], high[0], low[0, 1:2])
-  np.testing.assert_array_equal([e[1] for e in each], np.ravel(alone))
+  np.testing.assert_array_equal([e[1] for e in batched], np.ravel(alone))
 
 
 @pytest.mark.parametrize(

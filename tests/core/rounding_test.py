@@ -19,8 +19,10 @@ HALF = [jnp.bfloat16, jnp.float16]
 
 
 def _keys(count, seed=0):
-  own, frame = jax.random.split(jax.random.key(seed))
-  return keys_lib.DirectionKey(jax.random.split(own, count), frame)
+  direction_key, subspace_key = jax.random.split(jax.random.key(seed))
+  return keys_lib.DirectionKey(
+    jax.random.split(direction_key, count), subspace_key
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -92,8 +94,8 @@ def _displacements(dtype, rate, drift):
   sampler = sampler_lib.Sampler(RADEMACHER, stacked=STACKED)
 
   def step(i, bases):
-    own = jax.random.fold_in(jax.random.key(1), 0 if drift else i)
-    keys = keys_lib.DirectionKey(own[None], jax.random.key(2))
+    direction_key = jax.random.fold_in(jax.random.key(1), 0 if drift else i)
+    keys = keys_lib.DirectionKey(direction_key[None], jax.random.key(2))
     c = jnp.asarray(coefficients)[i]
     weights = -rate * (jnp.abs(c) if drift else c)[None]
     full, stochastic, nearest = bases

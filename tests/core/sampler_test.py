@@ -31,8 +31,10 @@ LAYERS = 4
 
 
 def _keys(count, seed=0):
-  own, frame = jax.random.split(jax.random.key(seed))
-  return keys_lib.DirectionKey(jax.random.split(own, count), frame)
+  direction_key, subspace_key = jax.random.split(jax.random.key(seed))
+  return keys_lib.DirectionKey(
+    jax.random.split(direction_key, count), subspace_key
+  )
 
 
 def _tree(dtype=jnp.float32):
@@ -59,13 +61,13 @@ def _write(sampler, *arguments):
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _draw(kind, key, leaf, stacked):
-  one = lambda key, leaf: kind.mask(kind.sample(key, leaf.shape), leaf)
-  return jax.vmap(one)(key, leaf) if stacked else one(key, leaf)
+  draw = lambda key, leaf: kind.mask(kind.sample(key, leaf.shape), leaf)
+  return jax.vmap(draw)(key, leaf) if stacked else draw(key, leaf)
 
 
 def _z(kind, tree, keys, q):
   """Draws one z leaf by leaf."""
-  own = keys_lib.leaf_keys(
+  leaf_keys = keys_lib.leaf_keys(
     keys_lib.DirectionKey(keys.direction[q], keys.subspace),
     tree,
     stacked=STACKED,
@@ -76,7 +78,7 @@ def _z(kind, tree, keys, q):
       return np.zeros(leaf.shape)
     return _draw(kind, key, leaf, "layers" in tree_lib.path_name(path))
 
-  return jax.tree.map_with_path(leaf_z, tree, own)
+  return jax.tree.map_with_path(leaf_z, tree, leaf_keys)
 
 
 def _same(left, right):
@@ -160,7 +162,7 @@ def test_layers_leave_the_others_untouched(kind, layers):
   everything = sampler_lib.Sampler(kind, stacked=STACKED)
   weights = jnp.array([1.0, 0.25])
   key = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
-  rest = [layer for layer in range(LAYERS) if layer not in layers]
+  others = [layer for layer in range(LAYERS) if layer not in layers]
   for run in (
     lambda s: _add(s, tree, keys, weights, rounding_key=jax.random.key(1)),
     lambda s: jax.jit(s.perturb)(tree, key, 0.5),
@@ -170,13 +172,13 @@ def test_layers_leave_the_others_untouched(kind, layers):
       new, all_of_it, old = (t["layers"][name] for t in (some, full, tree))
       for layer in layers:
         np.testing.assert_array_equal(new[layer], all_of_it[layer])
-      for layer in rest:
+      for layer in others:
         np.testing.assert_array_equal(new[layer], old[layer])
     some.pop("layers"), full.pop("layers")
     _same(some, full)  # leaves outside the stack move as ever
   written = _write(sampler, tree, keys, weights)["layers"]
   for leaf in jax.tree.leaves(written):
-    assert not np.any(leaf[np.array(rest)]) and np.any(leaf[np.array(layers)])
+    assert not np.any(leaf[np.array(others)]) and np.any(leaf[np.array(layers)])
 
 
 def test_decay_skips_vectors():
@@ -291,8 +293,8 @@ def test_no_layer_may_move():
   tree, keys = _tree(), _keys(1)
   sampler = sampler_lib.Sampler(RADEMACHER, layers=(), stacked=STACKED)
   new = _add(sampler, tree, keys, jnp.ones(1))
-  one = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
-  read = jax.jit(lambda tree: sampler.perturb(tree, one, 0.5))(tree)
+  key = keys_lib.DirectionKey(keys.direction[0], keys.subspace)
+  read = jax.jit(lambda tree: sampler.perturb(tree, key, 0.5))(tree)
   for moved in (new, read):
     jax.tree.map(np.testing.assert_array_equal, moved["layers"], tree["layers"])
     assert np.all(np.asarray(moved["embed"]) != np.asarray(tree["embed"]))

@@ -64,7 +64,8 @@ def test_mean_over_directions_is_the_gradient(direction):
   if isinstance(direction, directions.Sparse):  # of what is let move
     gradient["plain"] = direction.mask(gradient["plain"], tree["plain"])
     assert 0 < np.sum(gradient["plain"] == 0) < 15
-  # Each direction has a frame of its own: low-rank ones of one frame span V.
+  # Each direction has a subspace key of its own: low-rank ones of one subspace
+  # span V.
   estimate = _estimate_in_frames(_smooth, direction, num_directions, tree)
   z = np.array(estimate.aux, np.float64)
   _assert_mean_is(_flat(gradient), estimate, z)
@@ -74,13 +75,15 @@ def _estimate_in_frames(fn, direction, num_directions, tree, eps=1e-2):
   """Q estimates of one direction each; aux becomes their z, [Q, d]."""
   sampler = sampler_lib.Sampler(direction, stacked=STACKED)
 
-  def one(key):
+  def estimate_along(key):
     estimate = zo.estimate(fn, tree, key, eps, zofo.ZerothOrder(sampler))
     z = _ravel(sampler.weighted_sum(tree, estimate.keys, jnp.ones(1)))
     return estimate.coefficients[0], z
 
   keys = jax.random.split(jax.random.key(2), num_directions)
-  coefficients, z = jax.jit(lambda keys: jax.lax.map(one, keys))(keys)
+  coefficients, z = jax.jit(lambda keys: jax.lax.map(estimate_along, keys))(
+    keys
+  )
   return zo.Estimate((), coefficients, 0, (), z)
 
 

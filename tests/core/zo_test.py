@@ -49,8 +49,8 @@ def _rows(keys, tree, direction):
   """Writes the z of every key out as a row, [Q, d]."""
   write = sampler_lib.Sampler(direction).weighted_sum
 
-  def row(own):
-    keys_of_one = keys_lib.DirectionKey(own[None], keys.subspace)
+  def row(direction_key):
+    keys_of_one = keys_lib.DirectionKey(direction_key[None], keys.subspace)
     return _ravel(write(tree, keys_of_one, jnp.ones(1)))
 
   return jax.lax.map(row, keys.direction)
@@ -90,7 +90,10 @@ def _quadratic(tree):
 
 @pytest.mark.parametrize(
   "direction, estimator",
-  [(KINDS[0], zo.central), *((KINDS[1], each) for each in ESTIMATORS)],
+  [
+    (KINDS[0], zo.central),
+    *((KINDS[1], estimator) for estimator in ESTIMATORS),
+  ],
 )
 def test_linear_function_is_exact_for_every_eps(direction, estimator):
   tree = jax.tree.map(lambda leaf: leaf / 3, _tree())
@@ -147,12 +150,12 @@ def test_directions_differ_and_follow_the_keys():
   framed = lambda key, frame: fn(
     tree, jax.random.key(key), 0.1, subspace_key=jax.random.key(frame)
   )
-  first, again = (framed(3, 0) for _ in range(2))
-  np.testing.assert_array_equal(first.coefficients, again.coefficients)
+  first, repeated = (framed(3, 0) for _ in range(2))
+  np.testing.assert_array_equal(first.coefficients, repeated.coefficients)
   seen = [first, framed(4, 0), framed(3, 1), fn(tree, jax.random.key(3), 0.1)]
-  seen = np.concatenate([each.coefficients for each in seen])
+  seen = np.concatenate([estimate.coefficients for estimate in seen])
   assert len(np.unique(seen)) == 12
-  # All directions of one frame, and of one key without one, share their V.
+  # Directions of one subspace key, and of one key without any, share V.
   for subspace_key in (jax.random.key(0), None):
     estimate = fn(tree, jax.random.key(3), 0.1, subspace_key=subspace_key)
     z = _directions(estimate, tree, direction)[:, -15:].astype(np.float32)
