@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import errors
+from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import ledger, manager
 from zofo_jax.config import defaults, methods
@@ -56,7 +57,7 @@ class Store:
     folder: epath.Path,
     config: dict[str, Any],
     abstract_state: Callable[[], BilevelState],
-    load_start: Callable[[Mapping[str, Any]], Any],
+    load_base: Callable[[], Any],
     *,
     base_is_trained: bool = True,
     base_every_steps: int = 0,
@@ -68,7 +69,7 @@ class Store:
       folder: of the run.
       config: the run's config, which is saved with each state.
       abstract_state: () -> shapes and shardings of a state.
-      load_start: (the ledger's header) -> the backbone before the first step.
+      load_base: () -> the model's own weights: θ before the first step.
       base_is_trained: whether the backbone changes at all.
       base_every_steps: how often it is written; 0 with every checkpoint.
       keep: how many checkpoints to keep; None if the folder is only read.
@@ -77,7 +78,7 @@ class Store:
       UserError: there are no checkpoints, or none can be made.
     """
     self._folder, self._config = folder, config
-    self._abstract_state, self._load_start = abstract_state, load_start
+    self._abstract_state, self._load_base = abstract_state, load_base
     self._base_every_steps = base_every_steps
     self._base_stored_separately = bool(base_every_steps) or not base_is_trained
     self.checkpoints = manager.Checkpoints(folder / "checkpoints", keep=keep)
@@ -224,25 +225,31 @@ class Store:
   def _rebuild_base(
     self, step: int, abstract_base: Any, parsed: ledger.Ledger, source: str
   ) -> Any:
-    """Rebuilds the backbone from the newest valid base at or before a step."""
+    """Rebuilds the backbone from a stored one, or the model's, and the ledger."""
+    first, base = self._newest_base(step, abstract_base)
+    if base is None:
+      base = self._load_base()
+      ledger.check_base(base, parsed.header, self._config["model"]["name"])
+    if self._bases is None:  # it is not trained
+      return base
+    return ledger.advance(base, parsed.header, parsed.lines[first:step], source)
+
+  def _newest_base(self, step: int, abstract_base: Any) -> tuple[int, Any]:
+    """Reads the newest valid backbone at or before a step, else (0, None)."""
     if self._bases is None:
-      return self._load_start(parsed.header)
-    start, base = 0, None
-    earlier = [number for number in self._bases.steps() if number <= step]
-    for number in reversed(earlier):
+      return 0, None
+    for number in reversed(self._bases.steps()):
+      if number > step:
+        continue
       try:
         tree, _ = self._bases.restore({"base": abstract_base}, number)
-        start, base = number, tree["base"]
-        break
+        return number, tree["base"]
       except manager.CorruptCheckpointError as error:
         _log.warning(
-          "%s The one before it is used, or the model's weights.",
-          error,
+          "%s The one before it is used, or the model's weights.", error
         )
         self._bases.quarantine(number)
-    if base is None:
-      base = self._load_start(parsed.header)
-    return ledger.advance(base, parsed.header, parsed.lines[start:step], source)
+    return 0, None
 
 
 def open_store(
@@ -269,7 +276,7 @@ def open_store(
     folder,
     config.to_dict(),
     abstract_state or run.abstract_state,
-    lambda header: ledger.load_start(config, run.model, header, run.mesh),
+    lambda: model_lib.load_base(config, run.model, run.mesh),
     base_is_trained=methods.METHODS[config.method].updates_base,
     base_every_steps=config.ckpt.base_every_steps,
     keep=config.ckpt.keep if write else None,
