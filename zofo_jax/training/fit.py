@@ -57,7 +57,7 @@ def fit(
   """Trains from the latest checkpoint, if there is one, to the end.
 
   Args:
-    config: the run's config, which `state_store.check_config` has passed.
+    config: the run's config, which `run_folder.check_config` has passed.
     folder: of the run.
     store: its states, opened to be written.
     step: the step.

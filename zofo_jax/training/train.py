@@ -13,7 +13,7 @@ from etils import epath
 from zofo_jax.builders import algorithm, budget, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import state_store
+from zofo_jax.checkpoints import run_folder, state_store
 from zofo_jax.config import defaults, methods
 from zofo_jax.core import baselines
 from zofo_jax.core.types import BilevelBatch, BilevelInfo
@@ -69,9 +69,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   folder = epath.Path(workdir)
   with multihost.raise_on_all_processes():
     run = run_lib.make_run(config)
-    state_store.check_config(defaults.flat(config), folder)
+    run_folder.check_config(defaults.flat(config), folder)
     examples = data.load_examples(config, run.model, run.task)
-    state_store.make_folder(folder / "checkpoints")
+    run_folder.make(folder / "checkpoints")
   shape = data.train_shape(examples)
   flops_per_row = row_flops(run, examples, shape)
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from zofo_jax import errors
 from zofo_jax.builders import algorithm, budget, data, model
-from zofo_jax.checkpoints import state_store
+from zofo_jax.checkpoints import run_folder, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core import multitask
 from zofo_jax.report import memory
@@ -119,9 +119,9 @@ def metatrain(
     )
   family = multitask_run.make_family(config)
   folder = epath.Path(workdir)
-  state_store.check_config(defaults.flat(config), folder)
+  run_folder.check_config(defaults.flat(config), folder)
   examples = task_sets.load_examples(config, family.run.model, family.members)
-  state_store.make_folder(folder / "checkpoints")
+  run_folder.make(folder / "checkpoints")
   sampler = _TaskSampler(family, examples)
   flops_per_row = train_lib.row_flops(family.run, examples[0], sampler.shape)
 
