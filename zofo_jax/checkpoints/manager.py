@@ -172,7 +172,7 @@ class Checkpoints:
     """Ignores a checkpoint from now on, and moves it away when writing.
 
     Args:
-      step: which one; it is moved to the folder `damaged`.
+      step: which one; it is moved to `damaged/`.
     """
     self._corrupt.add(step)
     if self._keep is None:
@@ -255,7 +255,7 @@ class Checkpoints:
       self._manager.close()
 
   def _seal(self, step: int) -> None:
-    """Writes a checkpoint's checksums as soon as it is complete."""
+    """Writes a checkpoint's checksums once it is complete."""
     # Not by orbax's post_finalization_callback: it is called before the last
     # files are written and the folder gets its name.
     self._manager.wait_until_finished()

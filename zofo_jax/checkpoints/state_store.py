@@ -3,7 +3,7 @@
 With `ckpt.base_every_steps` a checkpoint holds all but the backbone θ, which is
 written less often, to `bases/`; it is rebuilt from the newest of those, or from
 the model's own weights, and the ledger. The ledger up to a checkpoint is in the
-checkpoint too, so that damage to the file `ledger.txt` loses nothing. If only
+checkpoint too, so that nothing is lost with the file `ledger.txt`. If only
 an adapter is trained, θ is the model's own weights and is never written.
 """
 

@@ -74,7 +74,7 @@ def versions() -> dict[str, str]:
   }
 
 
-def config_of(header: dict[str, Any], where: str) -> ml_collections.ConfigDict:
+def config_of(header: dict[str, Any], source: str) -> ml_collections.ConfigDict:
   """Returns a config with the `model` and the `zo` of a header.
 
   Raises:
@@ -89,7 +89,8 @@ def config_of(header: dict[str, Any], where: str) -> ml_collections.ConfigDict:
     raise
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise errors.UserError(
-      f"'{where}' line 1: not the header of a run ({errors.first_line(error)})."
+      f"'{source}' line 1: not the header of a run "
+      f"({errors.first_line(error)})."
     ) from error
   return config
 
@@ -100,7 +101,7 @@ def check_base(base: Any, header: Mapping[str, Any], source: str) -> None:
   Args:
     base: θ before the first step.
     header: of the ledger.
-    source: where the weights were read, for the message.
+    source: from which the weights were read, for the message.
 
   Raises:
     UserError: their checksums differ.
@@ -117,7 +118,7 @@ def advance(
   base: Any,
   header: dict[str, Any],
   lines: Sequence[ledger_format.LedgerEntry],
-  where: str,
+  source: str,
 ) -> Any:
   """Replays steps on the backbone.
 
@@ -125,7 +126,7 @@ def advance(
     base: θ before the first of them; donated.
     header: of the ledger that contains the lines.
     lines: consecutive steps.
-    where: the ledger's file, for messages.
+    source: the ledger's file, for messages.
 
   Returns:
     θ after the last of them.
@@ -135,7 +136,7 @@ def advance(
   """
   if not lines:
     return base
-  config = config_of(header, where)
+  config = config_of(header, source)
   check_replayable(config.zo.optimizer)
   key = jax.random.wrap_key_data(jnp.asarray(header["key"], jnp.uint32))
   step_fn = _step_fn(json.dumps(header["zo"], sort_keys=True))
