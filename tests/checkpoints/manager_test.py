@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from zofo_jax import errors
-from zofo_jax.checkpoints import manager
+from zofo_jax.checkpoints import folders, manager
 
 
 @functools.partial(
@@ -194,7 +194,7 @@ def test_incomplete_saves_are_removed_before_a_folder_is_open(tmp_path):
 
 def test_paths_of_other_file_systems_stay_as_they_are(tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  absolute = manager._absolute
+  absolute = folders.absolute
   assert str(absolute("gs://bucket/run/c")) == "gs://bucket/run/c"
   assert str(absolute("run/c")) == str(tmp_path / "run/c")
 

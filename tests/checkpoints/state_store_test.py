@@ -20,7 +20,7 @@ from etils import epath
 from tests import tiny
 from zofo_jax import errors, main, report
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import ledger, manager, state_store
+from zofo_jax.checkpoints import ledger, manager, run_folder, state_store
 from zofo_jax.commands import export
 from zofo_jax.config import defaults
 from zofo_jax.training import guards, train
@@ -223,12 +223,12 @@ def test_another_config_names_its_fields(done, config, tmp_path):
   changed = config.copy_and_resolve_references()
   changed.upper.learning_rate = 1.0
   with pytest.raises(errors.UserError, match=r"upper.learning_rate was 0.01"):
-    state_store.check_config(defaults.flat(changed), epath.Path(done))
+    run_folder.check_config(defaults.flat(changed), epath.Path(done))
   changed.ckpt.may_change = ("upper.learning_rate", "zo.rank")
-  state_store.check_config(defaults.flat(changed), epath.Path(done))
+  run_folder.check_config(defaults.flat(changed), epath.Path(done))
   changed.zo.rank = 7  # would give the ledger's lines another meaning
   with pytest.raises(errors.UserError, match=r"\(zo.rank never may\)"):
-    state_store.check_config(defaults.flat(changed), epath.Path(done))
+    run_folder.check_config(defaults.flat(changed), epath.Path(done))
 
 
 def test_guard_counts_and_compares():

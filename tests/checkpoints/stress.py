@@ -21,6 +21,8 @@ from zofo_jax import errors
 from zofo_jax.checkpoints import checksums, manager
 
 LEAVES, SIZE, KEEP = 8, 4096, 2
+# Of an interrupted save.
+FILES = 300
 
 
 def make_state(step: int):
@@ -32,7 +34,10 @@ def save(folder: pathlib.Path, step: int) -> str:
   """Opens a folder twice and saves; returns what is wrong, if anything."""
   if step % 2:
     left = folder / f"{step}.orbax-checkpoint-tmp"
-    (left / "extra.orbax-checkpoint-tmp").mkdir(parents=True)
+    state = left / "state.orbax-checkpoint-tmp"
+    state.mkdir(parents=True)
+    for number in range(FILES):
+      (state / str(number)).write_bytes(b"x")
   try:
     with manager.Checkpoints(folder, keep=KEEP):
       pass

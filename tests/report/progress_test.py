@@ -27,7 +27,7 @@ def test_plain_lines_where_there_is_no_terminal():
       clock.now += 0.5
       bar.update(step, lower=0.25, upper=0.5)
       if step == 50:
-        bar.say("saved [50]")
+        bar.write_line("saved [50]")
   lines = stream.getvalue().splitlines()
   assert lines[0].startswith("train 21/100  lower 0.1235  upper 2  0.0167 ")
   # Ten seconds on; the rate no longer holds the compilation.
@@ -55,7 +55,7 @@ def test_a_bar_on_a_terminal():
     "  for i in range(1, 41):\n"
     "    p.update(i, lower=1 / i, upper=2 / i)\n"
     "    if i == 20:\n"
-    "      p.say('half [way]')\n"
+    "      p.write_line('half [way]')\n"
     "      with progress.Progress(9, 'selection', unit='rows') as inner:\n"
     "        inner.update(9, accuracy=0.75)\n"
   )

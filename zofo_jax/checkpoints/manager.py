@@ -7,8 +7,6 @@ over `orbax.checkpoint.CheckpointManager` that skips corrupt checkpoints, which
 orbax does not. No other package imports orbax.
 """
 
-import json
-import logging
 import math
 from collections.abc import Mapping
 from concurrent import futures
@@ -21,13 +19,12 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from zofo_jax import errors
-from zofo_jax.checkpoints import checksums, structure
+from zofo_jax.checkpoints import checksums, folders, structure
 from zofo_jax.checkpoints.checksums import (
   CorruptCheckpointError as CorruptCheckpointError,
 )
 
 _ITEMS = ("state", "extra")
-_log = logging.getLogger("zofo_jax")
 
 
 class Checkpoints:
@@ -51,7 +48,7 @@ class Checkpoints:
     Raises:
       UserError: the folder is only to be read and does not exist.
     """
-    self.folder = _absolute(folder)
+    self.folder = folders.absolute(folder)
     if keep is None and not self.folder.is_dir():
       raise errors.UserError(
         f"There is no folder of checkpoints '{self.folder}'."
@@ -66,13 +63,13 @@ class Checkpoints:
     self._executor = futures.ThreadPoolExecutor(1)
     self._sealing: futures.Future[None] | None = None
     if keep is not None:
-      _prepare_for_writing(self.folder)
+      folders.prepare(self.folder)
     self._manager = ocp.CheckpointManager(
       self.folder,
       options=ocp.CheckpointManagerOptions(
         create=keep is not None,
         preservation_policy=None if keep is None else _latest_and_best(keep),
-        best_fn=_metric_of,  # without it orbax does not write the metric
+        best_fn=folders.metric_of,  # without it orbax does not write the metric
         lightweight_initialize=keep is None,
         # Two folders may be written to at once; without it several processes
         # would take the saves of one for those of the other.
@@ -110,7 +107,7 @@ class Checkpoints:
     """Returns the step of the highest metric, the last of equals, if any."""
 
     def rank(step):
-      metric = _read_metric(self.folder / str(step))
+      metric = folders.read_metric(self.folder / str(step))
       return -math.inf if metric is None else metric, step
 
     return max(self.steps(), key=rank, default=None)
@@ -175,7 +172,7 @@ class Checkpoints:
     """Ignores a checkpoint from now on, and moves it away when writing.
 
     Args:
-      step: which one; it is moved to the folder `damaged`.
+      step: which one; it is moved to `damaged/`.
     """
     self._corrupt.add(step)
     if self._keep is None:
@@ -258,7 +255,7 @@ class Checkpoints:
       self._manager.close()
 
   def _seal(self, step: int) -> None:
-    """Writes a checkpoint's checksums as soon as it is complete."""
+    """Writes a checkpoint's checksums once it is complete."""
     # Not by orbax's post_finalization_callback: it is called before the last
     # files are written and the folder gets its name.
     self._manager.wait_until_finished()
@@ -303,56 +300,14 @@ class Checkpoints:
     return step
 
 
-def _prepare_for_writing(folder: epath.Path) -> None:
-  """Removes incomplete checkpoints and quarantines those without a metric.
-
-  Orbax, too, can remove incomplete ones, but does so in a thread that nobody
-  waits for if nothing is saved. It then removes what is being written by the
-  next manager of the folder. And orbax reads the metrics of all checkpoints at
-  once: it must be able to read each of them.
-  """
-  if jax.process_index() == 0 and folder.is_dir():
-    for incomplete in ocp.path.step.all_temporary_paths(folder):
-      incomplete.get().rmtree()
-    for path in sorted(folder.iterdir()):
-      if path.name.isdigit() and _read_metric(path) is None:
-        target = checksums.quarantine(path)
-        _log.warning(
-          "The checkpoint '%s' is corrupt: its metric cannot be read. It is "
-          "moved to '%s'.",
-          path,
-          target.parent,
-        )
-  multihost_utils.sync_global_devices(f"{folder} is readable")
-
-
-def _read_metric(folder: epath.Path) -> float | None:
-  """Reads the metric of a checkpoint; None if it is corrupt."""
-  try:
-    metrics = json.loads((folder / "metrics" / "metrics").read_text())
-    return float(_metric_of(metrics))
-  except (OSError, ValueError, TypeError, KeyError):
-    return None
-
-
-def _metric_of(metrics: Mapping[str, float]) -> float:
-  return metrics["metric"]
-
-
 def _latest_and_best(keep: int) -> Any:
   policies = ocp.checkpoint_managers
   return policies.AnyPreservationPolicy(
     [
       policies.LatestN(keep),
-      policies.BestN(get_metric_fn=_metric_of, n=1),
+      policies.BestN(get_metric_fn=folders.metric_of, n=1),
     ]
   )
-
-
-def _absolute(folder: str | epath.Path) -> epath.Path:
-  path = epath.Path(folder).expanduser()
-  # `resolve` would take "gs://..." for a name in the current folder.
-  return path if path.is_absolute() else path.resolve()
 
 
 def _copy_numpy(leaf: Any) -> Any:

@@ -3,7 +3,7 @@
 With `ckpt.base_every_steps` a checkpoint holds all but the backbone θ, which is
 written less often, to `bases/`; it is rebuilt from the newest of those, or from
 the model's own weights, and the ledger. The ledger up to a checkpoint is in the
-checkpoint too, so that damage to the file `ledger.txt` loses nothing. If only
+checkpoint too, so that nothing is lost with the file `ledger.txt`. If only
 an adapter is trained, θ is the model's own weights and is never written.
 """
 
@@ -12,35 +12,17 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, Self
 
-import jax
 import numpy as np
 from etils import epath
 
 from zofo_jax import errors
+from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import ledger, manager
-from zofo_jax.config import defaults, methods
+from zofo_jax.config import methods
 from zofo_jax.core.types import BilevelState
 
 LEDGER = "ledger.txt"
-# With another value of these, the ledger's entries or the states would belong
-# to another run.
-_FIXED = (
-  "seed",
-  "model.name",
-  "model.revision",
-  "model.dtype",
-  "zo.direction",
-  "zo.rank",
-  "zo.threshold",
-  "zo.select",
-  "zo.layers",
-  "zo.frame_steps",
-  "zo.optimizer",
-  "ckpt.base_every_steps",
-)
-# No result depends on these.
-_FREE = ("train.trackers", "train.profile_steps")
 _log = logging.getLogger("zofo_jax")
 
 
@@ -56,7 +38,7 @@ class Store:
     folder: epath.Path,
     config: dict[str, Any],
     abstract_state: Callable[[], BilevelState],
-    load_start: Callable[[Mapping[str, Any]], Any],
+    load_base: Callable[[], Any],
     *,
     base_is_trained: bool = True,
     base_every_steps: int = 0,
@@ -68,7 +50,7 @@ class Store:
       folder: of the run.
       config: the run's config, which is saved with each state.
       abstract_state: () -> shapes and shardings of a state.
-      load_start: (the ledger's header) -> the backbone before the first step.
+      load_base: () -> the model's own weights: θ before the first step.
       base_is_trained: whether the backbone changes at all.
       base_every_steps: how often it is written; 0 with every checkpoint.
       keep: how many checkpoints to keep; None if the folder is only read.
@@ -77,7 +59,7 @@ class Store:
       UserError: there are no checkpoints, or none can be made.
     """
     self._folder, self._config = folder, config
-    self._abstract_state, self._load_start = abstract_state, load_start
+    self._abstract_state, self._load_base = abstract_state, load_base
     self._base_every_steps = base_every_steps
     self._base_stored_separately = bool(base_every_steps) or not base_is_trained
     self.checkpoints = manager.Checkpoints(folder / "checkpoints", keep=keep)
@@ -224,25 +206,31 @@ class Store:
   def _rebuild_base(
     self, step: int, abstract_base: Any, parsed: ledger.Ledger, source: str
   ) -> Any:
-    """Rebuilds the backbone from the newest valid base at or before a step."""
+    """Rebuilds the backbone from a stored one and the ledger."""
+    first, base = self._newest_base(step, abstract_base)
+    if base is None:
+      base = self._load_base()
+      ledger.check_base(base, parsed.header, self._config["model"]["name"])
+    if self._bases is None:  # it is not trained
+      return base
+    return ledger.advance(base, parsed.header, parsed.lines[first:step], source)
+
+  def _newest_base(self, step: int, abstract_base: Any) -> tuple[int, Any]:
+    """Reads the newest valid backbone at or before a step, else (0, None)."""
     if self._bases is None:
-      return self._load_start(parsed.header)
-    start, base = 0, None
-    earlier = [number for number in self._bases.steps() if number <= step]
-    for number in reversed(earlier):
+      return 0, None
+    for number in reversed(self._bases.steps()):
+      if number > step:
+        continue
       try:
         tree, _ = self._bases.restore({"base": abstract_base}, number)
-        start, base = number, tree["base"]
-        break
+        return number, tree["base"]
       except manager.CorruptCheckpointError as error:
         _log.warning(
-          "%s The one before it is used, or the model's weights.",
-          error,
+          "%s The one before it is used, or the model's weights.", error
         )
         self._bases.quarantine(number)
-    if base is None:
-      base = self._load_start(parsed.header)
-    return ledger.advance(base, parsed.header, parsed.lines[start:step], source)
+    return 0, None
 
 
 def open_store(
@@ -269,64 +257,8 @@ def open_store(
     folder,
     config.to_dict(),
     abstract_state or run.abstract_state,
-    lambda header: ledger.load_start(config, run.model, header, run.mesh),
+    lambda: model_lib.load_base(config, run.model, run.mesh),
     base_is_trained=methods.METHODS[config.method].updates_base,
     base_every_steps=config.ckpt.base_every_steps,
     keep=config.ckpt.keep if write else None,
   )
-
-
-def make_folder(folder: epath.Path) -> None:
-  """Makes a folder, unless it exists, and checks that it can be written to.
-
-  Raises:
-    UserError: it cannot be made or written to.
-  """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{jax.process_index()}"
-    probe.write_text("")
-    probe.unlink()
-  except OSError as error:
-    raise errors.UserError(
-      f"--workdir: {folder} cannot be written to ({error.strerror}); expected "
-      "a folder to write into."
-    ) from error
-
-
-def check_config(fields: Mapping[str, Any], folder: epath.Path) -> None:
-  """Checks that a run is resumed with the config that it started with.
-
-  The mesh may differ, and so may fields that `ckpt.may_change` names, except
-  for those that decide what the ledger's entries mean.
-
-  Args:
-    fields: of the config, by name: {"zo.eps": 1e-3, ...}.
-    folder: of the run; it may be new.
-
-  Raises:
-    UserError: names the fields that differ.
-  """
-  path = folder / "config.json"
-  if not path.exists():
-    return
-  saved = defaults.flat(run_lib.read_config(folder))
-  may_change = set(fields["ckpt.may_change"])
-  allowed = {"ckpt.may_change", *_FREE, *(may_change - set(_FIXED))}
-  different = {
-    name
-    for name in saved.keys() | fields.keys()
-    if saved.get(name) != fields.get(name) and not name.startswith("mesh.")
-  }
-  changed = [
-    f"{name} was {saved.get(name)!r}, is {fields.get(name)!r}"
-    for name in sorted(different - allowed)
-  ]
-  if changed:
-    fixed = sorted(different & may_change & set(_FIXED))
-    raise errors.UserError(
-      f"{path} is of a run with another config: {'; '.join(changed[:5])}"
-      f"{' and more' if len(changed) > 5 else ''}. Give another --workdir, "
-      "remove this one, or name what may change in config.ckpt.may_change"
-      + (f" ({', '.join(fixed)} never may)." if fixed else ".")
-    )

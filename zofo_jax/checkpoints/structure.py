@@ -43,7 +43,7 @@ def with_default_sharding(leaf: Any) -> Any:
     leaf: an array or a `jax.ShapeDtypeStruct`.
 
   Returns:
-    A NumPy array as it is; else a shape with a sharding, by default that of
+    A NumPy array unchanged; else a shape with a sharding, by default that of
     the first device.
   """
   if isinstance(leaf, np.ndarray):

@@ -92,7 +92,7 @@ def rebuild(path: str, base: str | None, to: int | None) -> tuple[Any, Any]:
   if not 0 <= to <= last:
     raise errors.UserError(f"--to: '{path}' has steps 1 to {last}; found {to}.")
   config = replay_lib.config_of(ledger.header, path)
-  replay_lib.check(config.zo)
+  replay_lib.check_replayable(config.zo.optimizer)
   if base:
     config.model.name, config.model.revision = base, None
   now = replay_lib.versions()
@@ -104,7 +104,8 @@ def rebuild(path: str, base: str | None, to: int | None) -> tuple[Any, Any]:
       now,
     )
   model = model_lib.load_model(config)
-  theta = replay_lib.load_start(config, model, ledger.header)
+  theta = model_lib.load_base(config, model)
+  replay_lib.check_base(theta, ledger.header, str(model.folder))
   theta = replay_lib.advance(theta, ledger.header, ledger.lines[:to], path)
   return theta, (to, config, model)
 

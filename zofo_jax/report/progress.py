@@ -82,9 +82,11 @@ class Progress:
       self._show_bar(step, "  ".join(texts))
     elif now - self._last_line >= self._every or step >= self._total:
       self._last_line = now
-      self.say("  ".join([f"{self._label} {step}/{self._total}", *texts]))
+      self.write_line(
+        "  ".join([f"{self._label} {step}/{self._total}", *texts])
+      )
 
-  def say(self, text: str) -> None:
+  def write_line(self, text: str) -> None:
     """Writes a line, above the bar where there is one."""
     if not self._is_primary:
       return

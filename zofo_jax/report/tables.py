@@ -28,13 +28,13 @@ def results_table(
 
   names = list(dict.fromkeys(name for row in rows for name in row))
   numeric = (int, float, np.number)
-  shown = table.Table(title=title, title_justify="left")
+  grid = table.Table(title=title, title_justify="left")
   for name in names:
     right = any(isinstance(row.get(name), numeric) for row in rows)
-    shown.add_column(name, justify="right" if right else "left")
+    grid.add_column(name, justify="right" if right else "left")
   for row in rows:
-    shown.add_row(*(_cell(row.get(name, "")) for name in names))
-  console.Console(file=stream).print(shown, markup=False, highlight=False)
+    grid.add_row(*(_cell(row.get(name, "")) for name in names))
+  console.Console(file=stream).print(grid, markup=False, highlight=False)
 
 
 def _cell(value: Any) -> str:

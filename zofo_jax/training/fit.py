@@ -57,13 +57,13 @@ def fit(
   """Trains from the latest checkpoint, if there is one, to the end.
 
   Args:
-    config: the run's config, which `state_store.check_config` has passed.
+    config: the run's config, which `run_folder.check_config` has passed.
     folder: of the run.
     store: its states, opened to be written.
     step: the step.
     init: () -> the state before the first step, and figures for the summary.
     metrics_row: (steps done before, info on the host) -> metrics of a step.
-    budget: (steps done) -> the compute spent on them.
+    budget: (steps done) -> the compute that they used.
     validate: (state) -> scores on the selection rows, and that by which the
       best checkpoint is chosen.
 
@@ -147,7 +147,7 @@ def fit(
 
 
 def _compile(step, state, number, run_metadata) -> dict[str, Any]:
-  """Compiles a step; returns its figures, with the time spent before."""
+  """Compiles a step; returns its size and all time of compilation so far."""
   start = time.monotonic()
   program = step.compile(state, number)
   seconds = time.monotonic() - start

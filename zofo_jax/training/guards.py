@@ -90,7 +90,7 @@ class Guard:
     """Takes the losses of a step into account.
 
     Args:
-      losses: of the step; the last is compared with the first steps' losses.
+      losses: of the step; the last is judged by those of the first steps.
       skipped: whether none of the directions was finite.
 
     Returns:

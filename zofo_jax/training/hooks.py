@@ -40,7 +40,7 @@ class Clock:
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
-    """Stands still in a `with` statement."""
+    """Excludes the time of a `with` statement."""
     seconds, now = self.seconds(), self._now
     self._now = lambda: self._start + seconds
     try:
@@ -67,7 +67,7 @@ class WriteMetrics(loop.Hook):
       write: gets the rows.
       metrics_row: (steps done before, info) -> metrics of the step; of these
         `lower_loss` and `upper_loss` are shown.
-      budget: (steps done) -> the compute spent on them.
+      budget: (steps done) -> the compute that they used.
       clock: of the training.
       progress: the display.
     """

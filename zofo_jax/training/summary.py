@@ -29,7 +29,7 @@ def summarize(
     state: the best on the selection rows.
     folder: of the run.
     run_metadata: of `fit.fit`.
-    compute: spent on the whole run.
+    compute: that the whole run used.
 
   Returns:
     What is written to `summary.json`.

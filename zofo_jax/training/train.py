@@ -13,7 +13,7 @@ from etils import epath
 from zofo_jax.builders import algorithm, budget, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import state_store
+from zofo_jax.checkpoints import run_folder, state_store
 from zofo_jax.config import defaults, methods
 from zofo_jax.core import baselines
 from zofo_jax.core.types import BilevelBatch, BilevelInfo
@@ -69,9 +69,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   folder = epath.Path(workdir)
   with multihost.raise_on_all_processes():
     run = run_lib.make_run(config)
-    state_store.check_config(defaults.flat(config), folder)
+    run_folder.check_config(defaults.flat(config), folder)
     examples = data.load_examples(config, run.model, run.task)
-    state_store.make_folder(folder / "checkpoints")
+    run_folder.make(folder / "checkpoints")
   shape = data.train_shape(examples)
   flops_per_row = row_flops(run, examples, shape)
 
@@ -85,7 +85,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
     return state, {"zero_shot": zero_shot.metrics()}
 
-  def compute_spent(num_steps):
+  def compute_used(num_steps):
     return budget_row(budget.spent(config, num_steps), flops_per_row)
 
   def validate(state):
@@ -105,7 +105,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       fit.Step(run.jit_step(), arguments),
       init=init,
       metrics_row=lambda _, info: metrics_row(info),
-      budget=compute_spent,
+      budget=compute_used,
       validate=validate,
     )
   return summary.summarize(
@@ -114,7 +114,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     state,
     folder,
     run_metadata,
-    compute_spent(config.train.num_steps),
+    compute_used(config.train.num_steps),
   )
 
 
@@ -141,7 +141,7 @@ def row_flops(
 
 
 def budget_row(passes: budget.Passes, flops_per_row: float) -> dict[str, float]:
-  """Returns the compute spent as fields of a row of metrics."""
+  """Returns the compute used as fields of a row of metrics."""
   flops = flops_per_row * passes.forward_equivalents
   return {**passes._asdict(), "flops": flops}
 

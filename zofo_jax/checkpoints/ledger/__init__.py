@@ -13,8 +13,8 @@ from zofo_jax.checkpoints.ledger.format import (
 )
 from zofo_jax.checkpoints.ledger.replay import (
   advance,
+  check_base,
   fingerprint,
-  load_start,
   make_header,
 )
 
@@ -23,8 +23,8 @@ __all__ = [
   "LedgerEntry",
   "Writer",
   "advance",
+  "check_base",
   "fingerprint",
-  "load_start",
   "make_header",
   "parse",
   "read",

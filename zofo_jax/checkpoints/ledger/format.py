@@ -73,7 +73,7 @@ def start(header: dict[str, Any]) -> str:
   return _sealed(json.dumps({"format": FORMAT, **header}, sort_keys=True))
 
 
-def parse(content: bytes, where: str) -> Ledger:
+def parse(content: bytes, source: str) -> Ledger:
   """Parses a ledger.
 
   A last line without its newline was cut off when a process ended, and is
@@ -81,7 +81,7 @@ def parse(content: bytes, where: str) -> Ledger:
 
   Args:
     content: of the file.
-    where: the file's name, for messages.
+    source: the file's name, for messages.
 
   Returns:
     The ledger.
@@ -91,10 +91,10 @@ def parse(content: bytes, where: str) -> Ledger:
   """
   *complete, remainder = content.split(b"\n")
   if not complete:
-    raise errors.UserError(f"'{where}' is no ledger: it has no whole line.")
-  header = _header(_checked(complete[0], where, 1), where)
+    raise errors.UserError(f"'{source}' is no ledger: it has no whole line.")
+  header = _header(_checked(complete[0], source, 1), source)
   lines = [
-    _line(_checked(text, where, number), where, number)
+    _line(_checked(text, source, number), source, number)
     for number, text in enumerate(complete[1:], 2)
   ]
   return Ledger(header, lines, truncated=bool(remainder))
@@ -168,19 +168,19 @@ def _sealed(text: str) -> str:
   return f"{text} {zlib.crc32(text.encode()):08x}\n"
 
 
-def _checked(line: bytes, where: str, number: int) -> str:
+def _checked(line: bytes, source: str, number: int) -> str:
   """Returns a line without its checksum, which is compared."""
   text, _, checksum = line.rpartition(b" ")
   expected = f"{zlib.crc32(text):08x}"
   if checksum != expected.encode():
     raise errors.UserError(
-      f"'{where}' line {number} is corrupt: its checksum is "
+      f"'{source}' line {number} is corrupt: its checksum is "
       f"{checksum[:16].decode('ascii', 'replace')!r}, expected '{expected}'."
     )
   return text.decode("utf-8", "replace")
 
 
-def _header(text: str, where: str) -> dict[str, Any]:
+def _header(text: str, source: str) -> dict[str, Any]:
   try:
     header = json.loads(text)
     file_format = header.pop("format")
@@ -188,13 +188,13 @@ def _header(text: str, where: str) -> dict[str, Any]:
     file_format = None
   if file_format != FORMAT:
     raise errors.UserError(
-      f"'{where}' line 1: expected the header of a '{FORMAT}'; found "
+      f"'{source}' line 1: expected the header of a '{FORMAT}'; found "
       f"{text[:40]!r}."
     )
   return header
 
 
-def _line(text: str, where: str, number: int) -> LedgerEntry:
+def _line(text: str, source: str, number: int) -> LedgerEntry:
   expected = number - 1
   try:
     step, count, rate, decay, coefficients, weights = text.split(" ")
@@ -216,11 +216,11 @@ def _line(text: str, where: str, number: int) -> LedgerEntry:
     counts = set()
   if len(counts) != 1:
     raise errors.UserError(
-      f"'{where}' line {number}: expected the six fields of a step; found "
+      f"'{source}' line {number}: expected the six fields of a step; found "
       f"{text[:60]!r}."
     )
   if line.step != expected:
     raise errors.UserError(
-      f"'{where}' line {number}: expected step {expected}; found {line.step}."
+      f"'{source}' line {number}: expected step {expected}; found {line.step}."
     )
   return line

@@ -19,12 +19,10 @@ from jax.experimental import multihost_utils
 
 from zofo_jax import errors
 from zofo_jax.builders import algorithm
-from zofo_jax.builders import model as model_lib
 from zofo_jax.checkpoints.ledger import format as ledger_format
 from zofo_jax.config import defaults, validate
 from zofo_jax.core import outer
 from zofo_jax.core import tree as tree_lib
-from zofo_jax.sharding import mesh as mesh_lib
 
 
 def fingerprint(tree: Any) -> str:
@@ -76,7 +74,7 @@ def versions() -> dict[str, str]:
   }
 
 
-def config_of(header: dict[str, Any], where: str) -> ml_collections.ConfigDict:
+def config_of(header: dict[str, Any], source: str) -> ml_collections.ConfigDict:
   """Returns a config with the `model` and the `zo` of a header.
 
   Raises:
@@ -91,43 +89,36 @@ def config_of(header: dict[str, Any], where: str) -> ml_collections.ConfigDict:
     raise
   except (KeyError, TypeError, AttributeError, ValueError) as error:
     raise errors.UserError(
-      f"'{where}' line 1: not the header of a run ({errors.first_line(error)})."
+      f"'{source}' line 1: not the header of a run "
+      f"({errors.first_line(error)})."
     ) from error
   return config
 
 
-def load_start(
-  config: ml_collections.ConfigDict,
-  model: model_lib.Model,
-  header: Mapping[str, Any],
-  mesh: mesh_lib.AnyMesh | None = None,
-) -> Any:
-  """Reads the backbone that a ledger starts from.
+def check_base(base: Any, header: Mapping[str, Any], source: str) -> None:
+  """Checks that a backbone is the one that a ledger starts from.
 
   Args:
-    config: names the dtype.
-    model: whose weights they are.
+    base: θ before the first step.
     header: of the ledger.
-    mesh: the grid of devices; None for a single device.
+    source: from which the weights were read, for the message.
 
   Raises:
-    UserError: the model's weights are not those that the ledger started from.
+    UserError: their checksums differ.
   """
-  base = model_lib.load_base(config, model, mesh)
   expected, actual = header.get("base_sha256", ""), fingerprint(base)
   if actual != expected:
     raise errors.UserError(
-      f"{model.folder}: these are not the weights that the ledger started "
-      f"from: expected SHA-256 {expected[:12]}…, found {actual[:12]}…"
+      f"{source}: these are not the weights that the ledger started from: "
+      f"expected SHA-256 {expected[:12]}…, found {actual[:12]}…"
     )
-  return base
 
 
 def advance(
   base: Any,
   header: dict[str, Any],
   lines: Sequence[ledger_format.LedgerEntry],
-  where: str,
+  source: str,
 ) -> Any:
   """Replays steps on the backbone.
 
@@ -135,7 +126,7 @@ def advance(
     base: θ before the first of them; donated.
     header: of the ledger that contains the lines.
     lines: consecutive steps.
-    where: the ledger's file, for messages.
+    source: the ledger's file, for messages.
 
   Returns:
     θ after the last of them.
@@ -145,8 +136,8 @@ def advance(
   """
   if not lines:
     return base
-  config = config_of(header, where)
-  check(config.zo)
+  config = config_of(header, source)
+  check_replayable(config.zo.optimizer)
   key = jax.random.wrap_key_data(jnp.asarray(header["key"], jnp.uint32))
   step_fn = _step_fn(json.dumps(header["zo"], sort_keys=True))
   for line in lines:
@@ -169,15 +160,18 @@ def _step_fn(zo: str) -> Callable[..., Any]:
   )
 
 
-def check(zo_config: ml_collections.ConfigDict) -> None:
+def check_replayable(optimizer: str) -> None:
   """Checks that the lines of a ledger determine the updates.
 
+  Args:
+    optimizer: `zo.optimizer` of the run.
+
   Raises:
-    UserError: zo.optimizer keeps a state of the size of θ.
+    UserError: it keeps a state of the size of θ.
   """
-  if zo_config.optimizer not in validate.IN_PLACE:
+  if optimizer not in validate.IN_PLACE:
     raise errors.UserError(
-      f"zo.optimizer '{zo_config.optimizer}' keeps more than a ledger holds, "
+      f"zo.optimizer '{optimizer}' keeps more than a ledger holds, "
       "so theta cannot be rebuilt from it; expected one of "
       f"{', '.join(validate.IN_PLACE)}."
     )

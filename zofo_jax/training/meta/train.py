@@ -9,7 +9,7 @@ from etils import epath
 
 from zofo_jax import errors
 from zofo_jax.builders import algorithm, budget, data, model
-from zofo_jax.checkpoints import state_store
+from zofo_jax.checkpoints import run_folder, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core import multitask
 from zofo_jax.report import memory
@@ -119,9 +119,9 @@ def metatrain(
     )
   family = multitask_run.make_family(config)
   folder = epath.Path(workdir)
-  state_store.check_config(defaults.flat(config), folder)
+  run_folder.check_config(defaults.flat(config), folder)
   examples = task_sets.load_examples(config, family.run.model, family.members)
-  state_store.make_folder(folder / "checkpoints")
+  run_folder.make(folder / "checkpoints")
   sampler = _TaskSampler(family, examples)
   flops_per_row = train_lib.row_flops(family.run, examples[0], sampler.shape)
 
@@ -145,7 +145,7 @@ def metatrain(
   def metrics_row(step, info):
     return {**train_lib.metrics_row(info), "tasks": sampler.tasks(step)}
 
-  def compute_spent(num_steps):
+  def compute_used(num_steps):
     passes = budget.spent(config, num_steps, config.meta.num_tasks)
     return train_lib.budget_row(passes, flops_per_row)
 
@@ -172,7 +172,7 @@ def metatrain(
       _make_step(family, sampler),
       init=init,
       metrics_row=metrics_row,
-      budget=compute_spent,
+      budget=compute_used,
       validate=validate,
     )
   results = family.evaluate(state, [rows.test for rows in examples], "test")
@@ -198,7 +198,7 @@ def metatrain(
     "tasks": table,
     "best_step": int(state.step),
     "num_outer_steps": config.train.num_steps,
-    **compute_spent(config.train.num_steps),
+    **compute_used(config.train.num_steps),
     **summary.cost(run_metadata),
     "peak_rss_bytes": memory.peak_rss_bytes(),
   }

@@ -1,0 +1,86 @@
+"""The folder of a run: whether it can be written to and resumed."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from etils import epath
+
+from zofo_jax import errors
+from zofo_jax.builders import run as run_lib
+from zofo_jax.config import defaults
+
+# With another value of these, the ledger's entries or the states would belong
+# to another run.
+_FIXED = (
+  "seed",
+  "model.name",
+  "model.revision",
+  "model.dtype",
+  "zo.direction",
+  "zo.rank",
+  "zo.threshold",
+  "zo.select",
+  "zo.layers",
+  "zo.frame_steps",
+  "zo.optimizer",
+  "ckpt.base_every_steps",
+)
+# No result depends on these.
+_FREE = ("train.trackers", "train.profile_steps")
+
+
+def make(folder: epath.Path) -> None:
+  """Makes a folder, unless it exists, and checks that it can be written to.
+
+  Raises:
+    UserError: it cannot be made or written to.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{jax.process_index()}"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise errors.UserError(
+      f"--workdir: {folder} cannot be written to ({error.strerror}); expected "
+      "a folder to write into."
+    ) from error
+
+
+def check_config(fields: Mapping[str, Any], folder: epath.Path) -> None:
+  """Checks that a run is resumed with the config that it started with.
+
+  The mesh may differ, and so may fields that `ckpt.may_change` names, except
+  for those that decide what the ledger's entries mean.
+
+  Args:
+    fields: of the config, by name: {"zo.eps": 1e-3, ...}.
+    folder: of the run; it may be new.
+
+  Raises:
+    UserError: names the fields that differ.
+  """
+  path = folder / "config.json"
+  if not path.exists():
+    return
+  saved = defaults.flat(run_lib.read_config(folder))
+  may_change = set(fields["ckpt.may_change"])
+  allowed = {"ckpt.may_change", *_FREE, *(may_change - set(_FIXED))}
+  different = {
+    name
+    for name in saved.keys() | fields.keys()
+    if saved.get(name) != fields.get(name) and not name.startswith("mesh.")
+  }
+  changed = [
+    f"{name} was {saved.get(name)!r}, is {fields.get(name)!r}"
+    for name in sorted(different - allowed)
+  ]
+  if changed:
+    fixed = sorted(different & may_change & set(_FIXED))
+    raise errors.UserError(
+      f"{path} is of a run with another config: {'; '.join(changed[:5])}"
+      f"{' and more' if len(changed) > 5 else ''}. Give another --workdir, "
+      "remove this one, or name what may change in config.ckpt.may_change"
+      + (f" ({', '.join(fixed)} never may)." if fixed else ".")
+    )
