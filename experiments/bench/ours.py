@@ -252,9 +252,7 @@ def _iterate(
     upper_tx=optax.adam(1e-4),
     base_tx=zofo.outer.sgd(_RATE),
     zo=zofo.ZerothOrder(
-      zofo.Sampler(
-        zofo.directions.Rademacher(), stacked=STACKED, lazy=True
-      )
+      zofo.Sampler(zofo.directions.Rademacher(), stacked=STACKED, lazy=True)
     ),
     over_tasks=bool(num_tasks),
   )

@@ -168,8 +168,8 @@ def test_a_run_of_every_kind(
   assert evaluation["accuracy"] == summary["test_accuracy"]
   run = run_lib.make_run(run_lib.read_config(epath.Path(tmp_path)))
   state = run.abstract_state()
-  found = {p.rpartition("/")[2] for p in adapters.parts(state.upper)}
-  assert found == set(kind.split("+"))
+  kinds = {p.rpartition("/")[2] for p in adapters.parts(state.upper)}
+  assert kinds == set(kind.split("+"))
 
 
 def test_adapters_leave_a_place_for_rows(

@@ -69,8 +69,8 @@ def test_product_is_the_formula():
   rng = np.random.default_rng(0)
   x, a, b = (rng.normal(size=s) for s in [(2, 5, 4), (4, 3), (3, 6)])
   lora = adapters.Lora(jnp.asarray(a), jnp.asarray(b), scale=0.5)
-  ours = adapters.lora_product(jnp.asarray(x, jnp.float32), lora)
-  np.testing.assert_allclose(ours, 0.5 * x @ a @ b, atol=1e-5)
+  actual = adapters.lora_product(jnp.asarray(x, jnp.float32), lora)
+  np.testing.assert_allclose(actual, 0.5 * x @ a @ b, atol=1e-5)
 
 
 def test_rank_stabilized_scale(base):
@@ -162,8 +162,8 @@ def test_a_batch_of_adapters_acts_one_by_one(base):
   each = [make(jax.random.key(seed), base) for seed in range(3)]
   batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
   together = jax.jit(jax.vmap(logits, (None, 0)))(base, batch)
-  for adapter, ours in zip(each, together):
-    np.testing.assert_allclose(ours, logits(base, adapter), atol=1e-5)
+  for adapter, actual in zip(each, together):
+    np.testing.assert_allclose(actual, logits(base, adapter), atol=1e-5)
 
 
 def test_gradient_has_the_adapter_s_leaves_only(base):
@@ -178,8 +178,8 @@ def test_gradient_has_the_adapter_s_leaves_only(base):
 def test_bfloat16_weights_keep_a_float32_adapter(base):
   adapter = make(jax.random.key(2), base)
   small = jax.tree.map(lambda w: w.astype(jnp.bfloat16), base)
-  ours, exact = logits(small, adapter), logits(base, adapter)
-  assert np.abs(ours - exact).mean() < 0.05 * np.std(exact)
+  actual, exact = logits(small, adapter), logits(base, adapter)
+  assert np.abs(actual - exact).mean() < 0.05 * np.std(exact)
   kernel = adapters.merge_lora(small, adapter)["layers"]["attention"]["query"]
   assert kernel["kernel"].dtype == jnp.bfloat16
 

@@ -54,10 +54,10 @@ def test_formats_agree(tmp_path, ending):
     arrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     parquet.write_table(arrow.Table.from_pylist(records), path)
-  found = sources.load(TASK, tmp_path, "validation")
-  assert _texts(found) == [r["text"] for r in records]
-  assert [TASK.right(row) for row in found] == [(r["label"],) for r in records]
-  assert found[2].source == f"{path} row 3"
+  rows = sources.load(TASK, tmp_path, "validation")
+  assert _texts(rows) == [r["text"] for r in records]
+  assert [TASK.right(row) for row in rows] == [(r["label"],) for r in records]
+  assert rows[2].source == f"{path} row 3"
 
 
 @pytest.mark.parametrize(
@@ -164,8 +164,8 @@ def test_hub_sets(monkeypatch, caplog):
   assert hub.asked[0] == (*TASK.hub, "train")
   assert len(sets.test) == 9
   assert sets.test[0].source.startswith(f"{TASK.hub[0]}/test row ")
-  found = sources.load(TASK, "hub:some/set/part", "train")
-  assert len(found) == 40
+  rows = sources.load(TASK, "hub:some/set/part", "train")
+  assert len(rows) == 40
   assert hub.asked[-1] == ("some/set", "part", "train")
   with pytest.raises(
     errors.UserError,

@@ -27,9 +27,9 @@ def recorded(name, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_logits_equal_the_recorded_ones(name):
   model, base, tokens, mask, logits = recorded(name)
-  ours = logits_of(model, base, tokens, mask)
-  assert ours.dtype == jnp.float32
-  np.testing.assert_allclose(ours[mask], logits[mask], atol=1e-4)
+  actual = logits_of(model, base, tokens, mask)
+  assert actual.dtype == jnp.float32
+  np.testing.assert_allclose(actual[mask], logits[mask], atol=1e-4)
 
 
 @pytest.mark.parity
@@ -39,8 +39,8 @@ def test_logits_equal_those_of_transformers(name):
   pytest.importorskip("torch")
   config, tensors, tokens, mask, logits = hf.reference(hf.CASES[name], seed=1)
   model, _, base = build(config, tensors)
-  ours = logits_of(model, base, tokens, mask)
-  np.testing.assert_allclose(ours[mask], logits[mask], atol=1e-4)
+  actual = logits_of(model, base, tokens, mask)
+  np.testing.assert_allclose(actual[mask], logits[mask], atol=1e-4)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -120,14 +120,14 @@ def targets():
 def test_target_log_probs_are_those_of_the_logits(name):
   model, base, tokens, mask, logits = recorded(name)
   positions, slot, token = targets()
-  ours = jax.jit(model.apply)({"params": base}, tokens, mask, *targets())
+  actual = jax.jit(model.apply)({"params": base}, tokens, mask, *targets())
   shifted = logits.astype(np.float64)
   log_probs = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
   for row in range(3):
     for k in range(3):
       place = positions[row, slot[row, k]]
       expected = log_probs[row, place, token[row, k]]
-      np.testing.assert_allclose(ours[row, k], expected, atol=1e-4)
+      np.testing.assert_allclose(actual[row, k], expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["llama_biases", "opt_350m"])
@@ -145,9 +145,9 @@ def test_perturbed_weights_act_as_their_values(name):
 
   score = lambda scale: logits_of(model, scaled(scale), tokens, mask)
   both = jax.jit(jax.vmap(score))(jnp.array([1e-2, -1e-2]))
-  for scale, ours in zip((1e-2, -1e-2), both):
+  for scale, actual in zip((1e-2, -1e-2), both):
     whole = logits_of(model, perturbed.materialize(scaled(scale)), tokens, mask)
-    np.testing.assert_allclose(ours, whole, atol=1e-4)
+    np.testing.assert_allclose(actual, whole, atol=1e-4)
   assert np.abs(both[0] - both[1])[mask].max() > 1e-2
 
 
@@ -159,10 +159,10 @@ def test_bfloat16_runs_and_is_near_float32(name):
     {"params": base}, tokens, mask, method="hidden"
   )
   assert jax.eval_shape(hidden, small).dtype == jnp.bfloat16
-  ours = logits_of(model, small, tokens, mask)
-  assert ours.dtype == jnp.float32
+  actual = logits_of(model, small, tokens, mask)
+  assert actual.dtype == jnp.float32
   spread = np.std(logits[mask])
-  assert np.abs(ours[mask] - logits[mask]).mean() < 0.02 * spread
+  assert np.abs(actual[mask] - logits[mask]).mean() < 0.02 * spread
 
 
 def test_remat_gives_the_same_gradients():

@@ -42,9 +42,9 @@ class Field(NamedTuple):
     if check.accepts(value):
       return
     # Names are quoted, numbers are not.
-    found = f"'{value}'" if check.choices else f"{value}"
+    text = f"'{value}'" if check.choices else f"{value}"
     raise errors.UserError(
-      f"config.{self.name}: expected {check.expected}; found {found}."
+      f"config.{self.name}: expected {check.expected}; found {text}."
       f"{errors.nearest(str(value), check.choices)}"
     )
 

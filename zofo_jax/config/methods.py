@@ -20,9 +20,9 @@ class Method(NamedTuple):
 
 
 METHODS = {
-  # Bilevel-ZOFO: the backbone by zeroth order, adapters by first order.
+  # Bilevel-ZOFO: zeroth-order steps on the backbone, gradients for adapters.
   "bilevel": Method(True, True, True, over_tasks=True),
-  # First order: an adapter, or all weights.
+  # Gradients: an adapter, or all weights.
   "peft": Method(False, True, False, over_tasks=True),
   "full": Method(True, False, False, over_tasks=True),
   # Zeroth order (MeZO): all weights, or an adapter.

@@ -219,13 +219,13 @@ def _check_ckpt(fields: _Fields) -> None:
 
 def _check_adapter(fields: _Fields) -> None:
   """Checks the kinds of adapters, and for fields that they would ignore."""
-  known, kinds = defaults.ADAPTERS, str(fields["adapter.kind"]).split("+")
+  adapters, kinds = defaults.ADAPTERS, str(fields["adapter.kind"]).split("+")
   for kind in kinds:
-    if kind not in known or kinds.count(kind) > 1:
+    if kind not in adapters or kinds.count(kind) > 1:
       raise errors.UserError(
-        f"config.adapter.kind: expected one or more of {', '.join(known)}, "
+        f"config.adapter.kind: expected one or more of {', '.join(adapters)}, "
         f"each once, joined by '+'; found '{fields['adapter.kind']}'."
-        + ("" if kind in known else errors.nearest(kind, known))
+        + ("" if kind in adapters else errors.nearest(kind, adapters))
       )
   if fields["lora.dropout"] >= 1:
     raise errors.UserError(

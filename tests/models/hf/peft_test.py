@@ -1,4 +1,4 @@
-"""Folders of PEFT: ours read there, theirs read here, and the same logits."""
+"""Folders of PEFT: actual read there, theirs read here, and the same logits."""
 
 import functools
 import json
@@ -14,7 +14,7 @@ from zofo_jax import adapters, errors
 from zofo_jax.models.hf import peft as peft_folders
 
 CASES = ["llama", "opt"]
-# Length of rows in an OPT of 20 positions, beside 3 virtual ones: 12.
+# Length of rows in an OPT of 20 positions with 3 virtual ones: 12.
 
 
 def recorded(name):
@@ -135,10 +135,10 @@ def test_ours_acts_there_as_here(name, kind, tmp_path):
   peft_folders.save(tmp_path, family, model.config, adapter)
   loaded = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
   expected = logits_there(loaded, name, kind, tokens, mask).detach().numpy()
-  ours = run(model, base, adapter, tokens, mask)
-  np.testing.assert_allclose(ours[mask], expected[mask], atol=1e-4)
+  actual = run(model, base, adapter, tokens, mask)
+  np.testing.assert_allclose(actual[mask], expected[mask], atol=1e-4)
   plain = run(model, base, {}, tokens, mask)
-  assert np.abs(ours - plain)[mask].max() > 1e-2
+  assert np.abs(actual - plain)[mask].max() > 1e-2
 
 
 def made_there(kind, name):
@@ -186,10 +186,10 @@ def test_theirs_acts_here_as_there(name, kind, tmp_path):
   adapter = peft_folders.load(tmp_path, family, model.config)
   tokens, mask = rows(name, kind)
   expected = logits_there(theirs, name, kind, tokens, mask).detach().numpy()
-  ours = run(model, base, adapter, tokens, mask)
-  np.testing.assert_allclose(ours[mask], expected[mask], atol=1e-4)
+  actual = run(model, base, adapter, tokens, mask)
+  np.testing.assert_allclose(actual[mask], expected[mask], atol=1e-4)
   plain = run(model, base, {}, tokens, mask)
-  assert np.abs(ours - plain)[mask].max() > 1e-2
+  assert np.abs(actual - plain)[mask].max() > 1e-2
   if "lora" in kind:
     for node in adapters.parts(adapter).values():
       assert node.scale == pytest.approx(5 / (3**0.5 if kind[0] == "r" else 3))

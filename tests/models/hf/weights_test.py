@@ -70,9 +70,9 @@ def hf_tensors(family, config, base):
   return tensors
 
 
-def assert_same(found, expected):
-  assert jax.tree.structure(found) == jax.tree.structure(expected)
-  jax.tree.map(np.testing.assert_array_equal, found, expected)
+def assert_same(actual, expected):
+  assert jax.tree.structure(actual) == jax.tree.structure(expected)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 @pytest.fixture(params=CASES)
@@ -146,9 +146,9 @@ def test_dtypes(checkpoint, stored, wanted):
   expected = jax.tree.map(
     lambda x: x.astype(stored).astype(wanted), checkpoint.base
   )
-  found = checkpoint.load(wanted)
-  assert {x.dtype for x in jax.tree.leaves(found)} == {np.dtype(wanted)}
-  assert_same(found, expected)
+  actual = checkpoint.load(wanted)
+  assert {x.dtype for x in jax.tree.leaves(actual)} == {np.dtype(wanted)}
+  assert_same(actual, expected)
 
 
 def test_bfloat16_saves(tmp_path):

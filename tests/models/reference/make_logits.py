@@ -1,7 +1,7 @@
 """Records reference logits of tiny random models, with their weights.
 
 Run `python tests/models/reference/make_logits.py` where torch and transformers
-are installed. Each file beside this script holds one case: config.json as text,
+are installed. Each file in this folder holds one case: config.json as text,
 tensors under their Hugging Face names, a padded batch, and the logits that
 transformers computes in float32. The tests read them without torch.
 """
