@@ -137,7 +137,9 @@ def _spend(config, rows: int) -> None:
   first, _, second = config.method.partition("_then_")
   share = rows // 2 if second else rows
   steps = [
-    max(1, share // budget.passes(config, method).forward_equivalents)
+    max(
+      1, share // budget.make_budget(config).passes(method).forward_equivalents
+    )
     for method in filter(None, (first, second))
   ]
   config.train.num_steps = sum(steps)

@@ -58,11 +58,11 @@ def changes(choice: dict[str, Any], field: str, value: Any) -> dict[str, Any]:
   config = compare["get_config"](text)
   if defaults.flat(config)[field] == value:
     return {}
-  rows = budget.passes(config, config.method).forward_equivalents
+  rows = budget.make_budget(config).passes().forward_equivalents
   total = rows * config.train.num_steps
   with config.unlocked():
     config.update_from_flattened_dict({field: value})
-  per_step = budget.passes(config, config.method).forward_equivalents
+  per_step = budget.make_budget(config).passes().forward_equivalents
   steps = max(1, total // per_step)
   every = max(1, round(steps / 4))
   return {

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax import adapters, report
-from zofo_jax.builders import algorithm, budget, model
+from zofo_jax.builders import budget, model
 from zofo_jax.builders import data as data_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.training import train
@@ -54,14 +54,14 @@ def run_one(task, seed, data, most):
     f"task={task},method=bilevel_still,seed={seed}"
   )
   config.data.dir = data
-  per_step = budget.passes(config, "bilevel").forward_equivalents
+  per_step = budget.make_budget(config).passes().forward_equivalents
   total = per_step * config.train.num_steps
   # Three points, of three losses each, instead of two.
   config.train.num_steps = total // (per_step + 3 * config.upper.batch_size)
   run = run_lib.make_run(config)
-  examples = data_lib.load_examples(config, run.model, run.task)
+  examples = run.load_examples()
   shape = data_lib.train_shape(examples)
-  loss_fn = model.make_loss_fn(config.loss, run.model.module)
+  loss_fn = run.loss_fn
   step_fn = run.jit_step()
 
   def towards(base, before, after):
@@ -82,13 +82,13 @@ def run_one(task, seed, data, most):
     )
 
   move = jax.jit(move)
-  state = run.init(model.load_base(config, run.model, run.mesh))
+  state = run.init(model.load_base(run.model, run.mesh))
   lengths, start_time = [], time.monotonic()
   for number in range(config.train.num_steps):
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)
     batch = run.shard_batch(rows)
     before, p = (jax.tree.map(jnp.copy, t) for t in (state.lower, state.upper))
-    hparams = algorithm.make_hparams(config, number)
+    hparams = run.hparams_fn(number)
     state, _ = step_fn(state, batch, hparams)
     values = [
       float(objective(state.base, before, p, state.lower, batch, length))

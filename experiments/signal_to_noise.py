@@ -51,10 +51,10 @@ def dot(one, other):
   return float(sum(jax.tree.leaves(parts)))
 
 
-def guided(config, model, base, loss_fn, rows, length):
+def guided(run, base, rows, length):
   """Returns what a step of a fresh LoRA takes off the weights, of a length."""
-  adapter = model_lib.init_adapter(config, model, jax.random.key(0), base)
-  slope = jax.grad(lambda a: loss_fn(base, a, rows, None))(adapter)
+  adapter = run.init_adapter(jax.random.key(0), base)
+  slope = jax.grad(lambda a: run.loss_fn(base, a, rows, None))(adapter)
   # B is zero, so that the weights are linear in the step.
   scale = length / np.sqrt(dot(slope, slope))
   moved = jax.tree.map(lambda a, s: a - scale * s, adapter, slope)
@@ -78,9 +78,8 @@ def main():
   config = compare["get_config"](f"task={given.task},method=mezo")
   config.data.dir = given.data
   run = run_lib.make_run(config)
-  examples = data.load_examples(config, run.model, run.task)
-  base = model_lib.load_base(config, run.model, run.mesh)
-  loss_fn = model_lib.make_loss_fn(config.loss, run.model.module)
+  examples = run.load_examples()
+  base = model_lib.load_base(run.model, run.mesh)
   here, there = [
     batching.collate(
       examples.lower[i * given.rows : (i + 1) * given.rows],
@@ -91,7 +90,7 @@ def main():
   ]
 
   def loss(base, rows):
-    return loss_fn(base, {}, rows, None)
+    return run.loss_fn(base, {}, rows, None)
 
   @jax.jit
   def moved(base, tree, step, rows):
@@ -137,7 +136,7 @@ def main():
 
   tell("gradient", most(g))
   length = 1e-2 * norm_theta
-  tell("guided", most(guided(config, run.model, base, loss_fn, here, length)))
+  tell("guided", most(guided(run, base, here, length)))
   for name, kind in KINDS.items():
     every, total = [], jax.tree.map(jnp.zeros_like, base)
     for number in range(given.directions):

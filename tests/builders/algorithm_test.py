@@ -7,7 +7,7 @@ import pytest
 
 from zofo_jax import errors
 from zofo_jax.builders import algorithm as algorithm_lib
-from zofo_jax.builders import budget, data, model
+from zofo_jax.builders import budget, data, encoder, model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import defaults, validate
 from zofo_jax.core import perturbed
@@ -64,7 +64,7 @@ def test_passes_of_every_estimator():
   config.zo.num_directions = 3
   counted = {}
   for config.zo.estimator in choices("zo.estimator"):
-    counted[config.zo.estimator] = budget.passes(config, "bilevel")[:2]
+    counted[config.zo.estimator] = budget.make_budget(config).passes()[:2]
   assert counted == {
     "central": (5 + 2 + 3 * 6, 7),
     "forward": (5 + 2 + 3 * 4, 7),
@@ -87,7 +87,9 @@ def test_losses_of_a_model(tiny_model, tiny_rows, loss, dtype, rtol):
   run = run_lib.make_run(config)
 
   def first_batch(config):
-    examples = data.load_examples(config, run.model, run.task)
+    examples = data.load_examples(
+      run.task, run.row_source, encoder.make_encoder(config, run.model)
+    )
     shape = data.train_shape(examples)
     return train.iteration_batch(config, examples, shape, run.model.pad, 0)
 
@@ -108,7 +110,7 @@ def test_losses_of_a_model(tiny_model, tiny_rows, loss, dtype, rtol):
   assert kinds[0] == kinds[1]
 
   # Every option is one token, so that its score is its log-probability.
-  base = model.load_base(config, run.model)
+  base = model.load_base(run.model)
   loss_fn = model.make_loss_fn(loss, run.model.module)
   value = jax.jit(loss_fn)(base, {}, batch.upper, None)
   scores = np.asarray(run.score_fn(base, {}, scored), np.float64)

@@ -305,18 +305,25 @@ def test_what_is_handed_over_gives_the_same_logits(
   again = config.copy_and_resolve_references()
   again.model.name = str(tmp_path / "base")
   again.adapter.init_from = str(tmp_path / "adapter")
+  from zofo_jax.builders import adapter as adapter_lib
   from zofo_jax.builders import model as model_lib
 
   begun = run_lib.make_run(again)
   start = begun.init(
-    model_lib.load_base(again, begun.model),
-    model_lib.load_adapter(again, begun.model),
+    model_lib.load_base(begun.model),
+    adapter_lib.load_adapter(
+      again.adapter.init_from, begun.model, begun.init_adapter
+    ),
   )
   np.testing.assert_array_equal(ours(start.base, start.upper), adapted)
   np.testing.assert_array_equal(ours(start.base, start.lower), adapted)
   again.lora.rank = 4
   with pytest.raises(errors.UserError, match=r"init_from: .* has layers/att"):
-    model_lib.load_adapter(again, begun.model)
+    adapter_lib.load_adapter(
+      again.adapter.init_from,
+      begun.model,
+      adapter_lib.make_init_fn(again, begun.model),
+    )
 
 
 def test_export_says_what_is_wrong(done, tmp_path, capsys):

@@ -9,8 +9,9 @@ import pytest
 
 from tests import tiny
 from zofo_jax import errors, report
-from zofo_jax.builders import data
+from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import task as task_lib
 from zofo_jax.config import validate
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
@@ -76,7 +77,7 @@ def test_mistakes_are_named(changes, words):
   config = run_config("model", "rows", **changes)
   with pytest.raises(errors.UserError, match=words):
     validate.check(config)
-    data.load_task(config)
+    task_lib.load_task(config)
 
 
 def test_prompts_leave_room_for_answers(long_model, question_rows):
@@ -84,8 +85,13 @@ def test_prompts_leave_room_for_answers(long_model, question_rows):
     config = run_config(long_model, question_rows, **changes)
     config.data.num_lower, config.data.num_upper = 8, 4
     config.data.num_selection, config.data.num_test = 4, 8
-    model, task = model_lib.load_model(config), data.load_task(config)
-    return data.load_examples(config, model, task).test
+    model, task = (
+      model_lib.load_model(**config.model),
+      task_lib.load_task(config),
+    )
+    return data.load_examples(
+      task, data.make_row_source(config), encoder.make_encoder(config, model)
+    ).test
 
   whole = questions()
   assert whole[0].answers[0] in ("cat", "dog", "hen", "cow")

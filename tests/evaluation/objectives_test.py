@@ -14,9 +14,10 @@ import pytest
 import zofo_jax as zofo
 from tests import tiny as tiny_files
 from zofo_jax import errors
-from zofo_jax.builders import data
+from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
+from zofo_jax.builders import task as task_lib
 from zofo_jax.core import losses
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import batching
@@ -38,13 +39,15 @@ def tiny(tiny_model, tiny_rows):
   config.data.dir = str(tiny_rows)
   config.data.task = "rotten_tomatoes"
   config.loss = "classification"
-  model = model_lib.load_model(config)
-  task = data.load_task(config)
-  examples = data.load_examples(config, model, task).lower[:6]
+  model = model_lib.load_model(**config.model)
+  task = task_lib.load_task(config)
+  examples = data.load_examples(
+    task, data.make_row_source(config), encoder.make_encoder(config, model)
+  ).lower[:6]
   batch = batching.collate(
     examples, batching.shape_of(examples), pad=model.pad, batch_size=8
   )
-  base = model_lib.load_base(config, model)
+  base = model_lib.load_base(model)
   return model.module, base, model.tokenizer, batch
 
 
@@ -187,8 +190,8 @@ def test_run_on_a_part_of_the_weights(tiny_model, tiny_rows, objective):
   config.zo.learning_rate = 1e-2
   config.zo.num_directions = 4
   run = run_lib.make_run(config)
-  examples = data.load_examples(config, run.model, run.task)
-  before = model_lib.load_base(config, run.model)
+  examples = run.load_examples()
+  before = model_lib.load_base(run.model)
   state, info = jax.jit(run.algorithm.step)(
     run.init(before),
     train.iteration_batch(

@@ -49,8 +49,8 @@ ROWS = {
 def real():
   config = tiny.base_config()
   config.model.name = str(FOLDER)
-  model = model_lib.load_model(config)
-  return model, model_lib.load_base(config, model)
+  model = model_lib.load_model(**config.model)
+  return model, model_lib.load_base(model)
 
 
 @pytest.fixture(scope="module")

@@ -45,7 +45,11 @@ def test_every_method_has_the_same_work(compare, name):
     moved = (config.lower.learning_rate, config.zo.learning_rate)
     assert moved == rates[:2], method
     validate.check(config)
-    spent = budget.spent(config, config.train.num_steps).forward_equivalents
+    spent = (
+      budget.make_budget(config)
+      .total(config.train.num_steps)
+      .forward_equivalents
+    )
     # Whole iterations, and no more than the work allows.
     assert 0.93 * size.rows < spent <= size.rows, method
     every = config.train.eval_every_steps
@@ -255,7 +259,11 @@ def test_ablations_cost_what_the_table_costs(compare, tmp_path):
       )
       assert defaults.flat(config)[field] == value, name
       validate.check(config)
-      spent = budget.spent(config, config.train.num_steps).forward_equivalents
+      spent = (
+        budget.make_budget(config)
+        .total(config.train.num_steps)
+        .forward_equivalents
+      )
       assert 0.7 * size.rows < spent <= size.rows, (name, value)
 
   cells = [

@@ -8,7 +8,8 @@ from jax import export
 import zofo_jax as zofo
 from tests import tiny
 from zofo_jax import models
-from zofo_jax.plan import estimate
+from zofo_jax.models.hf import published
+from zofo_jax.plan import estimate, planner
 from zofo_jax.sharding import mesh as mesh_lib
 
 SHAPES = {
@@ -34,14 +35,14 @@ def test_the_step_exports(name, monkeypatch):
     "max_position_embeddings": 32,
     **SHAPES[name],
   }
-  monkeypatch.setitem(estimate.published.CONFIGS, "tiny", hf_config)
+  monkeypatch.setitem(published.CONFIGS, "tiny", hf_config)
   config = tiny.base_config()
   config.model.name = "tiny"
   config.model.dtype = "bfloat16"
   mesh = mesh_lib.make(config.mesh)
-  run = estimate.make_run(config, mesh)
+  run = planner.make_run(config, mesh)
   state = run.abstract_state()
-  batch = estimate.abstract_batch(config, run.model, mesh)
+  batch = estimate.abstract_batch(run)
   step = jax.jit(run.algorithm.step)
   # Typed keys are no arrays to a program that is written down.
   whole = lambda tree: jax.tree.map(

@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 from zofo_jax import errors, models
 from zofo_jax.models.hf import published, weights
-from zofo_jax.plan import estimate, planner, topologies
+from zofo_jax.plan import planner, topologies
 from zofo_jax.sharding import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -127,7 +127,7 @@ def test_topologies_that_there_are_not(name, said):
 def test_a_model_that_is_not_known():
   config = config_of("facebook/opt-14b")
   with pytest.raises(errors.UserError, match="Did you mean 'facebook/opt-1"):
-    estimate.make_run(config, mesh_lib.abstract(config.mesh, 1))
+    planner.make_run(config, mesh_lib.abstract(config.mesh, 1))
 
 
 def test_the_command(command_line, capsys):

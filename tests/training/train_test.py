@@ -123,7 +123,7 @@ def test_it_learns(done):
 
 def test_theta_moves_without_first_order_state(done, tiny_model):
   run = run_lib.make_run(run_lib.read_config(epath.Path(done.folder)))
-  before = model_lib.load_base(run.config, run.model)
+  before = model_lib.load_base(run.model)
   last = arrays(done.folder)[STEPS]
   moved = {
     path: leaf - last[f".base{path}"]
@@ -206,9 +206,9 @@ def test_a_linear_penalty_rises_to_its_value(
   assert start(command_line, tmp_path, tiny_model, tiny_rows, *more) == 0
   config = run_lib.read_config(epath.Path(tmp_path))
   run = run_lib.make_run(config)
-  examples = data.load_examples(config, run.model, run.task)
+  examples = run.load_examples()
   shape = data.train_shape(examples)
-  state = run.init(model_lib.load_base(config, run.model))
+  state = run.init(model_lib.load_base(run.model))
   step = run.jit_step()
   for number, penalty in enumerate((2.0, 4.0)):
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)

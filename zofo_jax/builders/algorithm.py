@@ -1,11 +1,9 @@
-"""A config turned into an algorithm.
-
-Everything that the config says becomes an explicit argument here.
-"""
+"""The algorithm of a run: its (init, step) pair, with explicit arguments."""
 
 import dataclasses
 import re
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -29,7 +27,7 @@ from zofo_jax.models.decoder import STACKED
 def make_schedule(
   name: str, learning_rate: float, num_updates: int
 ) -> optax.ScalarOrSchedule:
-  """Makes a learning rate: constant, or falling to 0 over the run's updates."""
+  """Makes a learning rate: constant, or decaying to 0 over all updates."""
   if name == "linear":
     return optax.linear_schedule(learning_rate, 0.0, num_updates)
   if name == "cosine":
@@ -70,117 +68,180 @@ ESTIMATORS = {
 }
 
 
-def make_sampler(zo_config: ml_collections.ConfigDict) -> sampler.Sampler:
-  """Makes the directions that `config.zo` asks for."""
+def make_sampler(
+  direction: str,
+  *,
+  rank: int,
+  threshold: float,
+  select: str = "",
+  layers: Sequence[int] = (),
+) -> sampler.Sampler:
+  """Makes a lazy sampler of directions.
+
+  Args:
+    direction: one of `zo.direction`'s choices.
+    rank: of "low_rank".
+    threshold: of "sparse".
+    select: regular expression on the paths of the weights that move.
+    layers: numbers of the layers that move; () for all.
+  """
   kinds: dict[str, directions.Direction] = {
     "gaussian": directions.Gaussian(),
     "rademacher": directions.Rademacher(),
-    "low_rank": directions.LowRank(zo_config.rank),
+    "low_rank": directions.LowRank(rank),
     "per_example": directions.PerExample(),
-    "sparse": directions.Sparse(threshold=zo_config.threshold),
+    "sparse": directions.Sparse(threshold=threshold),
   }
   return sampler.Sampler(
-    kinds[zo_config.direction],
-    select=lambda path: bool(re.search(zo_config.select, path)),
-    layers=tuple(zo_config.layers) or None,
+    kinds[direction],
+    select=lambda path: bool(re.search(select, path)),
+    layers=tuple(layers) or None,
     stacked=STACKED,
     lazy=True,
   )
 
 
-def make_zeroth_order(
-  zo_config: ml_collections.ConfigDict,
-  *,
-  per_example: bool = False,
-  map_fn: zeroth_order.MapFn = jax.lax.map,
-) -> zeroth_order.ZerothOrder:
-  """Returns how `config.zo` estimates a gradient.
+def check_selected(
+  select: str, layer_numbers: Sequence[int], base: Any
+) -> None:
+  """Raises if `zo.select` or `zo.layers` name weights that do not exist.
 
   Args:
-    zo_config: `config.zo`.
-    per_example: perturb every example along its own direction.
-    map_fn: evaluates the directions; see `ZerothOrder`.
-  """
-  return zeroth_order.ZerothOrder(
-    make_sampler(zo_config),
-    estimator=ESTIMATORS[zo_config.estimator],
-    num_directions=zo_config.num_directions,
-    per_example=per_example,
-    subspace_steps=zo_config.frame_steps,
-    map_fn=map_fn,
-  )
-
-
-def check_sampler(zo_config: ml_collections.ConfigDict, base: Any) -> None:
-  """Stops where `zo.select` or `zo.layers` name nothing that is there.
-
-  Args:
-    zo_config: `config.zo`.
+    select: regular expression on paths of weights.
+    layer_numbers: layers that are perturbed; () for all.
     base: the backbone's weights, or their shapes.
 
   Raises:
-    UserError: says what there is.
+    UserError: lists the valid paths or numbers.
   """
   shapes = {
     name: leaf.shape for name, leaf in tree_lib.named_leaves(base).items()
   }
-  if not any(re.search(zo_config.select, path) for path in shapes):
+  if not any(re.search(select, path) for path in shapes):
     raise errors.UserError(
-      f"config.zo.select: '{zo_config.select}' matches no weight; the weights "
-      f"are {', '.join(shapes)}."
+      f"config.zo.select: '{select}' matches no weight; the weights are "
+      f"{', '.join(shapes)}."
     )
-  stacked = [
-    shape for path, shape in shapes.items() if re.search(STACKED, path)
-  ]
-  wrong = [i for i in zo_config.layers if i not in range(stacked[0][0])]
-  if wrong or len(set(zo_config.layers)) < len(zo_config.layers):
+  depth = next(
+    shape[0] for path, shape in shapes.items() if re.search(STACKED, path)
+  )
+  invalid = any(i not in range(depth) for i in layer_numbers)
+  if invalid or len(set(layer_numbers)) < len(layer_numbers):
     raise errors.UserError(
-      "config.zo.layers: expected different numbers from 0 to "
-      f"{stacked[0][0] - 1}; found {tuple(zo_config.layers)}."
+      f"config.zo.layers: expected different numbers from 0 to {depth - 1}; "
+      f"found {tuple(layer_numbers)}."
     )
 
 
-def make_base_tx(zo_config: ml_collections.ConfigDict) -> outer.OuterTransform:
-  """Makes the update of theta that `config.zo` asks for."""
-  scalings = [outer.clip(zo_config.clip)] if zo_config.clip else []
-  if zo_config.scaling != "none":
+def make_base_tx(
+  optimizer: str,
+  learning_rate: float,
+  *,
+  scaling: str = "none",
+  clip: float = 0.0,
+  weight_decay: float = 0.0,
+) -> outer.OuterTransform:
+  """Makes the update of theta.
+
+  Args:
+    optimizer: one of `zo.optimizer`'s choices.
+    learning_rate: of the update.
+    scaling: of the coefficients: "none", "sign", "std" or "running_rms".
+    clip: largest coefficient; 0 for no limit.
+    weight_decay: of "sgd".
+  """
+  scalings = [outer.clip(clip)] if clip else []
+  if scaling != "none":
     scale = {
       "sign": outer.sign,
       "std": outer.scale_by_std,
       "running_rms": outer.scale_by_running_rms,
-    }[zo_config.scaling]
+    }[scaling]
     scalings.append(scale())
-  rate = zo_config.learning_rate
-  if zo_config.optimizer == "conservative":
-    return outer.conservative(rate)
-  if zo_config.optimizer == "sgd":
-    return outer.sgd(rate, *scalings, weight_decay=zo_config.weight_decay)
-  return outer.from_optax(make_optimizer(zo_config.optimizer, rate), *scalings)
+  if optimizer == "conservative":
+    return outer.conservative(learning_rate)
+  if optimizer == "sgd":
+    return outer.sgd(learning_rate, *scalings, weight_decay=weight_decay)
+  return outer.from_optax(make_optimizer(optimizer, learning_rate), *scalings)
 
 
 def make_level_tx(
-  config: ml_collections.ConfigDict, name: Literal["lower", "upper"]
+  optimizer: str,
+  learning_rate: float,
+  schedule: str,
+  *,
+  clip_norm: float,
+  num_updates: int,
 ) -> optax.GradientTransformation:
-  """Makes the optimizer of s ("lower") or p ("upper"), for a whole run."""
-  level = config[name]
-  updates = config.lower.num_steps if name == "lower" else 1
-  rate = make_schedule(
-    level.schedule, level.learning_rate, config.train.num_steps * updates
-  )
-  return make_optimizer(level.optimizer, rate, level.clip_norm)
+  """Makes the optimizer of s or p; see `make_optimizer`, `make_schedule`."""
+  rate = make_schedule(schedule, learning_rate, num_updates)
+  return make_optimizer(optimizer, rate, clip_norm)
 
 
-def make_hparams(
-  config: ml_collections.ConfigDict, number: int
-) -> BilevelHParams:
-  """Makes the numbers that are traced, of the iteration of this number.
+def make_hparams_fn(
+  *, eps: float, penalty: float, penalty_schedule: str, num_steps: int
+) -> Callable[[int], BilevelHParams]:
+  """Makes the function from an iteration's number to its traced numbers.
 
-  A linear lambda is penalty * (number + 1) / num_steps.
+  Args:
+    eps: radius of the finite difference.
+    penalty: lambda.
+    penalty_schedule: "constant", or "linear": penalty * (number + 1) /
+      num_steps.
+    num_steps: outer iterations of the run.
   """
-  penalty = float(config.penalty)
-  if config.penalty_schedule == "linear":
-    penalty *= (number + 1) / config.train.num_steps
-  return BilevelHParams(zo_eps=float(config.zo.eps), penalty=penalty)
+
+  def hparams(number):
+    scale = (number + 1) / num_steps if penalty_schedule == "linear" else 1.0
+    return BilevelHParams(zo_eps=float(eps), penalty=float(penalty) * scale)
+
+  return hparams
+
+
+class BaseUpdate(NamedTuple):
+  """How theta's gradient is estimated, and theta updated.
+
+  Attributes:
+    zo: the estimate; never one direction per example.
+    tx: the update.
+  """
+
+  zo: zeroth_order.ZerothOrder
+  tx: outer.OuterTransform
+
+
+def make_base_update(
+  zo_config: ml_collections.ConfigDict,
+  map_fn: zeroth_order.MapFn = jax.lax.map,
+) -> BaseUpdate:
+  """Makes the zeroth-order update of `config.zo`.
+
+  Args:
+    zo_config: `config.zo`.
+    map_fn: evaluates the directions; see `ZerothOrder`.
+  """
+  return BaseUpdate(
+    zeroth_order.ZerothOrder(
+      make_sampler(
+        zo_config.direction,
+        rank=zo_config.rank,
+        threshold=zo_config.threshold,
+        select=zo_config.select,
+        layers=zo_config.layers,
+      ),
+      estimator=ESTIMATORS[zo_config.estimator],
+      num_directions=zo_config.num_directions,
+      subspace_steps=zo_config.frame_steps,
+      map_fn=map_fn,
+    ),
+    make_base_tx(
+      zo_config.optimizer,
+      zo_config.learning_rate,
+      scaling=zo_config.scaling,
+      clip=zo_config.clip,
+      weight_decay=zo_config.weight_decay,
+    ),
+  )
 
 
 def make_algorithm(
@@ -191,30 +252,55 @@ def make_algorithm(
   over_tasks: bool = False,
   map_fn: zeroth_order.MapFn = jax.lax.map,
 ) -> BilevelAlgorithm:
-  """Makes the (init, step) pair of `config.method`."""
+  """Makes the (init, step) pair of `config.method`.
+
+  Args:
+    config: the run's config.
+    loss_fn: of the first-order steps, and of theta by default.
+    probe_loss_fn: of the zeroth-order step, if it is another.
+    over_tasks: whether states and batches have a leading axis of tasks.
+    map_fn: maps over the directions of an estimate.
+  """
+  base_update = make_base_update(config.zo, map_fn)
+  lower, upper = config.lower, config.upper
+  num_steps = config.train.num_steps
+  lower_tx = make_level_tx(
+    lower.optimizer,
+    lower.learning_rate,
+    lower.schedule,
+    clip_norm=lower.clip_norm,
+    num_updates=num_steps * lower.num_steps,
+  )
+  upper_tx = make_level_tx(
+    upper.optimizer,
+    upper.learning_rate,
+    upper.schedule,
+    clip_norm=upper.clip_norm,
+    num_updates=num_steps,
+  )
   if config.method == "bilevel":
     return bilevel.make_bilevel_step(
       loss_fn,
       probe_loss_fn=probe_loss_fn,
-      lower_tx=make_level_tx(config, "lower"),
-      upper_tx=make_level_tx(config, "upper"),
-      base_tx=make_base_tx(config.zo),
-      zo=make_zeroth_order(
-        config.zo,
-        per_example=config.zo.direction == "per_example",
-        map_fn=map_fn,
+      lower_tx=lower_tx,
+      upper_tx=upper_tx,
+      base_tx=base_update.tx,
+      zo=dataclasses.replace(
+        base_update.zo, per_example=config.zo.direction == "per_example"
       ),
       over_tasks=over_tasks,
     )
 
   def peft(train_base: bool = False) -> BilevelAlgorithm:
-    tx = make_level_tx(config, "lower")
     return baselines.make_first_order_step(
-      loss_fn, tx, train_base=train_base, over_tasks=over_tasks
+      loss_fn,
+      lower_tx,
+      train_base=train_base,
+      over_tasks=over_tasks,
     )
 
   def mezo(train_base: bool = True) -> BilevelAlgorithm:
-    zo = make_zeroth_order(config.zo, map_fn=map_fn)
+    zo = base_update.zo
     if not train_base:
       # Adapters are small, and their code reads plain arrays.
       adapter_sampler = sampler.Sampler(
@@ -223,7 +309,7 @@ def make_algorithm(
       zo = dataclasses.replace(zo, sampler=adapter_sampler)
     return baselines.make_zeroth_order_step(
       probe_loss_fn or loss_fn,
-      make_base_tx(config.zo),
+      base_update.tx,
       zo,
       train_base=train_base,
       over_tasks=over_tasks,

@@ -1,8 +1,9 @@
-"""What a run has spent after so many iterations, in units any method has.
+"""The compute of a run, in units that all methods share.
 
-A forward-equivalent is one row's forward pass. A backward pass for an adapter
-costs one more, for all weights two more: weights' gradients take products as
-large as the activations'. Recomputed activations are one more forward pass.
+A forward-equivalent is the forward pass of one row. A backward pass for an
+adapter costs one more, for all weights two more: the gradients of the weights
+take products as large as those of the activations. Recomputed activations are
+one more forward pass.
 """
 
 import math
@@ -17,12 +18,12 @@ from zofo_jax.config import methods
 
 
 class Passes(NamedTuple):
-  """Passes of an iteration, or of many.
+  """Passes of one iteration, or of many.
 
   Attributes:
     forward_passes: over a batch.
     backward_passes: over a batch.
-    forward_equivalents: over a row.
+    forward_equivalents: over a row; see this module.
   """
 
   forward_passes: int
@@ -30,65 +31,99 @@ class Passes(NamedTuple):
   forward_equivalents: int
 
   def __mul__(self, count: Any) -> "Passes":
-    """Returns the passes of that many iterations."""
+    """Returns the passes of `count` iterations."""
     return Passes(*(count * number for number in self))
 
 
-def passes(config: ml_collections.ConfigDict, method: str) -> Passes:
-  """Counts the passes of an iteration on one task.
+class Budget(NamedTuple):
+  """Counts what a run computes, whatever its method.
 
-  The penalised objective is three losses. Directions of a batch's examples
-  count as one; a conservative update evaluates its objective three times more.
-
-  Args:
-    config: the run's config.
-    method: one of `checks.METHODS`, but for those of two parts.
+  Attributes:
+    method: one of `config.methods.METHODS`.
+    inner_steps: T.
+    lower_rows: batch size of the lower level.
+    upper_rows: batch size of the upper level.
+    remat: whether activations are recomputed.
+    zo_evaluations: of the objective, in a zeroth-order step.
+    num_first_steps: iterations of the first stage of a method of two.
   """
-  points = 0
-  if methods.METHODS[method].zeroth_order:
-    estimator = algorithm.ESTIMATORS[config.zo.estimator]
-    per_example = config.zo.direction == "per_example"
-    directions = 1 if per_example else config.zo.num_directions
-    points = estimator.shared + directions * estimator.evaluations
-    points += 3 * (config.zo.optimizer == "conservative")
-  inner_steps, inner_rows = config.lower.num_steps, config.lower.batch_size
-  rows, again = config.upper.batch_size, int(config.model.remat)
-  if method == "bilevel":
-    return Passes(
-      inner_steps + 2 + 3 * points,
-      inner_steps + 2,
-      (2 + again) * (inner_steps * inner_rows + 2 * rows) + 3 * points * rows,
-    )
-  if points:
-    return Passes(points, 0, points * rows)
-  each = 2 + again + (method == "full")
-  return Passes(inner_steps, inner_steps, each * inner_steps * inner_rows)
+
+  method: str
+  inner_steps: int
+  lower_rows: int
+  upper_rows: int
+  remat: bool
+  zo_evaluations: int
+  num_first_steps: int
+
+  def passes(self, method: str | None = None) -> Passes:
+    """Counts the passes of an iteration on one task.
+
+    The penalised objective is three losses.
+
+    Args:
+      method: one of `config.methods.METHODS` of one stage; None for the run's.
+    """
+    method = method or self.method
+    steps, recomputed = self.inner_steps, int(self.remat)
+    zeroth_order = methods.METHODS[method].zeroth_order
+    points = self.zo_evaluations if zeroth_order else 0
+    if method == "bilevel":
+      return Passes(
+        steps + 2 + 3 * points,
+        steps + 2,
+        (2 + recomputed) * (steps * self.lower_rows + 2 * self.upper_rows)
+        + 3 * points * self.upper_rows,
+      )
+    if points:
+      return Passes(points, 0, points * self.upper_rows)
+    per_row = 2 + recomputed + (method == "full")
+    return Passes(steps, steps, per_row * steps * self.lower_rows)
+
+  def total(self, num_steps: int, num_tasks: int = 1) -> Passes:
+    """Counts the passes of a run's first iterations.
+
+    Args:
+      num_steps: how many iterations.
+      num_tasks: that take part in each.
+    """
+    first, _, second = self.method.partition("_then_")
+    num_first = min(num_steps, self.num_first_steps) if second else num_steps
+    total = self.passes(first) * (num_tasks * num_first)
+    if second:
+      num_second = num_tasks * (num_steps - num_first)
+      after = self.passes(second) * num_second
+      total = Passes(*map(sum, zip(total, after, strict=True)))
+    return total
 
 
-def spent(
-  config: ml_collections.ConfigDict, num_steps: int, num_tasks: int = 1
-) -> Passes:
-  """Counts the passes of a run's first iterations.
+def make_budget(config: ml_collections.ConfigDict) -> Budget:
+  """Makes the counter of a run's passes.
 
-  Args:
-    config: the run's config.
-    num_steps: how many iterations.
-    num_tasks: that take part in each.
+  The directions of a batch's examples count as one; a conservative update
+  evaluates its objective three times more.
   """
-  first, _, second = config.method.partition("_then_")
-  split = min(num_steps, config.train.num_first_steps) if second else num_steps
-  total = passes(config, first) * (num_tasks * split)
-  if second:
-    rest = passes(config, second) * (num_tasks * (num_steps - split))
-    total = Passes(*map(sum, zip(total, rest, strict=True)))
-  return total
+  estimator = algorithm.ESTIMATORS[config.zo.estimator]
+  per_example = config.zo.direction == "per_example"
+  num_directions = 1 if per_example else config.zo.num_directions
+  evaluations = estimator.shared + num_directions * estimator.evaluations
+  evaluations += 3 * (config.zo.optimizer == "conservative")
+  return Budget(
+    method=config.method,
+    inner_steps=config.lower.num_steps,
+    lower_rows=config.lower.batch_size,
+    upper_rows=config.upper.batch_size,
+    remat=config.model.remat,
+    zo_evaluations=evaluations,
+    num_first_steps=config.train.num_first_steps,
+  )
 
 
 def flops(fn: Callable[..., Any], *args: Any) -> float:
-  """Counts the operations of a function's products of matrices.
+  """Counts the operations of a function's matrix products.
 
   Args:
-    fn: of arrays or their shapes; a key of None is passed as it is.
+    fn: function of arrays or of their shapes.
     *args: its arguments.
 
   Returns:
@@ -96,7 +131,7 @@ def flops(fn: Callable[..., Any], *args: Any) -> float:
 
   Example:
     >>> import jax, jax.numpy as jnp
-    >>> from zofo_jax import budget
+    >>> from zofo_jax.builders import budget
     >>> shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     >>> budget.flops(jnp.matmul, shape, shape)
     1024.0
@@ -119,9 +154,9 @@ def _flops(jaxpr: Any) -> float:
       for value in (param if isinstance(param, tuple | list) else (param,))
       if hasattr(value, "eqns") or hasattr(value, "jaxpr")
     ]
-    found = [_flops(one) for one in inside]
-    if equation.primitive.name == "cond":  # one of its branches
-      total += max(found)
+    counts = [_flops(inner) for inner in inside]
+    if equation.primitive.name == "cond":  # runs one of its branches
+      total += max(counts)
     else:
-      total += equation.params.get("length", 1) * sum(found)
+      total += equation.params.get("length", 1) * sum(counts)
   return total

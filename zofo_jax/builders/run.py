@@ -1,7 +1,7 @@
-"""A run: its model, task, algorithm and mesh, for every command."""
+"""A run: its model, task, algorithm and mesh, shared by all commands."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,64 +11,117 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import errors, tasks
+from zofo_jax.builders import adapter as adapter_lib
 from zofo_jax.builders import algorithm as algorithm_lib
-from zofo_jax.builders import data
+from zofo_jax.builders import budget as budget_lib
+from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import task as task_lib
 from zofo_jax.config import defaults, methods, validate
-from zofo_jax.core.types import BilevelAlgorithm, BilevelBatch, BilevelState
+from zofo_jax.core.types import (
+  BilevelAlgorithm,
+  BilevelBatch,
+  BilevelHParams,
+  BilevelState,
+  LossFn,
+)
 from zofo_jax.data import batching, encode_options
-from zofo_jax.evaluation import generation, objectives, scoring
+from zofo_jax.evaluation import generation, objectives, results, scoring
 from zofo_jax.models import apply
 from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
+
+
+class BatchSizes(NamedTuple):
+  """How many rows are read at a time.
+
+  Attributes:
+    lower: of D_p, in an inner step.
+    upper: of D_f and of D_p, for p and for theta.
+    eval: that are answered.
+  """
+
+  lower: int
+  upper: int
+  eval: int
 
 
 class Run(NamedTuple):
   """What training, evaluation and prediction share.
 
   Attributes:
-    config: the resolved config.
+    config: the resolved config, for the top of training and for config.json;
+      everything else reads the fields below.
     model: the model without weights.
     task: what the rows mean.
+    row_source: where the rows are.
+    encoder: turns rows into tokens.
     algorithm: the (init, step) pair.
+    base_update: how the algorithm updates theta.
+    hparams_fn: iteration's number -> the step's traced numbers.
+    loss_fn: of the first-order steps.
+    init_adapter: (key, base) -> a fresh adapter.
+    trains_adapter: whether the method has an adapter.
     score_fn: jitted scores of a batch's options.
     mesh: the grid of devices.
+    budget: counts what the run computes.
+    seed: of everything random but the choice of rows.
+    keep: "p" or "s", the adapter that selects, predicts and is exported.
+    inner_steps: T.
+    batch_sizes: rows at a time.
     generate_fn: jitted text after prompts; None where the task has options.
+    stop: strings that end a generated answer.
   """
 
   config: ml_collections.ConfigDict
   model: model_lib.Model
   task: tasks.Task
+  row_source: data.RowSource
+  encoder: encoder.Encoder
   algorithm: BilevelAlgorithm
+  base_update: algorithm_lib.BaseUpdate
+  hparams_fn: Callable[[int], BilevelHParams]
+  loss_fn: LossFn
+  init_adapter: adapter_lib.InitAdapterFn
+  trains_adapter: bool
   score_fn: scoring.ScoreFn
   mesh: mesh_lib.AnyMesh
+  budget: budget_lib.Budget
+  seed: int
+  keep: str
+  inner_steps: int
+  batch_sizes: BatchSizes
   generate_fn: generation.GenerateFn | None = None
+  stop: tuple[str, ...] = ()
 
   def init(self, base: Any, adapter: Any = None) -> BilevelState:
-    """Starts a state at a backbone; p and s begin independently.
+    """Initializes a state; p and s are drawn independently.
 
     Args:
       base: backbone parameters.
-      adapter: what p and s both begin with instead.
+      adapter: initial value of both p and s; None for fresh ones.
     """
-    places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
 
-    def rest(base, adapter):  # All but the backbone, which is there.
+    def init(base, adapter):  # without the backbone, which exists already
       return self._init(base, adapter)._replace(base=())
 
-    state = jax.jit(rest, out_shardings=places._replace(base=()))(base, adapter)
+    state = jax.jit(init, out_shardings=shardings._replace(base=()))(
+      base, adapter
+    )
     return state._replace(base=base)
 
   def _init(self, base: Any, adapter: Any = None) -> BilevelState:
-    key = jax.random.key(self.config.seed)
-    upper_key, lower_key, step_key = jax.random.split(key, 3)
+    upper_key, lower_key, step_key = jax.random.split(
+      jax.random.key(self.seed), 3
+    )
 
     def start(adapter_key: jax.Array) -> Any:
-      if not methods.METHODS[self.config.method].updates_adapter:
+      if not self.trains_adapter:
         return {}
       if adapter is not None:
-        return jax.tree.map(jnp.array, adapter)  # each its own: donated
-      return model_lib.init_adapter(self.config, self.model, adapter_key, base)
+        return jax.tree.map(jnp.array, adapter)  # copies: both are donated
+      return self.init_adapter(adapter_key, base)
 
     return self.algorithm.init(
       step_key, base, start(upper_key), start(lower_key)
@@ -76,36 +129,39 @@ class Run(NamedTuple):
 
   def abstract_state(self) -> BilevelState:
     """Returns the shapes and shardings of a state; reads no weights."""
-    base = model_lib.abstract_base(self.config, self.model)
-    state = jax.eval_shape(self._init, base)
-    places = rules.state_shardings(
+    state = jax.eval_shape(self._init, model_lib.abstract_base(self.model))
+    shardings = rules.state_shardings(
       self.mesh, state, self.model.family.SHARDINGS
     )
-    return rules.with_shardings(state, places)
+    return rules.with_shardings(state, shardings)
 
   def jit_step(self) -> jax.stages.Wrapped:
     """Jits the step for the mesh; the state is donated."""
-    places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
-    return dispatch.jit_step(self.algorithm.step, self.mesh, places)
+    shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
+    return dispatch.jit_step(self.algorithm.step, self.mesh, shardings)
 
   def shard_batch(self, batch: BilevelBatch, axis: int = 0) -> BilevelBatch:
-    """Puts an iteration's rows on the mesh; `axis` is theirs in the batches."""
+    """Puts an iteration's rows on the mesh; they lie along `axis`."""
     return batch._replace(
       lower=dispatch.shard_batch(self.mesh, batch.lower, axis=axis + 1),
       penalty=dispatch.shard_batch(self.mesh, batch.penalty, axis=axis),
       upper=dispatch.shard_batch(self.mesh, batch.upper, axis=axis),
     )
 
+  def load_examples(self) -> data.Examples:
+    """Reads, divides and encodes the rows; see `data.load_examples`."""
+    return data.load_examples(self.task, self.row_source, self.encoder)
+
   def selected_adapter(self, state: BilevelState) -> Any:
     """Returns the adapter that selects, predicts and is exported."""
-    return state.lower if self.config.keep == "s" else state.upper
+    return state.lower if self.keep == "s" else state.upper
 
   def score_predictions(
     self, examples: Sequence[encode_options.Example], scores: np.ndarray
-  ) -> scoring.OptionPredictions:
-    """Returns scores of options [N, O] with what the task measures them by."""
+  ) -> results.OptionPredictions:
+    """Wraps option scores [N, O] with the task's metrics."""
     names = tuple(dict.fromkeys(("accuracy", self.task.metric)))
-    return scoring.OptionPredictions(examples, scores, names)
+    return results.OptionPredictions(examples, scores, names)
 
   def evaluate(
     self,
@@ -116,21 +172,21 @@ class Run(NamedTuple):
     *,
     score_fn: scoring.ScoreFn | None = None,
     shape: batching.Shape | None = None,
-  ) -> scoring.Result:
-    """Chooses options, or answers questions, with an adapter on a backbone.
+  ) -> results.Result:
+    """Chooses options, or generates answers, with an adapter on a backbone.
 
     Args:
       base: backbone parameters.
       adapter: adapter parameters; {} for the bare backbone.
       examples: encoded rows, or questions of a task answered by generation.
-      label: what the progress is called.
-      score_fn: scores options in the place of the run's own function.
-      shape: sizes of the batches, but for the length; None for the rows' own.
+      label: of the progress display.
+      score_fn: scores options instead of the run's own function.
+      shape: sizes of the batches, except the length; None for the rows' own.
 
     Returns:
-      What was answered.
+      The predictions, with their metrics.
     """
-    size, pad = self.config.eval.batch_size, self.model.pad
+    size, pad = self.batch_sizes.eval, self.model.pad
     if self.generate_fn is not None:
       texts = generation.generate_texts(
         self.generate_fn,
@@ -140,11 +196,11 @@ class Run(NamedTuple):
         self.model.tokenizer,
         batch_size=size,
         pad=pad,
-        stop=self.config.generate.stop,
-        seed=self.config.seed,
+        stop=self.stop,
+        seed=self.seed,
         label=label,
       )
-      return scoring.GeneratedAnswers(
+      return results.GeneratedAnswers(
         examples, [text.strip() for text in texts]
       )
     scores = scoring.score_options(
@@ -161,62 +217,94 @@ class Run(NamedTuple):
 
 
 def make_run(
-  config: ml_collections.ConfigDict, task: tasks.Task | None = None
+  config: ml_collections.ConfigDict,
+  task: tasks.Task | None = None,
+  *,
+  mesh: mesh_lib.AnyMesh | None = None,
+  model: model_lib.Model | None = None,
 ) -> Run:
-  """Checks a config and makes what does not need rows or weights.
+  """Checks a config and makes everything that needs no rows or weights.
 
   Args:
     config: the run's config.
     task: what the rows mean; None for the config's task.
+    mesh: the grid of devices; None for the config's.
+    model: the model without weights; None for the config's. Without a
+      tokenizer the run can be planned, but reads no rows.
+
+  Raises:
+    UserError: something in the config or the files is wrong.
   """
   validate.check(config)
-  mesh = mesh_lib.make(config.mesh)
-  check_mesh(config, mesh)
-  task = task or data.load_task(config)
-  model = model_lib.load_model(config, mesh)
-  data.context_length(config, model)
-  loss_fn = model_lib.make_loss_fn(config.loss, model.module)
-  log_probs_fn = apply.make_log_probs_fn(model.module)
+  mesh = mesh or mesh_lib.make(config.mesh)
+  batch_sizes = BatchSizes(
+    config.lower.batch_size, config.upper.batch_size, config.eval.batch_size
+  )
+  check_mesh(mesh, batch_sizes, config.zo.num_directions)
+  task = task or task_lib.load_task(config)
+  model = model or model_lib.load_model(**config.model, mesh=mesh)
+  encode = encoder.make_encoder(config, model)
+  module = model.module
+  loss_fn = model_lib.make_loss_fn(config.loss, module)
   generate_fn = None
-  if task.kind == "generation":
+  if task.kind == "generation" and model.tokenizer is not None:
     generate_fn = dispatch.jit_on_batches(
-      model_lib.make_generate_fn(config, model), mesh, 2
+      model_lib.make_generate_fn(model, **config.generate), mesh, 2
     )
+  map_fn = dispatch.map_directions(mesh)
   run = Run(
     config=config,
     model=model,
     task=task,
+    row_source=data.make_row_source(config),
+    encoder=encode,
     algorithm=algorithm_lib.make_algorithm(
       config,
       loss_fn,
       objectives.make_probe_loss_fn(
-        config.zo.objective, model.module, model.tokenizer
+        config.zo.objective, module, model.tokenizer
       ),
-      map_fn=dispatch.map_directions(mesh),
+      map_fn=map_fn,
     ),
+    base_update=algorithm_lib.make_base_update(config.zo, map_fn),
+    hparams_fn=algorithm_lib.make_hparams_fn(
+      eps=config.zo.eps,
+      penalty=config.penalty,
+      penalty_schedule=config.penalty_schedule,
+      num_steps=config.train.num_steps,
+    ),
+    loss_fn=loss_fn,
+    init_adapter=adapter_lib.make_init_fn(config, model),
+    trains_adapter=methods.METHODS[config.method].updates_adapter,
     score_fn=dispatch.jit_on_batches(
-      scoring.make_score_fn(log_probs_fn), mesh, 2
+      scoring.make_score_fn(apply.make_log_probs_fn(module)), mesh, 2
     ),
     mesh=mesh,
+    budget=budget_lib.make_budget(config),
+    seed=config.seed,
+    keep=config.keep,
+    inner_steps=config.lower.num_steps,
+    batch_sizes=batch_sizes,
     generate_fn=generate_fn,
+    stop=tuple(config.generate.stop),
   )
-  algorithm_lib.check_sampler(config.zo, model_lib.abstract_base(config, model))
-  run.abstract_state()  # adapters that fit nowhere are noticed here
+  base = model_lib.abstract_base(model)
+  algorithm_lib.check_selected(config.zo.select, config.zo.layers, base)
+  run.abstract_state()  # raises for adapters that fit nowhere
   return run
 
 
 def check_mesh(
-  config: ml_collections.ConfigDict, mesh: mesh_lib.AnyMesh
+  mesh: mesh_lib.AnyMesh, batch_sizes: BatchSizes, num_directions: int
 ) -> None:
-  """Checks that a mesh divides the config's batches and directions.
+  """Checks that a mesh divides batches and directions.
 
   Raises:
     UserError: names the sizes.
   """
-  fields = defaults.flat(config)
-  names = ("lower.batch_size", "upper.batch_size", "eval.batch_size")
-  mesh_lib.check_rows(mesh, {name: fields[name] for name in names})
-  mesh_lib.check_directions(mesh, config.zo.num_directions)
+  counts = {f"{k}.batch_size": v for k, v in batch_sizes._asdict().items()}
+  mesh_lib.check_rows(mesh, counts)
+  mesh_lib.check_directions(mesh, num_directions)
 
 
 def read_config(folder: epath.Path) -> ml_collections.ConfigDict:

@@ -257,7 +257,7 @@ def open_store(
     folder,
     config.to_dict(),
     abstract_state or run.abstract_state,
-    lambda: model_lib.load_base(config, run.model, run.mesh),
+    lambda: model_lib.load_base(run.model, run.mesh),
     base_is_trained=methods.METHODS[config.method].updates_base,
     base_every_steps=config.ckpt.base_every_steps,
     keep=config.ckpt.keep if write else None,

@@ -5,16 +5,7 @@ zofo adapt --config=adapt:run=runs/meta --workdir=runs/adapt
 
 from collections.abc import Sequence
 
-import ml_collections
-
 from zofo_jax.commands import arguments as arguments_lib
-
-
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs the command on a config."""
-  from zofo_jax.training.meta import adapt  # takes seconds
-
-  adapt.adapt(config, workdir)
 
 
 def main(arguments: Sequence[str]) -> None:

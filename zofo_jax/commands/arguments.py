@@ -8,15 +8,30 @@ import argparse
 import importlib
 import re
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
 from zofo_jax import errors
-from zofo_jax.config import defaults, files, show, validate
+from zofo_jax.config import defaults, files, show
 from zofo_jax.sharding import multihost
+
+T = TypeVar("T")
+NEEDED_CONFIG = (
+  "--config",
+  "a file such as configs/demo.py, or its name, demo",
+)
+# The functions of (config, workdir) that commands run.
+_RUNNERS = {
+  "train": "zofo_jax.training.train:train",
+  "metatrain": "zofo_jax.training.meta.train:metatrain",
+  "adapt": "zofo_jax.training.meta.adapt:adapt",
+  "icl": "zofo_jax.commands.icl:icl",
+  "probe": "zofo_jax.commands.probe:linear_probe",
+  "head": "zofo_jax.commands.head:head",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -118,7 +133,7 @@ def parse_config(
   _check_fields(others)
   if options.config is None:
     if others and others[0].startswith(("--config.", "--noconfig.")):
-      need_config(None)
+      need(None, *NEEDED_CONFIG)
     parser.check_known(others)
     return options, None
   config, unknown = set_fields(files.load(options.config), others)
@@ -126,16 +141,11 @@ def parse_config(
   return options, config
 
 
-def need_config(
-  config: ml_collections.ConfigDict | None,
-) -> ml_collections.ConfigDict:
-  """Returns the config, or raises a `UserError` if there is none."""
-  if config is None:
-    raise errors.UserError(
-      "--config: expected a file such as configs/demo.py, or its name, demo; "
-      "found nothing."
-    )
-  return config
+def need(value: T | None, flag: str, expected: str) -> T:
+  """Returns the value of a flag, or raises a `UserError` if it is None."""
+  if value is None:
+    raise errors.UserError(f"{flag}: expected {expected}; found nothing.")
+  return value
 
 
 def _check_fields(arguments: Sequence[str]) -> None:
@@ -178,13 +188,6 @@ def set_fields(
   except flags.Error as error:
     raise errors.UserError(f"{errors.first_line(error)}.") from error
   return values["config"].value, others
-
-
-def print_config(config: ml_collections.ConfigDict | None) -> None:
-  """Prints every field of a config, and then checks them."""
-  config = need_config(config)
-  print(show.as_arguments(config))
-  validate.check(config)
 
 
 def start_processes(
@@ -255,14 +258,19 @@ def run_config(
   add_run(parser)
   options, config = parse_config(parser, arguments)
   if options.print_config:
-    print_config(config)
+    show.print_config(need(config, *NEEDED_CONFIG))
     return
   command = command or ("train" if config is None else config.command)
   if command in ("train", "metatrain", "adapt"):
     options.workdir = options.workdir or default_workdir(options.config)
-  workdir, config = need_workdir(options), need_config(config)
+  workdir, config = need_workdir(options), need(config, *NEEDED_CONFIG)
   config.command = command
   start_processes(options, command, defaults.flat(config))
+  if command not in _RUNNERS:
+    raise errors.UserError(
+      f"config.command: expected one of {', '.join(_RUNNERS)}; found "
+      f"'{command}'.{errors.nearest(command, _RUNNERS)}"
+    )
   # Imports that take seconds: only once the arguments are right.
-  module = importlib.import_module(f"zofo_jax.commands.{command}")
-  module.run(config, workdir)
+  module, _, function = _RUNNERS[command].partition(":")
+  getattr(importlib.import_module(module), function)(config, workdir)

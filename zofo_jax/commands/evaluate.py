@@ -9,7 +9,6 @@ from typing import Any
 from etils import epath
 
 from zofo_jax import errors, report
-from zofo_jax.builders import data
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import state_store
 from zofo_jax.commands import arguments as arguments_lib
@@ -63,7 +62,7 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   folder = epath.Path(workdir)
   with multihost.raise_on_all_processes():
     run = load_run(folder)
-    examples = data.load_examples(run.config, run.model, run.task).test
+    examples = run.load_examples().test
   state = restore(run, folder)
   result = run.evaluate(
     state.base, run.selected_adapter(state), examples, "test"
@@ -77,9 +76,7 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   }
   report.write_json(folder / "evaluation.json", evaluation)
   report.write_lines(folder / "predictions.jsonl", result.to_records())
-  report.results_table(
-    [evaluation], title=f"{folder}, adapter {run.config.keep}"
-  )
+  report.results_table([evaluation], title=f"{folder}, adapter {run.keep}")
   return evaluation
 
 

@@ -50,13 +50,13 @@ def export(run_folder: str, folder: str, what: str) -> None:
         run.model.family,
         run.model.module.config,
         run.selected_adapter(state),
-        model_name=run.config.model.name,
+        model_name=run.model.name,
       )
     else:
       base = state.base
       if what == "merged":
         base = adapters.merge_lora(base, run.selected_adapter(state))
-      model.save_base(place, run.config, run.model, base)
+      model.save_base(place, run.model, base)
   except OSError as error:
     raise errors.UserError(
       f"{folder} cannot be written to ({error.strerror})."

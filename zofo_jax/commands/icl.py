@@ -6,6 +6,7 @@ zero-shot. Nothing is trained.
   zofo icl --config=opt:task=rte --workdir=runs/icl
 """
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import ml_collections
 import numpy as np
 
 from zofo_jax import errors, tasks
-from zofo_jax.builders import data, demonstrations, model
+from zofo_jax.builders import demonstrations, model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results as results_lib
@@ -42,16 +43,29 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       f"config.icl.calibration: task {run.task.name} is answered by generating "
       f"text; expected 'none', found '{config.icl.calibration}'."
     )
-  splits = data.load_rows(config, run.task)
+  splits = run.row_source.load(run.task)
   pool = [*splits.lower, *splits.upper]
   encoded = [
-    _icl_examples(run, pool, splits.test, config.data.seed + number)
+    _icl_examples(
+      run,
+      pool,
+      splits.test,
+      config.data.seed + number,
+      num_shots=config.icl.num_shots,
+      balanced=config.icl.balanced,
+      separator=config.icl.separator,
+      calibration_name=config.icl.calibration,
+    )
     for number in range(config.icl.num_sets if config.icl.num_shots else 1)
   ]
-  base = model.load_base(config, run.model, run.mesh)
+  base = model.load_base(run.model, run.mesh)
   results = [
     _calibrated(
-      run, base, demonstrations.answer(run, base, examples, "icl"), nulls
+      run,
+      base,
+      demonstrations.answer(run, base, examples, "icl"),
+      nulls,
+      config.icl.calibration,
     )
     for examples, nulls in encoded
   ]
@@ -72,26 +86,36 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
 
 def _icl_examples(
-  run: run_lib.Run, pool: list[tasks.Row], asked: list[tasks.Row], seed: int
+  run: run_lib.Run,
+  pool: list[tasks.Row],
+  queries: list[tasks.Row],
+  seed: int,
+  *,
+  num_shots: int,
+  balanced: bool,
+  separator: str,
+  calibration_name: str,
 ) -> tuple[list[Any], list[list[Any]]]:
   """Encodes the test rows, and the same without content for calibration."""
-  config, task, version = run.config, run.task, run.config.data.template
-  shown = in_context.draw(
-    task, pool, config.icl.num_shots, seed, balanced=config.icl.balanced
+  task, version = run.task, run.encoder.version
+  encode = functools.partial(
+    demonstrations.encode,
+    task,
+    run.encoder,
+    in_context.draw(task, pool, num_shots, seed, balanced=balanced),
+    queries,
+    separator=separator,
   )
   nulls = [
-    demonstrations.encode_shown(
-      run,
-      shown,
-      asked,
-      [calibration.null_prompt(task, row, content, version) for row in asked],
+    encode(
+      [calibration.null_prompt(task, row, text, version) for row in queries]
     )
-    for content in calibration.INPUTS.get(config.icl.calibration, ())
+    for text in calibration.INPUTS.get(calibration_name, ())
   ]
-  return demonstrations.encode_shown(run, shown, asked), nulls
+  return encode(), nulls
 
 
-def _calibrated(run, base, result, nulls):
+def _calibrated(run, base, result, nulls, name):
   """Calibrates scores by those of prompts without content, if configured."""
   if not nulls:
     return result
@@ -104,17 +128,12 @@ def _calibrated(run, base, result, nulls):
     scored: Any = demonstrations.answer(run, base, distinct, "calibrate")
     indices = [place[example.rows] for example in examples]
     null_scores.append(scored.scores[indices])
-  if run.config.icl.calibration == "contextual":
+  if name == "contextual":
     scores = calibration.contextual(result.scores, np.stack(null_scores))
   else:
     counts = calibration.lengths(result.examples)
     scores = calibration.domain(result.scores, np.stack(null_scores), counts)
   return run.score_predictions(result.examples, scores)
-
-
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs the command on a config."""
-  icl(config, workdir)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -103,21 +103,21 @@ def rebuild(path: str, base: str | None, to: int | None) -> tuple[Any, Any]:
       ledger.header.get("versions"),
       now,
     )
-  model = model_lib.load_model(config)
-  theta = model_lib.load_base(config, model)
+  model = model_lib.load_model(**config.model)
+  theta = model_lib.load_base(model)
   replay_lib.check_base(theta, ledger.header, str(model.folder))
   theta = replay_lib.advance(theta, ledger.header, ledger.lines[:to], path)
-  return theta, (to, config, model)
+  return theta, (to, model)
 
 
 def replay(
   path: str, base: str | None, to: int | None, out: str | None
 ) -> None:
   """Rebuilds theta, and writes it as a checkpoint folder if `out` is given."""
-  theta, (step, config, model) = rebuild(path, base, to)
+  theta, (step, model) = rebuild(path, base, to)
   print(f"theta at step {step}: SHA-256 {replay_lib.fingerprint(theta)}")
   if out:
-    model_lib.save_base(out, config, model, theta)
+    model_lib.save_base(out, model, theta)
     print(f"In {out}: config.json, tokenizer, safetensors.")
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from zofo_jax import errors
 from zofo_jax.commands import arguments as arguments_lib
+from zofo_jax.config import show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -18,10 +19,10 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument("--topology", help="devices, such as v5e:4x4 or h100:8")
   parser.add_argument("--json", metavar="FILE", help="file to write figures to")
   options, config = arguments_lib.parse_config(parser, arguments)
+  config = arguments_lib.need(config, *arguments_lib.NEEDED_CONFIG)
   if options.print_config:
-    arguments_lib.print_config(config)
+    show.print_config(config)
     return
-  config = arguments_lib.need_config(config)
   if not options.topology:
     raise errors.UserError(
       "--topology: expected devices such as v5e:4x4, cpu:8 or h100:8; found "

@@ -8,13 +8,11 @@ from typing import Any
 
 from etils import epath
 
-from zofo_jax import errors, report, tasks
-from zofo_jax.builders import data
-from zofo_jax.builders import run as run_lib
+from zofo_jax import errors, report
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import evaluate
-from zofo_jax.data import encode_options, sources
-from zofo_jax.evaluation import scoring
+from zofo_jax.data import sources
+from zofo_jax.evaluation import results
 from zofo_jax.sharding import multihost
 
 
@@ -37,17 +35,17 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   with multihost.raise_on_all_processes():
     run = evaluate.load_run(folder)
     rows = sources.load(run.task, source, "train", labelled=False)
-    encoded = _encode(run, rows)
+    encoded = run.encoder.encode_unlabelled(run.task, rows)
   state = evaluate.restore(run, folder)
   result = run.evaluate(
     state.base, run.selected_adapter(state), encoded, "predict"
   )
-  if isinstance(result, scoring.GeneratedAnswers):
+  if isinstance(result, results.GeneratedAnswers):
     answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
   else:
     answers = []
     for row, line in zip(rows, result.to_records(), strict=True):
-      options = run.task.options(row, run.config.data.template)
+      options = run.task.options(row, run.encoder.version)
       answer = options[line["prediction"]].strip()
       answers.append({"prediction": answer, "scores": line["scores"]})
   path = epath.Path(target) if target else folder / "answers.jsonl"
@@ -58,25 +56,6 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   report.write_lines(path, lines)
   if multihost.is_primary():
     print(f"{len(lines)} answers in {path}.")
-
-
-def _encode(run: run_lib.Run, rows: Sequence[tasks.Row]) -> Sequence[Any]:
-  """Encodes rows without labels, for options or for generation."""
-  config = run.config
-  if run.generate_fn is not None:
-    return data.load_questions(
-      config, run.model, run.task, rows, labelled=False
-    )
-  return encode_options.encode_rows(
-    run.task,
-    rows,
-    run.model.tokenizer,
-    "classification",
-    max_length=data.context_length(config, run.model),
-    version=config.data.template,
-    long_rows="truncate" if config.data.long_rows == "truncate" else "error",
-    labelled=False,
-  )
 
 
 def main(arguments: Sequence[str]) -> None:

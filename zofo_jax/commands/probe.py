@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from zofo_jax import errors
-from zofo_jax.builders import data, model
+from zofo_jax.builders import model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results
@@ -42,7 +42,7 @@ def linear_probe(
       f"config.data.task: a linear probe needs the same options for every "
       f"row; task {run.task.name} is {run.task.kind}."
     )
-  examples = data.load_examples(config, run.model, run.task)
+  examples = run.load_examples()
   train = [*examples.lower, *examples.upper]
   labels = [example.label for example in train]
   if len(set(labels)) < 2:
@@ -50,7 +50,7 @@ def linear_probe(
       f"Task {run.task.name}: a linear probe needs rows of two labels at "
       f"least; all {len(train)} have label {labels[0]}."
     )
-  base = model.load_base(config, run.model, run.mesh)
+  base = model.load_base(run.model, run.mesh)
   hidden_fn = dispatch.jit_on_batches(
     apply.make_hidden_fn(run.model.module), run.mesh, 1
   )
@@ -61,7 +61,7 @@ def linear_probe(
       hidden_fn,
       base,
       examples,
-      batch_size=config.eval.batch_size,
+      batch_size=run.batch_sizes.eval,
       pad=run.model.pad,
     )[:, 0, 0]
 
@@ -75,11 +75,6 @@ def linear_probe(
   result = run.score_predictions(test, score(features(test)))
   figures = {**result.metrics(), **result.intervals()}
   return results.write(run, workdir, "probe", result, figures)
-
-
-def run(config: ml_collections.ConfigDict, workdir: str) -> None:
-  """Runs the command on a config."""
-  linear_probe(config, workdir)
 
 
 def main(arguments: Sequence[str]) -> None:

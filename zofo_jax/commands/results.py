@@ -6,14 +6,14 @@ from etils import epath
 
 from zofo_jax import report
 from zofo_jax.builders import run as run_lib
-from zofo_jax.evaluation import scoring
+from zofo_jax.evaluation import results
 
 
 def write(
   run: run_lib.Run,
   workdir: str,
   name: str,
-  result: scoring.Result,
+  result: results.Result,
   figures: dict[str, Any],
 ) -> dict[str, Any]:
   """Writes metrics and predictions, and prints the metrics.
@@ -30,7 +30,7 @@ def write(
   """
   outcome = {
     "task": run.task.name,
-    "model": run.config.model.name,
+    "model": run.model.name,
     "mode": name,
     "num_test_rows": len(result.examples),
     **figures,

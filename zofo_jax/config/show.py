@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from zofo_jax.config import defaults
+from zofo_jax.config import defaults, validate
 
 
 def _section(name: str) -> str:
@@ -30,6 +30,12 @@ def as_arguments(config: ml_collections.ConfigDict) -> str:
       argument = f"--config.{name}={_quoted(values[name])}"
       lines.append(f"{argument:<44}  # {help_}")
   return "\n".join(lines)
+
+
+def print_config(config: ml_collections.ConfigDict) -> None:
+  """Prints every field of a config, and then checks them."""
+  print(as_arguments(config))
+  validate.check(config)
 
 
 def _quoted(value: Any) -> str:

@@ -1,9 +1,9 @@
-"""Beam search, as transformers does it.
+"""Beam search, with the rules of transformers.
 
-A beam is a text in progress; M of them go on for each row, by the sum of their
-tokens' log-probabilities. Texts that ended are kept apart, by that sum over
-length ** penalty, and the search of a row is over when no beam can improve on
-them.
+A beam is a text in progress. Each row has M of them, ranked by the sum of their
+tokens' log-probabilities. Finished texts are stored separately, ranked by that
+sum over length ** penalty, and the search of a row ends when no beam can
+improve on them.
 
 Shapes: B rows, M beams, T new tokens, V vocabulary.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from zofo_jax.models import kv_cache
 
-# Far below any sum of log-probabilities, and finite.
+# A finite score far below any sum of log-probabilities.
 _NEVER = -1e9
 
 # (tokens [B * M], cache) -> scores of the next token [B * M, V], cache.
@@ -31,9 +31,9 @@ class _Search(NamedTuple):
   Attributes:
     running: int32 [B, M, T], texts in progress.
     running_score: float32 [B, M], sums of log-probabilities.
-    ended: int32 [B, M, T], the best texts that ended.
+    ended: int32 [B, M, T], the best finished texts.
     ended_score: float32 [B, M], their sums over length ** penalty.
-    is_ended: bool [B, M], whether there is a text.
+    is_ended: bool [B, M], whether a slot holds a finished text.
     is_open: bool [B], rows that can still improve.
   """
 
@@ -46,7 +46,7 @@ class _Search(NamedTuple):
 
 
 def _pick(x: jax.Array, index_BxM: jax.Array) -> jax.Array:
-  """Picks beams of [B, any, ...]."""
+  """Gathers beams along axis 1 of [B, beams, ...]."""
   index = index_BxM.reshape(*index_BxM.shape, *(1,) * (x.ndim - 2))
   return jnp.take_along_axis(x, index, axis=1)
 
@@ -58,7 +58,7 @@ def _extend(
   stops_V: jax.Array,
   length_penalty: float,
 ) -> tuple[_Search, jax.Array, jax.Array]:
-  """Takes token number `step`; returns new beams, their parents and tokens."""
+  """Appends token number `step`; returns the beams, parents and tokens."""
   rows, beams, length = state.running.shape
   vocabulary = stops_V.shape[0]
   log_p = jax.nn.log_softmax(logits_BxMxV, axis=-1)
@@ -70,7 +70,7 @@ def _extend(
     texts = _pick(state.running, parent).at[:, :, step].set(token)
     return best, parent, token, texts
 
-  # Those of the best that end; at the last step all do.
+  # Of the best continuations, those that end; at the last step all do.
   score, _, token, texts = continuations(total)
   ends = stops_V[token] | (step == length - 1)
   size = (step + 1).astype(jnp.float32) ** length_penalty
@@ -80,9 +80,9 @@ def _extend(
   ended = _pick(jnp.concatenate([state.ended, texts], axis=1), index)
   is_ended = _pick(jnp.concatenate([state.is_ended, ends], axis=1), index)
 
-  # The best that go on.
-  going = total + jnp.where(stops_V, _NEVER, 0.0)[None, None]
-  running_score, parent, token, running = continuations(going)
+  # The best continuations that do not end.
+  unfinished = total + jnp.where(stops_V, _NEVER, 0.0)[None, None]
+  running_score, parent, token, running = continuations(unfinished)
   possible = running_score[:, :1] / size
   worst = jnp.where(is_ended, ended_score.min(axis=1, keepdims=True), _NEVER)
   is_open = state.is_open & jnp.any(possible > worst, axis=1)
@@ -101,26 +101,26 @@ def search(
   pad: int,
   length_penalty: float = 1.0,
 ) -> jax.Array:
-  """Finds a likely text after each prompt.
+  """Searches for the likeliest text after each prompt.
 
   Args:
-    decode_fn: reads a token more in every row of a cache.
+    decode_fn: decodes one more token in every row of a cache.
     logits: scores of the first token, [B, V] float32.
     cache: of the prompts, with max_new_tokens - 1 slots left.
     num_beams: M.
     max_new_tokens: T.
     stops: bool [V], tokens that end a text.
     pad: token id after the end.
-    length_penalty: power of the length that a text's score is divided by;
-      more than 0 favours long texts.
+    length_penalty: a text's score is divided by its length to this power;
+      above 0 favours long texts.
 
   Returns:
-    The best text that ended, int32 [B, T].
+    The best finished text, int32 [B, T].
   """
   rows = logits.shape[0]
   texts = jnp.full((rows, num_beams, max_new_tokens), pad, jnp.int32)
   lowest = jnp.full((rows, num_beams), _NEVER, jnp.float32)
-  # At first all beams are one.
+  # All beams start equal, so that only the first may be extended.
   state = _Search(
     running=texts,
     running_score=lowest.at[:, 0].set(0.0),
@@ -137,7 +137,7 @@ def search(
     cache = kv_cache.gather_rows(cache, (first_of_row_Bx1 + parent).reshape(-1))
     return step + 1, state, token.reshape(-1), cache
 
-  def go_on(carry):
+  def is_unfinished(carry):
     step, state, _, _ = carry
     return (step < max_new_tokens) & jnp.any(state.is_open)
 
@@ -148,5 +148,5 @@ def search(
   cache = kv_cache.gather_rows(cache, jnp.repeat(jnp.arange(rows), num_beams))
   logits = jnp.repeat(logits, num_beams, axis=0)
   carry = extend(state, logits, cache, jnp.int32(0))
-  _, state, _, _ = jax.lax.while_loop(go_on, body, carry)
+  _, state, _, _ = jax.lax.while_loop(is_unfinished, body, carry)
   return state.ended[:, 0]

@@ -1,8 +1,8 @@
-"""Text from a decoder: greedy, sampled, or by beam search.
+"""Text generation: greedy, by sampling, or by beam search.
 
-`make_generate_fn` is pure and jitted by its caller: one program reads the
-prompts and then takes tokens in a loop, with a cache of keys and values. The
-rest is the host's side: prompts in, texts out.
+`make_generate_fn` returns a pure function that its caller jits: one program
+reads the prompts and then generates tokens in a loop, with a key-value cache.
+The other functions run on the host, from prompts to texts.
 
 Shapes: B rows, L tokens of a prompt, T new tokens, V vocabulary, C candidates.
 """
@@ -40,17 +40,17 @@ GenerateFn = Callable[[Any, Any, Any, Any, jax.Array], Generated]
 def candidates(
   logits: jax.Array, *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
-  """Gives the tokens that may be drawn, most likely first.
+  """Returns the tokens that may be sampled, most likely first.
 
   Args:
     logits: [B, V] float32.
-    temperature: divides the logits; more than 0.
+    temperature: divides the logits; above 0.
     top_k: how many of the most likely tokens to keep; 0 for all.
-    top_p: of those, keep the fewest whose probability reaches this.
+    top_p: of those, keep the fewest whose total probability reaches this.
 
   Returns:
-    Log-weights [B, C], -inf at tokens that may not be drawn, and the tokens'
-    ids, int32 [B, C].
+    Log-weights [B, C], -inf for tokens that may not be sampled, and the
+    tokens' ids, int32 [B, C].
   """
   count = min(top_k or logits.shape[-1], logits.shape[-1])
   values_BxC, ids_BxC = jax.lax.top_k(logits / temperature, count)
@@ -74,9 +74,9 @@ def choose(
 
   Args:
     logits: [B, V] float32.
-    keys: typed PRNG keys [B], each used once; a row's choice depends on its
-      own alone.
-    temperature: 0 takes the most likely token; see `candidates`.
+    keys: typed PRNG keys [B], each used once; a row's choice depends only on
+      its key.
+    temperature: 0 for the most likely token; see `candidates`.
     top_k: see `candidates`.
     top_p: see `candidates`.
 
@@ -107,18 +107,18 @@ def make_generate_fn(
   num_beams: int = 1,
   length_penalty: float = 1.0,
 ) -> GenerateFn:
-  """Makes the function that goes on from prompts; to be jitted once.
+  """Returns the function that continues prompts, to be jitted once.
 
   Args:
     module: a decoder of `zofo_jax.models`.
     max_new_tokens: T, at least 1.
     stops: bool [V], tokens that end a text; see `stop_table`.
     pad: token id after the end.
-    temperature: 0 takes the most likely token; see `candidates`.
+    temperature: 0 for the most likely token; see `candidates`.
     top_k: see `candidates`.
     top_p: see `candidates`.
-    num_beams: more than 1 for beam search, which draws nothing.
-    length_penalty: of beam search; see `beams.search`.
+    num_beams: more than 1 for beam search, which samples nothing.
+    length_penalty: see `beam_search.search`.
 
   Returns:
     generate(base, adapter, tokens, mask, keys) -> Generated. Padding of the
@@ -130,14 +130,15 @@ def make_generate_fn(
 
   Example:
     >>> import jax, numpy as np
-    >>> from zofo_jax import generate, models
+    >>> from zofo_jax import models
+    >>> from zofo_jax.evaluation import generation
     >>> module, _ = models.from_hf(dict(
     ...   model_type="opt", vocab_size=8, hidden_size=4, ffn_dim=4,
     ...   num_hidden_layers=1, num_attention_heads=1,
     ...   max_position_embeddings=9))
     >>> prompt, mask = np.array([[0, 5, 6]]), np.array([[False, True, True]])
     >>> base = module.init(jax.random.key(0), prompt, mask, method="logits")
-    >>> generate_fn = jax.jit(generate.make_generate_fn(
+    >>> generate_fn = jax.jit(generation.make_generate_fn(
     ...   module, max_new_tokens=4, stops=np.arange(8) == 2, pad=1))
     >>> keys = jax.random.split(jax.random.key(1), 1)
     >>> generate_fn(base["params"], {}, prompt, mask, keys).tokens.shape
@@ -152,7 +153,7 @@ def make_generate_fn(
   def generate_fn(base, adapter, tokens, mask, keys):
     variables = {"params": base, "adapter": adapter}
     tokens, mask = jnp.asarray(tokens), jnp.asarray(mask, bool)
-    stops = jnp.asarray(table)  # here: making the function asks for no device
+    stops = jnp.asarray(table)  # not before: it initializes the device
 
     def decode(token, cache):
       return module.apply(variables, token, cache, method="decode")
@@ -174,7 +175,7 @@ def make_generate_fn(
       )
       return Generated(out, _lengths(out, stops))
 
-    def take(logits, step, done):
+    def next_token(logits, step, done):
       step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
       token = choose(
         logits, step_keys, temperature=temperature, top_k=top_k, top_p=top_p
@@ -182,45 +183,47 @@ def make_generate_fn(
       token = jnp.where(done, pad, token)
       return token, done | stops[token]
 
-    def go_on(carry):
+    def is_unfinished(carry):
       step, _, _, done, _ = carry
       return (step < max_new_tokens) & ~jnp.all(done)
 
     def body(carry):
       step, out, token, done, cache = carry
       logits, cache = decode(token, cache)
-      token, done = take(logits, step, done)
+      token, done = next_token(logits, step, done)
       return step + 1, out.at[:, step].set(token), token, done, cache
 
     rows = tokens.shape[0]
-    token, done = take(logits, jnp.int32(0), jnp.zeros(rows, bool))
+    token, done = next_token(logits, jnp.int32(0), jnp.zeros(rows, bool))
     out = jnp.full((rows, max_new_tokens), pad, jnp.int32).at[:, 0].set(token)
     carry = (jnp.int32(1), out, token, done, cache)
-    _, out, _, _, _ = jax.lax.while_loop(go_on, body, carry)
+    _, out, _, _, _ = jax.lax.while_loop(is_unfinished, body, carry)
     return Generated(out, _lengths(out, stops))
 
   return generate_fn
 
 
 def _lengths(tokens_BxT: jax.Array, stops_V: jax.Array) -> jax.Array:
-  """Counts tokens up to the first that ends a text; int32 [B]."""
+  """Counts the tokens up to and including the first stop; int32 [B]."""
   ends_BxT = stops_V[tokens_BxT]
   length_B = jnp.argmax(ends_BxT, axis=1) + 1
-  whole = tokens_BxT.shape[1]
-  return jnp.where(jnp.any(ends_BxT, axis=1), length_B, whole).astype(jnp.int32)
+  max_length = tokens_BxT.shape[1]
+  return jnp.where(jnp.any(ends_BxT, axis=1), length_B, max_length).astype(
+    jnp.int32
+  )
 
 
 def stop_table(
   tokenizer: Any, size: int, *, ids: Sequence[int], texts: Sequence[str] = ()
 ) -> np.ndarray:
-  """Marks the tokens after which nothing of a text is wanted.
+  """Marks the tokens that end a text.
 
   Args:
     tokenizer: a fast tokenizer.
     size: V, rows of the model's head.
-    ids: tokens that end a text, such as the end of text.
-    texts: stop strings; every token that holds one ends a text too. One that
-      only several tokens spell is left to `cut`.
+    ids: of tokens that end a text, such as end of text.
+    texts: stop strings; every token that contains one ends a text too. Strings
+      that span several tokens are left to `cut`.
 
   Returns:
     bool [V].
@@ -237,7 +240,7 @@ def stop_table(
 
 
 def cut(text: str, stop: Sequence[str]) -> str:
-  """Returns what comes before the first stop string."""
+  """Returns the text before the first stop string."""
   places = [text.find(end) for end in stop if end in text]
   return text[: min(places, default=len(text))]
 
@@ -255,27 +258,27 @@ def generate_texts(
   seed: int = 0,
   label: str = "generate",
 ) -> list[str]:
-  """Writes a text after every prompt.
+  """Generates a text after every prompt.
 
   Args:
-    generate_fn: jitted function of `make_generate_fn`.
+    generate_fn: jitted result of `make_generate_fn`.
     base: backbone parameters.
     adapter: adapter parameters; {} for the bare backbone.
     prompts: token ids of each prompt.
     tokenizer: turns tokens into text.
     batch_size: prompts at a time.
     pad: token id that fills rows.
-    stop: strings that end a text; they are cut off.
-    seed: of what is drawn. A prompt's text depends on the seed and its place,
+    stop: strings that end a text; they are removed.
+    seed: of sampling. A prompt's text depends on the seed and on its position,
       not on the batch size.
-    label: what the progress is called.
+    label: of the progress display.
 
   Returns:
     The texts, in the order of the prompts.
   """
   texts = [""] * len(prompts)
   key = jax.random.key(seed)
-  began, done, count = time.monotonic(), 0, 0
+  start_time, done, count = time.monotonic(), 0, 0
   with progress_lib.Progress(len(prompts), label, unit="rows") as progress:
     for batch in batching.prompt_batches(prompts, batch_size, pad=pad):
       keys = jax.vmap(jax.random.fold_in, (None, 0))(
@@ -296,6 +299,6 @@ def generate_texts(
         )
         texts[index] = cut(text, stop)
         done, count = done + 1, count + int(length)
-      rate = count / (time.monotonic() - began)
+      rate = count / (time.monotonic() - start_time)
       progress.update(done, **{"tokens/s": rate})
   return texts

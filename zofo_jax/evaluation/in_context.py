@@ -1,7 +1,7 @@
-"""In-context learning: answered rows, the demonstrations, before the question.
+"""In-context learning: demonstrations, rows with their answers, before a query.
 
-As in MeZO: each demonstration is a prompt with its right option, without
-spaces around it, and a separator follows it.
+As in MeZO, each demonstration is a prompt with its correct option, stripped of
+surrounding spaces and followed by a separator.
 """
 
 import bisect
@@ -15,7 +15,7 @@ import numpy as np
 from zofo_jax import errors, tasks
 from zofo_jax.data import encode_options
 
-# (row, prompt, truncate) -> an example, or a question.
+# (row, prompt, truncate) -> an example or a question.
 EncodeFn = Callable[[tasks.Row, str, bool], Any]
 
 
@@ -27,21 +27,21 @@ def draw(
   *,
   balanced: bool = True,
 ) -> list[tasks.Row]:
-  """Draws the rows that are shown, in random order.
+  """Draws demonstrations, in random order.
 
   Args:
     task: reads a row's label.
     pool: rows to draw from.
     count: how many; 0 for none.
-    seed: chooses them; another seed gives another set.
-    balanced: as many of each label as of any other, but for one; a label that
-      runs out leaves its place to the others. Else any rows.
+    seed: chooses the rows and their order.
+    balanced: whether the counts of labels differ by at most one; a label that
+      runs out is replaced by the others. Otherwise any rows are drawn.
 
   Returns:
     The rows.
 
   Raises:
-    UserError: there are fewer rows.
+    UserError: there are fewer rows than `count`.
   """
   if len(pool) < count:
     raise errors.UserError(
@@ -52,24 +52,24 @@ def draw(
   order = random.permutation(len(pool))
   if balanced:
     nth: dict[int, int] = {}
-    turn = {}
+    rank = {}  # of a row among those of its label
     for i in order:
       label = task.right(pool[i])[0]
-      turn[i] = nth[label] = nth.get(label, -1) + 1
-    order = np.array(sorted(order, key=lambda i: turn[i]), int)
+      rank[i] = nth[label] = nth.get(label, -1) + 1
+    order = np.array(sorted(order, key=lambda i: rank[i]), int)
   return [pool[order[i]] for i in random.permutation(count)]
 
 
 def demonstration(
   task: tasks.Task, row: tasks.Row, version: tasks.Version = 0
 ) -> str:
-  """Returns a row's prompt with its first right option after it."""
+  """Returns a row's prompt followed by its first correct option."""
   option = task.options(row, version)[task.right(row)[0]]
   return (task.prompt(row, version) + option).strip()
 
 
 def encode_rows(
-  data: Sequence[tasks.Row],
+  queries: Sequence[tasks.Row],
   prompts: Sequence[str],
   demonstrations: Sequence[str],
   encode_one: EncodeFn,
@@ -77,32 +77,34 @@ def encode_rows(
   separator: str = "\n\n",
   truncate: bool = False,
 ) -> list[Any]:
-  """Encodes rows with demonstrations before them, as many as fit.
+  """Encodes queries with demonstrations before them, as many as fit.
 
-  Where not all of them fit the first ones go, whole; the question stays.
+  If they do not all fit, the earliest demonstrations are dropped; the query
+  never is.
 
   Args:
-    data: the rows to answer.
-    prompts: what is asked of each row.
+    queries: the rows to answer.
+    prompts: of the queries.
     demonstrations: texts of `demonstration`.
-    encode_one: (row, prompt, truncate) to what is answered; raises
-      `encode.TooLongError` where the prompt does not fit.
-    separator: what is between demonstrations, and before the question.
-    truncate: whether a question that does not fit alone is cut at the left.
+    encode_one: (row, prompt, truncate) -> an encoded row; raises
+      `encode_options.TooLongError` if the prompt does not fit.
+    separator: text after each demonstration.
+    truncate: whether a query that does not fit by itself is truncated at the
+      left.
 
   Returns:
-    What `encode_one` made of each row; the log counts what did not fit.
+    Results of `encode_one`; the log reports demonstrations that do not fit.
 
   Raises:
-    TooLongError: a question does not fit even without demonstrations.
+    TooLongError: a query does not fit even without demonstrations.
   """
-  examples, shown = [], []
-  for row, prompt in zip(data, prompts, strict=True):
+  examples, num_fitting = [], []
+  for row, prompt in zip(queries, prompts, strict=True):
 
     def encoded(dropped, row=row, prompt=prompt):
-      kept = demonstrations[dropped:]
-      whole = separator.join([*kept, prompt])
-      return encode_one(row, whole, truncate and not kept)
+      remaining = demonstrations[dropped:]
+      text = separator.join([*remaining, prompt])
+      return encode_one(row, text, truncate and not remaining)
 
     def fits(dropped, encoded=encoded):
       try:
@@ -111,48 +113,48 @@ def encode_rows(
         return False
       return True
 
-    # The fewest that must go; without any, encoding tells what is wrong.
+    # The fewest that must be dropped; if none remains, encoding raises.
     count = len(demonstrations)
     dropped = bisect.bisect_left(range(count), True, key=fits)
     examples.append(encoded(dropped))
-    shown.append(count - dropped)
-  if min(shown) < len(demonstrations):
+    num_fitting.append(count - dropped)
+  if min(num_fitting) < len(demonstrations):
     logging.getLogger("zofo_jax").warning(
       "%.1f of %d demonstrations fit before a question, %d at least",
-      *(np.mean(shown), len(demonstrations), min(shown)),
+      *(np.mean(num_fitting), len(demonstrations), min(num_fitting)),
     )
   return examples
 
 
 def split_shared(examples: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
-  """Takes what all rows of tokens begin with off them.
+  """Splits off the tokens that all rows begin with.
 
   Args:
     examples: encoded rows, or questions.
 
   Returns:
-    The shared tokens, and the examples without them; where something is left
-    to be read, of each row at least the token that predicts first.
+    The shared tokens, and the examples without them; each row retains at least
+    the first token that predicts.
   """
   rows_of = [getattr(example, "rows", (example,)) for example in examples]
-  every = [row for some in rows_of for row in some]
-  columns = zip(*(row.tokens for row in every), strict=False)
+  all_rows = [row for rows in rows_of for row in rows]
+  columns = zip(*(row.tokens for row in all_rows), strict=False)
   same = itertools.takewhile(lambda column: len(set(column)) == 1, columns)
   count = min(
     len(list(same)),
-    *(min(getattr(r, "positions", (len(r.tokens) - 1,))) for r in every),
+    *(min(getattr(r, "positions", (len(r.tokens) - 1,))) for r in all_rows),
   )
 
-  def rest(row):
+  def remove_shared(row):
     row = row._replace(tokens=row.tokens[count:])
     if not hasattr(row, "positions"):
       return row
     return row._replace(positions=tuple(p - count for p in row.positions))
 
   shorter = [
-    example._replace(rows=tuple(map(rest, example.rows)))
+    example._replace(rows=tuple(map(remove_shared, example.rows)))
     if hasattr(example, "rows")
-    else rest(example)
+    else remove_shared(example)
     for example in examples
   ]
-  return every[0].tokens[:count], shorter
+  return all_rows[0].tokens[:count], shorter

@@ -1,20 +1,16 @@
-"""What the hidden states before the head know: linear probes and new heads.
+"""Linear probes of a frozen backbone's hidden states.
 
-The backbone stands still, so its hidden states are computed once; a
-classifier or a head is then trained on them.
+The backbone is fixed, so its hidden states are computed once; a classifier is
+then fitted to them.
 """
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 
-from zofo_jax.core import losses
 from zofo_jax.data import batching, encode_options
-from zofo_jax.models import apply, decoder
+from zofo_jax.models import apply
 from zofo_jax.report import progress as progress_lib
 
 
@@ -26,17 +22,17 @@ def hidden_states(
   batch_size: int,
   pad: int,
 ) -> np.ndarray:
-  """Reads the hidden states of a set of examples.
+  """Computes the hidden states of a set of examples.
 
   Args:
-    hidden_fn: jitted function of `make_hidden_fn`.
+    hidden_fn: jitted result of `apply.make_hidden_fn`.
     base: backbone parameters.
     examples: encoded rows.
     batch_size: examples at a time.
     pad: token id that fills rows.
 
   Returns:
-    float32 [N, R, P, D], R and P as in `batches.shape_of(examples)`.
+    float32 [N, R, P, D], R and P as in `batching.shape_of(examples)`.
   """
   outputs, indices, done = [], [], 0
   with progress_lib.Progress(len(examples), "read", unit="rows") as progress:
@@ -55,12 +51,12 @@ def fit_logistic(
 
   Args:
     features: [N, D].
-    labels: the right option of each, int [N].
-    c: the regularisation is 1 / c.
-    num_options: how many options there are, whether or not all occur.
+    labels: the correct option of each row, int [N].
+    c: inverse of the regularisation strength.
+    num_options: O; options that no label names get the lowest score.
 
   Returns:
-    A function of features [M, D] to log-probabilities, float32 [M, O].
+    A function from features [M, D] to log-probabilities, float32 [M, O].
   """
   from sklearn import linear_model  # Slow to import, and needed here alone.
 
@@ -73,58 +69,3 @@ def fit_logistic(
     return np.maximum(scores, np.finfo(np.float32).min).astype(np.float32)
 
   return score
-
-
-def label_tokens(examples: Sequence[encode_options.Example]) -> np.ndarray:
-  """Returns the tokens of all options, int32, each once."""
-  found = {
-    token
-    for example in examples
-    for row in example.rows
-    for _, token, _ in row.targets
-  }
-  return np.array(sorted(found), np.int32)
-
-
-def make_head_step(
-  loss_fn: Callable[[jax.Array, losses.Batch], jax.Array],
-  tx: optax.GradientTransformation,
-  tokens: np.ndarray | None,
-) -> Callable[..., tuple[Any, Any, jax.Array]]:
-  """Makes a first-order step on a head's rows; a pure function, to be jitted.
-
-  Args:
-    loss_fn: of log p of every target and the batch: `losses.likelihood`,
-      `losses.classification`.
-    tx: optax transformation of the rows.
-    tokens: int32 [K], the rows that are trained; None for all.
-
-  Returns:
-    step(rows, opt_state, table, hidden, batch) -> (rows, opt_state, loss) for
-    rows [K, D], the whole table [V, D] and hidden states [B, R, P, D].
-  """
-
-  def step(rows, opt_state, table, hidden, batch):
-    def loss(rows):
-      whole = rows if tokens is None else table.at[tokens].set(rows)
-      log_probs = decoder.target_log_probs(
-        apply.merge_rows(hidden),
-        whole,
-        apply.merge_rows(batch.target_slot),
-        apply.merge_rows(batch.target_token),
-      )
-      return loss_fn(log_probs.reshape(*hidden.shape[:2], -1), batch)
-
-    value, grads = jax.value_and_grad(loss)(rows)
-    updates, opt_state = tx.update(grads, opt_state, rows)
-    return optax.apply_updates(rows, updates), opt_state, value
-
-  return step
-
-
-def with_head_rows(
-  table: jax.Array, tokens: np.ndarray | None, rows: jax.Array
-) -> jax.Array:
-  """Returns a head's table with trained rows in it, in the table's dtype."""
-  rows = rows.astype(table.dtype)
-  return rows if tokens is None else table.at[jnp.asarray(tokens)].set(rows)

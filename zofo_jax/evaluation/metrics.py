@@ -1,4 +1,4 @@
-"""Scores of predictions, by scikit-learn, and how sure they are.
+"""Metrics of predictions, from scikit-learn, and their bootstrap intervals.
 
 Token F1 and exact match are SQuAD's: lower case, without punctuation and
 articles, the best over the accepted answers.
@@ -17,7 +17,7 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def accuracy(predicted: Sequence[int], label: Sequence[int]) -> float:
-  """Returns the share of predictions that are right."""
+  """Returns the fraction of correct predictions."""
   return float(np.mean(np.asarray(predicted) == np.asarray(label)))
 
 
@@ -31,14 +31,14 @@ def macro_f1(predicted: Sequence[int], label: Sequence[int]) -> float:
 
 
 def matthews(predicted: Sequence[int], label: Sequence[int]) -> float:
-  """Returns Matthews's correlation; 0 where a sequence is constant."""
+  """Returns Matthews's correlation; 0 if a sequence is constant."""
   from sklearn import metrics  # Slow to import, and needed here alone.
 
   return float(metrics.matthews_corrcoef(label, predicted))
 
 
 def pearson(predicted: Sequence[int], label: Sequence[int]) -> float:
-  """Returns Pearson's correlation, for labels in order; 0 where constant."""
+  """Returns Pearson's correlation of ordinal labels; 0 if one is constant."""
   if np.ptp(predicted) == 0 or np.ptp(label) == 0:
     return 0.0
   return float(np.corrcoef(predicted, label)[0, 1])
@@ -55,14 +55,14 @@ METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
 def resolve_labels(
   predicted: Sequence[int], right: Sequence[Sequence[int]]
 ) -> list[int]:
-  """Returns the label to score each prediction against.
+  """Returns the label to compare each prediction with.
 
-  Where several options are right, that is the predicted one if it is among
-  them, and the first of them otherwise.
+  If several options are correct, it is the predicted one if that is among them,
+  and the first of them otherwise.
 
   Args:
     predicted: option chosen for each example.
-    right: every right option of each example.
+    right: all correct options of each example.
   """
   return [
     p if p in options else options[0]
@@ -71,7 +71,7 @@ def resolve_labels(
 
 
 def token_f1(predicted: str, answers: Sequence[str]) -> float:
-  """Returns the best F1 over words between a text and the accepted answers."""
+  """Returns the best F1 of words between a text and the accepted answers."""
   return max(_word_f1(_words(predicted), _words(a)) for a in answers)
 
 
@@ -97,15 +97,16 @@ def bootstrap_interval(
 ) -> tuple[float, float]:
   """Returns the percentile bootstrap interval of a score over examples.
 
-  Efron and Tibshirani (1993), chapter 13.
+  Efron and Tibshirani (1993), chapter 13. Draws the resamples of
+  `scipy.stats.bootstrap`, which rounds differently and rejects one example.
 
   Args:
     score: a metric of (predicted, label).
-    predicted: option chosen for each example, [N]; or what each is worth.
-    label: right option of each example, [N].
+    predicted: option chosen for each example, [N]; or each example's score.
+    label: correct option of each example, [N].
     level: coverage.
-    resamples: how often the examples are drawn anew.
-    seed: of the draws.
+    resamples: number of resamples.
+    seed: of the resamples.
 
   Returns:
     Lower and upper end.

@@ -1,8 +1,8 @@
-"""What the zeroth-order step on theta may measure in the loss's stead.
+"""Non-differentiable objectives for the zeroth-order step on theta.
 
-The share of wrong options, the F1 over tokens of what the model would write,
-or a Python function of one's own: none of them has a derivative, and a
-zeroth-order step needs none. Each is an error, 1 less a score.
+The fraction of wrong options, the token F1 of the predicted tokens, or a user's
+Python function: a zeroth-order step needs no derivative. Each objective is an
+error, 1 minus a score.
 """
 
 import functools
@@ -20,13 +20,12 @@ from zofo_jax.core import losses
 from zofo_jax.core.types import LossFn
 from zofo_jax.models import apply
 
-# (what the model would write, the right answer) -> score, the higher the
-# better.
+# (predicted text, correct answer) -> score, the higher the better.
 Score = Callable[[str, str], float]
 
 
 def _right_targets(batch: losses.Batch) -> jax.Array:
-  """Marks the targets of the right option, float32 [B, R, K]."""
+  """Marks the targets of the correct option, float32 [B, R, K]."""
   right = batch.target_option == batch.label[:, None, None]
   return right * batch.target_weight
 
@@ -37,9 +36,9 @@ def _mean(scores: jax.Array, batch: losses.Batch) -> jax.Array:
 
 
 def token_f1(predicted: jax.Array, batch: losses.Batch) -> jax.Array:
-  """F1 between the predicted tokens and those of the right option.
+  """Computes the F1 of the predicted tokens and those of the correct option.
 
-  Both are bags of as many tokens, so that precision and recall are one number.
+  Both are bags of equal size, so that precision, recall and F1 are equal.
 
   Args:
     predicted: int32 [B, R, K].
@@ -51,25 +50,25 @@ def token_f1(predicted: jax.Array, batch: losses.Batch) -> jax.Array:
   size = batch.label.shape[0]
   truth = batch.target_token.reshape(size, -1)
   guess = predicted.reshape(size, -1)
-  there = _right_targets(batch).reshape(size, -1) > 0
+  is_target = _right_targets(batch).reshape(size, -1) > 0
   earlier = jnp.tril(jnp.ones((truth.shape[1],) * 2, bool), -1)
   same = truth[:, :, None] == truth[:, None, :]
-  before = jnp.sum(same & there[:, None, :] & earlier[None], axis=-1)
-  found = jnp.sum(
-    (truth[:, :, None] == guess[:, None, :]) & there[:, None, :], axis=-1
+  before = jnp.sum(same & is_target[:, None, :] & earlier[None], axis=-1)
+  count = jnp.sum(
+    (truth[:, :, None] == guess[:, None, :]) & is_target[:, None, :], axis=-1
   )
   # The n-th of equal tokens is matched if the guess has n of them.
-  matched = jnp.sum(there & (found > before), axis=-1)
-  return matched / jnp.maximum(jnp.sum(there, axis=-1), 1)
+  matched = jnp.sum(is_target & (count > before), axis=-1)
+  return matched / jnp.maximum(jnp.sum(is_target, axis=-1), 1)
 
 
 def python_score(
   score: Score, tokenizer: Any, predicted: jax.Array, batch: losses.Batch
 ) -> jax.Array:
-  """Scores each example by a Python function of two texts, on the host.
+  """Scores each example with a Python function of two texts, on the host.
 
   Args:
-    score: of (what the model would write, the right answer).
+    score: of (predicted text, correct answer).
     tokenizer: decodes both.
     predicted: int32 [B, R, K].
     batch: rows of text.
@@ -78,12 +77,12 @@ def python_score(
     float32 [B].
   """
 
-  def on_host(predicted, truth, there):
-    """Takes any leading axes, as `vmap` adds them."""
+  def on_host(predicted, truth, is_target):
+    """Accepts any leading axes, since `vmap` adds some."""
     shape = predicted.shape[:-2]
     width = int(np.prod(predicted.shape[-2:]))
     lines = [np.asarray(x).reshape(-1, width) for x in (predicted, truth)]
-    marks = np.asarray(there).reshape(-1, width) > 0
+    marks = np.asarray(is_target).reshape(-1, width) > 0
     values = [
       float(score(tokenizer.decode(guess[mark]), tokenizer.decode(true[mark])))
       for guess, true, mark in zip(*lines, marks, strict=True)
@@ -104,21 +103,21 @@ def find_score(name: str) -> Score:
   """Imports the function that `MODULE:SCORE` names.
 
   Raises:
-    UserError: there is none.
+    UserError: the module or the function does not exist.
   """
   module_name, _, function_name = name.partition(":")
   try:
-    found = importlib.import_module(module_name)
+    module = importlib.import_module(module_name)
   except (ImportError, ValueError) as error:
     raise errors.UserError(
       f"config.zo.objective: cannot import the module of '{name}' "
       f"({errors.first_line(error)})."
     ) from error
-  function = getattr(found, function_name, None)
+  function = getattr(module, function_name, None)
   if not callable(function):
     raise errors.UserError(
       f"config.zo.objective: module '{module_name}' has no function "
-      f"'{function_name}'.{errors.nearest(function_name, dir(found))}"
+      f"'{function_name}'.{errors.nearest(function_name, dir(module))}"
     )
   return function
 
@@ -126,19 +125,19 @@ def find_score(name: str) -> Score:
 def make_probe_loss_fn(
   name: str, module: nn.Module, tokenizer: Any
 ) -> LossFn | None:
-  """Makes what `config.zo.objective` names.
+  """Returns the objective that `config.zo.objective` names.
 
   Args:
-    name: "loss", "accuracy", "token_f1" or "MODULE:SCORE", a function of (what
-      the model would write, the right answer).
+    name: "loss", "accuracy", "token_f1" or "MODULE:SCORE", a function of
+      (predicted text, correct answer).
     module: a decoder of `zofo_jax.models`.
     tokenizer: decodes texts for a SCORE.
 
   Returns:
-    (base, adapter, batch, key) -> float32 []; None for the loss itself.
+    (base, adapter, batch, key) -> float32 []; None for the loss.
 
   Raises:
-    UserError: there is no such function.
+    UserError: the function does not exist.
   """
   if name == "loss":
     return None

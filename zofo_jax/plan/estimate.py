@@ -1,111 +1,50 @@
-"""What shapes alone tell of a run: its bytes a chip, and its operations."""
+"""Estimates from shapes alone: a run's bytes per chip, and its operations."""
 
-import json
 import math
-import pathlib
 from typing import Any
 
 import jax
-import ml_collections
 
-from zofo_jax import errors, models, tasks
-from zofo_jax.builders import algorithm, budget, data
-from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import budget
 from zofo_jax.builders import run as run_lib
-from zofo_jax.config import validate
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.types import BilevelBatch, BilevelHParams, BilevelState
 from zofo_jax.data import batching, encode_options
-from zofo_jax.evaluation import scoring
-from zofo_jax.models import apply
-from zofo_jax.models.hf import published
-from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
+from zofo_jax.sharding import rules
 
 
-def abstract_batch(
-  config: ml_collections.ConfigDict,
-  model: model_lib.Model,
-  mesh: mesh_lib.AnyMesh,
-) -> BilevelBatch:
-  """Returns the shapes of an iteration's rows, of data.max_length tokens each.
+def abstract_batch(run: run_lib.Run) -> BilevelBatch:
+  """Returns the shapes and shardings of an iteration's batch.
 
-  Rows are of two options of one token, as those of SST-2.
+  Rows have the longest training length and two options of one token, as in
+  SST-2.
   """
-  length = data.max_train_length(config, model)
+  length = run.encoder.max_train_length
   shape = batching.Shape(1, length, 1, 2, 2)
   row = encode_options.EncodedRow((0,) * length, (length - 1,), ((0, 0, 0),))
   example = encode_options.Example((row,), 0, (0,), (True, True), "")
-  one = batching.collate([example], shape, pad=0)
+  batch = batching.collate([example], shape, pad=0)
 
   def rows(size, *lead):
     return jax.tree.map(
       lambda leaf: jax.ShapeDtypeStruct(
         (*lead, size, *leaf.shape[1:]),
         leaf.dtype,
-        sharding=rules.batch_sharding(mesh, len(lead)),
+        sharding=rules.batch_sharding(run.mesh, len(lead)),
       ),
-      one,
+      batch,
     )
 
   return BilevelBatch(
-    lower=rows(config.lower.batch_size, config.lower.num_steps),
-    penalty=rows(config.upper.batch_size),
-    upper=rows(config.upper.batch_size),
+    lower=rows(run.batch_sizes.lower, run.inner_steps),
+    penalty=rows(run.batch_sizes.upper),
+    upper=rows(run.batch_sizes.upper),
   )
-
-
-def make_run(
-  config: ml_collections.ConfigDict, mesh: mesh_lib.AnyMesh
-) -> run_lib.Run:
-  """Makes a run of a known model, or of a local folder's, without weights.
-
-  Args:
-    config: the run's config.
-    mesh: of real devices, of those of a topology, or a shape.
-
-  Raises:
-    UserError: the model's shape cannot be known here, or the config or its
-      mesh is wrong.
-  """
-  validate.check(config)
-  run_lib.check_mesh(config, mesh)
-  module, family = models.from_hf(
-    _hf_config(config.model.name),
-    remat=config.model.remat,
-    constrain=rules.make_activation_constraint(mesh),
-  )
-  model = model_lib.Model(module, family, pathlib.Path(), None)
-  return run_lib.Run(
-    config=config,
-    model=model,
-    task=tasks.get(config.data.task),
-    algorithm=algorithm.make_algorithm(
-      config,
-      model_lib.make_loss_fn(config.loss, module),
-      map_fn=dispatch.map_directions(mesh),
-    ),
-    score_fn=scoring.make_score_fn(apply.make_log_probs_fn(module)),
-    mesh=mesh,
-  )
-
-
-def _hf_config(name: str) -> dict[str, Any]:
-  """Returns config.json of a known model or of a local folder."""
-  if name in published.CONFIGS:
-    return published.CONFIGS[name]
-  path = pathlib.Path(name).expanduser() / "config.json"
-  if not path.exists():
-    raise errors.UserError(
-      f"config.model.name: expected a folder with config.json or one of "
-      f"{', '.join(published.CONFIGS)}; found '{name}'."
-      f"{errors.nearest(name, published.CONFIGS)}"
-    )
-  return json.loads(path.read_text())
 
 
 def sizes(state: BilevelState) -> dict[str, int]:
-  """Returns the bytes of the weights, and of the rest of a state, a chip."""
+  """Returns the bytes per chip of the weights, and of the rest of a state."""
   weights = _local_bytes(state.base)
   return {"weights": weights, "optimizer": _local_bytes(state) - weights}
 
@@ -113,44 +52,43 @@ def sizes(state: BilevelState) -> dict[str, int]:
 def _local_bytes(tree: Any) -> int:
   """Counts the bytes of a tree of shapes with shardings on one device."""
 
-  def one(leaf):
+  def local_bytes(leaf):
     shape = leaf.sharding.shard_shape(leaf.shape)
-    size = leaf.dtype.itemsize  # a key's are those of its data
-    return math.prod(shape) * size
+    return math.prod(shape) * leaf.dtype.itemsize  # of a key: of its data
 
-  return sum(one(leaf) for leaf in jax.tree.leaves(tree))
+  return sum(map(local_bytes, jax.tree.leaves(tree)))
 
 
 def estimate(
   run: run_lib.Run, state: BilevelState, mesh: mesh_lib.AnyMesh
 ) -> dict[str, int]:
-  """Estimates the bytes a chip from shapes alone, as a plan names them.
+  """Estimates the bytes per chip from shapes alone, named as in a plan.
 
-  A layer's activations are counted as if all lived at once, scores of
-  attention in float32; a backward pass keeps every product.
+  Counts a layer's activations as if all were alive at once, with attention
+  scores in float32; a backward pass keeps every product.
 
   Args:
     run: the run, on any mesh.
     state: its shapes.
-    mesh: the grid in question.
+    mesh: the mesh to estimate for.
 
   Raises:
     UserError: the mesh does not divide weights, rows or directions.
   """
-  config = run.config
-  run_lib.check_mesh(config, mesh)
-  places = rules.state_shardings(mesh, state, run.model.family.SHARDINGS)
-  state = rules.with_shardings(state, places)
-  found, base = sizes(state), state.base
+  batch_sizes, module = run.batch_sizes, run.model.module
+  run_lib.check_mesh(mesh, batch_sizes, run.base_update.zo.num_directions)
+  shardings = rules.state_shardings(mesh, state, run.model.family.SHARDINGS)
+  state = rules.with_shardings(state, shardings)
+  stored, base = sizes(state), state.base
   kernels = [
     leaf
     for name, leaf in tree_lib.named_leaves(base["layers"]).items()
     if name.endswith("kernel")
   ]
   width = kernels[0].dtype.itemsize
-  length = data.max_train_length(config, run.model)
-  rows = config.upper.batch_size // (mesh.shape["data"] * mesh.shape["fsdp"])
-  heads = run.model.module.config.num_heads
+  length = run.encoder.max_train_length
+  rows = batch_sizes.upper // (mesh.shape["data"] * mesh.shape["fsdp"])
+  heads = module.config.num_heads
   products = sum(leaf.shape[-1] for leaf in kernels) // mesh.shape["model"]
   layer = rows * length * products * width
   layer += 2 * rows * heads // mesh.shape["model"] * length**2 * 4
@@ -160,27 +98,27 @@ def estimate(
   depth = kernels[0].shape[0]
   perturbed_layer = one_layer * mesh.shape["fsdp"] * (2 * width + 4)
   forward = layer + one_layer * (mesh.shape["fsdp"] - 1) * width
-  # Two signs at once, of one loss and of three.
+  # Both signs at once; the bilevel objective has three losses, not one.
   zo_temp = 2 * layer + perturbed_layer
-  # A backward pass holds up to twice what it keeps, by the TPU compiler.
-  hidden = run.model.module.config.hidden_size
-  kept = (hidden if config.model.remat else products) * width
-  backward = 2 * (rows * length * kept * depth + 2 * layer)
+  # The TPU compiler's backward pass holds up to twice what it keeps.
+  hidden = module.config.hidden_size
+  saved = (hidden if module.remat else products) * width
+  backward = 2 * (rows * length * saved * depth + 2 * layer)
   temp = max(3 * zo_temp, backward)
-  return found | {
+  return stored | {
     "forward_temp": forward,
     "zo_temp": zo_temp,
     "lora_temp": backward,
     "iteration_temp": temp,
-    "total": sum(found.values()) + temp,
+    "total": sum(stored.values()) + temp,
   }
 
 
 def memory_by_method(size: dict[str, int]) -> dict[str, int]:
-  """Returns the bytes a chip of Bilevel-ZOFO and of what it is compared with.
+  """Returns the bytes per chip of Bilevel-ZOFO and of its baselines.
 
   Args:
-    size: bytes a chip, as a plan names them.
+    size: bytes per chip, named as in a plan.
 
   Returns:
     `bilevel`; `mezo`: the weights and a zeroth-order step; `lora`: one adapter
@@ -198,8 +136,8 @@ def memory_by_method(size: dict[str, int]) -> dict[str, int]:
 
 
 def flops(run: run_lib.Run) -> float:
-  """Counts the operations of an iteration's products of matrices, all chips."""
-  batch = abstract_batch(run.config, run.model, run.mesh)
+  """Counts the operations of an iteration's matrix products, on all chips."""
+  batch = abstract_batch(run)
   return budget.flops(
     run.algorithm.step, run.abstract_state(), batch, BilevelHParams()
   )

@@ -1,4 +1,4 @@
-"""What a compiled program's text says: its collectives, and how often each."""
+"""Reads the collectives of a compiled program from its text."""
 
 import math
 import re
@@ -26,16 +26,16 @@ _TRIPS = re.compile(r'"?known_trip_count"?:\{"?n"?:"?(\d+)"?')
 
 
 def collectives(text: str) -> list[tuple[str, int, int]]:
-  """Finds what the devices of a program tell each other.
+  """Finds the collectives of a program.
 
   Args:
     text: of a compiled program, `compiled.as_text()`.
 
   Returns:
-    (kind, bytes that one device receives, times) of each collective; times is
-    the product of the trip counts of the loops around it.
+    (kind, bytes that one device receives, count) of each collective; the count
+    is the product of the trip counts of the loops around it.
   """
-  found: dict[str, list[tuple[str, int]]] = defaultdict(list)
+  by_computation: dict[str, list[tuple[str, int]]] = defaultdict(list)
   calls: dict[str, list[tuple[str, int]]] = defaultdict(list)
   bounds: dict[str, int] = {}
   entry = name = ""
@@ -47,22 +47,23 @@ def collectives(text: str) -> list[tuple[str, int, int]]:
     if match := _BOUND.search(line):
       bounds[name] = int(match[1])
     if match := _COLLECTIVE.search(line):
-      found[name].append((match[2], _bytes(match[1], match[2], bool(match[3]))))
+      size = _bytes(match[1], match[2], started=bool(match[3]))
+      by_computation[name].append((match[2], size))
     called = _CALLED.findall(line)
     if loop := _LOOP.search(line):
-      # The condition, written before, compares a counter from 0 with a number.
+      # The condition, which precedes, compares a counter from 0 with a bound.
       trips = _TRIPS.search(line)
       count = int(trips[1]) if trips else bounds.get(loop[1], 1)
     else:
       count = 1
     for branches in _BRANCHES.findall(line):
-      called += [one.strip().lstrip("%") for one in branches.split(",")]
-    calls[name] += [(one, count) for one in called]
+      called += [branch.strip().lstrip("%") for branch in branches.split(",")]
+    calls[name] += [(callee, count) for callee in called]
 
   result: list[tuple[str, int, int]] = []
 
   def visit(name: str, times: int) -> None:
-    result.extend((kind, size, times) for kind, size in found[name])
+    result.extend((kind, size, times) for kind, size in by_computation[name])
     for called, count in calls[name]:
       visit(called, times * count)
 
@@ -78,8 +79,8 @@ def total_bytes(text: str) -> dict[str, int]:
   return dict(total)
 
 
-def _bytes(shapes: str, kind: str, started: bool) -> int:
-  """Counts the bytes of a result; what has only begun also holds operands."""
+def _bytes(shapes: str, kind: str, *, started: bool) -> int:
+  """Counts the bytes of a result; that of a start also holds operands."""
   sizes = []
   for dtype, bits, dims in _SHAPE.findall(shapes):
     count = math.prod(int(n) for n in dims.split(",") if n)

@@ -1,17 +1,21 @@
-"""Plans a run: does it fit, on how few chips, at what cost.
+"""Plans a run: whether it fits, on how few chips, and at what cost.
 
-For TPUs the real compiler is asked, ahead of time and without a TPU; "cpu:8"
-asks XLA's compiler for CPUs; for GPUs shapes give an estimate.
+For TPUs the real compiler runs ahead of time, without a TPU; "cpu:8" runs XLA's
+compiler for CPUs; for GPUs the figures are estimated from shapes.
 """
 
 import math
 from typing import Any
 
 import ml_collections
+import optax
 from etils import epath
 
 from zofo_jax import errors, report
+from zofo_jax.builders import algorithm
+from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
+from zofo_jax.config import validate
 from zofo_jax.core.types import BilevelState
 from zofo_jax.plan import aot, estimate, topologies
 from zofo_jax.sharding import mesh as mesh_lib
@@ -25,8 +29,8 @@ def plan(
   """Prints and returns what a run needs on a topology.
 
   Args:
-    config: the run's config. Where `config.mesh` is left as it is, the mesh
-      that divides the weights least and fits is taken.
+    config: the run's config. With the default `config.mesh`, `choose` chooses
+      the mesh.
     name: of a topology, such as "v5e:4x4", "cpu:8" or "h100:8".
     path: JSON file to write; None for none.
 
@@ -34,36 +38,43 @@ def plan(
     What is in the file: `mesh`; `per_chip_bytes` of weights, optimizer (all
     other state), forward_temp, zo_temp, lora_temp, iteration_temp and total;
     `remat_temp_bytes` of a first-order step, `off` and `on`, unless estimated;
-    `method_bytes` of bilevel, mezo, lora and full (at least), see `costs`;
-    `chip_bytes` and `fits`; `flops`, of the products of matrices, on all chips;
+    `method_bytes`, see `estimate.memory_by_method`;
+    `chip_bytes` and `fits`; `flops` of the matrix products, on all chips;
     `bytes_accessed`, the compiler's figure for one chip, which counts the body
-    of a loop once; `collective_bytes` that a chip receives, by kind, None where
-    jaxlib cannot read the compiled program;
-    `compile_seconds`; `smallest_slice` and whether figures are an `estimate`.
+    of a loop once; `collective_bytes` that a chip receives, by kind, None if
+    jaxlib cannot read the compiled program; `compile_seconds`;
+    `smallest_slice`; and whether the figures are an `estimate`.
 
   Raises:
     UserError: no such topology, or the config or its mesh is wrong.
   """
   topology = topologies.find(name)
   devices = aot.devices_of(topology) if topology.compiled else None
-  config = _without_tokenizer(config)
-  one = dict.fromkeys(mesh_lib.AXES, 1)
-  chosen = dict(config.mesh) == {**one, "data": -1}
-  # To choose a mesh nothing need fit the default one, which all rows divide.
-  mesh = mesh_lib.abstract(one if chosen else config.mesh, topology.num_chips)
-  run = estimate.make_run(config, mesh)
+  single = dict.fromkeys(mesh_lib.AXES, 1)
+  chosen = dict(config.mesh) == {**single, "data": -1}
+  # The run that chooses a mesh has the smallest, which divides everything.
+  mesh = mesh_lib.abstract(
+    single if chosen else config.mesh, topology.num_chips
+  )
+  run = make_run(config, mesh)
   state = run.abstract_state()
   if chosen:
     mesh = mesh_lib.abstract(choose(run, state, topology), topology.num_chips)
   if devices:
-    real = mesh_lib.make(mesh.shape, devices)
-    found = _compiled(estimate.make_run(config, real))
+    real_mesh, upper = mesh_lib.make(mesh.shape, devices), config.upper
+    other_config = config.copy_and_resolve_references()
+    other_config.model.remat = not config.model.remat
+    figures = _compile(
+      make_run(config, real_mesh),
+      make_run(other_config, real_mesh),
+      algorithm.make_optimizer(upper.optimizer, upper.learning_rate),
+    )
   else:
-    found = {
+    figures = {
       "estimate": True,
       "per_chip_bytes": estimate.estimate(run, state, mesh),
     }
-  size = found["per_chip_bytes"]
+  size = figures["per_chip_bytes"]
   chip, total = topology.chip_bytes, size["total"]
   methods = estimate.memory_by_method(size)
   plan = {
@@ -73,9 +84,9 @@ def plan(
     "mesh": dict(mesh.shape),
     "remat": config.model.remat,
     "chip_bytes": chip,
-    "fits": not found.get("problem") and total <= (chip or math.inf),
+    "fits": not figures.get("problem") and total <= (chip or math.inf),
     "flops": estimate.flops(run),
-    **found,
+    **figures,
     "method_bytes": methods,
     "smallest_slice": _smallest(run, state, topology.kind),
   }
@@ -85,23 +96,36 @@ def plan(
   return plan
 
 
-def _without_tokenizer(
-  config: ml_collections.ConfigDict,
-) -> ml_collections.ConfigDict:
-  """Returns a copy of the config that needs no tokenizer."""
-  config = config.copy_and_resolve_references()
-  if config.prompt.init == "text":  # another start, of the same shape
-    config.prompt.init, config.prompt.text = "random", ""
-  return config
+def make_run(
+  config: ml_collections.ConfigDict, mesh: mesh_lib.AnyMesh
+) -> run_lib.Run:
+  """Makes a run without weights or a tokenizer.
+
+  Args:
+    config: the run's config.
+    mesh: of real devices, of those of a topology, or of shapes alone.
+
+  Raises:
+    UserError: the model's shapes are not known, or the config or its mesh is
+      wrong.
+  """
+  validate.check(config)
+  model = model_lib.published_model(
+    config.model.name,
+    dtype=config.model.dtype,
+    remat=config.model.remat,
+    mesh=mesh,
+  )
+  return run_lib.make_run(config, mesh=mesh, model=model)
 
 
 def choose(
   run: run_lib.Run, state: BilevelState, topology: topologies.Topology
 ) -> dict[str, int]:
-  """Chooses the mesh that divides the weights least and is estimated to fit.
+  """Chooses the mesh that shards the weights least and is estimated to fit.
 
-  Of equals the one of more `model` and less `fsdp`: products of a
-  zeroth-order step exchange few activations, and gathering exchanges weights.
+  Of equals it prefers `model` to `fsdp`: the products of a zeroth-order step
+  exchange few activations, while fsdp gathers weights.
 
   Args:
     run: the run, on any mesh.
@@ -109,17 +133,17 @@ def choose(
     topology: the devices.
 
   Returns:
-    Sizes of all axes; where nothing fits those that need least.
+    Sizes of all axes; if no mesh fits, those with the smallest estimate.
 
   Raises:
     UserError: no mesh divides the rows of a batch.
   """
-  found = []
+  candidates = []
   problem: errors.UserError | None = None
   for model in (n for n in _SHARDS if n <= 16):
     for fsdp in _SHARDS:
-      data, rest = divmod(topology.num_chips, model * fsdp)
-      if rest or not data:
+      data, remainder = divmod(topology.num_chips, model * fsdp)
+      if remainder or not data:
         continue
       sizes = {"pert": 1, "data": data, "fsdp": fsdp, "model": model}
       mesh = mesh_lib.abstract(sizes, topology.num_chips)
@@ -130,51 +154,55 @@ def choose(
         continue
       fits = _fits(total, topology)
       shards = model * fsdp
-      found.append(((not fits, shards if fits else total, fsdp), sizes))
-  if not found:
+      rank = (not fits, shards if fits else total, fsdp)
+      candidates.append((rank, sizes))
+  if not candidates:
     raise problem or errors.UserError("config.mesh: no mesh was found.")
-  return min(found, key=lambda one: one[0])[1]
+  return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
 def _fits(total: int, topology: topologies.Topology) -> bool:
-  """Tells whether an estimate leaves a tenth of the memory free."""
+  """Returns whether an estimate leaves a tenth of the memory free."""
   return total <= 0.9 * (topology.chip_bytes or math.inf)
 
 
-def _compiled(run: run_lib.Run) -> dict[str, Any]:
-  """Asks the compiler."""
-  lowered = aot.lower_programs(run)
-  measured = {name: aot.measure(one) for name, one in lowered.items()}
-  other = aot.measure(aot.first_order_program(_other_remat(run)))
+def _compile(
+  run: run_lib.Run,
+  other_remat: run_lib.Run,
+  tx: optax.GradientTransformation,
+) -> dict[str, Any]:
+  """Returns the compiler's figures.
+
+  Args:
+    run: the run.
+    other_remat: the run with the other choice of `model.remat`.
+    tx: optimizer of a first-order step of an adapter.
+  """
+  lowered = aot.lower_programs(run, tx)
+  measured = {name: aot.measure(program) for name, program in lowered.items()}
+  other = aot.measure(aot.first_order_program(other_remat, tx))
   by_remat = {
-    run.config.model.remat: measured["lora"].temp_bytes,
-    not run.config.model.remat: other.temp_bytes,
+    run.model.module.remat: measured["lora"].temp_bytes,
+    other_remat.model.module.remat: other.temp_bytes,
   }
-  whole = measured["iteration"]
+  iteration = measured["iteration"]
   return {
     "estimate": False,
     "per_chip_bytes": {
       **estimate.sizes(run.abstract_state()),
-      **{f"{k}_temp": one.temp_bytes for k, one in measured.items()},
-      "total": whole.total_bytes,
+      **{f"{k}_temp": stats.temp_bytes for k, stats in measured.items()},
+      "total": iteration.total_bytes,
     },
     "remat_temp_bytes": {"off": by_remat[False], "on": by_remat[True]},
-    "bytes_accessed": whole.bytes_accessed,
-    "collective_bytes": whole.collective_bytes,
-    "compile_seconds": whole.seconds,
-    "problem": whole.problem,
+    "bytes_accessed": iteration.bytes_accessed,
+    "collective_bytes": iteration.collective_bytes,
+    "compile_seconds": iteration.seconds,
+    "problem": iteration.problem,
   }
 
 
-def _other_remat(run: run_lib.Run) -> run_lib.Run:
-  """Returns the run with the other choice of `model.remat`."""
-  config = run.config.copy_and_resolve_references()
-  config.model.remat = not config.model.remat
-  return estimate.make_run(config, run.mesh)
-
-
 def _smallest(run: run_lib.Run, state: BilevelState, kind: str) -> str | None:
-  """Returns the least slice on which the run is estimated to fit."""
+  """Returns the smallest slice on which the run is estimated to fit."""
   for topology in topologies.slices(kind):
     try:
       sizes = choose(run, state, topology)
@@ -187,7 +215,7 @@ def _smallest(run: run_lib.Run, state: BilevelState, kind: str) -> str | None:
 
 
 def _print_plan(plan: dict[str, Any]) -> None:
-  """Prints a plan for people."""
+  """Prints a plan as tables."""
   how = "estimated from shapes" if plan["estimate"] else "by the compiler"
   mesh = ", ".join(f"mesh.{k}={v}" for k, v in plan["mesh"].items())
   report.results_table(

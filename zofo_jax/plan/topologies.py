@@ -1,4 +1,4 @@
-"""Slices of accelerators by name: how many chips, and how much each holds."""
+"""Accelerator topologies by name: their chips and the memory of each."""
 
 import math
 import re
@@ -10,14 +10,14 @@ _GIB = 2**30
 
 
 class Topology(NamedTuple):
-  """Devices that need not be here.
+  """Devices, which may be absent.
 
   Attributes:
     name: such as "v5p:4x4x4", "cpu:8" or "h100:8".
-    kind: what stands before the colon.
-    num_chips: how many.
-    chip_bytes: memory of one; None where that is the host's.
-    compiled: whether their own compiler can be asked.
+    kind: the part before the colon.
+    num_chips: number of chips.
+    chip_bytes: memory of one; None if it is the host's.
+    compiled: whether plans come from their compiler, not from shapes.
   """
 
   name: str
@@ -27,7 +27,7 @@ class Topology(NamedTuple):
   compiled: bool
 
 
-# Slices that can be had, the smallest first.
+# Slices on offer, the smallest first.
 _FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _DEEP = (
   *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
@@ -54,7 +54,7 @@ def find(name: str) -> Topology:
     name: KIND:SHAPE, for instance "v5e:4x4", "cpu:8" or "h100:8".
 
   Raises:
-    UserError: there is no such kind, or it has no such shape.
+    UserError: no such kind, or no such shape of it.
   """
   kind, _, shape = name.partition(":")
   kinds = (*TPUS, *GPUS, "cpu")

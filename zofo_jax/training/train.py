@@ -10,11 +10,12 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from zofo_jax.builders import algorithm, budget, data
+from zofo_jax.builders import adapter as adapter_lib
+from zofo_jax.builders import budget, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import run_folder, state_store
-from zofo_jax.config import defaults, methods
+from zofo_jax.config import defaults
 from zofo_jax.core import baselines
 from zofo_jax.core.types import BilevelBatch, BilevelInfo
 from zofo_jax.data import batching
@@ -70,23 +71,26 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   with multihost.raise_on_all_processes():
     run = run_lib.make_run(config)
     run_folder.check_config(defaults.flat(config), folder)
-    examples = data.load_examples(config, run.model, run.task)
+    examples = run.load_examples()
     run_folder.make(folder / "checkpoints")
   shape = data.train_shape(examples)
   flops_per_row = row_flops(run, examples, shape)
 
   def arguments(state, step):
     batch = iteration_batch(config, examples, shape, run.model.pad, step)
-    return state, run.shard_batch(batch), algorithm.make_hparams(config, step)
+    return state, run.shard_batch(batch), run.hparams_fn(step)
 
   def init():
-    base = model_lib.load_base(config, run.model, run.mesh)
-    state = run.init(base, model_lib.load_adapter(config, run.model))
+    base = model_lib.load_base(run.model, run.mesh)
+    start = adapter_lib.load_adapter(
+      config.adapter.init_from, run.model, run.init_adapter
+    )
+    state = run.init(base, start)
     zero_shot = run.evaluate(state.base, {}, examples.test, "zero-shot")
     return state, {"zero_shot": zero_shot.metrics()}
 
   def compute_used(num_steps):
-    return budget_row(budget.spent(config, num_steps), flops_per_row)
+    return budget_row(run.budget.total(num_steps), flops_per_row)
 
   def validate(state):
     adapter = run.selected_adapter(state)
@@ -122,21 +126,14 @@ def row_flops(
   run: run_lib.Run, examples: data.Examples, shape: batching.Shape
 ) -> float:
   """Counts the operations of a row's forward pass with the run's adapter."""
-  config, model = run.config, run.model
-  loss_fn = model_lib.make_loss_fn(config.loss, model.module)
-  base, adapter = model_lib.abstract_base(config, model), {}
-  if methods.METHODS[config.method].updates_adapter:
-    adapter = jax.eval_shape(
-      lambda base: model_lib.init_adapter(
-        config, model, jax.random.key(0), base
-      ),
-      base,
-    )
+  base, adapter = model_lib.abstract_base(run.model), {}
+  if run.trains_adapter:
+    adapter = jax.eval_shape(run.init_adapter, jax.random.key(0), base)
   return budget.flops(
-    lambda *trees: loss_fn(trees[0], trees[1], trees[2], None),
+    lambda *trees: run.loss_fn(trees[0], trees[1], trees[2], None),
     base,
     adapter,
-    batching.collate(examples.upper[:1], shape, pad=model.pad),
+    batching.collate(examples.upper[:1], shape, pad=run.model.pad),
   )
 
 

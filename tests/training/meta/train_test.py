@@ -20,8 +20,9 @@ from zofo_jax.core.types import PER_TASK_FIELDS
 from zofo_jax.data import batching
 from zofo_jax.tasks import groups
 from zofo_jax.training import train
-from zofo_jax.training.meta import adapt, multitask_run, task_sets
+from zofo_jax.training.meta import adapt, task_sets
 from zofo_jax.training.meta import few_shot as few_shot_lib
+from zofo_jax.training.meta import train as meta_train
 
 CONFIGS = pathlib.Path(__file__).parents[3] / "configs"
 STEPS = 4
@@ -80,9 +81,30 @@ def done(start, tmp_path_factory):
   return folder
 
 
+def resolve(config, names, split, field):
+  return task_sets.resolve_tasks(
+    names, split, field, folder=config.data.dir, metaicl=config.meta.metaicl
+  )
+
+
+def load_examples(family):
+  run = family.run
+  return task_sets.load_examples(family.sources, run.row_source, run.encoder)
+
+
+def load_targets(config, run, sources):
+  return few_shot_lib.load_targets(
+    sources,
+    run.row_source,
+    run.encoder,
+    shots=config.adapt.shots,
+    num_seeds=config.adapt.num_seeds,
+  )
+
+
 def arrays(folder, step):
   """Reads a checkpoint as {name: array}."""
-  family = multitask_run.make_family(run_lib.read_config(epath.Path(folder)))
+  family = meta_train.make_run(run_lib.read_config(epath.Path(folder)))
   with manager.Checkpoints(folder / "checkpoints") as checkpoints:
     state, _ = checkpoints.restore(family.abstract_state(), step)
   state = state._replace(key=jax.random.key_data(state.key))
@@ -157,11 +179,10 @@ def test_a_run_resumed_on_the_host_is_the_same(done, start, tmp_path):
 
 
 def test_where_stacks_start_does_not_matter(done, tiny_model):
-  family = multitask_run.make_family(run_lib.read_config(epath.Path(done)))
-  base = model_lib.load_base(family.config, family.run.model)
+  family = meta_train.make_run(run_lib.read_config(epath.Path(done)))
+  base = model_lib.load_base(family.model)
   on_device = family.init(base)
-  family.config.meta.on_host = True
-  on_host = family.init(base)
+  on_host = family._replace(on_host=True).init(base)
   for name in ("upper", "lower", "upper_opt", "lower_opt"):
     jax.tree.map(
       np.testing.assert_array_equal,
@@ -185,14 +206,14 @@ def test_every_kind_of_adapter_has_an_axis_of_tasks(config):
   config.meta.train, config.meta.target = ("cr", "rotten_tomatoes"), ("mpqa",)
   config.meta.num_tasks = 2
   config.data.max_length = 32
-  family = multitask_run.make_family(config)
+  family = meta_train.make_run(config)
   model = family.run.model
-  state = family.init(model_lib.load_base(config, model))
-  examples = task_sets.load_examples(config, model, family.members)
+  state = family.init(model_lib.load_base(model))
+  examples = load_examples(family)
   shape = task_sets.common_shape([*map(data.train_shape, examples)])
   each = [batching.collate(e.upper[:3], shape, pad=model.pad) for e in examples]
   stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
-  loss_fn = model_lib.make_loss_fn(config.loss, model.module)
+  loss_fn = family.run.loss_fn
   grad = jax.value_and_grad(lambda a, base, b: loss_fn(base, a, b, None))
   together = jax.jit(jax.vmap(grad, (0, None, 0)))(
     state.upper, state.base, stacked
@@ -224,8 +245,8 @@ def test_baselines_move_what_they_should(lora, start, tmp_path, method):
   metrics = report.read_jsonl(folder / "metrics.jsonl")
   passes = {"peft": (4, 4), "full": (4, 4), "mezo": (4, 0)}[method]
   assert (metrics[0]["forward_passes"], metrics[0]["backward_passes"]) == passes
-  family, state = multitask_run.load(folder)
-  before = model_lib.load_base(family.config, family.run.model)
+  family, state = adapt.load_run(folder)
+  before = model_lib.load_base(family.model)
   moved = {
     jax.tree_util.keystr(path): not np.array_equal(old, new)
     for (path, old), new in zip(
@@ -298,21 +319,25 @@ def config(tiny_model, family_rows):
 
 
 def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
-  members = task_sets.resolve_tasks(config, config.adapt.tasks, "target", "x")
+  members = resolve(config, config.adapt.tasks, "target", "x")
   run = run_lib.make_run(config, members[0].task)
-  targets = few_shot_lib.load_targets(config, run.model, members)
-  base = model_lib.load_base(config, run.model)
-  together = few_shot_lib.tune(
-    run, few_shot_lib.Backbone("base", base, {}), targets
+  targets = load_targets(config, run, members)
+  base = model_lib.load_base(run.model)
+  tune = functools.partial(
+    few_shot_lib.tune,
+    run,
+    tx=algorithm.make_optimizer("adam", 1e-3),
+    num_steps=3,
+    batch_size=4,
   )
+  together = tune(few_shot_lib.Backbone("base", base, {}), targets)
   # The last of all, alone.
-  config.adapt.num_seeds = 1
   key = jax.random.fold_in(jax.random.key(config.seed), 1)
-  fresh = model_lib.init_adapter(config, run.model, key, base)
-  target = targets[1]._replace(shots=[targets[1].support_examples[1]])
-  alone = few_shot_lib.tune(
-    run, few_shot_lib.Backbone("base", base, fresh), [target]
+  fresh = run.init_adapter(key, base)
+  target = targets[1]._replace(
+    support_examples=[targets[1].support_examples[1]]
   )
+  alone = tune(few_shot_lib.Backbone("base", base, fresh), [target])
   jax.tree.map(
     lambda many, one, start: (
       np.testing.assert_allclose(many[1, 1], one[0, 0], rtol=1e-3, atol=1e-6),
@@ -333,19 +358,19 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
   config.lower.num_steps = 2
   config.lower.learning_rate = config.upper.learning_rate = 1e-3
   config.zo.learning_rate = 1e-5
-  family = multitask_run.make_family(config)
+  family = meta_train.make_run(config)
   model = family.model
-  (examples,) = task_sets.load_examples(config, model, family.members)
+  (examples,) = load_examples(family)
   shape = data.train_shape(examples)
-  many = family.init(model_lib.load_base(config, model))
+  many = family.init(model_lib.load_base(model))
   of_tasks = {name: getattr(many, name) for name in PER_TASK_FIELDS}
   one = many._replace(**jax.tree.map(lambda leaf: leaf[0], of_tasks))
   # Both as compiled programs.
   alone = jax.jit(
-    run_lib.make_run(config, family.members[0].task).algorithm.step
+    run_lib.make_run(config, family.sources[0].task).algorithm.step
   )
   together = jax.jit(family.run.algorithm.step)
-  hparams = algorithm.make_hparams(config, 0)
+  hparams = family.run.hparams_fn(0)
   lift = functools.partial(jax.tree.map, lambda leaf: np.asarray(leaf)[None])
   for number in range(2):
     batch = train.iteration_batch(config, examples, shape, model.pad, number)
@@ -393,19 +418,19 @@ def test_metaicl_lists(config, tmp_path):
   config.data.dir = str(tmp_path)
   config.meta.metaicl = "16_100"
   trained, target = (
-    task_sets.resolve_tasks(config, (str(split),), side, "meta.train")
+    resolve(config, (str(split),), side, "meta.train")
     for side in ("train", "target")
   )
   assert names_of(trained) == ["glue-mrpc"] and names_of(target) == ["poem"]
-  model = model_lib.load_model(config)
-  (examples,) = task_sets.load_examples(config, model, trained)
+  run = run_lib.make_run(config, trained[0].task)
+  (examples,) = task_sets.load_examples(trained, run.row_source, run.encoder)
   assert isinstance(examples, data.Examples)
   assert len(examples.lower) > 0 and len(examples.test) == 8
-  (found,) = few_shot_lib.load_targets(config, model, target)
-  assert [len(shots) for shots in found.shots] == [3, 3]
+  (found,) = load_targets(config, run, target)
+  assert [len(shots) for shots in found.support_examples] == [3, 3]
   split.write_text('{"test": []}')
   with pytest.raises(errors.UserError, match=r"lists 'train' and 'test'"):
-    task_sets.resolve_tasks(config, (str(split),), "train", "meta.train")
+    resolve(config, (str(split),), "train", "meta.train")
 
 
 @pytest.mark.parametrize(
@@ -436,7 +461,7 @@ def test_mistakes(config, changes, expected):
   for name, value in changes.items():
     config.update_from_flattened_dict({name: value})
   with pytest.raises(errors.UserError) as caught:
-    multitask_run.make_family(config)
+    meta_train.make_run(config)
   for part in expected:
     assert part in str(caught.value)
 

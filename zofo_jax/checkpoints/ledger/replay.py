@@ -150,11 +150,12 @@ def advance(
 def _step_fn(zo: str) -> Callable[..., Any]:
   """Returns the jitted update of a header's `zo`, traced only once."""
   config = config_of({"model": {"name": "any"}, "zo": json.loads(zo)}, zo)
+  zo_options = algorithm.make_base_update(config.zo).zo
   return jax.jit(
     functools.partial(
       outer.replay_update,
-      sampler=algorithm.make_sampler(config.zo),
-      subspace_steps=config.zo.frame_steps,
+      sampler=zo_options.sampler,
+      subspace_steps=zo_options.subspace_steps,
     ),
     donate_argnums=0,
   )

@@ -1,19 +1,18 @@
 """First-order tuning of adapters on a few rows of new tasks.
 
-An adapter for every (target task, seed), all of them one batched program.
+An adapter for every (target task, seed), all in one batched program.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import ml_collections
 import numpy as np
+import optax
 
 from zofo_jax import errors, tasks
-from zofo_jax.builders import algorithm
 from zofo_jax.builders import data as data_lib
-from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import encoder as encoder_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.core import inner
 from zofo_jax.core import tree as tree_lib
@@ -24,17 +23,17 @@ from zofo_jax.training.meta import task_sets
 
 
 class Target(NamedTuple):
-  """A new task.
+  """A new task, with a few rows of support for each seed.
 
   Attributes:
-    member: the task.
-    support_rows: the few training rows of each seed.
+    source: the task.
+    support_rows: training rows of each seed.
     support_examples: the same, encoded.
-    query_rows: the test rows.
+    query_rows: test rows.
     query_examples: the same, encoded.
   """
 
-  member: task_sets.TaskSource
+  source: task_sets.TaskSource
   support_rows: list[list[tasks.Row]]
   support_examples: list[list[encode_options.Example]]
   query_rows: list[tasks.Row]
@@ -42,54 +41,56 @@ class Target(NamedTuple):
 
 
 def load_targets(
-  config: ml_collections.ConfigDict,
-  model: model_lib.Model,
-  members: Sequence[task_sets.TaskSource],
+  sources: Sequence[task_sets.TaskSource],
+  row_source: data_lib.RowSource,
+  encoder: encoder_lib.Encoder,
+  *,
+  shots: int,
+  num_seeds: int,
 ) -> list[Target]:
-  """Draws and encodes the few rows and the test rows of every task.
+  """Draws and encodes the support rows and the test rows of every task.
+
+  Args:
+    sources: the tasks.
+    row_source: how rows are divided; its folder is not used.
+    encoder: encodes the rows.
+    shots: support rows of each label; in all where options vary.
+    num_seeds: how many sets of support rows are drawn.
 
   Raises:
-    UserError: names the file and row that is wrong, or the rows are too few.
+    UserError: names the file and row that is wrong, or there are too few rows.
   """
   targets = []
-  for member in members:
-    task, splits = member.task, task_sets.load_rows(config, member)
+  for source in sources:
+    task, splits = source.task, task_sets.load_rows(source, row_source)
     pool = [*splits.lower, *splits.upper]
-    support = [
-      _few(config, member, pool, seed) for seed in range(config.adapt.num_seeds)
-    ]
-    encoded = [
-      data_lib.encode_train(config, model, task, few) for few in support
-    ]
-    test = data_lib.encode_eval(config, model, task, splits.test)
-    targets.append(Target(member, support, encoded, splits.test, test))
+    support = [_draw(task, pool, shots, seed) for seed in range(num_seeds)]
+    encoded = [encoder.encode_train(task, rows) for rows in support]
+    queries = encoder.encode_eval(task, splits.test)
+    targets.append(Target(source, support, encoded, splits.test, queries))
   return targets
 
 
-def _few(
-  config: ml_collections.ConfigDict,
-  member: task_sets.TaskSource,
-  pool: list[tasks.Row],
-  seed: int,
+def _draw(
+  task: tasks.Task, pool: list[tasks.Row], shots: int, seed: int
 ) -> list[tasks.Row]:
-  """Draws the rows of a seed: of each label, or in all where options vary."""
-  task, count = member.task, config.adapt.shots
+  """Draws support rows: of each label, or in all where options vary."""
   if task.kind == "classification":
-    return splits_lib.k_shot(task, pool, count, seed)
-  if len(pool) < count:
+    return splits_lib.k_shot(task, pool, shots, seed)
+  if len(pool) < shots:
     raise errors.UserError(
-      f"Task {task.name}: {count} rows were asked for (adapt.shots); there are "
+      f"Task {task.name}: {shots} rows were asked for (adapt.shots); there are "
       f"{len(pool)} to draw from."
     )
   order = np.random.RandomState(seed).permutation(len(pool))
-  return [pool[i] for i in order[:count]]
+  return [pool[i] for i in order[:shots]]
 
 
 class Backbone(NamedTuple):
-  """A backbone to adapt, and what adapters start from.
+  """A backbone to adapt, and the adapter to start from.
 
   Attributes:
-    name: of the run, or "base".
+    name: of its run, or "base".
     base: its weights.
     start: an adapter; {} for fresh ones.
   """
@@ -99,72 +100,80 @@ class Backbone(NamedTuple):
   start: Any
 
 
-def _stack(trees: Sequence[Any]) -> Any:
-  return tree_lib.stack(trees)
-
-
-def _starts(run: run_lib.Run, found: Backbone, num_targets: int) -> Any:
+def _initial_adapters(
+  run: run_lib.Run, backbone: Backbone, num_targets: int, num_seeds: int
+) -> Any:
   """Returns adapters to start from, leaves [targets * seeds, ...]."""
-  config, key = run.config, jax.random.key(run.config.seed)
-  each = [
-    found.start
-    or model_lib.init_adapter(
-      config, run.model, jax.random.fold_in(key, seed), found.base
-    )
-    for seed in range(config.adapt.num_seeds)
+  key = jax.random.key(run.seed)
+  of_seeds = [
+    backbone.start
+    or run.init_adapter(jax.random.fold_in(key, seed), backbone.base)
+    for seed in range(num_seeds)
   ]
-  return _stack(each * num_targets)
+  return tree_lib.stack(of_seeds * num_targets)
 
 
-def tune(run: run_lib.Run, found: Backbone, targets: Sequence[Target]) -> Any:
+def tune(
+  run: run_lib.Run,
+  backbone: Backbone,
+  targets: Sequence[Target],
+  *,
+  tx: optax.GradientTransformation,
+  num_steps: int,
+  batch_size: int,
+) -> Any:
   """Tunes an adapter for every target and seed, all at once.
 
   Args:
-    run: gives the model, the loss and `config.adapt`.
-    found: the backbone, and what to start from.
+    run: gives the model, the loss and fresh adapters.
+    backbone: the backbone, and the adapter to start from.
     targets: the tasks, all with as many seeds.
+    tx: optimizer of the adapters.
+    num_steps: of each.
+    batch_size: rows of a step; fewer if a target has fewer.
 
   Returns:
     Adapters, leaves [targets, seeds, ...].
   """
-  config, pad = run.config, run.model.pad
-  options = config.adapt
-  tx = algorithm.make_optimizer(options.optimizer, options.learning_rate)
-  loss_fn = model_lib.make_loss_fn(config.loss, run.model.module)
-  few = [shots for target in targets for shots in target.support_examples]
-  shape = batching.shape_of([e for shots in few for e in shots], multiple=8)
+  num_seeds = len(targets[0].support_examples)
+  supports = [rows for target in targets for rows in target.support_examples]
+  shape = batching.shape_of([e for rows in supports for e in rows], multiple=8)
 
-  def one(base, adapter, opt_state, batch, key):
-    return inner.minimize(loss_fn, base, adapter, opt_state, batch, key, tx=tx)
+  def step_one(base, adapter, opt_state, batch, key):
+    return inner.minimize(
+      run.loss_fn, base, adapter, opt_state, batch, key, tx=tx
+    )
+
+  def draw_batch(rows, number):
+    size = min(batch_size, len(rows))
+    chosen = batching.batch_indices(run.seed, len(rows), size, number)
+    batch = batching.collate(
+      [rows[i] for i in chosen],
+      shape,
+      pad=run.model.pad,
+      batch_size=batch_size,
+    )
+    return jax.tree.map(lambda leaf: leaf[None], batch)
 
   # The backbone has no axis: its products serve every target and seed.
-  step = jax.jit(jax.vmap(one, (None, 0, 0, 0, None)), donate_argnums=(1, 2))
-  tuned = _starts(run, found, len(targets))
+  step = jax.jit(
+    jax.vmap(step_one, (None, 0, 0, 0, None)), donate_argnums=(1, 2)
+  )
+  tuned = _initial_adapters(run, backbone, len(targets), num_seeds)
   opt_state = jax.vmap(tx.init)(tuned)
-  key = jax.random.key(config.seed)
-  with progress_lib.Progress(options.num_steps, f"tune {found.name}") as bar:
-    for number in range(options.num_steps):
-      each = []
-      for shots in few:
-        size = min(options.batch_size, len(shots))
-        chosen = batching.batch_indices(config.seed, len(shots), size, number)
-        batch = batching.collate(
-          [shots[i] for i in chosen],
-          shape,
-          pad=pad,
-          batch_size=options.batch_size,
-        )
-        each.append(jax.tree.map(lambda leaf: leaf[None], batch))
+  key = jax.random.key(run.seed)
+  with progress_lib.Progress(num_steps, f"tune {backbone.name}") as bar:
+    for number in range(num_steps):
+      batches = [draw_batch(rows, number) for rows in supports]
       tuned, opt_state, losses = step(
-        found.base,
+        backbone.base,
         tuned,
         opt_state,
-        jax.tree.map(lambda *leaves: np.stack(leaves), *each),
+        jax.tree.map(lambda *leaves: np.stack(leaves), *batches),
         jax.random.fold_in(key, number),
       )
-      if (number + 1) % 10 == 0 or number + 1 == options.num_steps:
+      if (number + 1) % 10 == 0 or number + 1 == num_steps:
         bar.update(number + 1, loss=float(losses.mean()))
-  seeds = options.num_seeds
   return jax.tree.map(
-    lambda leaf: leaf.reshape(len(targets), seeds, *leaf.shape[1:]), tuned
+    lambda leaf: leaf.reshape(len(targets), num_seeds, *leaf.shape[1:]), tuned
   )

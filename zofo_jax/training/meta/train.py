@@ -8,10 +8,12 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import errors
-from zofo_jax.builders import algorithm, budget, data, model
+from zofo_jax.builders import algorithm, data, model
+from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import run_folder, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core import multitask
+from zofo_jax.evaluation import objectives
 from zofo_jax.report import memory
 from zofo_jax.sharding import dispatch
 from zofo_jax.training import fit, summary
@@ -59,6 +61,43 @@ class _TaskSampler:
     return batch
 
 
+def make_run(config: ml_collections.ConfigDict) -> multitask_run.MultitaskRun:
+  """Checks a config and makes everything that needs no rows or weights.
+
+  Raises:
+    UserError: a task is unknown or cannot be trained on, or the config or the
+      files are wrong.
+  """
+  meta = config.meta
+  files = {"folder": config.data.dir, "metaicl": meta.metaicl}
+  sources = task_sets.resolve_tasks(meta.train, "train", "meta.train", **files)
+  if meta.num_tasks > len(sources):
+    raise errors.UserError(
+      f"config.meta.num_tasks: expected at most the {len(sources)} tasks of "
+      f"meta.train; found {meta.num_tasks}."
+    )
+  if meta.target:
+    targets = task_sets.resolve_tasks(
+      meta.target, "target", "meta.target", **files
+    )
+    task_sets.check_held_out(sources, targets)
+  run = run_lib.make_run(config, sources[0].task)
+  over_tasks = algorithm.make_algorithm(
+    config,
+    run.loss_fn,
+    objectives.make_probe_loss_fn(
+      config.zo.objective, run.model.module, run.model.tokenizer
+    ),
+    over_tasks=True,
+  )
+  return multitask_run.MultitaskRun(
+    run._replace(algorithm=over_tasks),
+    sources,
+    per_task=config.method == "bilevel",
+    on_host=meta.on_host,
+  )
+
+
 def _make_step(
   family: multitask_run.MultitaskRun, sampler: _TaskSampler
 ) -> fit.Step:
@@ -68,19 +107,17 @@ def _make_step(
   scattered by the program; or in the host's memory, from which those of the
   sampled tasks are copied.
   """
-  config, step_fn = family.config, family.run.algorithm.step
-  has_adapters_of_tasks = config.method == "bilevel"
-  on_host = config.meta.on_host
+  step_fn, on_host = family.run.algorithm.step, family.on_host
 
   def on_device(state, tasks, batch, hparams):
-    if not has_adapters_of_tasks:
+    if not family.per_task:
       return step_fn(state, batch, hparams)
     after, info = step_fn(multitask.gather_tasks(state, tasks), batch, hparams)
     return multitask.scatter_tasks(state, tasks, after), info
 
   def arguments(state, step):
     tasks = sampler.tasks(step)
-    inputs = sampler.batch(step), algorithm.make_hparams(config, step)
+    inputs = sampler.batch(step), family.run.hparams_fn(step)
     if on_host:
       return multitask.gather_tasks(state, tasks), *inputs
     return state, tasks, *inputs
@@ -90,7 +127,9 @@ def _make_step(
       return multitask.scatter_tasks(before, sampler.tasks(step), after)
     return after
 
-  shardings = jax.tree.map(lambda leaf: leaf.sharding, family.on_device())
+  shardings = jax.tree.map(
+    lambda leaf: leaf.sharding, family.abstract_device_state()
+  )
   jitted = dispatch.jit_step(
     step_fn if on_host else on_device, family.mesh, shardings
   )
@@ -117,16 +156,18 @@ def metatrain(
       f"--distributed: '{config.command}' runs in one process, on all devices "
       f"of it; found {jax.process_count()}."
     )
-  family = multitask_run.make_family(config)
+  family = make_run(config)
   folder = epath.Path(workdir)
   run_folder.check_config(defaults.flat(config), folder)
-  examples = task_sets.load_examples(config, family.run.model, family.members)
+  examples = task_sets.load_examples(
+    family.sources, family.run.row_source, family.run.encoder
+  )
   run_folder.make(folder / "checkpoints")
   sampler = _TaskSampler(family, examples)
   flops_per_row = train_lib.row_flops(family.run, examples[0], sampler.shape)
 
   def init():
-    base = model.load_base(config, family.model, family.mesh)
+    base = model.load_base(family.model, family.mesh)
     # As a checkpoint is read, so that a resumed run has the same program.
     state = jax.tree.map(
       lambda leaf, like: (
@@ -146,15 +187,15 @@ def metatrain(
     return {**train_lib.metrics_row(info), "tasks": sampler.tasks(step)}
 
   def compute_used(num_steps):
-    passes = budget.spent(config, num_steps, config.meta.num_tasks)
+    passes = family.run.budget.total(num_steps, config.meta.num_tasks)
     return train_lib.budget_row(passes, flops_per_row)
 
   def validate(state):
     rows = [of_task.selection for of_task in examples]
     results = family.evaluate(state, rows, "selection")
     scores = {
-      member.task.name: metrics[member.task.metric]
-      for member, metrics in zip(family.members, results, strict=True)
+      source.task.name: metrics[source.task.metric]
+      for source, metrics in zip(family.sources, results, strict=True)
     }
     mean = float(np.mean(list(scores.values())))
     return {"mean": mean, **scores}, mean
@@ -177,11 +218,11 @@ def metatrain(
     )
   results = family.evaluate(state, [rows.test for rows in examples], "test")
   table = []
-  for i, member in enumerate(family.members):
-    metric = member.task.metric
+  for i, source in enumerate(family.sources):
+    metric = source.task.metric
     table.append(
       {
-        "task": member.task.name,
+        "task": source.task.name,
         "metric": metric,
         "test rows": len(examples[i].test),
         "zero-shot": run_metadata["zero_shot"][i][metric],

@@ -1,0 +1,219 @@
+"""How the rows of a run become tokens: lengths, template, loss."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import ml_collections
+
+from zofo_jax import errors, tasks
+from zofo_jax.builders import model as model_lib
+from zofo_jax.config import defaults
+from zofo_jax.data import encode_options, encode_prompts
+
+
+class Encoder(NamedTuple):
+  """Encodes rows of any task for one model.
+
+  Attributes:
+    tokenizer: a fast tokenizer.
+    context_length: tokens that fit next to what the adapters prepend.
+    max_length: longest row of `config.data`, in tokens.
+    max_new_tokens: longest generated answer, in tokens.
+    mode: "classification" encodes all options of a training row, "likelihood"
+      the right one.
+    version: of the task's template.
+    long_rows: what happens to training rows that do not fit.
+  """
+
+  tokenizer: Any
+  context_length: int
+  max_length: int
+  max_new_tokens: int
+  mode: encode_options.Mode
+  version: tasks.Version
+  long_rows: encode_options.LongRows
+
+  @property
+  def truncate(self) -> bool:
+    """Whether rows that do not fit are truncated at the left."""
+    return self.long_rows == "truncate"
+
+  @property
+  def max_train_length(self) -> int:
+    """Longest training row in tokens: the config's, within the model's."""
+    return min(self.max_length, self.context_length)
+
+  @property
+  def max_eval_length(self) -> int:
+    """Longest row that is answered, in tokens.
+
+    Where long training rows are dropped, it is all that the model can read.
+    """
+    if self.long_rows == "drop":
+      return self.context_length
+    return self.max_train_length
+
+  def max_prompt_length(self) -> int:
+    """Returns the longest prompt in tokens that leaves room for its answer.
+
+    Raises:
+      UserError: there is no room.
+    """
+    room = encode_prompts.check_room(self.max_new_tokens, self.context_length)
+    return min(room, self.max_length) if self.truncate else room
+
+  def encode_train(
+    self, task: tasks.Task, rows: Sequence[tasks.Row]
+  ) -> list[encode_options.Example]:
+    """Encodes rows to train on.
+
+    Raises:
+      UserError: names the file and row that is wrong.
+    """
+    return encode_options.encode_rows(
+      task,
+      rows,
+      self.tokenizer,
+      self.mode,
+      max_length=self.max_train_length,
+      version=self.version,
+      long_rows=self.long_rows,
+    )
+
+  def encode_eval(
+    self, task: tasks.Task, rows: Sequence[tasks.Row]
+  ) -> list[Any]:
+    """Encodes labelled rows to answer; none is dropped for its length.
+
+    Raises:
+      UserError: names the file and row that is wrong.
+    """
+    if task.kind == "generation":
+      return self._encode_questions(task, rows)
+    return encode_options.encode_rows(
+      task,
+      rows,
+      self.tokenizer,
+      max_length=self.max_eval_length,
+      version=self.version,
+      long_rows=self._eval_long_rows(),
+    )
+
+  def encode_unlabelled(
+    self, task: tasks.Task, rows: Sequence[tasks.Row]
+  ) -> list[Any]:
+    """Encodes new rows without labels, up to all that the model can read.
+
+    Raises:
+      UserError: names the file and row that is wrong.
+    """
+    if task.kind == "generation":
+      return self._encode_questions(task, rows, labelled=False)
+    return encode_options.encode_rows(
+      task,
+      rows,
+      self.tokenizer,
+      max_length=self.context_length,
+      version=self.version,
+      long_rows=self._eval_long_rows(),
+      labelled=False,
+    )
+
+  def encode_prompt(
+    self,
+    task: tasks.Task,
+    row: tasks.Row,
+    prompt: str,
+    *,
+    truncate: bool = False,
+    max_length: int | None = None,
+  ) -> Any:
+    """Encodes one labelled row with another prompt than the task's.
+
+    Args:
+      task: gives the options or the answers.
+      row: the data.
+      prompt: the whole prompt.
+      truncate: whether a prompt that does not fit is truncated at the left.
+      max_length: longest row with its option, in tokens; None for
+        `max_eval_length`. Prompts of generated answers ignore it.
+
+    Returns:
+      An example, or a question if the task is answered by generating text.
+
+    Raises:
+      TooLongError: it does not fit and is not truncated.
+    """
+    if task.kind == "generation":
+      return encode_prompts.encode_question(
+        task,
+        row,
+        self.tokenizer,
+        max_length=self.max_prompt_length(),
+        version=self.version,
+        truncate=truncate,
+        prompt=prompt,
+      )
+    return encode_options.encode(
+      task,
+      row,
+      self.tokenizer,
+      max_length=max_length or self.max_eval_length,
+      version=self.version,
+      long_rows="truncate" if truncate else "error",
+      prompt=prompt,
+    )
+
+  def _eval_long_rows(self) -> encode_options.LongRows:
+    return "truncate" if self.truncate else "error"
+
+  def _encode_questions(
+    self,
+    task: tasks.Task,
+    rows: Sequence[tasks.Row],
+    *,
+    labelled: bool = True,
+  ) -> list[encode_prompts.Question]:
+    return encode_prompts.encode_questions(
+      task,
+      rows,
+      self.tokenizer,
+      max_length=self.max_prompt_length(),
+      version=self.version,
+      truncate=self.truncate,
+      labelled=labelled,
+    )
+
+
+def make_encoder(
+  config: ml_collections.ConfigDict, model: model_lib.Model
+) -> Encoder:
+  """Makes the encoder of a run.
+
+  Args:
+    config: the run's config; reads `data`, `loss`, `zo.objective`,
+      `generate.max_new_tokens` and the adapters' lengths.
+    model: gives the tokenizer and the context.
+
+  Raises:
+    UserError: the adapters leave no room in the model's context.
+  """
+  context = model.module.config.max_length
+  num_virtual = defaults.num_virtual(config)
+  if num_virtual >= context:
+    raise errors.UserError(
+      f"config.adapter.kind: '{config.adapter.kind}' takes {num_virtual} "
+      f"positions; expected fewer than the model's {context} (prefix.length, "
+      "prompt.length)."
+    )
+  # Accuracy compares the options, whatever the loss.
+  accuracy = config.zo.objective == "accuracy"
+  return Encoder(
+    tokenizer=model.tokenizer,
+    context_length=context - num_virtual,
+    max_length=config.data.max_length,
+    max_new_tokens=config.generate.max_new_tokens,
+    mode="classification" if accuracy else config.loss,
+    version=config.data.template,
+    long_rows=config.data.long_rows,
+  )
