@@ -146,6 +146,17 @@ def test_some_libraries_have_one_home(library, homes):
   assert users <= homes
 
 
+def test_the_architecture_page_names_packages_and_files_that_exist():
+  page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+  packages = re.findall(r"^\| `(\w+)` \|", page, re.M)
+  assert set(packages) == MAY_IMPORT.keys() - {"main", "errors"}
+  files = re.findall(r"`([\w/]+/[\w/]*(?:\.py)?)`", page)
+  assert len(files) > 20
+  for file in files:
+    places = PACKAGE / file, PACKAGE.parent / file
+    assert any(place.exists() for place in places), file
+
+
 def test_import_is_light_and_touches_no_device():
   code = """
 import sys
