@@ -210,7 +210,7 @@ def test_every_reading_function_reads_the_value(kind):
 @pytest.mark.parametrize("size", [40, 64, 128, 150])
 @kinds
 def test_the_head_in_blocks(monkeypatch, kind, size):
-  monkeypatch.setattr(perturbed, "BLOCK", 64)
+  monkeypatch.setattr(perturbed, "ROWS_PER_BLOCK", 64)
   rng = np.random.default_rng(2)
   weight = jnp.asarray(rng.normal(size=(size, 4)), jnp.float32)
   x = jnp.asarray(rng.normal(size=(2, 3, 4)) * 20, jnp.float32)

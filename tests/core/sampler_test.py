@@ -307,7 +307,7 @@ def test_a_table_by_blocks_of_rows_is_the_table_at_once(
   kind, dtype, count, monkeypatch
 ):
   # Two blocks and a rest; on CPU the whole is written at once.
-  monkeypatch.setattr(perturbed, "BLOCK", 64)
+  monkeypatch.setattr(perturbed, "ROWS_PER_BLOCK", 64)
   tree = {"table": jnp.asarray(np.random.default_rng(1).normal(size=(150, 6)))}
   tree = jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
   arguments = (tree, _keys(count), jnp.linspace(0.5, 1.0, count))
