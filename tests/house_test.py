@@ -291,6 +291,10 @@ def dialect():
   ]
 
 
+def test_names_and_prose_are_in_the_field_s_terms():
+  assert dialect() == []
+
+
 # Who may take a ConfigDict: what turns it into explicit arguments, what a
 # command calls, and `config` itself, whose checks and tables are not counted.
 MAY_TAKE_A_CONFIG = ("builders/", "commands/")

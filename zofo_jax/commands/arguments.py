@@ -52,9 +52,9 @@ class Parser(argparse.ArgumentParser):
     for argument in unknown:
       name = argument.partition("=")[0]
       if not argument.startswith("-"):
-        found = f"{self.prog} {argument}".removeprefix("zofo ").strip()
+        command = f"{self.prog} {argument}".removeprefix("zofo ").strip()
         raise errors.UserError(
-          f"expected one command and its flags; found '{found}'."
+          f"expected one command and its flags; found '{command}'."
         )
       valid = re.findall(r"--\w+", self.format_help())
       raise errors.UserError(

@@ -160,16 +160,16 @@ def verify(path: str, base: str | None, to: int | None, folder: str) -> None:
 
 def diff(path: str, other: str) -> int:
   """Prints where two ledgers start to differ; returns 1 if they do."""
-  one, two = ledger_format.read(path), ledger_format.read(other)
+  first, second = ledger_format.read(path), ledger_format.read(other)
   different = 0
-  for name in sorted(one.header.keys() | two.header.keys()):
-    values = [json.dumps(x.header.get(name)) for x in (one, two)]
+  for name in sorted(first.header.keys() | second.header.keys()):
+    values = [json.dumps(x.header.get(name)) for x in (first, second)]
     if values[0] != values[1]:
       different = 1
       print(f"{name}: {values[0]} and {values[1]}")
-  for a, b in itertools.zip_longest(one.lines, two.lines):
+  for a, b in itertools.zip_longest(first.lines, second.lines):
     if a is None or b is None:
-      print(f"steps: {len(one.lines)} and {len(two.lines)}")
+      print(f"steps: {len(first.lines)} and {len(second.lines)}")
       return 1
     if a.serialize() != b.serialize():
       print(

@@ -1,4 +1,4 @@
-"""Writes the results of the commands to compare with: icl, probe, head."""
+"""Writes the results of the baseline commands: icl, probe, head."""
 
 from typing import Any
 
