@@ -94,6 +94,14 @@ def test_no_choice_is_ignored(config, field, changes):
     ({"prefix.projection": 8}, r"prefix\.projection: .*'random'"),
     ({"prompt.init": "text"}, r"prompt\.text: expected words"),
     ({"prompt.text": "Good?"}, r"prompt\.text: .*only then; found 'Good\?'"),
+    (
+      {
+        "method": "mezo_peft",
+        "adapter.kind": "prefix",
+        "zo.direction": "low_rank",
+      },
+      r"zo\.direction: 'low_rank' needs matrices",
+    ),
   ],
 )
 def test_adapters_that_there_are_not(config, changes, words):

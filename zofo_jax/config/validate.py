@@ -73,6 +73,16 @@ def _check_method(fields: _Fields) -> None:
       "config.zo.select: names weights of theta, as zo.layers does; expected "
       "neither with method 'mezo_peft', which moves an adapter."
     )
+  if (
+    method == "mezo_peft"
+    and fields["zo.direction"] == "low_rank"
+    and fields["adapter.kind"] == "prefix"
+    and not fields["prefix.projection"]
+  ):
+    raise errors.UserError(
+      "config.zo.direction: 'low_rank' needs matrices, and a prefix has none; "
+      "expected another direction, or prefix.projection above 0."
+    )
   total = fields["train.num_steps"]
   if "_then_" in method and fields["train.num_first_steps"] >= total:
     raise errors.UserError(
