@@ -65,7 +65,7 @@ def encode(
 def answer(
   run: run_lib.Run, base: Any, examples: Sequence[Any], label: str
 ) -> results.Result:
-  """Answers rows on a bare backbone.
+  """Answers rows with a backbone without adapter.
 
   Demonstrations that all rows begin with are read once.
 

@@ -47,7 +47,7 @@ class BatchSizes(NamedTuple):
 
 
 class Run(NamedTuple):
-  """What training, evaluation and prediction share.
+  """The objects that training, evaluation and prediction share.
 
   Attributes:
     config: the resolved config, for the top of training and for config.json;
@@ -177,7 +177,7 @@ class Run(NamedTuple):
 
     Args:
       base: backbone parameters.
-      adapter: adapter parameters; {} for the bare backbone.
+      adapter: adapter parameters; {} for none.
       examples: encoded rows, or questions of a task answered by generation.
       label: of the progress display.
       score_fn: scores options instead of the run's own function.

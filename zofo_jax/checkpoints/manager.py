@@ -127,7 +127,7 @@ class Checkpoints:
     Args:
       step: the number of the checkpoint, above the existing ones.
       state: pytree of arrays and typed PRNG keys; NumPy arrays are copied.
-      extra: what belongs to the state and is no array; JSON.
+      extra: JSON values that belong to the state but are not arrays.
       metric: the checkpoint of the highest is kept, the last of equals.
 
     Returns:

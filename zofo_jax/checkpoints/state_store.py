@@ -142,7 +142,7 @@ class Store:
 
     Args:
       state: all of its steps are in the ledger.
-      run_metadata: what belongs to the state and is no array; JSON.
+      run_metadata: JSON values that belong to the state but are not arrays.
       metric: the checkpoint of the highest is kept.
 
     Raises:

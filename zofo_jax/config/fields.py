@@ -1,4 +1,4 @@
-"""What describes a field of the config: name, default, check and help."""
+"""A field of the config: name, default, check and help."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple

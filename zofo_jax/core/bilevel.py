@@ -284,7 +284,7 @@ def make_bilevel_step(
 
   Raises:
     ValueError: a loss does not take (base, adapter, batch, key); in `init`, the
-      parameters are no arrays or do not fit the sampler.
+      parameters are not arrays or do not fit the sampler.
 
   Example:
     >>> import jax, jax.numpy as jnp, optax

@@ -50,9 +50,10 @@ class DirectionKey(NamedTuple):
   [Q] and all share one `subspace`.
 
   Attributes:
-    direction: of what is new in every direction.
-    subspace: of what several directions share, over steps (the column space of
-      `directions.LowRank`) or over a batch (`directions.PerExample`).
+    direction: key of the part that differs between directions.
+    subspace: key of the part that several directions share, over steps (the
+      column space of `directions.LowRank`) or over a batch
+      (`directions.PerExample`).
   """
 
   direction: jax.Array

@@ -156,7 +156,7 @@ def make_mezo_step(
 
   Raises:
     ValueError: `loss_fn` does not take (params, batch); in `init`, the
-      parameters are no arrays or do not fit the sampler.
+      parameters are not arrays or do not fit the sampler.
 
   Example:
     >>> import jax, jax.numpy as jnp

@@ -107,7 +107,7 @@ def threefry2x32_materialized(
   """Returns threefry2x32(key, high, low), computed once and stored.
 
   For numbers that many elements share: XLA would otherwise fuse the cipher with
-  its uses, and compute it anew for each of these elements.
+  its uses, and recompute it for each of these elements.
 
   Args:
     key: as for `threefry2x32`; so are `high` and `low`.

@@ -31,7 +31,7 @@ class Sampler:
   Attributes:
     direction: the kind of direction.
     select: from a leaf's path, such as `layers/attention/query/kernel`, to
-      whether it is perturbed and updated. Leaves that are no floats never are.
+      whether it is perturbed and updated. Leaves that are not floats never are.
     layers: indices of the layers that are, in stacked leaves; None for all.
     stacked: regular expression, searched in the paths, of the leaves whose axis
       0 counts layers and is scanned over by the model. Every layer of such a

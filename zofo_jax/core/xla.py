@@ -62,7 +62,7 @@ def in_a_branch(fn: Callable[[Any], jax.Array], arg: Any, word: Any) -> Any:
   """Returns fn(arg), computed once and stored.
 
   CPU: XLA fuses an expensive elementwise function into each of its uses and
-  computes it there anew. What a branch of a conditional returns is in memory.
+  recomputes it there. What a branch of a conditional returns is in memory.
 
   Args:
     fn: the function.

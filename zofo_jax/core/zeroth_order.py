@@ -1,4 +1,4 @@
-"""What a zeroth-order step does, as one value."""
+"""The options of a zeroth-order step as one value."""
 
 import dataclasses
 from collections.abc import Callable

@@ -263,7 +263,7 @@ def generate_texts(
   Args:
     generate_fn: jitted result of `make_generate_fn`.
     base: backbone parameters.
-    adapter: adapter parameters; {} for the bare backbone.
+    adapter: adapter parameters; {} for none.
     prompts: token ids of each prompt.
     tokenizer: turns tokens into text.
     batch_size: prompts at a time.

@@ -44,7 +44,7 @@ def score_options(
   Args:
     score_fn: jitted result of `make_score_fn`.
     base: backbone parameters.
-    adapter: adapter parameters; {} for the bare backbone.
+    adapter: adapter parameters; {} for none.
     examples: encoded with mode "classification".
     batch_size: examples at a time.
     pad: token id that fills rows.

@@ -1,4 +1,4 @@
-"""Pictures of a run, from the names in its `metrics.jsonl`.
+"""Plots of a run, from its `metrics.jsonl`.
 
 Rows of training have `step`, `lower_loss` and `upper_loss`; some rows have
 `selection_accuracy` or `selection_token_f1` (of adapter p).

@@ -16,7 +16,7 @@ from zofo_jax.sharding import multihost
 
 
 class JsonlWriter:
-  """Appends dictionaries to a file, one a line, each flushed at once."""
+  """Appends dictionaries to a file, one per line, each flushed immediately."""
 
   def __init__(self, path: epath.PathLike):
     """Initializes the writer; the first write makes the file."""

@@ -87,7 +87,7 @@ class Progress:
       )
 
   def write_line(self, text: str) -> None:
-    """Writes a line, above the bar where there is one."""
+    """Writes a line, above the bar if there is one."""
     if not self._is_primary:
       return
     if self._bar is not None:

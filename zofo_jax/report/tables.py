@@ -17,7 +17,7 @@ def results_table(
   """Prints a table whose columns are the names in the rows.
 
   Args:
-    rows: one mapping a row; a name that a row lacks is left blank. Numbers with
+    rows: one mapping per row; missing names are left blank. Numbers with
       a fraction get three digits after the point, those of a tuple as well.
     title: printed above.
     stream: where to write; None for standard output.

@@ -1,4 +1,4 @@
-"""Waits for the processes of a run, before they join in jax's way.
+"""Waits for all processes of a run before jax initializes them.
 
 `jax.distributed.initialize` waits too, but on a timeout it aborts the process
 from C++ (SIGABRT and a stack trace, jax 0.10): no exception reaches Python, and
@@ -22,12 +22,12 @@ def wait_for_all(
   Args:
     host: of process 0.
     port: of process 0; free again on return.
-    num_processes: how many there are.
+    num_processes: number of processes.
     process_id: of this one, from 0.
     timeout: seconds to wait for the others.
 
   Raises:
-    UserError: not all came in time, or one came twice.
+    UserError: a process did not connect in time, or connected twice.
   """
   if process_id == 0:
     _listen(host, port, num_processes, timeout)

@@ -134,7 +134,7 @@ class CheckFinite(loop.Hook):
     """Ends the run if it is to end.
 
     Raises:
-      UserError: says what is wrong.
+      UserError: the run should end; the message says why.
     """
     if self._problem:
       self._save(state)

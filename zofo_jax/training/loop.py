@@ -13,14 +13,14 @@ class Hook:
   """
 
   def before_step(self, step: int) -> None:
-    """Is called before a step is dispatched.
+    """Called before a step is dispatched.
 
     Args:
       step: its number.
     """
 
   def on_info(self, step: int, info: Any) -> None:
-    """Is called once for each step, with its results on the host.
+    """Called once for each step, with its results on the host.
 
     That is after the next step was dispatched, so that the device never waits,
     or earlier where a hook needs the state.
@@ -33,13 +33,13 @@ class Hook:
   def needs_state(self, step: int) -> bool:
     """Returns whether the hooks' `on_state` are to be called after a step.
 
-    Every hook is asked after every step, in order.
+    It is called on every hook after every step, in order.
     """
     del step
     return False
 
   def on_state(self, step: int, state: Any) -> None:
-    """Is called after steps for which any hook needs the state.
+    """Called after steps for which any hook needs the state.
 
     All `on_info` have been called by then, that of this step included.
 
@@ -96,7 +96,7 @@ def train_loop(
       state, info = step_fn(state, step)  # dispatched, not awaited
     fetch()  # of the step before: the device is busy with this one
     pending = step + 1, info
-    # Asked of all of them: several processes agree on a step in one.
+    # A list, not a generator: some hooks synchronise processes.
     if any([hook.needs_state(step + 1) for hook in hooks]):
       fetch()
       for hook in hooks:

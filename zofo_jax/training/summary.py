@@ -1,4 +1,4 @@
-"""What a run leaves at its end: test scores, a table, a picture, a summary."""
+"""The results of a run: test scores, a table, plots and a summary."""
 
 from collections.abc import Sequence
 from typing import Any
