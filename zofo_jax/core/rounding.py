@@ -33,12 +33,26 @@ def stochastic_round(
   nearest = x.astype(dtype)
   if key is None or nearest.dtype == x.dtype:
     return nearest
-  error = x - nearest.astype(jnp.float32)
+  stored = _to_float32(nearest)
+  error = x - stored
   side = jnp.where(error > 0, jnp.inf, -jnp.inf).astype(dtype)
   other = jnp.nextafter(nearest, side)
-  gap = jnp.abs(other.astype(jnp.float32) - nearest.astype(jnp.float32))
+  gap = jnp.abs(other.astype(jnp.float32) - stored)
   uniform = directions.sample_rows(prng.uniform, key, x.shape, rows)
   return jnp.where(uniform * gap < jnp.abs(error), other, nearest)
+
+
+def _to_float32(x: jax.Array) -> jax.Array:
+  """Returns x [...] in float32, with the bits that were rounded off gone.
+
+  XLA may replace a conversion to a narrower dtype and back by nothing (it keeps
+  "excess precision"). On a GPU it does: the rounding error above would be zero,
+  and every write would round to nearest. Conversions of integers are kept.
+  """
+  if x.dtype == jnp.bfloat16:  # the upper half of a float32
+    words = jax.lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32)
+    return jax.lax.bitcast_convert_type(words << 16, jnp.float32)
+  return jax.lax.optimization_barrier(x).astype(jnp.float32)
 
 
 def apply_updates(tree: Any, updates: Any, rounding_key: jax.Array) -> Any:
