@@ -89,7 +89,7 @@ def init_lora(
     UserError: the rank is below 1, the dropout is not in [0, 1), or no module
       matches `targets`.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp
     >>> from zofo_jax import adapters
     >>> base = {"layers": {"query": {"kernel": jnp.zeros((2, 4, 4))}}}

@@ -146,7 +146,7 @@ def init_prefix(
     UserError: the length is below 1, or `init` is unknown or does not go with
       `projection`.
 
-  Example:
+  Examples:
     >>> import jax
     >>> from zofo_jax import adapters
     >>> from zofo_jax.models import opt

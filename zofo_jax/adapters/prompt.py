@@ -49,7 +49,7 @@ def init_prompt(
   Raises:
     UserError: the length is below 1, `init` is unknown, or the text is empty.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp
     >>> from zofo_jax import adapters
     >>> base = {"embed": {"embedding": jnp.arange(12.0).reshape(6, 2)}}

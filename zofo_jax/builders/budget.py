@@ -129,7 +129,7 @@ def flops(fn: Callable[..., Any], *args: Any) -> float:
   Returns:
     2 m n k over every dot_general, times the lengths of loops.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp
     >>> from zofo_jax.builders import budget
     >>> shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)

@@ -232,7 +232,7 @@ def need_workdir(options: argparse.Namespace) -> str:
 def default_workdir(config: str | None) -> str | None:
   """Returns the folder of a run of a config that is given by its name.
 
-  Example:
+  Examples:
     >>> default_workdir("opt:size=125m,task=sst2")
     'runs/opt,size=125m,task=sst2'
     >>> default_workdir("configs/opt.py")

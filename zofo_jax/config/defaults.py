@@ -242,7 +242,7 @@ FIELDS = {row[0]: Field(*row) for row in _ROWS}
 def base_config() -> ml_collections.ConfigDict:
   """Returns every field with its default; configs/*.py change some.
 
-  Example:
+  Examples:
     >>> config = base_config()
     >>> config.zo.eps
     0.001

@@ -115,7 +115,7 @@ def make_first_order_step(
   Returns:
     The algorithm: init(key, base, adapter), and step.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp, optax
     >>> import zofo_jax as zofo
     >>> loss = lambda base, adapter, batch, key: jnp.mean(

@@ -286,7 +286,7 @@ def make_bilevel_step(
     ValueError: a loss does not take (base, adapter, batch, key); in `init`, the
       parameters are not arrays or do not fit the sampler.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp, optax
     >>> import zofo_jax as zofo
     >>> def loss(base, adapter, batch, key):

@@ -158,7 +158,7 @@ def make_mezo_step(
     ValueError: `loss_fn` does not take (params, batch); in `init`, the
       parameters are not arrays or do not fit the sampler.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp
     >>> import zofo_jax as zofo
     >>> def loss(params, batch):

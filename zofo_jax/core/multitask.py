@@ -34,7 +34,7 @@ def inclusion_probabilities(
   Raises:
     ValueError: `count` is not between 1 and N.
 
-  Example:
+  Examples:
     >>> from zofo_jax import multitask
     >>> multitask.inclusion_probabilities([10, 30, 160], 1, power=1.0).tolist()
     [0.05, 0.15, 0.8]

@@ -181,7 +181,7 @@ def sgd(
   Returns:
     The transformation; its state is a few scalars.
 
-  Example:
+  Examples:
     >>> import zofo_jax as zofo
     >>> tx = zofo.outer.sgd(1e-6, zofo.outer.clip(100.0), weight_decay=0.1)
     >>> state = tx.init(base=None)

@@ -151,7 +151,7 @@ class Sampler:
     Returns:
       A tree like `tree`; leaves that are not selected are returned unchanged.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import zofo_jax as zofo
       >>> sampler = zofo.Sampler(zofo.directions.Rademacher())

@@ -23,7 +23,7 @@ def named_leaves(
     tree: any pytree.
     is_leaf: nodes for which it is true are leaves as well.
 
-  Example:
+  Examples:
     >>> from zofo_jax.core import tree
     >>> tree.named_leaves({"a": [1, 2], "b": {"c": 3}})
     {'a/0': 1, 'a/1': 2, 'b/c': 3}

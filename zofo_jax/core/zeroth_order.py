@@ -33,7 +33,7 @@ class ZerothOrder:
   Raises:
     ValueError: a number is below 1, or two options exclude each other.
 
-  Example:
+  Examples:
     >>> import zofo_jax as zofo
     >>> zo = zofo.ZerothOrder(zofo.directions.LowRank(4), num_directions=2)
     >>> zo.sampler.direction

@@ -120,7 +120,7 @@ def estimate(
   Raises:
     ValueError: `zo.per_example`, which needs a batch: see `estimate_on_batch`.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp
     >>> import zofo_jax as zofo
     >>> gradient = jnp.array([1.0, -2.0, 3.0])
@@ -311,7 +311,7 @@ def value_and_grad(
     ValueError: `zo.subspace_steps` is not 1: the function does not know the
       number of the step. `estimate` takes a `subspace_key`.
 
-  Example:
+  Examples:
     >>> import jax, jax.numpy as jnp, optax
     >>> import zofo_jax as zofo
     >>> def loss(params, x):

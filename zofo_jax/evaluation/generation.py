@@ -128,7 +128,7 @@ def make_generate_fn(
   Raises:
     ValueError: beam search with a temperature.
 
-  Example:
+  Examples:
     >>> import jax, numpy as np
     >>> from zofo_jax import models
     >>> from zofo_jax.evaluation import generation

@@ -45,7 +45,7 @@ def custom(
     UserError: a pattern is malformed, the metric does not fit the kind of
       task, there is only one option, or not one label per option.
 
-  Example:
+  Examples:
     >>> from zofo_jax import tasks
     >>> task = tasks.custom(
     ...   "mood", prompt="{text} I am", options=(" sad", " glad"))

@@ -68,7 +68,7 @@ def train_loop(
   Returns:
     The state after `stop` steps.
 
-  Example:
+  Examples:
     >>> from zofo_jax.training import loop
     >>> class Print(loop.Hook):
     ...   def on_info(self, step, info):
