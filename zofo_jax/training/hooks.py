@@ -33,21 +33,23 @@ class Clock:
     """Starts the clock at a number of seconds."""
     self._now = now
     self._start = now() - seconds
+    self._paused_at: float | None = None
 
   def seconds(self) -> float:
     """Returns the seconds of training so far."""
+    if self._paused_at is not None:
+      return self._paused_at
     return self._now() - self._start
 
   @contextlib.contextmanager
   def paused(self) -> Iterator[None]:
     """Excludes the time of a `with` statement."""
-    seconds, now = self.seconds(), self._now
-    self._now = lambda: self._start + seconds
+    seconds = self._paused_at = self.seconds()
     try:
       yield
     finally:
-      self._now = now
-      self._start = now() - seconds
+      self._paused_at = None
+      self._start = self._now() - seconds
 
 
 class WriteMetrics(loop.Hook):
