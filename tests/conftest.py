@@ -10,8 +10,8 @@ import platform
 import re
 from importlib import metadata
 
-# Programs here are compiled for a call or two: LLVM's dear passes do not pay,
-# nor does XLA's dear way of writing loops; without that, and with fused
+# Programs here are compiled for a call or two: LLVM's expensive passes do not pay,
+# nor does XLA's expensive way of writing loops; without that, and with fused
 # multiply-adds, bits would differ. For the processes that tests start as well;
 # read when jax is imported. XLA_FLAGS= tests what users run, in twice the time.
 # A flag that jaxlib does not know ends the process, under pytest without a
