@@ -403,12 +403,12 @@ def test_modules_that_are_commands(module, monkeypatch, capsys):
 
 
 def test_a_config_names_the_command(monkeypatch, tmp_path):
-  from zofo_jax.commands import adapt, metatrain
+  from zofo_jax.training.meta import adapt, train
 
   calls = []
-  for module in (adapt, metatrain):
+  for module, name in ((adapt, "adapt"), (train, "metatrain")):
     monkeypatch.setattr(
-      module, "run", lambda config, workdir: calls.append((config, workdir))
+      module, name, lambda config, workdir: calls.append((config, workdir))
     )
   assert main.main(["--config=metatrain:model=m", "--workdir=w"]) == 0
   assert main.main(["adapt", "--config=metatrain:group=nli"]) == 0
@@ -418,6 +418,11 @@ def test_a_config_names_the_command(monkeypatch, tmp_path):
     "adapt",
     "runs/metatrain,group=nli",
   )
+
+
+def test_a_config_that_names_no_command(complaint):
+  text = complaint("--config=opt", "--workdir=x", "--config.command=trian")
+  parts(text, "config.command", "metatrain", "mean 'train'")
 
 
 def test_help_is_no_mistake(command_line, capsys):
