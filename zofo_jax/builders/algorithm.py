@@ -41,7 +41,7 @@ def make_optimizer(
   """Makes an optax transformation whose learning rate lives in its state.
 
   Args:
-    name: one of `config.OPTIMIZERS`.
+    name: one of `defaults.OPTIMIZERS`.
     learning_rate: a number, traced, so that it can change freely, or a
       schedule.
     clip_norm: largest global norm of the gradient; 0 for no limit.

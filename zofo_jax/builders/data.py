@@ -18,7 +18,7 @@ class RowSource(NamedTuple):
   """Where the rows of a task are, and how they are divided.
 
   Attributes:
-    folder: as `splits.load_rows` takes it; None for the hub.
+    folder: as for `sources.load`; None for the hub.
     counts: rows of each set.
     shots: rows of each label in D_p and in D_f; 0 for the counts.
     seed: chooses the rows.
