@@ -11,14 +11,13 @@ import pytest
 from etils import epath
 
 from tests import tiny
-from zofo_jax import errors, report, tasks
+from zofo_jax import errors, report
 from zofo_jax.builders import algorithm, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import manager
 from zofo_jax.core.types import PER_TASK_FIELDS
 from zofo_jax.data import batching
-from zofo_jax.tasks import groups
 from zofo_jax.training import train
 from zofo_jax.training.meta import adapt, task_sets
 from zofo_jax.training.meta import few_shot as few_shot_lib
@@ -290,18 +289,6 @@ def test_adaptation(done, lora, command_line, tmp_path, capsys):
   assert min(base["few_shot"]) > 0.9
 
 
-def test_the_spread_is_that_of_a_sample():
-  outcome = [
-    {"task": "cr", "backbone": name, "zero_shot": 0.5, "few_shot": few_shot}
-    | {"in_context": [0.5]}
-    for name, few_shot in (("base", [0.5, 0.7]), ("meta", [0.5]))
-  ]
-  base, meta = adapt.table(outcome)[:2]
-  assert base["few-shot"] == pytest.approx(0.6)
-  assert base["±"] == pytest.approx(0.02**0.5)  # sqrt((0.1² + 0.1²) / (2 - 1))
-  assert "±" not in meta
-
-
 @pytest.fixture
 def config(tiny_model, family_rows):
   found = tiny.base_config()
@@ -385,52 +372,6 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
       getattr(many, name),
       lift(getattr(one, name)),
     )
-
-
-# Names of tasks.
-
-
-def names_of(members):
-  return [member.task.name for member in members]
-
-
-def test_groups_hold_tasks_that_there_are():
-  for group in groups.ALL.values():
-    assert not set(group.train) & set(group.target)
-    for name in (*group.train, *group.target):
-      assert tasks.get(name).kind == "classification"
-
-
-def test_metaicl_lists(config, tmp_path):
-  rows = [
-    {"task": "a", "input": f"row {i}", "output": o, "options": ["yes", "no"]}
-    for i, o in enumerate(["yes", "no"] * 20)
-  ]
-  for name in ("glue-mrpc", "poem"):
-    (tmp_path / name).mkdir()
-    for split in ("train", "test"):
-      path = tmp_path / name / f"{name}_16_100_{split}.jsonl"
-      path.write_text(
-        "".join(json.dumps(row) + "\n" for row in rows[split == "test" :])
-      )
-  split = tmp_path / "class_to_class.json"
-  split.write_text('{"train": ["glue-mrpc"], "test": ["poem"]}')
-  config.data.dir = str(tmp_path)
-  config.meta.metaicl = "16_100"
-  trained, target = (
-    resolve(config, (str(split),), side, "meta.train")
-    for side in ("train", "target")
-  )
-  assert names_of(trained) == ["glue-mrpc"] and names_of(target) == ["poem"]
-  run = run_lib.make_run(config, trained[0].task)
-  (examples,) = task_sets.load_examples(trained, run.row_source, run.encoder)
-  assert isinstance(examples, data.Examples)
-  assert len(examples.lower) > 0 and len(examples.test) == 8
-  (found,) = load_targets(config, run, target)
-  assert [len(shots) for shots in found.support_examples] == [3, 3]
-  split.write_text('{"test": []}')
-  with pytest.raises(errors.UserError, match=r"lists 'train' and 'test'"):
-    resolve(config, (str(split),), "train", "meta.train")
 
 
 @pytest.mark.parametrize(
