@@ -10,13 +10,13 @@ import platform
 import re
 from importlib import metadata
 
-# Programs here are compiled for a call or two: LLVM's expensive passes do not pay,
-# nor does XLA's expensive way of writing loops; without that, and with fused
-# multiply-adds, bits would differ. For the processes that tests start as well;
-# read when jax is imported. XLA_FLAGS= tests what users run, in twice the time.
-# A flag that jaxlib does not know ends the process, under pytest without a
-# word: each has the first jaxlib that is not given it, be it one that has lost
-# it (0.11.1 has but one way of writing loops) or one that was never tried.
+# Programs here are compiled for a call or two: LLVM's expensive passes do not
+# pay, nor does XLA's expensive way of writing loops; without that, and with
+# fused multiply-adds, bits would differ. For the processes that tests start as
+# well; read when jax is imported. XLA_FLAGS= tests what users run, in twice the
+# time. A flag that jaxlib does not know ends the process, under pytest without
+# a word: each has the first jaxlib that is not given it, be it one that has
+# lost it (0.11.1 has but one way of writing loops) or one that was never tried.
 os.environ.setdefault(
   "XLA_FLAGS",
   " ".join(
