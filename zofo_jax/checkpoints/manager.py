@@ -99,6 +99,15 @@ class Checkpoints:
     """Returns the steps that have a complete checkpoint, in order."""
     return sorted(set(self._manager.all_steps()) - self._corrupt)
 
+  def check_exists(self) -> None:
+    """Checks that there is a complete checkpoint.
+
+    Raises:
+      UserError: there is none.
+    """
+    if not self.steps():
+      raise errors.UserError(f"There is no checkpoint in '{self.folder}'.")
+
   def latest_step(self) -> int | None:
     """Returns the latest step that has a complete checkpoint, if any."""
     return max(self.steps(), default=None)
@@ -281,9 +290,8 @@ class Checkpoints:
 
   def _existing(self, step: int | None) -> int:
     """Returns the step of a complete and valid checkpoint."""
+    self.check_exists()
     steps = self.steps()
-    if not steps:
-      raise errors.UserError(f"There is no checkpoint in '{self.folder}'.")
     step = steps[-1] if step is None else step
     if step not in steps:
       raise errors.UserError(

@@ -233,6 +233,16 @@ class Store:
     return 0, None
 
 
+def check_exists(folder: epath.Path) -> None:
+  """Checks that a run has a checkpoint, before its rows or weights are read.
+
+  Raises:
+    UserError: there is none.
+  """
+  with manager.Checkpoints(folder / "checkpoints") as checkpoints:
+    checkpoints.check_exists()
+
+
 def open_store(
   run: run_lib.Run,
   folder: epath.Path,

@@ -20,7 +20,7 @@ def load_run(folder: epath.Path) -> run_lib.Run:
   """Builds the run of a folder from its config.
 
   Raises:
-    UserError: there is no run, or it is one over many tasks.
+    UserError: there is no run, it has no checkpoint, or it is over many tasks.
   """
   config = run_lib.read_config(folder)
   if config.command != "train":
@@ -29,6 +29,7 @@ def load_run(folder: epath.Path) -> run_lib.Run:
       "expected one of 'train' (--config=configs/adapt.py:run=DIR tunes and "
       "scores new tasks)."
     )
+  state_store.check_exists(folder)
   return run_lib.make_run(config)
 
 
