@@ -208,7 +208,13 @@ def cast(params):
   )
 
 
-@pytest.mark.parametrize("fn", [norm, norm_of_matrices, cast])
+def scan_and_norm(params):
+  step = lambda x, w: (jnp.tanh(x @ w), None)
+  out, _ = jax.lax.scan(step, jnp.ones((2, 4)), params["a"])
+  return jnp.sum(out) + norm_of_matrices(params)
+
+
+@pytest.mark.parametrize("fn", [norm, norm_of_matrices, cast, scan_and_norm])
 def test_a_loss_that_maps_over_leaves_gets_arrays(fn):
   params = {"a": jnp.ones((3, 4, 4)), "b": jnp.ones((3, 4))}
   options = {"stacked": "", "direction": directions.Rademacher()}

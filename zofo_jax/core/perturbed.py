@@ -283,7 +283,9 @@ def reads_arrays_only(fn: Callable[[Any], Any], tree: Any) -> bool:
 
   A function that maps over the leaves of its parameters (a norm of them, a cast
   of them all) would take a node's value, key and scale for parameters. fn is
-  traced, never run, with nodes whose parts allow no arithmetic.
+  traced, never run, with stand-ins for the nodes: once with parts on which
+  arithmetic is an error, and once with parts of the right dtypes, to see
+  whether the result depends on them.
 
   Args:
     fn: a function of a tree like `tree`.
@@ -291,16 +293,52 @@ def reads_arrays_only(fn: Callable[[Any], Any], tree: Any) -> bool:
   """
   key_dtype = jax.eval_shape(jax.random.key, 0).dtype
 
-  def make_opaque(node):
-    if not is_perturbed(node):
-      return node
-    # Arithmetic on PRNG keys is an error; slicing and batching are not.
-    shapes = (node.value.shape, node.scale.shape)
-    value, scale = (jax.ShapeDtypeStruct(s, key_dtype) for s in shapes)
-    return _Opaque((value, scale), node.dtype)
+  def stand_ins(value_dtype, scale_dtype):
+    def replace(node):
+      if not is_perturbed(node):
+        return node
+      value = jax.ShapeDtypeStruct(node.value.shape, value_dtype or node.dtype)
+      scale = jax.ShapeDtypeStruct(node.scale.shape, scale_dtype)
+      return _Opaque((value, scale), node.dtype)
+
+    return jax.tree.map(replace, tree, is_leaf=is_perturbed)
 
   try:
-    jax.eval_shape(fn, jax.tree.map(make_opaque, tree, is_leaf=is_perturbed))
+    # Arithmetic on PRNG keys is an error; slicing and batching are not.
+    jax.eval_shape(fn, stand_ins(key_dtype, key_dtype))
+    return not _depends_on_parts(fn, stand_ins(None, jnp.float32))
   except Exception:  # whatever the model's own code raises
     return False
-  return True
+
+
+def _depends_on_parts(fn: Callable[[Any], Any], tree: Any) -> bool:
+  """Returns whether the tangents of fn along stand-ins' parts are nonzero."""
+  nonzero = []
+
+  @jax.custom_jvp
+  def observe(x):
+    return x
+
+  def observe_jvp(primals, tangents):
+    is_zero = isinstance(tangents[0], jax.custom_derivatives.SymbolicZero)
+    nonzero.append(not is_zero)
+    return primals[0], jnp.zeros(primals[0].shape, primals[0].dtype)
+
+  observe.defjvp(observe_jvp, symbolic_zeros=True)
+  is_stand_in = lambda node: isinstance(node, _Opaque)
+  leaves, structure = jax.tree.flatten(tree, is_leaf=is_stand_in)
+  parts = [node.parts for node in leaves if is_stand_in(node)]
+
+  def observed(parts):
+    remaining = iter(parts)
+    nodes = [
+      dataclasses.replace(node, parts=next(remaining))
+      if is_stand_in(node)
+      else node
+      for node in leaves
+    ]
+    out = jax.tree.leaves(fn(jax.tree.unflatten(structure, nodes)))
+    return [observe(x) for x in out if jnp.issubdtype(x.dtype, jnp.floating)]
+
+  jax.eval_shape(lambda parts: jax.jvp(observed, (parts,), (parts,)), parts)
+  return any(nonzero)
