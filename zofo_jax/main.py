@@ -64,7 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   """Runs a command, of `sys.argv` if None, and returns the exit code."""
   handler = logging.StreamHandler()  # standard error
   handler.setFormatter(logging.Formatter("zofo_jax: %(message)s"))
-  logging.getLogger("zofo_jax").handlers = [handler]
+  logger = logging.getLogger("zofo_jax")
+  # Not by the root logger as well, to which absl adds a handler.
+  logger.handlers, logger.propagate = [handler], False
   try:
     return _run(list(sys.argv[1:] if arguments is None else arguments)) or 0
   except (errors.UserError, errors.InterruptedRun) as error:
@@ -73,6 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except BrokenPipeError:  # such as of `--print_config | head`
     sys.stdout = None
     return 0
+  finally:
+    logger.handlers, logger.propagate = [], True
 
 
 if __name__ == "__main__":

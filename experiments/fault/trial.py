@@ -82,7 +82,8 @@ def start(
 
     handler = logging.StreamHandler()  # warnings, as the command line does
     handler.setFormatter(logging.Formatter("zofo_jax: %(message)s"))
-    logging.getLogger("zofo_jax").handlers = [handler]
+    logger = logging.getLogger("zofo_jax")
+    logger.handlers, logger.propagate = [handler], False
     if nan_from is not None:
       _break_batches(train, nan_from)
     if max_bytes is not None:
