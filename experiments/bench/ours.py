@@ -346,7 +346,7 @@ def make_evaluation(work: workload.Work) -> Callable[[], Any]:
       label=0,
       right=(0,),
       options=(True, True),
-      where="",
+      source="",
     )
     for tokens in workload.scored_rows(work)
   ]

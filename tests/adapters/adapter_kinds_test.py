@@ -183,6 +183,11 @@ def test_adapters_leave_a_place_for_rows(
       f"--config.data.dir={tiny_rows}",
       "--config.adapter.kind=prompt",
       f"--config.prompt.length={length}",
+      # As many rows as there are, so that nothing is to be warned of.
+      "--config.data.num_lower=102",
+      "--config.data.num_upper=50",
+      "--config.data.num_selection=40",
+      "--config.data.num_test=64",
     )
     assert code == 2
     (sentence,) = capsys.readouterr().err.splitlines()

@@ -10,7 +10,7 @@ import pytest
 from jax.extend import core
 
 import zofo_jax as zofo
-from zofo_jax.core import baselines, directions, multitask, outer, sampler, zo
+from zofo_jax.core import baselines, directions, multitask, outer, zo
 
 D, ROWS, T, M = 6, 4, 3, 3
 LAM = 2.0
@@ -63,8 +63,7 @@ def _no_key(base, adapter, batch, key):
 
 
 _PER_EXAMPLE = {
-  "per_example": True,
-  "sampler": sampler.Sampler(directions.PerExample()),
+  "zo": zofo.ZerothOrder(directions.PerExample(), per_example=True)
 }
 
 

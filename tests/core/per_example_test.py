@@ -12,10 +12,11 @@ from zofo_jax.core import directions, outer, perturbed, zo
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
 from zofo_jax.models import llama
+from zofo_jax.models.decoder import STACKED
 
 PER_EXAMPLE = directions.PerExample()
-LAZY = sampler_lib.Sampler(PER_EXAMPLE, lazy=True)
-WHOLE = sampler_lib.Sampler(PER_EXAMPLE)
+LAZY = sampler_lib.Sampler(PER_EXAMPLE, stacked=STACKED, lazy=True)
+WHOLE = sampler_lib.Sampler(PER_EXAMPLE, stacked=STACKED, lazy=False)
 EXAMPLES, EPS = 4, 0.05
 ESTIMATORS = {
   "central": zo.central,
@@ -117,7 +118,9 @@ def test_whole_perturbed_trees_give_the_same():
 
 def test_other_kinds_and_a_loop_over_examples():
   # Of any kind; here without anything to share.
-  sampler = sampler_lib.Sampler(directions.Rademacher(), lazy=True)
+  sampler = sampler_lib.Sampler(
+    directions.Rademacher(), stacked=STACKED, lazy=True
+  )
   estimate = _estimate(_base(), _examples(), jax.random.key(3), sampler=sampler)
 
   @jax.jit

@@ -86,7 +86,9 @@ BATCH = zofo.BilevelBatch(
 
 
 def loss_on(mesh):
-  module = model()[0].clone(place=rules_lib.make_activation_constraint(mesh))
+  module = model()[0].clone(
+    constrain=rules_lib.make_activation_constraint(mesh)
+  )
   return model_lib.make_loss_fn("likelihood", module)
 
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from zofo_jax import errors, tasks
-from zofo_jax.tasks import __main__ as listing
+from zofo_jax.commands import tasks as tasks_command
 
 DATA = pathlib.Path(
   os.environ.get("ZOFO_TEST_DATA")
@@ -570,10 +570,10 @@ def test_custom_tells_mistakes(fields, sentence):
 
 
 def test_listing_shows_every_task(capsys):
-  listing.main()
-  shown = capsys.readouterr().out
-  assert all(f"{name}  (" in shown for name in tasks.ALL)
-  assert "' terrible'" in shown
+  tasks_command.main([])
+  listing = capsys.readouterr().out
+  assert all(f"{name}  (" in listing for name in tasks.ALL)
+  assert "' terrible'" in listing
 
 
 def test_tasks_import_nothing_heavy():
