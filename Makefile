@@ -37,8 +37,8 @@ QUARTER := $(CORE:%=tests/core/%_test.py) tests/models \
   tests/training/train_test.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo metademo test test-newest quarter install docs notebooks lint \
-  types format wheel clean
+.PHONY: help demo metademo test test-newest quarter install docs notebooks \
+  lint types format wheel clean
 
 help: ## Show this list
 	@awk -F ':.*## ' \
@@ -125,7 +125,7 @@ $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	$(PIP) --no-deps $(ASSETS)
 	touch $@
 
-# What most tests need; no torch. Few of its files are imported, so few compiled.
+# What most tests need; no torch. Compiled is only what they import.
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
 	$(PIP) --no-compile --upgrade -e ".[demo,test]"
 	$(PIP) --no-compile --no-deps $(ASSETS)
