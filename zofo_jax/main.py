@@ -1,8 +1,8 @@
 """The command line: `zofo COMMAND ...`, or `python -m zofo_jax.main COMMAND`.
 
-Exit code 2 means a mistake in the command, its config or its files, explained
-in one sentence; 143 or 130 that a signal ended the run: its state is saved, and
-the same command resumes it.
+Exit code 2: a mistake in the command, its config or its files, in one sentence;
+143 or 130: a signal ended the run; its state is saved and the same command
+resumes it.
 """
 
 import importlib
@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from zofo_jax import errors
 from zofo_jax.commands import arguments as arguments_lib
 
-# Each is the module of that name in `zofo_jax.commands`, with a function
-# `main(arguments)` that may return an exit code.
+# Modules of `zofo_jax.commands`; their main(arguments) may return an exit code.
 COMMANDS = {
   "train": "train a run, or resume it",
   "evaluate": "score a trained run on its test rows",
@@ -33,31 +32,28 @@ COMMANDS = {
   "assets": "make the model and the rows of the demo",
 }
 
+USAGE = """\
+usage: zofo [COMMAND] --config=CONFIG --workdir=DIR [--config.FIELD=X]
+       zofo COMMAND --help
 
-def _help() -> str:
-  lines = [f"  {name:<10} {text}" for name, text in COMMANDS.items()]
-  return (
-    "usage: zofo [COMMAND] --config=CONFIG --workdir=DIR [--config.FIELD=X]\n"
-    "       zofo COMMAND --help\n\n"
-    "commands; without one, what the config says:\n"
-  ) + "\n".join(lines)
+commands; without one, what the config says:
+""" + "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
 
 
 def _run(arguments: list[str]) -> int | None:
   if arguments[:1] in (["-h"], ["--help"]):
-    print(_help())
-    return 0
-  if not arguments or arguments[0].startswith("-"):
+    print(USAGE)
+  elif not arguments or arguments[0].startswith("-"):
     arguments_lib.run_config(arguments)
-    return 0
-  command = arguments[0]
-  if command not in COMMANDS:
+  elif arguments[0] in COMMANDS:
+    module = importlib.import_module(f"zofo_jax.commands.{arguments[0]}")
+    return module.main(arguments[1:])
+  else:
     raise errors.UserError(
-      f"expected one command of {', '.join(COMMANDS)}; found '{command}'."
-      f"{errors.nearest(command, COMMANDS)}"
+      f"expected one command of {', '.join(COMMANDS)}; found '{arguments[0]}'."
+      f"{errors.nearest(arguments[0], COMMANDS)}"
     )
-  module = importlib.import_module(f"zofo_jax.commands.{command}")
-  return module.main(arguments[1:])
+  return None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -65,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
   handler = logging.StreamHandler()  # standard error
   handler.setFormatter(logging.Formatter("zofo_jax: %(message)s"))
   logger = logging.getLogger("zofo_jax")
-  # Not by the root logger as well, to which absl adds a handler.
+  # Not to the root logger, to which absl adds a handler.
   logger.handlers, logger.propagate = [handler], False
   try:
     return _run(list(sys.argv[1:] if arguments is None else arguments)) or 0

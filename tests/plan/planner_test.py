@@ -82,7 +82,7 @@ def test_an_estimate(tmp_path, capsys):
   # adapters backwards, 2 of p, 6 for theta.
   tokens = 8 * 64
   assert plan["flops"] == pytest.approx(2 * 69e9 * tokens * 30, rel=0.2)
-  assert "it fits of" in capsys.readouterr().out
+  assert "the run fits in" in capsys.readouterr().out
   assert not planner.plan(config, "l4:1")["fits"]
 
 

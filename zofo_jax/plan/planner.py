@@ -246,8 +246,9 @@ def _print_plan(plan: dict[str, Any]) -> None:
       f"{'on' if plan['remat'] else 'off'}."
     )
   chip = plan["chip_bytes"]
-  of = f" of {chip / 1e9:.1f} GB" if chip else ""
-  print(f"{mesh}: it {'fits' if plan['fits'] else 'does not fit'}{of}.")
+  limit = f" in {chip / 1e9:.1f} GB" if chip else ""
+  verdict = "fits" if plan["fits"] else "does not fit"
+  print(f"{mesh}: the run {verdict}{limit}.")
   print(
     f"Smallest slice, estimated: {plan['smallest_slice'] or 'none listed'}."
   )
