@@ -1,83 +1,24 @@
 """Changes of coefficients against formulae and against optax."""
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from zofo_jax.core import directions, outer, zo
-from zofo_jax.core import keys as keys_lib
-from zofo_jax.core import sampler as sampler_lib
+from tests.core.problems import (
+  flatten,
+  make_base,
+  make_estimate,
+  make_updater,
+  mean_direction,
+)
+from zofo_jax.core import outer
 
-STACKED = r"(^|/)layers/"
-
-SAMPLER = sampler_lib.Sampler(directions.Rademacher(), stacked=STACKED)
-KEY = jax.random.key(99)
 SCALINGS = {
   "clip": outer.clip(0.5),
   "sign": outer.sign(),
   "std": outer.scale_by_std(),
   "rms": outer.scale_by_running_rms(0.9),
 }
-
-
-def _base(dtype=jnp.float32):
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-  return {
-    "plain": draw(4, 3),
-    "layers": {"bias": draw(2, 5), "kernel": draw(2, 5, 3)},
-  }
-
-
-def _estimate(step, num_directions, broken=()):
-  """Makes up an estimate: random keys, coefficients and values."""
-  rng = np.random.default_rng(step)
-  direction_key, subspace_key = jax.random.split(jax.random.key(step))
-  finite = np.ones(num_directions, bool)
-  finite[list(broken)] = False
-  coefficients = np.where(finite, rng.normal(size=num_directions), 0)
-  values = rng.normal(size=(num_directions, 2))
-  values[~finite, 0] = np.nan
-  return zo.Estimate(
-    keys=keys_lib.DirectionKey(
-      jax.random.split(direction_key, num_directions), subspace_key
-    ),
-    coefficients=jnp.asarray(coefficients, jnp.float32),
-    num_nonfinite=jnp.int32(len(broken)),
-    values=jnp.asarray(values, jnp.float32),
-    aux=(),
-  )
-
-
-@jax.jit
-def _unit(direction_key, subspace_key, tree):
-  return SAMPLER.weighted_sum(
-    tree, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
-  )
-
-
-def _flat(tree):
-  leaves = [np.array(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
-  return np.concatenate([leaf.reshape(-1) for leaf in leaves])
-
-
-def _sum(estimate, coefficients, base):
-  """Sums c_q z_q over finite q and divides by their number, in float64."""
-  direction_key, subspace_key = estimate.keys
-  total = sum(
-    float(c) * _flat(_unit(k, subspace_key, base))
-    for k, c in zip(direction_key, coefficients)
-  )
-  return total / (len(direction_key) - int(estimate.num_nonfinite))
-
-
-def _updater(tx, **options):
-  fixed = dict(sampler=SAMPLER, objective=None, key=KEY)
-  return jax.jit(functools.partial(tx.update, **fixed), **options)
 
 
 def _close(left, right):
@@ -106,11 +47,11 @@ def _by_hand(name):
 @pytest.mark.parametrize("name", SCALINGS)
 def test_scalings_are_their_formulae(name, broken):
   tx, by_hand = outer.sgd(0.3, SCALINGS[name]), _by_hand(name)
-  base = _base()
-  state, update = tx.init(base), _updater(tx)
+  base = make_base()
+  state, update = tx.init(base), make_updater(tx)
   for step in range(4):
-    estimate = _estimate(step, 3, broken)
-    before = _flat(base)
+    estimate = make_estimate(step, 3, broken)
+    before = flatten(base)
     base, state = update(base, state, estimate)
     finite = np.setdiff1d(np.arange(3), broken)
     values = np.array(estimate.values, np.float64)
@@ -119,7 +60,7 @@ def test_scalings_are_their_formulae(name, broken):
       np.array(estimate.coefficients, np.float64)[finite],
       values[np.isfinite(values)],
     )
-    _close(_flat(base), before - 0.3 * _sum(estimate, scaled, base))
+    _close(flatten(base), before - 0.3 * mean_direction(estimate, scaled, base))
 
 
 @pytest.mark.parametrize(
@@ -129,23 +70,25 @@ def test_scalings_are_their_formulae(name, broken):
 def test_in_place_equals_optax_on_an_explicit_gradient(name, num_directions):
   fused = outer.sgd(0.3, SCALINGS[name])
   explicit = outer.from_optax(optax.sgd(0.3), SCALINGS[name])
-  start = _base()
+  start = make_base()
   runs = [
-    (_updater(fused), fused.init(start)),
-    (_updater(explicit), explicit.init(start)),
+    (make_updater(fused), fused.init(start)),
+    (make_updater(explicit), explicit.init(start)),
   ]
   results = []
   for update, state in runs:
     base = start
     for number in range(3):
-      base, state = update(base, state, _estimate(number, num_directions))
-    results.append(_flat(base))
+      base, state = update(base, state, make_estimate(number, num_directions))
+    results.append(flatten(base))
   _close(results[0], results[1])
 
 
 def test_scalings_follow_one_another():
   tx = outer.sgd(0.3, outer.clip(0.5), outer.sign(), outer.clip(0.25))
-  base, estimate = _base(), _estimate(0, 3)
-  moved, _ = _updater(tx)(base, tx.init(base), estimate)
+  base, estimate = make_base(), make_estimate(0, 3)
+  moved, _ = make_updater(tx)(base, tx.init(base), estimate)
   scaled = 0.25 * np.sign(estimate.coefficients)
-  _close(_flat(moved), _flat(base) - 0.3 * _sum(estimate, scaled, base))
+  _close(
+    flatten(moved), flatten(base) - 0.3 * mean_direction(estimate, scaled, base)
+  )

@@ -1,90 +1,36 @@
 """Backbone updates against textbook formulae and compiled memory."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from zofo_jax.core import directions, outer, sampler, zo
-from zofo_jax.core import keys as keys_lib
-
-STACKED = r"(^|/)layers/"
-
-SAMPLER = sampler.Sampler(directions.Rademacher(), stacked=STACKED)
-KEY = jax.random.key(99)
-
-
-def _base(dtype=jnp.float32):
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
-  return {
-    "plain": draw(4, 3),
-    "layers": {"bias": draw(2, 5), "kernel": draw(2, 5, 3)},
-  }
-
-
-def _estimate(step, num_directions, broken=()):
-  """Makes up an estimate: random keys, coefficients and values."""
-  rng = np.random.default_rng(step)
-  direction_key, subspace_key = jax.random.split(jax.random.key(step))
-  finite = np.ones(num_directions, bool)
-  finite[list(broken)] = False
-  coefficients = np.where(finite, rng.normal(size=num_directions), 0)
-  values = rng.normal(size=(num_directions, 2))
-  values[~finite, 0] = np.nan
-  return zo.Estimate(
-    keys=keys_lib.DirectionKey(
-      jax.random.split(direction_key, num_directions), subspace_key
-    ),
-    coefficients=jnp.asarray(coefficients, jnp.float32),
-    num_nonfinite=jnp.int32(len(broken)),
-    values=jnp.asarray(values, jnp.float32),
-    aux=(),
-  )
-
-
-@jax.jit
-def _unit(direction_key, subspace_key, tree):
-  return SAMPLER.weighted_sum(
-    tree, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
-  )
-
-
-def _flat(tree):
-  leaves = [np.array(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
-  return np.concatenate([leaf.reshape(-1) for leaf in leaves])
-
-
-def _sum(estimate, coefficients, base):
-  """Sums c_q z_q over finite q and divides by their number, in float64."""
-  direction_key, subspace_key = estimate.keys
-  total = sum(
-    float(c) * _flat(_unit(k, subspace_key, base))
-    for k, c in zip(direction_key, coefficients)
-  )
-  return total / (len(direction_key) - int(estimate.num_nonfinite))
-
-
-def _updater(tx, **options):
-  fixed = dict(sampler=SAMPLER, objective=None, key=KEY)
-  return jax.jit(functools.partial(tx.update, **fixed), **options)
+from tests.core.problems import (
+  KEY,
+  SAMPLER,
+  flatten,
+  make_base,
+  make_estimate,
+  make_updater,
+  mean_direction,
+  unit_direction,
+)
+from zofo_jax.core import outer
 
 
 def _run(tx, num_directions, num_steps=4):
   """Returns the bases visited and the gradients that moved them."""
   tx = outer.to_outer_transform(tx)
-  base = _base()
+  base = make_base()
   state = tx.init(base)
-  update = _updater(tx)
-  bases, gradients = [_flat(base)], []
+  update = make_updater(tx)
+  bases, gradients = [flatten(base)], []
   for step in range(num_steps):
-    estimate = _estimate(step, num_directions)
-    gradients.append(_sum(estimate, estimate.coefficients, base))
+    estimate = make_estimate(step, num_directions)
+    gradients.append(mean_direction(estimate, estimate.coefficients, base))
     base, state = update(base, state, estimate)
-    bases.append(_flat(base))
+    bases.append(flatten(base))
   assert update._cache_size() == 1
   return bases, gradients, state
 
@@ -120,14 +66,14 @@ def test_sgd_schedule_and_state():
 
 def test_sgd_rate_lives_in_the_state():
   tx = outer.sgd(0.5)
-  base, estimate = _base(), _estimate(0, 2)
-  update = _updater(tx)
+  base, estimate = make_base(), make_estimate(0, 2)
+  update = make_updater(tx)
   state = tx.init(base)
   for rate in (0.5, 2.0):
     state = state._replace(learning_rate=jnp.float32(rate))
     moved, _ = update(base, state, estimate)
-    gradient = _sum(estimate, estimate.coefficients, base)
-    _close(_flat(moved), _flat(base) - rate * gradient)
+    gradient = mean_direction(estimate, estimate.coefficients, base)
+    _close(flatten(moved), flatten(base) - rate * gradient)
   assert update._cache_size() == 1
 
 
@@ -158,25 +104,25 @@ SCALINGS = {
 
 
 def test_weight_decay_is_that_of_optax_on_matrices():
-  base, estimate = _base(), _estimate(0, 2)
+  base, estimate = make_base(), make_estimate(0, 2)
   fused = outer.sgd(0.3, weight_decay=0.1)
   matrices = {"plain": True, "layers": {"bias": False, "kernel": True}}
   explicit = outer.from_optax(
     optax.chain(optax.add_decayed_weights(0.1, mask=matrices), optax.sgd(0.3))
   )
   moved = [
-    _flat(_updater(tx)(base, tx.init(base), estimate)[0])
+    flatten(make_updater(tx)(base, tx.init(base), estimate)[0])
     for tx in (fused, explicit)
   ]
   _close(*moved)
   plain = outer.sgd(0.3)
-  without, _ = _updater(plain)(base, plain.init(base), estimate)
-  assert np.abs(moved[0] - _flat(without)).max() > 0.01
+  without, _ = make_updater(plain)(base, plain.init(base), estimate)
+  assert np.abs(moved[0] - flatten(without)).max() > 0.01
 
 
 def test_conservative_takes_the_best_of_three():
-  target = _flat(_base()) + np.random.default_rng(1).normal(size=52)
-  start = _base()
+  target = flatten(make_base()) + np.random.default_rng(1).normal(size=52)
+  start = make_base()
 
   def objective(base):
     x = jnp.concatenate([leaf.ravel() for leaf in jax.tree.leaves(base)])
@@ -191,26 +137,26 @@ def test_conservative_takes_the_best_of_three():
   )
   base, state, taken = start, tx.init(start), []
   for step in range(25):
-    estimate = _estimate(step, 1)
-    before, value = _flat(base), float(objective(base))
-    move = 0.3 * _sum(estimate, estimate.coefficients, base)
+    estimate = make_estimate(step, 1)
+    before, value = flatten(base), float(objective(base))
+    move = 0.3 * mean_direction(estimate, estimate.coefficients, base)
     base, state = update(base, state, estimate)
     candidates = [before - move, before, before + move]
     values = [
       np.inf if x[0] > 2 else np.sum((x - target) ** 2) for x in candidates
     ]
     taken.append(int(np.argmin(values)))
-    _close(_flat(base), candidates[taken[-1]])
+    _close(flatten(base), candidates[taken[-1]])
     assert float(objective(base)) <= value
   assert set(taken) == {0, 1, 2}
   with pytest.raises(ValueError, match="one direction"):
-    update(base, state, _estimate(0, 2))
+    update(base, state, make_estimate(0, 2))
 
 
 def test_conservative_stays_where_nothing_is_finite():
-  tx, base = outer.conservative(0.3), _base()
-  moved, _ = _updater(tx, static_argnames="objective")(
-    base, tx.init(base), _estimate(0, 1), objective=lambda base: jnp.nan
+  tx, base = outer.conservative(0.3), make_base()
+  moved, _ = make_updater(tx, static_argnames="objective")(
+    base, tx.init(base), make_estimate(0, 1), objective=lambda base: jnp.nan
   )
   _same(moved, base)
 
@@ -226,10 +172,10 @@ def test_conservative_stays_where_nothing_is_finite():
   ids=["sgd", "schedule", "adam"],
 )
 def test_nothing_finite_changes_nothing(tx, dtype):
-  base = _base(dtype)
-  update = _updater(tx)
-  base, state = update(base, tx.init(base), _estimate(0, 2))
-  after, after_state = update(base, state, _estimate(1, 2, broken=(0, 1)))
+  base = make_base(dtype)
+  update = make_updater(tx)
+  base, state = update(base, tx.init(base), make_estimate(0, 2))
+  after, after_state = update(base, state, make_estimate(1, 2, broken=(0, 1)))
   _same(after, base)
   _same(after_state, state)
 
@@ -237,14 +183,14 @@ def test_nothing_finite_changes_nothing(tx, dtype):
 @pytest.mark.parametrize("make", [outer.sgd, optax.sgd])
 def test_broken_directions_do_not_count(make):
   tx = outer.to_outer_transform(make(1.0))
-  base, estimate = _base(), _estimate(0, 4, broken=(1, 3))
-  moved, _ = _updater(tx)(base, tx.init(base), estimate)
+  base, estimate = make_base(), make_estimate(0, 4, broken=(1, 3))
+  moved, _ = make_updater(tx)(base, tx.init(base), estimate)
   z = [
-    _flat(_unit(k, estimate.keys.subspace, base))
+    flatten(unit_direction(k, estimate.keys.subspace, base))
     for k in estimate.keys.direction
   ]
   c = np.array(estimate.coefficients, np.float64)
-  _close(_flat(moved), _flat(base) - (c[0] * z[0] + c[2] * z[2]) / 2)
+  _close(flatten(moved), flatten(base) - (c[0] * z[0] + c[2] * z[2]) / 2)
 
 
 @pytest.mark.parametrize("make", [outer.sgd, optax.sgd])
@@ -252,9 +198,11 @@ def test_small_steps_survive_bfloat16(make):
   # A hundred steps of a fiftieth of the spacing at 1.
   base = {"w": jnp.ones((40, 100), jnp.bfloat16)}
   tx = outer.to_outer_transform(make(2.0**-7 / 50))
-  estimate = _estimate(0, 1)._replace(coefficients=-jnp.ones(1))
+  estimate = make_estimate(0, 1)._replace(coefficients=-jnp.ones(1))
   z = np.array(
-    _unit(estimate.keys.direction[0], estimate.keys.subspace, base)["w"]
+    unit_direction(estimate.keys.direction[0], estimate.keys.subspace, base)[
+      "w"
+    ]
   )
 
   def step(i, carry):
@@ -278,8 +226,8 @@ def test_sgd_needs_no_copy_of_the_weights(dtype):
     ("in place", outer.sgd(0.1, *scalings, weight_decay=0.1)),
     ("optax", outer.to_outer_transform(optax.sgd(0.1))),
   ):
-    update = _updater(tx, donate_argnums=0)
-    lowered = update.lower(base, tx.init(base), _estimate(0, 3))
+    update = make_updater(tx, donate_argnums=0)
+    lowered = update.lower(base, tx.init(base), make_estimate(0, 3))
     memory = lowered.compile().memory_analysis()
     assert memory.alias_size_in_bytes >= size
     temp[name] = memory.temp_size_in_bytes
@@ -290,8 +238,8 @@ def test_sgd_needs_no_copy_of_the_weights(dtype):
 
 def test_donated_weights_are_gone():
   tx = outer.sgd(0.1)
-  base = _base()
-  update = _updater(tx, donate_argnums=(0, 1))
-  moved, _ = update(base, tx.init(base), _estimate(0, 1))
+  base = make_base()
+  update = make_updater(tx, donate_argnums=(0, 1))
+  moved, _ = update(base, tx.init(base), make_estimate(0, 1))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(base))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(moved))
