@@ -34,8 +34,8 @@ anything = st.recursive(
 )
 
 
-def told(call, *arguments):
-  """Returns what is told of a file, "" if it was read."""
+def complaint_of(call, *arguments):
+  """Returns the UserError of reading a file, "" if it was read."""
   try:
     call(*arguments)
   except errors.UserError as error:
@@ -54,8 +54,8 @@ def test_rows(tmp_path, lines):
       for line in lines
     )
   )
-  told(sources.load, tasks.get("rotten_tomatoes"), path, "train")
-  told(report.read_jsonl, path)
+  complaint_of(sources.load, tasks.get("rotten_tomatoes"), path, "train")
+  complaint_of(report.read_jsonl, path)
 
 
 @hypothesis.given(
@@ -74,7 +74,7 @@ def test_safetensors(tmp_path, header, length, body):
     for stored in tensor_files.open_safetensors(path).values():
       stored.read()
 
-  told(read)
+  complaint_of(read)
 
 
 @hypothesis.given(content=anything | st.binary(max_size=40))
@@ -87,8 +87,8 @@ def test_indices_and_adapters(tmp_path, content):
       path.write_bytes(content)
     else:
       path.write_text(json.dumps(content))
-  assert told(tensor_files.open_folder, tmp_path)
-  assert told(peft.load, tmp_path, None, None)
+  assert complaint_of(tensor_files.open_folder, tmp_path)
+  assert complaint_of(peft.load, tmp_path, None, None)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,9 @@ def test_an_index_stays_in_its_folder(tmp_path, name):
   (inside / "model.safetensors.index.json").write_text(
     json.dumps({"weight_map": {"w": name}})
   )
-  assert "is not a plain file name" in told(tensor_files.open_folder, inside)
+  assert "is not a plain file name" in complaint_of(
+    tensor_files.open_folder, inside
+  )
 
 
 @hypothesis.given(content=anything)
@@ -109,7 +111,7 @@ def test_an_index_stays_in_its_folder(tmp_path, name):
 @settings
 def test_configs_of_runs(tmp_path, content):
   (tmp_path / "config.json").write_text(json.dumps(content))
-  told(run.read_config, tmp_path)
+  complaint_of(run.read_config, tmp_path)
 
 
 @hypothesis.given(
@@ -135,4 +137,6 @@ def test_overrides(command_line, tmp_path, capsys, name, value):
 
 def test_a_pickle_is_asked_for(tmp_path):
   (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
-  assert "are pickles of PyTorch" in told(tensor_files.open_folder, tmp_path)
+  assert "are pickles of PyTorch" in complaint_of(
+    tensor_files.open_folder, tmp_path
+  )
