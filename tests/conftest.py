@@ -8,6 +8,8 @@ line as a function.
 import os
 import platform
 import re
+import shutil
+import tempfile
 from importlib import metadata
 
 # Programs here are compiled for a call or two: LLVM's expensive passes do not
@@ -32,9 +34,15 @@ os.environ.setdefault(
   ),
 )
 
+# What one process has compiled, no other compiles: neither a test's own
+# processes nor pytest's. Made by pytest's first, which removes it at the end.
+_OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
+if _OWN_CACHE:
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
 import jax
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from tests import tiny
 
@@ -58,14 +66,10 @@ def pytest_collection_modifyitems(items):
       item.add_marker(skip)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled_once(tmp_path_factory):
-  """Caches compiled programs, for this run or where the environment says."""
-  folder = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-  folder = folder or str(tmp_path_factory.mktemp("programs"))
-  jax.config.update("jax_compilation_cache_dir", folder)
-  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-  compilation_cache.reset_cache()
+def pytest_unconfigure():
+  """Removes the compiled programs, unless they are kept for other runs."""
+  if _OWN_CACHE:
+    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,17 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-  """Invalid config, data, checkpoint or mesh; the message is for the user."""
+  """Invalid config, data, checkpoint or mesh; the message is for the user.
+
+  The message is one line that every terminal can print: characters of a file
+  that are not printable are written as Python writes them.
+  """
+
+  def __init__(self, text: str):
+    """Stores the message."""
+    super().__init__(
+      "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    )
 
 
 class InterruptedRun(Exception):
