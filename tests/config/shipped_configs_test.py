@@ -93,12 +93,11 @@ def test_reference_preset():
 
 
 def test_demo(monkeypatch, tmp_path):
-  monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
-  monkeypatch.setattr(assets, "movie_reviews", lambda: tmp_path / "rows")
+  monkeypatch.setenv("ZOFO_CACHE", str(tmp_path))
   config = load("demo").get_config()
   validate.check(config)
-  assert config.model.name == str(tmp_path / "model")
-  assert config.data.dir == str(tmp_path / "rows")
+  assert config.model.name == str(assets.smollm2())
+  assert config.data.dir == str(assets.movie_reviews())
   assert tasks.get(config.data.task).name == "rotten_tomatoes"
   assert config.data.num_selection > 0  # four disjoint sets
   steps, every = config.train.num_steps, config.train.eval_every_steps
@@ -106,8 +105,7 @@ def test_demo(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("method", methods.OVER_TASKS)
-def test_metademo(monkeypatch, tmp_path, method):
-  monkeypatch.setattr(assets, "smollm2", lambda: tmp_path / "model")
+def test_metademo(method):
   config = load("metademo").get_config(f"method={method}")
   validate.check(config)
   assert config.method == method

@@ -37,27 +37,45 @@ def cache_folder() -> pathlib.Path:
   return pathlib.Path(home).expanduser() / "zofo_jax"
 
 
-def smollm2(cache: pathlib.Path | None = None) -> pathlib.Path:
-  """Returns the folder of SmolLM2-135M-Instruct, converting it if needed."""
-  folder = (cache or cache_folder()) / "smollm2-135m-instruct"
-
-  def write(temporary: pathlib.Path) -> None:
-    from zofo_jax.models.hf import gguf  # heavy, and needed only once
-
-    gguf.convert(packaged_file(*MODEL), temporary)
-
-  names = ("config.json", "tokenizer.json", "model.safetensors")
-  return _build_cached(folder, names, write)
+def smollm2() -> pathlib.Path:
+  """Returns the folder of SmolLM2-135M-Instruct, which `make` fills."""
+  return cache_folder() / "smollm2-135m-instruct"
 
 
-def movie_reviews(cache: pathlib.Path | None = None) -> pathlib.Path:
-  """Returns the folder of the review snippets, writing it if needed."""
-  folder = (cache or cache_folder()) / "fresh_rotten"
-  return _build_cached(
-    folder,
-    ("train.jsonl", "validation.jsonl", "test.jsonl"),
-    lambda temporary: write_snippets(packaged_file(*SNIPPETS), temporary),
-  )
+def movie_reviews() -> pathlib.Path:
+  """Returns the folder of the review snippets, which `make` fills."""
+  return cache_folder() / "fresh_rotten"
+
+
+def make(name: str | pathlib.Path | None) -> None:
+  """Makes the demo's model or rows if they are missing.
+
+  Args:
+    name: `smollm2()` or `movie_reviews()`; nothing is made of another folder, a
+      hub id or None.
+
+  Raises:
+    errors.UserError: the package that carries them is not installed.
+  """
+  if name is None:
+    return
+  folder = pathlib.Path(name)
+  if folder == smollm2():
+    names = ("config.json", "tokenizer.json", "model.safetensors")
+    _build_cached(folder, names, _write_smollm2)
+  elif folder == movie_reviews():
+    names = ("train.jsonl", "validation.jsonl", "test.jsonl")
+    _build_cached(
+      folder,
+      names,
+      lambda temporary: write_snippets(packaged_file(*SNIPPETS), temporary),
+    )
+
+
+def _write_smollm2(folder: pathlib.Path) -> None:
+  from zofo_jax.models.hf import gguf  # heavy, and needed only once
+
+  gguf.convert(packaged_file(*MODEL), folder)
 
 
 def packaged_file(requirement: str, name: str) -> pathlib.Path:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import ml_collections
 
 from zofo_jax import tasks
+from zofo_jax.builders import assets
 from zofo_jax.builders import encoder as encoder_lib
 from zofo_jax.data import batching, encode_options, encode_prompts
 from zofo_jax.data import splits as splits_lib
@@ -39,6 +40,7 @@ class RowSource(NamedTuple):
     Raises:
       UserError: names the file and row that is wrong.
     """
+    assets.make(self.folder)
     return splits_lib.load_splits(
       task,
       self.folder,

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from zofo_jax import errors, models, report
+from zofo_jax.builders import assets
 from zofo_jax.core import losses
 from zofo_jax.core.types import LossFn
 from zofo_jax.data import tokenizer as tokenizer_lib
@@ -86,6 +87,7 @@ def load_model(
   Raises:
     UserError: no such model, or one that is not supported.
   """
+  assets.make(name)
   folder = hub.locate(name, revision)
   path = folder / "config.json"
   try:
@@ -128,6 +130,7 @@ def _published_config(name: str) -> dict[str, Any]:
   """Returns config.json of a published model or of a local folder."""
   if name in published.CONFIGS:
     return published.CONFIGS[name]
+  assets.make(name)
   path = pathlib.Path(name).expanduser() / "config.json"
   if not path.exists():
     raise errors.UserError(

@@ -14,4 +14,5 @@ def main(arguments: Sequence[str]) -> None:
   """Runs the command."""
   arguments_lib.make_parser("assets", __doc__).parse(arguments)
   for folder in (assets.smollm2(), assets.movie_reviews()):
+    assets.make(folder)
     print(folder)
