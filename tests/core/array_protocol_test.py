@@ -189,6 +189,25 @@ def test_one_layer_of_perturbed_weights_exists_at_a_time(make):
   assert temporaries(lazy=True) == lazy
 
 
+@pytest.mark.parametrize("stacked", [None, "embedding"])
+@pytest.mark.parametrize("make", [stack_of_dense, plain_scan])
+def test_a_stack_that_is_not_named_is_explained(make, stacked):
+  shapes, loss = make(depth=3, width=4)
+  params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), shapes)
+  message = rf"lazy=True, stacked={stacked!r}.*IndexError.*pass `stacked`"
+  with pytest.raises(ValueError, match=message):
+    estimate(loss, params, lazy=True, stacked=stacked)
+  assert np.all(estimate(loss, params, lazy=True, stacked="").values < np.inf)
+
+
+def test_an_error_of_the_loss_itself_is_not_explained():
+  def loss(params):
+    raise IndexError("of the loss")
+
+  with pytest.raises(IndexError, match="of the loss"):
+    estimate(loss, {"w": jnp.ones(3)}, lazy=True)
+
+
 def norm(params):
   return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 

@@ -95,15 +95,39 @@ class Sampler:
       key: key of the direction. Folded, not consumed.
 
     Returns:
-      A function of t, float32, shape [].
+      A function of t, float32, shape []. It raises a ValueError if `lazy` is
+      True and fn accepts arrays only.
     """
     lazy = self.lazy
     if lazy is None:
       lazy = self.stacked is not None and perturbed.reads_arrays_only(
         fn, jax.eval_shape(lambda: self._nodes(tree, key, 0.0))
       )
-    read = (lambda nodes: nodes) if lazy else perturbed.materialize
-    return lambda t: fn(read(self._nodes(tree, key, t)))
+
+    def value(t):
+      nodes = self._nodes(tree, key, t)
+      if not lazy:
+        return fn(perturbed.materialize(nodes))
+      try:
+        return fn(nodes)
+      except Exception as error:  # whatever the model's own code raises
+        self._explain(error, fn, nodes)
+        raise
+
+    return value
+
+  def _explain(self, error, fn, nodes):
+    """Raises a ValueError if fn fails on nodes and not on arrays."""
+    try:
+      jax.eval_shape(lambda nodes: fn(perturbed.materialize(nodes)), nodes)
+    except Exception:  # an error of fn itself
+      return
+    raise ValueError(
+      f"Sampler(lazy=True, stacked={self.stacked!r}): the loss accepts arrays "
+      f"but not `Perturbed` nodes ({type(error).__name__}: {error}); if it "
+      "scans over layers, pass `stacked`, a pattern of the paths of all leaves "
+      "whose axis 0 counts layers, and otherwise lazy=None."
+    ) from error
 
   def _nodes(self, tree, key, scale):
     """Returns tree + scale * z(key) as `Perturbed` nodes."""
