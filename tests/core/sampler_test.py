@@ -1,5 +1,6 @@
 """Writes along directions: sums, subsets, rounding, meshes."""
 
+import dataclasses
 import functools
 
 import hypothesis
@@ -322,3 +323,26 @@ def test_a_table_by_blocks_of_rows_is_the_table_at_once(
   monkeypatch.setattr(jax.lax, "platform_dependent", default)
   by_blocks = jax.jit(add)(*arguments, **options)
   np.testing.assert_array_equal(at_once["table"], by_blocks["table"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Summed(directions.Rademacher):
+  """A user's kind with `sample` and `weighted_sum` alone."""
+
+  def weighted_sum(self, keys, weights, shape):
+    z = jax.vmap(lambda key: self.sample(key, shape))(keys)
+    return jnp.tensordot(weights, z, 1)
+
+
+def test_a_users_weighted_sum_serves_a_table_of_many_rows(monkeypatch):
+  tree, weights = jnp.ones((4101, 4)), jnp.array([0.5, -0.25])
+  assert len(tree) > perturbed.ROWS_PER_BLOCK
+
+  def default(*operands, default, **branches):  # as on an accelerator
+    del branches
+    return default(*operands)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", default)
+  moved = _add(sampler_lib.Sampler(Summed()), tree, _keys(2), weights)
+  expected = _add(sampler_lib.Sampler(RADEMACHER), tree, _keys(2), weights)
+  np.testing.assert_array_equal(moved, expected)

@@ -50,11 +50,6 @@ class Direction(Protocol):
     """Whether every float dtype represents z exactly. Default: False."""
     return False
 
-  @property
-  def has_weighted_sum(self) -> bool:
-    """Whether `weighted_sum` is implemented. Default: False."""
-    return False
-
   def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
@@ -183,8 +178,8 @@ class LowRank(Direction):
 
   U [in, rank] is drawn from the key of the direction, V [out, rank] from that
   of the subspace, so directions that share a subspace key share the column
-  space of V (LOZO, arXiv 2410.07698). Leaves that are no matrices (an axis of
-  layers not counted) get Gaussian directions.
+  space of V (LOZO, arXiv 2410.07698). Non-matrix leaves (an axis of layers not
+  counted) get Gaussian directions.
 
   Attributes:
     rank: number of columns of U and V.
@@ -196,11 +191,6 @@ class LowRank(Direction):
   def elementwise(self) -> bool:
     """True for a small rank: an element depends on 2 * rank numbers."""
     return self.rank <= 8
-
-  @property
-  def has_weighted_sum(self) -> bool:
-    """True: one matrix product."""
-    return True
 
   def _scale(self) -> np.float32:
     return np.float32(self.rank**-0.5)
@@ -279,11 +269,6 @@ class PerExample(Direction):
   def elementwise(self) -> bool:
     """As for the shared kind."""
     return self.shared.elementwise
-
-  @property
-  def has_weighted_sum(self) -> bool:
-    """True: one matrix product."""
-    return True
 
   def _shared(
     self, subspace_key: jax.Array, shape: Shape, rows: Rows | None = None

@@ -258,9 +258,10 @@ class Sampler:
       round_key: rounding key of the leaf, [2] or [layers, 2]; None for none.
     """
     if leaf_keys.direction.ndim == 2:  # no layers
-      at_once = leaf_keys.direction.shape[0] > 1
-      at_once &= self.direction.has_weighted_sum
-      at_once |= leaf.ndim != 2 or leaf.shape[0] <= perturbed.ROWS_PER_BLOCK
+      at_once = leaf.ndim != 2 or leaf.shape[0] <= perturbed.ROWS_PER_BLOCK
+      if leaf_keys.direction.shape[0] > 1:  # summed whole if the kind can
+        kind = type(self.direction)
+        at_once |= kind.weighted_sum is not directions.Direction.weighted_sum
       if at_once:
         return new(leaf, leaf_keys, round_key)
       return xla.by_platform(
@@ -340,7 +341,9 @@ class Sampler:
       key = jax.tree.map(lambda k: k[0], keys)
       z = self.direction.sample(key, whole, rows)
       return self.direction.mask(weights[0] * z, stored)
-    combined = self.direction.weighted_sum(keys, weights, whole)
+    combined = None
+    if part is None:
+      combined = self.direction.weighted_sum(keys, weights, whole)
     if combined is None:
 
       def add_one(q, total):
