@@ -331,14 +331,16 @@ def test_has_aux():
   for upper in (None, lambda *arguments: with_aux(*arguments)):
     algorithm = make(with_aux, upper, has_aux=True)
     state = algorithm.init(KEY, BASE, ADAPTER)
-    new, told = jax.jit(algorithm.step)(state, BATCH)
-    np.testing.assert_allclose(told.aux["double"], 2 * told.upper_loss, 1e-6)
-    assert int(told.aux["rows"]) == 4
-    info.append(told)
+    new, step_info = jax.jit(algorithm.step)(state, BATCH)
+    np.testing.assert_allclose(
+      step_info.aux["double"], 2 * step_info.upper_loss, 1e-6
+    )
+    assert int(step_info.aux["rows"]) == 4
+    info.append(step_info)
   plain = make()
-  same, told = jax.jit(plain.step)(plain.init(KEY, BASE, ADAPTER), BATCH)
-  assert told.aux is None
-  assert told.coefficients == info[0].coefficients
+  same, step_info = jax.jit(plain.step)(plain.init(KEY, BASE, ADAPTER), BATCH)
+  assert step_info.aux is None
+  assert step_info.coefficients == info[0].coefficients
   jax.tree.map(np.testing.assert_array_equal, same.upper, new.upper)
 
 
@@ -477,14 +479,16 @@ def test_mezo_is_the_baseline_s_step():
   )
   x = BATCH.upper
   state, info = jax.jit(alone.step)(alone.init(KEY, BASE), x)
-  other, told = jax.jit(baseline.step)(
+  other, other_info = jax.jit(baseline.step)(
     baseline.init(KEY, BASE, {}),
     zofo.BilevelBatch((), (), x),
     zofo.BilevelHParams(),
   )
   jax.tree.map(np.testing.assert_array_equal, state.params, other.base)
-  np.testing.assert_array_equal(info.coefficients, told.coefficients)
-  np.testing.assert_allclose(info.loss, jnp.mean(told.upper_loss), rtol=1e-6)
+  np.testing.assert_array_equal(info.coefficients, other_info.coefficients)
+  np.testing.assert_allclose(
+    info.loss, jnp.mean(other_info.upper_loss), rtol=1e-6
+  )
   assert int(state.step) == 1 and info.values.shape == (2, 2)
 
 

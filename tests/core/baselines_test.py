@@ -267,7 +267,7 @@ def test_mistakes(
 ):
   given = (command_line, tmp_path, tiny_model, tiny_rows, method)
   assert start(*given, f"--config.{change}") == 2
-  said = capsys.readouterr().err
-  assert said.count("\n") == 1
+  stderr = capsys.readouterr().err
+  assert stderr.count("\n") == 1
   for part in expected:
-    assert part in said
+    assert part in stderr

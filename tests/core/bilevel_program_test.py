@@ -12,110 +12,37 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import zofo_jax as zofo
+from tests.core import bilevel_problem as problem
+from tests.core.problems import SAMPLER, STACKED
 from zofo_jax.core import directions, outer, perturbed, sampler, zo
-from zofo_jax.core import keys as keys_lib
-
-STACKED = r"(^|/)layers/"
-
-D, ROWS, T = 8, 8, 3
-SAMPLER = sampler.Sampler(directions.Rademacher(), stacked=STACKED)
-
-
-@jax.custom_jvp
-def _guard(x):
-  return x
-
-
-@_guard.defjvp
-def _guard_jvp(primals, tangents):
-  raise AssertionError("theta was differentiated")
-
-
-def _loss(base, adapter, batch, key):
-  """Weighted squares of x (w_0 + w_1 a) + c b - y, coupling both levels."""
-  del key
-  x, y, weight = batch
-  w, c = _guard(base["layers"]["w"]), _guard(base["c"])
-  residual = x @ (w[0] + w[1] * adapter["a"]) + c * adapter["b"] - y
-  return jnp.sum(weight * residual**2) / jnp.sum(weight)
-
-
-def _draw(seed):
-  rng = np.random.default_rng(seed)
-  return lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def _start():
-  draw = _draw(0)
-  base = {"layers": {"w": draw(2, D)}, "c": draw()}
-  upper, lower = ({"a": draw(D), "b": draw()} for _ in range(2))
-  return jax.random.key(11), base, upper, lower
-
-
-def _batch(seed=0, rows=ROWS):
-  draw = _draw(100 + seed)
-  make = lambda *lead: (draw(*lead, D), draw(*lead), jnp.ones(lead))
-  return zofo.BilevelBatch(
-    lower=make(T, ROWS), penalty=make(ROWS), upper=make(rows)
-  )
-
-
-def _remember_keys(tx, num_directions):
-  """Keeps the keys of the last estimate in the state, for the slow path."""
-  tx = outer.to_outer_transform(tx)
-  blank = jax.random.key(0)
-  blank = keys_lib.DirectionKey(jax.random.split(blank, num_directions), blank)
-
-  def update(base, state, estimate, *args):
-    base, state = tx.update(base, state[0], estimate, *args)
-    return base, (state, estimate.keys)
-
-  return outer.OuterTransform(lambda base: (tx.init(base), blank), update)
-
-
-def _algorithm(loss=_loss, upper_loss=None, **options):
-  defaults = {
-    "lower_tx": optax.adam(3e-2),
-    "upper_tx": optax.adam(1e-2),
-    "base_tx": outer.sgd(1e-2),
-    "zo": zofo.ZerothOrder(SAMPLER),
-  }
-  return zofo.make_bilevel_step(loss, upper_loss, **(defaults | options))
 
 
 @functools.cache
 def _plain():
   """The algorithm most tests share, with one jitted step."""
-  algorithm = _algorithm()
+  algorithm = problem.make_algorithm()
   return algorithm, jax.jit(algorithm.step)
 
 
-def _close(left, right, rtol=1e-5, atol=1e-5):
-  assert jax.tree.structure(left) == jax.tree.structure(right)
-
-  def check(a, b):
-    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-      a, b = jax.random.key_data(a), jax.random.key_data(b)
-    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-  jax.tree.map(check, left, right)
-
-
 def test_theta_is_never_differentiated():
-  # The guard in _loss raises if it is; `exact` proves that it would.
+  # The loss raises if it is; `exact` proves that it would.
   algorithm, _ = _plain()
-  state = algorithm.init(*_start())
-  jax.eval_shape(algorithm.step, state, _batch(), zofo.BilevelHParams())
-  exact = _algorithm(zo=zofo.ZerothOrder(SAMPLER, zo.exact))
+  state = algorithm.init(*problem.start())
+  jax.eval_shape(
+    algorithm.step, state, problem.make_batch(), zofo.BilevelHParams()
+  )
+  exact = problem.make_algorithm(zo=zofo.ZerothOrder(SAMPLER, zo.exact))
   with pytest.raises(AssertionError, match="theta"):
-    jax.eval_shape(exact.step, state, _batch(), zofo.BilevelHParams())
+    jax.eval_shape(
+      exact.step, state, problem.make_batch(), zofo.BilevelHParams()
+    )
 
 
 def test_shapes_and_dtypes_are_stable():
   algorithm, _ = _plain()
-  state = algorithm.init(*_start())
+  state = algorithm.init(*problem.start())
   after, info = jax.eval_shape(
-    algorithm.step, state, _batch(), zofo.BilevelHParams()
+    algorithm.step, state, problem.make_batch(), zofo.BilevelHParams()
   )
   assert jax.tree.structure(after) == jax.tree.structure(state)
   jax.tree.map(
@@ -123,7 +50,7 @@ def test_shapes_and_dtypes_are_stable():
     after,
     state,
   )
-  assert info.lower_loss.shape == (T,)
+  assert info.lower_loss.shape == (problem.T,)
   assert info.coefficients.shape == (1,)
   for leaf in jax.tree.leaves(info):
     assert leaf.dtype in (jnp.float32, jnp.int32)
@@ -131,15 +58,15 @@ def test_shapes_and_dtypes_are_stable():
 
 def test_nothing_is_compiled_twice_and_the_state_is_donated():
   hyper = optax.inject_hyperparams(optax.adam)
-  algorithm = _algorithm(
+  algorithm = problem.make_algorithm(
     lower_tx=hyper(learning_rate=3e-2), upper_tx=hyper(learning_rate=1e-2)
   )
   step = jax.jit(algorithm.step, donate_argnums=0)
-  first = algorithm.init(*_start())
-  state, _ = step(first, _batch(), zofo.BilevelHParams(1e-2, 1.0))
+  first = algorithm.init(*problem.start())
+  state, _ = step(first, problem.make_batch(), zofo.BilevelHParams(1e-2, 1.0))
   assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first))
   assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(state))
-  state, _ = step(state, _batch(1), zofo.BilevelHParams(1e-3, 1e4))
+  state, _ = step(state, problem.make_batch(1), zofo.BilevelHParams(1e-3, 1e4))
 
   def with_rate(opt_state, rate):
     rate = {"learning_rate": jnp.float32(rate)}
@@ -151,7 +78,7 @@ def test_nothing_is_compiled_twice_and_the_state_is_donated():
     upper_opt=with_rate(state.upper_opt, 0.0),
     base_opt=state.base_opt._replace(learning_rate=jnp.float32(0.0)),
   )
-  state, _ = step(state, _batch(2), zofo.BilevelHParams(1e-1, 2.0))
+  state, _ = step(state, problem.make_batch(2), zofo.BilevelHParams(1e-1, 2.0))
   assert step._cache_size() == 1
   # The rates of zero were obeyed.
   jax.tree.map(
@@ -163,9 +90,9 @@ def test_nothing_is_compiled_twice_and_the_state_is_donated():
 
 def test_scan_equals_calls():
   algorithm, step = _plain()
-  batches = [_batch(seed) for seed in range(4)]
+  batches = [problem.make_batch(seed) for seed in range(4)]
   hparams = zofo.BilevelHParams(0.05, 2.0)
-  state = algorithm.init(*_start())
+  state = algorithm.init(*problem.start())
   infos = []
   for batch in batches:
     state, info = step(state, batch, hparams)
@@ -175,47 +102,57 @@ def test_scan_equals_calls():
     lambda state, batches: jax.lax.scan(
       lambda s, b: algorithm.step(s, b, hparams), state, batches
     )
-  )(algorithm.init(*_start()), stacked)
-  _close(scanned, state, rtol=1e-4, atol=1e-4)
+  )(algorithm.init(*problem.start()), stacked)
+  problem.assert_close(scanned, state, rtol=1e-4, atol=1e-4)
   infos = jax.tree.map(lambda *leaves: jnp.stack(leaves), *infos)
-  _close(scanned_infos, infos, rtol=1e-3, atol=1e-3)
+  problem.assert_close(scanned_infos, infos, rtol=1e-3, atol=1e-3)
 
 
 def test_vmap_over_penalties():
   algorithm, step = _plain()
-  state = algorithm.init(*_start())
+  state = algorithm.init(*problem.start())
   penalties = [0.0, 1.0, 10.0]
   states, _ = jax.jit(
     jax.vmap(algorithm.step, in_axes=(None, None, zofo.BilevelHParams(None, 0)))
-  )(state, _batch(), zofo.BilevelHParams(0.05, jnp.array(penalties)))
+  )(
+    state, problem.make_batch(), zofo.BilevelHParams(0.05, jnp.array(penalties))
+  )
   for i, penalty in enumerate(penalties):
-    alone, _ = step(state, _batch(), zofo.BilevelHParams(0.05, penalty))
+    alone, _ = step(
+      state, problem.make_batch(), zofo.BilevelHParams(0.05, penalty)
+    )
     got = jax.tree.map(lambda leaf, i=i: leaf[i], states)
-    _close(got, alone, rtol=1e-4, atol=1e-4)
+    problem.assert_close(got, alone, rtol=1e-4, atol=1e-4)
 
 
 def test_batches_of_unequal_shape():
   # The upper batch of 5 rows, and the same padded to 8 by rows of weight 0.
   algorithm, step = _plain()
-  short = _batch(rows=5)
+  short = problem.make_batch(rows=5)
   pad = lambda leaf: jnp.concatenate(
-    [leaf, jnp.zeros((ROWS - 5, *leaf.shape[1:]))]
+    [leaf, jnp.zeros((problem.ROWS - 5, *leaf.shape[1:]))]
   )
   padded = short._replace(upper=jax.tree.map(pad, short.upper))
   hparams = zofo.BilevelHParams(0.05, 2.0)
-  expected = step(algorithm.init(*_start()), short, hparams)
-  other = step(algorithm.init(*_start()), padded, hparams)
-  _close(expected, other, rtol=1e-4, atol=1e-4)
+  expected = step(algorithm.init(*problem.start()), short, hparams)
+  other = step(algorithm.init(*problem.start()), padded, hparams)
+  problem.assert_close(expected, other, rtol=1e-4, atol=1e-4)
 
 
 def test_two_functions_of_one_loss():
   # A second function of the same values: separate calls, the same step.
   algorithm, step = _plain()
-  twin = _algorithm(_loss, lambda *arguments: _loss(*arguments))
+  twin = problem.make_algorithm(
+    problem.loss, lambda *arguments: problem.loss(*arguments)
+  )
   hparams = zofo.BilevelHParams(0.05, 2.0)
-  expected = step(algorithm.init(*_start()), _batch(), hparams)
-  other = jax.jit(twin.step)(twin.init(*_start()), _batch(), hparams)
-  _close(expected, other, rtol=1e-4, atol=1e-4)
+  expected = step(
+    algorithm.init(*problem.start()), problem.make_batch(), hparams
+  )
+  other = jax.jit(twin.step)(
+    twin.init(*problem.start()), problem.make_batch(), hparams
+  )
+  problem.assert_close(expected, other, rtol=1e-4, atol=1e-4)
 
 
 def test_keys_reach_first_order_losses_only():
@@ -223,11 +160,13 @@ def test_keys_reach_first_order_losses_only():
 
   def loss(base, adapter, batch, key):
     seen.append(key is None)
-    return _loss(base, adapter, batch, key)
+    return problem.loss(base, adapter, batch, key)
 
-  algorithm = _algorithm(loss)
-  state = algorithm.init(*_start())
-  jax.eval_shape(algorithm.step, state, _batch(), zofo.BilevelHParams())
+  algorithm = problem.make_algorithm(loss)
+  state = algorithm.init(*problem.start())
+  jax.eval_shape(
+    algorithm.step, state, problem.make_batch(), zofo.BilevelHParams()
+  )
   # Traced in order: with keys for s and p, then without for theta.
   assert True in seen and False in seen
   assert seen == sorted(seen)
@@ -235,31 +174,35 @@ def test_keys_reach_first_order_losses_only():
 
 def test_a_broken_objective_moves_no_weight():
   algorithm, step = _plain()
-  state = algorithm.init(*_start())
-  x, y, weight = _batch().upper
-  batch = _batch()._replace(upper=(x, y.at[0].set(jnp.nan), weight))
+  state = algorithm.init(*problem.start())
+  x, y, weight = problem.make_batch().upper
+  batch = problem.make_batch()._replace(upper=(x, y.at[0].set(jnp.nan), weight))
   after, info = step(state, batch, zofo.BilevelHParams())
   assert int(info.num_nonfinite) == 1
-  _close(after.base, state.base, rtol=0, atol=0)
+  problem.assert_close(after.base, state.base, rtol=0, atol=0)
 
 
 def test_a_broken_gradient_of_p_moves_no_weight():
   def loss(base, adapter, batch, key):
     # At p alone: sqrt has no slope at zero, and p starts there.
-    return _loss(base, adapter, batch, key) + jnp.sqrt(adapter["b"] * 0.0)
+    return problem.loss(base, adapter, batch, key) + jnp.sqrt(
+      adapter["b"] * 0.0
+    )
 
-  algorithm = _algorithm(_loss, loss)
-  state = algorithm.init(*_start())
-  after, info = algorithm.step(state, _batch(), zofo.BilevelHParams())
+  algorithm = problem.make_algorithm(problem.loss, loss)
+  state = algorithm.init(*problem.start())
+  after, info = algorithm.step(
+    state, problem.make_batch(), zofo.BilevelHParams()
+  )
   assert np.isfinite(info.objective) and not np.isfinite(info.upper_grad_norm)
   assert int(info.num_nonfinite) == 1
-  _close(after.base, state.base, rtol=0, atol=0)
+  problem.assert_close(after.base, state.base, rtol=0, atol=0)
 
 
 def test_no_stacked_weight_is_copied():
-  key, base, upper, lower = _start()
+  key, base, upper, lower = problem.start()
   # Deep enough that a copy of all layers stands out.
-  base["layers"]["w"] = jnp.ones((300, D))
+  base["layers"]["w"] = jnp.ones((300, problem.D))
 
   def loss(base, adapter, batch, key):
     del key
@@ -270,13 +213,13 @@ def test_no_stacked_weight_is_copied():
     return jnp.sum(weight * residual**2) / jnp.sum(weight)
 
   lazy = sampler.Sampler(directions.Rademacher(), lazy=True, stacked=STACKED)
-  algorithm = _algorithm(loss, zo=zofo.ZerothOrder(lazy))
+  algorithm = problem.make_algorithm(loss, zo=zofo.ZerothOrder(lazy))
   state = algorithm.init(key, base, upper, lower)
   step = jax.jit(algorithm.step, donate_argnums=0)
-  compiled = step.lower(state, _batch(), zofo.BilevelHParams()).compile()
-  assert f"f32[300,{D}]" in compiled.as_text()
-  copies = re.findall(rf"= f32\[300,{D}\]\S* copy\(", compiled.as_text())
-  assert not copies
+  lowered = step.lower(state, problem.make_batch(), zofo.BilevelHParams())
+  text, shape = lowered.compile().as_text(), f"f32[300,{problem.D}]"
+  assert shape in text
+  assert not re.findall(rf"= {re.escape(shape)}\S* copy\(", text)
 
 
 @pytest.mark.many_devices
@@ -288,21 +231,23 @@ def test_mesh_equals_one_device():
     tree, NamedSharding(mesh, P(*axes))
   )
   eps, penalty = 0.05, 2.0
-  tx = _remember_keys(outer.sgd(1e-2), 2)
-  algorithm = _algorithm(
+  tx = problem.remember_keys(outer.sgd(1e-2), 2)
+  algorithm = problem.make_algorithm(
     base_tx=tx, zo=zofo.ZerothOrder(SAMPLER, num_directions=2)
   )
   step = jax.jit(algorithm.step)
   hparams = zofo.BilevelHParams(eps, penalty)
-  expected, expected_info = step(algorithm.init(*_start()), _batch(), hparams)
+  expected, expected_info = step(
+    algorithm.init(*problem.start()), problem.make_batch(), hparams
+  )
 
-  key, base, upper, lower = _start()
+  key, base, upper, lower = problem.start()
   base = {
     "layers": {"w": place(base["layers"]["w"], None, "model")},
     "c": place(base["c"]),
   }
   state = algorithm.init(place(key), base, place(upper), place(lower))
-  batch = _batch()
+  batch = problem.make_batch()
   batch = zofo.BilevelBatch(
     lower=place(batch.lower, None, "data"),
     penalty=place(batch.penalty, "data"),
@@ -318,6 +263,10 @@ def test_mesh_equals_one_device():
     expected_info.upper_loss + 2 * penalty * expected_info.penalty_loss
   )
   atol = 8 * 2.0**-23 * scale / eps
-  _close(many_info.coefficients, expected_info.coefficients, rtol=0, atol=atol)
-  _close(many.base, expected.base, rtol=1e-6, atol=1e-2 * atol)
-  _close((many.upper, many.lower), (expected.upper, expected.lower))
+  problem.assert_close(
+    many_info.coefficients, expected_info.coefficients, rtol=0, atol=atol
+  )
+  problem.assert_close(many.base, expected.base, rtol=1e-6, atol=1e-2 * atol)
+  problem.assert_close(
+    (many.upper, many.lower), (expected.upper, expected.lower)
+  )

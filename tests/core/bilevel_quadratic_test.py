@@ -1,47 +1,16 @@
 """The bilevel step on a quadratic whose solution is known."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import zofo_jax as zofo
+from tests.core.bilevel_problem import make_algorithm, remember_keys
+from tests.core.problems import unit_direction
 from zofo_jax.core import directions, outer, sampler
-from zofo_jax.core import keys as keys_lib
 
 SAMPLER = sampler.Sampler(directions.Rademacher())
-
-
-def _remember_keys(tx, num_directions):
-  """Keeps the keys of the last estimate in the state, for the slow path."""
-  tx = outer.to_outer_transform(tx)
-  blank = jax.random.key(0)
-  blank = keys_lib.DirectionKey(jax.random.split(blank, num_directions), blank)
-
-  def update(base, state, estimate, *args):
-    base, state = tx.update(base, state[0], estimate, *args)
-    return base, (state, estimate.keys)
-
-  return outer.OuterTransform(lambda base: (tx.init(base), blank), update)
-
-
-def _algorithm(loss, upper_loss, **options):
-  defaults = {
-    "lower_tx": optax.adam(3e-2),
-    "upper_tx": optax.adam(1e-2),
-    "base_tx": outer.sgd(1e-2),
-    "zo": zofo.ZerothOrder(SAMPLER),
-  }
-  return zofo.make_bilevel_step(loss, upper_loss, **(defaults | options))
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _unit(direction_key, subspace_key, tree, sampler):
-  return sampler.weighted_sum(
-    tree, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
-  )
 
 
 # Lower: min_s |s - A theta|^2 / 2.
@@ -74,11 +43,11 @@ _NO_ROWS = zofo.BilevelBatch(
 
 def test_hyper_gradient_at_rate_one_over_penalty():
   num_directions = 6
-  algorithm = _algorithm(
+  algorithm = make_algorithm(
     _quadratic_lower,
     _quadratic_upper,
     lower_tx=optax.sgd(1.0),  # one step to s = A theta
-    base_tx=_remember_keys(outer.sgd(0.0), num_directions),
+    base_tx=remember_keys(outer.sgd(0.0), num_directions),
     zo=zofo.ZerothOrder(directions.Gaussian(), num_directions=num_directions),
   )
   step = jax.jit(algorithm.step)
@@ -93,7 +62,9 @@ def test_hyper_gradient_at_rate_one_over_penalty():
     # <g, z_q> along more directions than dimensions determines g.
     direction_key, subspace_key = state.base_opt[1]
     z = [
-      _unit(key, subspace_key, theta, sampler.Sampler(directions.Gaussian()))
+      unit_direction(
+        key, subspace_key, theta, sampler.Sampler(directions.Gaussian())
+      )
       for key in direction_key
     ]
     gradient, *_ = np.linalg.lstsq(np.array(z), np.array(info.coefficients))
@@ -103,7 +74,7 @@ def test_hyper_gradient_at_rate_one_over_penalty():
 
 def test_converges_to_the_bilevel_solution():
   def run(penalty):
-    algorithm = _algorithm(
+    algorithm = make_algorithm(
       _quadratic_lower,
       _quadratic_upper,
       lower_tx=optax.sgd(1.0),

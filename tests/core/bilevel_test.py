@@ -1,7 +1,5 @@
 """The bilevel step against a float64 transcription of Algorithm 2."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,21 +7,17 @@ import optax
 import pytest
 
 import zofo_jax as zofo
+from tests.core.bilevel_problem import (
+  ROWS,
+  T,
+  assert_close,
+  make_algorithm,
+  make_batch,
+  remember_keys,
+  start,
+)
+from tests.core.problems import STACKED, normal, unit_direction
 from zofo_jax.core import directions, outer, sampler, zo
-from zofo_jax.core import keys as keys_lib
-
-STACKED = r"(^|/)layers/"
-D, ROWS, T = 8, 8, 3
-SAMPLER = sampler.Sampler(directions.Rademacher(), stacked=STACKED)
-
-
-def _loss(base, adapter, batch, key):
-  """Weighted squares of x (w_0 + w_1 a) + c b - y, coupling both levels."""
-  del key
-  x, y, weight = batch
-  w, c = base["layers"]["w"], base["c"]
-  residual = x @ (w[0] + w[1] * adapter["a"]) + c * adapter["b"] - y
-  return jnp.sum(weight * residual**2) / jnp.sum(weight)
 
 
 def _numpy_loss(base, adapter, batch):
@@ -35,60 +29,6 @@ def _numpy_loss(base, adapter, batch):
   slope = 2 * weight * residual
   gradient = {"a": w[1] * (x.T @ slope), "b": c * slope.sum()}
   return np.sum(weight * residual**2), gradient
-
-
-def _draw(seed):
-  rng = np.random.default_rng(seed)
-  return lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
-def _start():
-  draw = _draw(0)
-  base = {"layers": {"w": draw(2, D)}, "c": draw()}
-  upper, lower = ({"a": draw(D), "b": draw()} for _ in range(2))
-  return jax.random.key(11), base, upper, lower
-
-
-def _batch(seed=0, rows=ROWS):
-  draw = _draw(100 + seed)
-  make = lambda *lead: (draw(*lead, D), draw(*lead), jnp.ones(lead))
-  return zofo.BilevelBatch(
-    lower=make(T, ROWS), penalty=make(ROWS), upper=make(rows)
-  )
-
-
-def _remember_keys(tx, num_directions):
-  """Keeps the keys of the last estimate in the state, for the slow path."""
-  tx = outer.to_outer_transform(tx)
-  blank = jax.random.key(0)
-  blank = keys_lib.DirectionKey(jax.random.split(blank, num_directions), blank)
-
-  def update(base, state, estimate, *args):
-    base, state = tx.update(base, state[0], estimate, *args)
-    return base, (state, estimate.keys)
-
-  return outer.OuterTransform(lambda base: (tx.init(base), blank), update)
-
-
-def _algorithm(loss=_loss, upper_loss=None, **options):
-  defaults = {
-    "lower_tx": optax.adam(3e-2),
-    "upper_tx": optax.adam(1e-2),
-    "base_tx": outer.sgd(1e-2),
-    "zo": zofo.ZerothOrder(SAMPLER),
-  }
-  return zofo.make_bilevel_step(loss, upper_loss, **(defaults | options))
-
-
-def _close(left, right, rtol=1e-5, atol=1e-5):
-  assert jax.tree.structure(left) == jax.tree.structure(right)
-
-  def check(a, b):
-    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-      a, b = jax.random.key_data(a), jax.random.key_data(b)
-    np.testing.assert_allclose(a, b, rtol=rtol, atol=atol)
-
-  jax.tree.map(check, left, right)
 
 
 # --- Algorithm 2, slowly -----------------------------------------------------
@@ -129,13 +69,6 @@ def _slow_sgd(rate):
   return lambda x: None, update
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _unit(direction_key, subspace_key, tree, sampler):
-  return sampler.weighted_sum(
-    tree, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
-  )
-
-
 @pytest.mark.parametrize(
   "estimator, num_directions, theta, direction, per_example",
   [
@@ -157,8 +90,8 @@ def test_iteration_equals_the_transcription(
     "sgd": (outer.sgd(1e-2), _slow_sgd(1e-2)),
     "adam": (optax.adam(1e-2), _slow_adam(1e-2)),
   }[theta]
-  algorithm = _algorithm(
-    base_tx=_remember_keys(fast, num_directions),
+  algorithm = make_algorithm(
+    base_tx=remember_keys(fast, num_directions),
     zo=zofo.ZerothOrder(
       probed,
       estimator,
@@ -167,17 +100,17 @@ def test_iteration_equals_the_transcription(
     ),
     upper_tx=optax.sgd(2e-2),
   )
-  state = algorithm.init(*_start())
+  state = algorithm.init(*start())
   step = jax.jit(algorithm.step)
 
-  base, p, s = _float64(_start()[1:])
+  base, p, s = _float64(start()[1:])
   s_init, s_update = _slow_adam(3e-2)
   p_init, p_update = _slow_sgd(2e-2)
   base_init, base_update = slow
   s_state, p_state, base_state = s_init(s), p_init(p), base_init(base)
 
   for iteration in range(3):
-    batch = _batch(iteration)
+    batch = make_batch(iteration)
     state, info = step(state, batch, zofo.BilevelHParams(eps, penalty))
     rows = _float64(batch)
 
@@ -205,7 +138,9 @@ def test_iteration_equals_the_transcription(
     coefficients, values = [], []
     estimate = jax.tree.map(np.zeros_like, base)
     for q in range(num_directions):
-      z = _float64(_unit(keys.direction[q], keys.subspace, _start()[1], probed))
+      z = _float64(
+        unit_direction(keys.direction[q], keys.subspace, start()[1], probed)
+      )
       at = lambda t, z=z, base=base, q=q: objective(
         jax.tree.map(lambda x, z: x + t * z, base, z), q
       )
@@ -239,8 +174,8 @@ def test_iteration_equals_the_transcription(
     norm = np.sqrt(np.sum(gradient["a"] ** 2) + gradient["b"] ** 2)
     np.testing.assert_allclose(info.upper_grad_norm, norm, rtol=1e-4)
     for got, expected in ((state.upper, p), (state.lower, s)):
-      _close(got, expected, rtol=1e-4, atol=1e-4)
-    _close(state.base, base, rtol=1e-4, atol=1e-4)
+      assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert_close(state.base, base, rtol=1e-4, atol=1e-4)
   assert int(state.step) == 3
 
 
@@ -248,12 +183,12 @@ def test_directions_share_their_frame_for_some_steps():
   def loss(base, adapter, batch, key):
     return jnp.sum((base["w"] * adapter - batch) ** 2)
 
-  algorithm = _algorithm(
+  algorithm = make_algorithm(
     loss,
-    base_tx=_remember_keys(outer.sgd(1e-3), 1),
+    base_tx=remember_keys(outer.sgd(1e-3), 1),
     zo=zofo.ZerothOrder(directions.LowRank(2), subspace_steps=3),
   )
-  base = {"w": _draw(0)(6, 7)}
+  base = {"w": normal(0)(6, 7)}
   scale = jnp.float32(1.0)
   state = algorithm.init(jax.random.key(0), base, scale, scale)
   batch = zofo.BilevelBatch(jnp.ones(1), jnp.float32(1.0), jnp.float32(2.0))
@@ -262,7 +197,7 @@ def test_directions_share_their_frame_for_some_steps():
   for _ in range(6):
     state, _ = step(state, batch)
     direction_key, subspace_key = state.base_opt[1]
-    z = _unit(
+    z = unit_direction(
       direction_key[0],
       subspace_key,
       base,

@@ -8,33 +8,23 @@ import numpy as np
 import optax
 import pytest
 
+from tests.core.problems import normal, not_differentiated
 from zofo_jax.core import inner
 
 NUM_STEPS = 5
-
-
-@jax.custom_jvp
-def _guard(x):
-  return x
-
-
-@_guard.defjvp
-def _guard_jvp(primals, tangents):
-  raise AssertionError("theta was differentiated")
 
 
 def _loss(base, adapter, batch, key):
   """A nonlinear regression with dropout on the adapter's input."""
   x, y = batch
   mask = jax.random.bernoulli(key, 0.8, x.shape)
-  weight = _guard(base["w"])
+  weight = not_differentiated(base["w"])
   prediction = jnp.tanh(x @ weight) + (x * mask) @ adapter["a"]
   return jnp.mean((prediction + adapter["b"] - y) ** 2)
 
 
 def _problem():
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  draw = normal(0)
   base = {"w": draw(6)}
   adapter = {"a": draw(6), "b": draw()}
   batches = (draw(NUM_STEPS, 8, 6), draw(NUM_STEPS, 8))

@@ -10,6 +10,7 @@ import pytest
 from jax.extend import core
 
 import zofo_jax as zofo
+from tests.core.problems import normal
 from zofo_jax.core import baselines, directions, multitask, outer, zo
 
 D, ROWS, T, M = 6, 4, 3, 3
@@ -25,22 +26,17 @@ def _loss(base, adapter, batch, key):
   return jnp.mean(((x @ (base["w"] + adapter["a"])) @ base["v"] - y) ** 2)
 
 
-def _draw(seed):
-  rng = np.random.default_rng(seed)
-  return lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
-
-
 def _base():
-  draw = _draw(0)
+  draw = normal(0)
   return {"w": draw(D, 5), "v": draw(5)}
 
 
 def _adapters(seed, *lead):
-  return {"a": _draw(seed)(*lead, D, 5)}
+  return {"a": normal(seed)(*lead, D, 5)}
 
 
 def _batch(*lead, seed=0, weights=None):
-  draw = _draw(100 + seed)
+  draw = normal(100 + seed)
   make = lambda *axes: (draw(*lead, *axes, D), draw(*lead, *axes))
   return zofo.BilevelBatch(make(T, ROWS), make(ROWS), make(ROWS), weights)
 
@@ -165,7 +161,7 @@ def test_a_perturbed_weight_is_formed_once_for_all_tasks():
     base_part = x @ base["w"] @ base["v"]
     return jnp.mean((base_part + x @ adapter["a"] - y) ** 2)
 
-  args = (args[0], args[1], *({"a": _draw(i)(count, D)} for i in (1, 2)))
+  args = (args[0], args[1], *({"a": normal(i)(count, D)} for i in (1, 2)))
   over_tasks = _algorithm(loss)
   state = over_tasks.init(*args)
   assert not tasks_of_weights(over_tasks.step, state)
@@ -183,7 +179,7 @@ RHO, FAMILY = 0.5, 5
 
 
 def _family():
-  draw = _draw(9)
+  draw = normal(9)
   return draw(FAMILY, 4, 3) / 2, draw(FAMILY, 4), draw(3)
 
 

@@ -1,4 +1,4 @@
-"""A small backbone and made-up estimates, for tests of updates of theta."""
+"""A small backbone, made-up estimates, and what tests of steps measure by."""
 
 import functools
 
@@ -44,14 +44,39 @@ def make_estimate(step, num_directions, broken=()):
   )
 
 
-@jax.jit
-def unit_direction(direction_key, subspace_key, tree):
-  return SAMPLER.weighted_sum(
+@functools.partial(jax.jit, static_argnames="sampler")
+def unit_direction(direction_key, subspace_key, tree, sampler=SAMPLER):
+  """Writes the z of one direction key out, as a tree."""
+  return sampler.weighted_sum(
     tree, keys_lib.DirectionKey(direction_key[None], subspace_key), jnp.ones(1)
   )
 
 
+@jax.custom_jvp
+def not_differentiated(x):
+  return x
+
+
+@not_differentiated.defjvp
+def _fail(primals, tangents):
+  raise AssertionError("theta was differentiated")
+
+
+def normal(seed):
+  """Returns a function of a shape that draws from the normal distribution."""
+  rng = np.random.default_rng(seed)
+  return lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def ravel(tree):
+  leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
+  # The barrier keeps XLA from writing z out again wherever x is used, which
+  # makes these programs slow to compile.
+  return jax.lax.optimization_barrier(jnp.concatenate(leaves))
+
+
 def flatten(tree):
+  """Writes a tree as one float64 vector."""
   leaves = [np.array(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
   return np.concatenate([leaf.reshape(-1) for leaf in leaves])
 

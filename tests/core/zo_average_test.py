@@ -8,6 +8,7 @@ import pytest
 from hypothesis import strategies
 
 import zofo_jax as zofo
+from tests.core.problems import flatten, normal, ravel
 from zofo_jax.core import directions, zo
 from zofo_jax.core import sampler as sampler_lib
 
@@ -23,22 +24,8 @@ KINDS = [
 
 
 def _tree():
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  draw = normal(0)
   return {"plain": draw(5, 3), "layers": {"stacked": draw(2, 6)}}
-
-
-def _flat(tree):
-  """Writes a tree as one float64 vector."""
-  leaves = [np.array(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
-  return np.concatenate([leaf.reshape(-1) for leaf in leaves])
-
-
-def _ravel(tree):
-  leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
-  # The barrier keeps XLA from writing z out again wherever x is used, which
-  # makes these programs slow to compile.
-  return jax.lax.optimization_barrier(jnp.concatenate(leaves))
 
 
 def _smooth(tree):
@@ -68,7 +55,7 @@ def test_mean_over_directions_is_the_gradient(direction):
   # span V.
   estimate = _estimate_in_frames(_smooth, direction, num_directions, tree)
   z = np.array(estimate.aux, np.float64)
-  _assert_mean_is(_flat(gradient), estimate, z)
+  _assert_mean_is(flatten(gradient), estimate, z)
 
 
 def _estimate_in_frames(fn, direction, num_directions, tree, eps=1e-2):
@@ -77,7 +64,7 @@ def _estimate_in_frames(fn, direction, num_directions, tree, eps=1e-2):
 
   def estimate_along(key):
     estimate = zo.estimate(fn, tree, key, eps, zofo.ZerothOrder(sampler))
-    z = _ravel(sampler.weighted_sum(tree, estimate.keys, jnp.ones(1)))
+    z = ravel(sampler.weighted_sum(tree, estimate.keys, jnp.ones(1)))
     return estimate.coefficients[0], z
 
   keys = jax.random.split(jax.random.key(2), num_directions)
@@ -103,11 +90,11 @@ def test_mean_over_directions_of_any_tree(direction, shapes, stacked, dtype):
   shapes = [(2, *shape) if stacked else shape for shape in shapes]
   leaves = [jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes]
   tree = {"layers" if stacked else "plain": leaves}
-  fn = lambda tree: jnp.sum(jnp.sin(_ravel(tree).astype(jnp.float32)))
+  fn = lambda tree: jnp.sum(jnp.sin(ravel(tree).astype(jnp.float32)))
   # Steps of 1/8 are many spacings of bfloat16; sin(h)/h = 1 - h^2 / 6 ...
   estimate = _estimate_in_frames(fn, direction, 3000, tree, 0.125)
   z = np.array(estimate.aux, np.float64)
-  gradient = np.cos(_flat(tree))
+  gradient = np.cos(flatten(tree))
   if isinstance(direction, directions.Sparse):
     gradient = np.where(np.any(z != 0, axis=0), gradient, 0)
   # ... and the spacing itself is a share of the step.

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import zofo_jax as zofo
+from tests.core.problems import flatten, normal, ravel
 from zofo_jax.core import directions, zo
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
@@ -26,22 +27,8 @@ estimators = pytest.mark.parametrize(
 
 
 def _tree():
-  rng = np.random.default_rng(0)
-  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  draw = normal(0)
   return {"plain": draw(5, 3), "layers": {"stacked": draw(2, 6)}}
-
-
-def _flat(tree):
-  """Writes a tree as one float64 vector."""
-  leaves = [np.array(leaf, np.float64) for leaf in jax.tree.leaves(tree)]
-  return np.concatenate([leaf.reshape(-1) for leaf in leaves])
-
-
-def _ravel(tree):
-  leaves = [leaf.reshape(-1) for leaf in jax.tree.leaves(tree)]
-  # The barrier keeps XLA from writing z out again wherever x is used, which
-  # makes these programs slow to compile.
-  return jax.lax.optimization_barrier(jnp.concatenate(leaves))
 
 
 @functools.partial(jax.jit, static_argnames="direction")
@@ -51,7 +38,7 @@ def _rows(keys, tree, direction):
 
   def row(direction_key):
     keys_of_one = keys_lib.DirectionKey(direction_key[None], keys.subspace)
-    return _ravel(write(tree, keys_of_one, jnp.ones(1)))
+    return ravel(write(tree, keys_of_one, jnp.ones(1)))
 
   return jax.lax.map(row, keys.direction)
 
@@ -79,12 +66,12 @@ def _estimator(fn, direction, estimator, num_directions, **options):
 
 
 def _linear(tree):
-  weights = _ravel(_tree())
-  return jnp.dot(weights, _ravel(tree)) + 1.0
+  weights = ravel(_tree())
+  return jnp.dot(weights, ravel(tree)) + 1.0
 
 
 def _quadratic(tree):
-  x = _ravel(tree)
+  x = ravel(tree)
   return 0.5 * x @ jnp.asarray(_hessian(x.size)) @ x + x.sum()
 
 
@@ -100,10 +87,10 @@ def test_linear_function_is_exact_for_every_eps(direction, estimator):
   fn = _estimator(_linear, direction, estimator, 3)
   for eps in (1e-3, 1e-1, 1.0, 100.0):
     estimate = fn(tree, jax.random.key(0), eps)
-    slope = _directions(estimate, tree, direction) @ _flat(_tree())
+    slope = _directions(estimate, tree, direction) @ flatten(_tree())
     # Sums of 27 float32 products of this size, their rounding over eps.
-    size = np.abs(_flat(_tree())) @ np.abs(_flat(tree)) + 1.0
-    tolerance = 2.0**-21 * (size / eps + np.abs(_flat(_tree())).sum())
+    size = np.abs(flatten(_tree())) @ np.abs(flatten(tree)) + 1.0
+    tolerance = 2.0**-21 * (size / eps + np.abs(flatten(_tree())).sum())
     np.testing.assert_allclose(estimate.coefficients, slope, atol=tolerance)
     assert int(estimate.num_nonfinite) == 0
   # A traced eps: four values, one program.
@@ -112,7 +99,7 @@ def test_linear_function_is_exact_for_every_eps(direction, estimator):
 
 def test_quadratic_function():
   tree = _tree()
-  x = _flat(tree)
+  x = flatten(tree)
   hessian = _hessian(x.size).astype(np.float64)
   eps = 0.25
   got, z = {}, None
@@ -140,7 +127,7 @@ def test_written_gradient_is_the_mean():
       tree, estimate, sampler_lib.Sampler(direction)
     )
     mean = np.mean(np.array(estimate.coefficients)[:, None] * z, axis=0)
-    np.testing.assert_allclose(_flat(written), mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(flatten(written), mean, rtol=1e-5, atol=1e-5)
 
 
 def test_directions_differ_and_follow_the_keys():
@@ -191,7 +178,7 @@ def test_non_finite_evaluations_are_dropped_and_counted(estimator, bad):
 @estimators
 def test_values_and_aux_are_those_of_the_points(estimator):
   def fn(tree):
-    x = _ravel(tree)
+    x = ravel(tree)
     return jnp.sum(x**2), {"x": x}
 
   tree = _tree()
@@ -204,7 +191,7 @@ def test_values_and_aux_are_those_of_the_points(estimator):
     zo.forward: 0.5 * z[:, None],
     zo.exact: 0 * z[:, None],
   }[estimator]
-  points = _flat(tree) + shift
+  points = flatten(tree) + shift
   np.testing.assert_allclose(estimate.aux["x"], points, rtol=1e-5, atol=1e-6)
   np.testing.assert_allclose(
     estimate.values, (points**2).sum(axis=-1), rtol=1e-5
