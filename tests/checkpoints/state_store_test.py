@@ -65,15 +65,15 @@ def done(config, tmp_path_factory):
 def states(folder):
   """Reads every state of a run as {(step, name): bytes}."""
   run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
-  found = {}
+  contents = {}
   with state_store.open_store(run, epath.Path(folder)) as opened:
     for step in opened.checkpoints.steps():
       state, _ = opened.restore(step)
       state = state._replace(key=jax.random.key_data(state.key))
       for path, leaf in jax.tree.leaves_with_path(state):
         name = jax.tree_util.keystr(path)
-        found[step, name] = np.asarray(leaf).tobytes()
-  return found
+        contents[step, name] = np.asarray(leaf).tobytes()
+  return contents
 
 
 def steady(folder):
@@ -106,8 +106,8 @@ def flip(path):
 
 def arrays_of(folder):
   """Returns the first parts of the names of a checkpoint's arrays."""
-  found = json.loads((folder / "state" / "_METADATA").read_text())
-  paths = (ast.literal_eval(name) for name in found["tree_metadata"])
+  metadata = json.loads((folder / "state" / "_METADATA").read_text())
+  paths = (ast.literal_eval(name) for name in metadata["tree_metadata"])
   return {path[0] for path in paths if len(path) > 1}
 
 
@@ -116,8 +116,8 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
   assert {"upper", "lower"} <= arrays_of(done / "checkpoints" / "4")
   assert "base" not in arrays_of(done / "checkpoints" / "4")
   assert arrays_of(done / "bases" / "4") == {"base"}
-  with manager.Checkpoints(done / "checkpoints") as checkpoints:
-    extra = checkpoints.restore_extra()
+  path = done / "checkpoints" / "8" / "extra" / "metadata"
+  extra = json.loads(path.read_text())
   written = json.loads((done / "config.json").read_text())
   assert extra["config"] == written and written["train"]["num_steps"] == STEPS
   assert f'"jax": "{jax.__version__}"' in extra["ledger"].replace('":"', '": "')
@@ -125,16 +125,16 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
   arguments = [f"--ledger={done / 'ledger.txt'}", f"--run={done}"]
   assert main.main(["ledger", "verify", *arguments]) == 0
   assert main.main(["ledger", "verify", *arguments, "--to=4"]) == 0
-  said = capsys.readouterr().out
-  assert said.count("bit for bit") == 2
+  output = capsys.readouterr().out
+  assert output.count("bit for bit") == 2
   # A ledger of which one number is another's: the checksum is right.
-  found = ledger.read(done / "ledger.txt")
-  move = found.lines[1].move
-  found.lines[1] = found.lines[1]._replace(
+  parsed = ledger.read(done / "ledger.txt")
+  move = parsed.lines[1].move
+  parsed.lines[1] = parsed.lines[1]._replace(
     move=move._replace(weights=-move.weights)
   )
   other = done.parent / "other.txt"
-  other.write_text(found.serialize())
+  other.write_text(parsed.serialize())
   assert main.main(["ledger", "verify", f"--ledger={other}", arguments[1]]) == 2
   assert "differ in ['" in capsys.readouterr().err
 
@@ -159,11 +159,11 @@ def test_a_signal_and_damage_lose_nothing(
   with pytest.raises(errors.UserError, match=r"line \d is corrupt"):
     ledger.read(folder / "ledger.txt")
   train.train(config, str(folder))
-  said = caplog.text
-  assert "checkpoints/7' is corrupt: 'state/" in said
-  assert "checkpoints/6' lacks 'state/" in said
-  assert "bases/4' is corrupt: 'state/" in said
-  assert "ledger.txt' is corrupt; it is written anew" in said
+  output = caplog.text
+  assert "checkpoints/7' is corrupt: 'state/" in output
+  assert "checkpoints/6' lacks 'state/" in output
+  assert "bases/4' is corrupt: 'state/" in output
+  assert "ledger.txt' is corrupt; it is written anew" in output
   assert sorted(p.name for p in (folder / "damaged/checkpoints").iterdir()) == [
     "6",
     "7",
@@ -192,12 +192,12 @@ def test_broken_steps_are_skipped_and_end_a_run(
   folder = tmp_path / "run"
   with pytest.raises(errors.UserError, match="2 steps in a row were not fin"):
     train.train(config, str(folder))
-  ours, theirs = states(folder), states(done)
-  last = max(step for step, _ in ours)
+  actual, expected = states(folder), states(done)
+  last = max(step for step, _ in actual)
   assert last in (6, 7)  # noticed one step late
-  for (step, name), value in theirs.items():
+  for (step, name), value in expected.items():
     if step == 4 and name != ".step":
-      assert ours[last, name] == value, name
+      assert actual[last, name] == value, name
 
 
 def test_a_full_disk_is_one_sentence(done, config, tmp_path, monkeypatch):
@@ -269,11 +269,11 @@ def test_what_is_handed_over_gives_the_same_logits(
   tokens = np.arange(20, 32, dtype=np.int32).reshape(2, 6)
   mask = np.ones_like(tokens, bool)
 
-  def ours(base, adapter):
+  def our_logits(base, adapter):
     variables = {"params": base, "adapter": adapter}
     return run.model.module.apply(variables, tokens, mask, method="logits")
 
-  def theirs(model):
+  def hf_logits(model):
     with torch.no_grad():
       return model(torch.tensor(tokens.astype(np.int64))).logits.numpy()
 
@@ -283,13 +283,13 @@ def test_what_is_handed_over_gives_the_same_logits(
   def close(one, other):
     np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
 
-  adapted = ours(state.base, state.upper)
-  bare = ours(state.base, {})
+  adapted = our_logits(state.base, state.upper)
+  bare = our_logits(state.base, {})
   assert np.abs(adapted - bare).max() > 1e-2
-  close(theirs(read(tmp_path / "base")), bare)
-  close(theirs(read(tmp_path / "merged")), adapted)
+  close(hf_logits(read(tmp_path / "base")), bare)
+  close(hf_logits(read(tmp_path / "merged")), adapted)
   close(
-    theirs(
+    hf_logits(
       peft.PeftModel.from_pretrained(
         read(tmp_path / "base"), tmp_path / "adapter"
       )
@@ -315,8 +315,8 @@ def test_what_is_handed_over_gives_the_same_logits(
       again.adapter.init_from, begun.model, begun.init_adapter
     ),
   )
-  np.testing.assert_array_equal(ours(start.base, start.upper), adapted)
-  np.testing.assert_array_equal(ours(start.base, start.lower), adapted)
+  np.testing.assert_array_equal(our_logits(start.base, start.upper), adapted)
+  np.testing.assert_array_equal(our_logits(start.base, start.lower), adapted)
   again.lora.rank = 4
   with pytest.raises(errors.UserError, match=r"init_from: .* has layers/att"):
     adapter_lib.load_adapter(
@@ -350,12 +350,12 @@ def test_an_adapters_run_never_writes_theta(
   train.train(alone, str(tmp_path / "run"))
   assert states(tmp_path / "run") == states(tmp_path / "done")
   assert steady(tmp_path / "run") == steady(tmp_path / "done")
-  found = states(tmp_path / "run")
+  contents = states(tmp_path / "run")
   # Theta is what the model's own file has.
   (file,) = tiny_model.glob("*.safetensors")
   with safetensors.safe_open(file, "numpy") as opened:
     names = {n: opened.get_tensor(n).tobytes() for n in opened.keys()}
-  stored = found[8, ".base['embed']['embedding']"]
+  stored = contents[8, ".base['embed']['embedding']"]
   assert stored in names.values()
   arguments = [f"--ledger={tmp_path / 'run/ledger.txt'}"]
   arguments += [f"--run={tmp_path / 'run'}"]

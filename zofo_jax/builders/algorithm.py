@@ -165,19 +165,6 @@ def make_base_tx(
   return outer.from_optax(make_optimizer(optimizer, learning_rate), *scalings)
 
 
-def make_level_tx(
-  optimizer: str,
-  learning_rate: float,
-  schedule: str,
-  *,
-  clip_norm: float,
-  num_updates: int,
-) -> optax.GradientTransformation:
-  """Makes the optimizer of s or p; see `make_optimizer`, `make_schedule`."""
-  rate = make_schedule(schedule, learning_rate, num_updates)
-  return make_optimizer(optimizer, rate, clip_norm)
-
-
 def make_hparams_fn(
   *, eps: float, penalty: float, penalty_schedule: str, num_steps: int
 ) -> Callable[[int], BilevelHParams]:
@@ -262,22 +249,14 @@ def make_algorithm(
     map_fn: maps over the directions of an estimate.
   """
   base_update = make_base_update(config.zo, map_fn)
-  lower, upper = config.lower, config.upper
   num_steps = config.train.num_steps
-  lower_tx = make_level_tx(
-    lower.optimizer,
-    lower.learning_rate,
-    lower.schedule,
-    clip_norm=lower.clip_norm,
-    num_updates=num_steps * lower.num_steps,
-  )
-  upper_tx = make_level_tx(
-    upper.optimizer,
-    upper.learning_rate,
-    upper.schedule,
-    clip_norm=upper.clip_norm,
-    num_updates=num_steps,
-  )
+
+  def level_tx(level, num_updates):
+    rate = make_schedule(level.schedule, level.learning_rate, num_updates)
+    return make_optimizer(level.optimizer, rate, level.clip_norm)
+
+  lower_tx = level_tx(config.lower, num_steps * config.lower.num_steps)
+  upper_tx = level_tx(config.upper, num_steps)
   if config.method == "bilevel":
     return bilevel.make_bilevel_step(
       loss_fn,

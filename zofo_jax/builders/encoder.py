@@ -88,16 +88,7 @@ class Encoder(NamedTuple):
     Raises:
       UserError: names the file and row that is wrong.
     """
-    if task.kind == "generation":
-      return self._encode_questions(task, rows)
-    return encode_options.encode_rows(
-      task,
-      rows,
-      self.tokenizer,
-      max_length=self.max_eval_length,
-      version=self.version,
-      long_rows=self._eval_long_rows(),
-    )
+    return self._encode_all(task, rows, self.max_eval_length, labelled=True)
 
   def encode_unlabelled(
     self, task: tasks.Task, rows: Sequence[tasks.Row]
@@ -107,17 +98,7 @@ class Encoder(NamedTuple):
     Raises:
       UserError: names the file and row that is wrong.
     """
-    if task.kind == "generation":
-      return self._encode_questions(task, rows, labelled=False)
-    return encode_options.encode_rows(
-      task,
-      rows,
-      self.tokenizer,
-      max_length=self.context_length,
-      version=self.version,
-      long_rows=self._eval_long_rows(),
-      labelled=False,
-    )
+    return self._encode_all(task, rows, self.context_length, labelled=False)
 
   def encode_prompt(
     self,
@@ -164,23 +145,31 @@ class Encoder(NamedTuple):
       prompt=prompt,
     )
 
-  def _eval_long_rows(self) -> encode_options.LongRows:
-    return "truncate" if self.truncate else "error"
-
-  def _encode_questions(
+  def _encode_all(
     self,
     task: tasks.Task,
     rows: Sequence[tasks.Row],
-    *,
-    labelled: bool = True,
-  ) -> list[encode_prompts.Question]:
-    return encode_prompts.encode_questions(
+    max_length: int,
+    labelled: bool,
+  ) -> list[Any]:
+    """Encodes all options of rows, or their prompts if text is generated."""
+    if task.kind == "generation":
+      return encode_prompts.encode_questions(
+        task,
+        rows,
+        self.tokenizer,
+        max_length=self.max_prompt_length(),
+        version=self.version,
+        truncate=self.truncate,
+        labelled=labelled,
+      )
+    return encode_options.encode_rows(
       task,
       rows,
       self.tokenizer,
-      max_length=self.max_prompt_length(),
+      max_length=max_length,
       version=self.version,
-      truncate=self.truncate,
+      long_rows="truncate" if self.truncate else "error",
       labelled=labelled,
     )
 

@@ -219,13 +219,8 @@ def make_loss_fn(name: str, module: nn.Module) -> LossFn:
 def make_generate_fn(
   model: Model,
   *,
-  max_new_tokens: int,
   stop: Sequence[str] = (),
-  temperature: float = 0.0,
-  top_k: int = 0,
-  top_p: float = 1.0,
-  num_beams: int = 1,
-  length_penalty: float = 1.0,
+  **options: Any,
 ) -> generation.GenerateFn:
   """Returns the function that continues prompts; not jitted.
 
@@ -233,17 +228,11 @@ def make_generate_fn(
 
   Args:
     model: gives the module, the tokenizer and the tokens that end a text.
-    max_new_tokens: longest answer in tokens.
     stop: strings that end an answer.
-    temperature: see `generation.candidates`; 0 for the most likely token.
-    top_k: see `generation.candidates`.
-    top_p: see `generation.candidates`.
-    num_beams: more than 1 for beam search.
-    length_penalty: of beam search.
+    **options: of `generation.make_generate_fn`.
   """
   return generation.make_generate_fn(
     model.module,
-    max_new_tokens=max_new_tokens,
     stops=generation.stop_table(
       model.tokenizer,
       model.module.config.vocab_size,
@@ -251,11 +240,7 @@ def make_generate_fn(
       texts=stop,
     ),
     pad=model.pad,
-    temperature=temperature,
-    top_k=top_k,
-    top_p=top_p,
-    num_beams=num_beams,
-    length_penalty=length_penalty,
+    **options,
   )
 
 

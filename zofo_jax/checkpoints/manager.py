@@ -193,22 +193,6 @@ class Checkpoints:
     self._corrupt.discard(step)
     self._verified.discard(step)
 
-  def restore_extra(self, step: int | None = None) -> dict[str, Any]:
-    """Reads only the JSON part, for instance the config that shapes the state.
-
-    Args:
-      step: which checkpoint; None for the latest.
-
-    Returns:
-      The dictionary that was saved.
-
-    Raises:
-      UserError: there is no such checkpoint.
-    """
-    step = self._existing(step)
-    args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-    return dict(self._read(step, args).extra)
-
   def restore(
     self, abstract_state: Any, step: int | None = None
   ) -> tuple[Any, dict[str, Any]]:

@@ -36,17 +36,22 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_adapter(fields)
   _check_generate(fields)
   _check_ckpt(fields)
-  try:
-    re.compile(fields["lora.targets"])
-  except re.error as error:
-    raise errors.UserError(
-      "config.lora.targets: expected a regular expression; found "
-      f"'{fields['lora.targets']}' ({error})."
-    ) from error
+  _check_pattern(fields, "lora.targets")
   if not fields["model.name"]:
     raise errors.UserError(
       "config.model.name: expected a hub id or a local folder; found nothing."
     )
+
+
+def _check_pattern(fields: _Fields, name: str) -> None:
+  """Checks that a field is a regular expression."""
+  try:
+    re.compile(fields[name])
+  except re.error as error:
+    raise errors.UserError(
+      f"config.{name}: expected a regular expression; found "
+      f"'{fields[name]}' ({error})."
+    ) from error
 
 
 def _check_trackers(fields: _Fields) -> None:
@@ -144,13 +149,7 @@ def _check_zo_parts(fields: _Fields) -> None:
       f"config.zo.objective: '{objective}' has no derivative for zo.estimator "
       "'exact'; expected 'loss', or the estimator 'central' or 'forward'."
     )
-  try:
-    re.compile(fields["zo.select"])
-  except re.error as error:
-    raise errors.UserError(
-      "config.zo.select: expected a regular expression; found "
-      f"'{fields['zo.select']}' ({error})."
-    ) from error
+  _check_pattern(fields, "zo.select")
   if fields["zo.optimizer"] == "adamw" and (
     fields["zo.select"] or fields["zo.layers"]
   ):

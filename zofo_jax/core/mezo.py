@@ -143,13 +143,7 @@ def make_mezo_step(
 ) -> MezoAlgorithm:
   """Binds a loss and an update into an (init, step) pair.
 
-  Args:
-    loss_fn: (params, batch) -> scalar, or (scalar, aux). Need not be
-      differentiable, unless the estimator is `zo.exact`; must be deterministic.
-    tx: update of the parameters: `outer.sgd` (in place), or any optax
-      transformation.
-    zo: how the gradient is estimated.
-    has_aux: whether the loss returns a pair.
+  Arguments are those of `mezo_step`.
 
   Returns:
     The algorithm. `step` is not jitted.

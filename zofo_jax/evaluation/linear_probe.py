@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from zofo_jax.data import batching, encode_options
+from zofo_jax.data import encode_options
+from zofo_jax.evaluation import scoring
 from zofo_jax.models import apply
-from zofo_jax.report import progress as progress_lib
 
 
 def hidden_states(
@@ -34,14 +34,13 @@ def hidden_states(
   Returns:
     float32 [N, R, P, D], R and P as in `batching.shape_of(examples)`.
   """
-  outputs, indices, done = [], [], 0
-  with progress_lib.Progress(len(examples), "read", unit="rows") as progress:
-    for batch, index in batching.eval_batches(examples, batch_size, pad=pad):
-      outputs.append(np.asarray(hidden_fn(base, batch), np.float32))
-      indices.append(index)
-      done += int((index >= 0).sum())
-      progress.update(done)
-  return batching.restore(outputs, indices)
+  return scoring.map_batches(
+    lambda batch: np.asarray(hidden_fn(base, batch), np.float32),
+    examples,
+    batch_size=batch_size,
+    pad=pad,
+    label="read",
+  )
 
 
 def fit_logistic(

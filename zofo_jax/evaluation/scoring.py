@@ -55,12 +55,44 @@ def score_options(
   Returns:
     float32 [N, O], in the order of `examples`.
   """
+  return map_batches(
+    lambda batch: score_fn(base, adapter, batch),
+    examples,
+    batch_size=batch_size,
+    pad=pad,
+    label=label,
+    shape=shape,
+  )
+
+
+def map_batches(
+  fn: Callable[[losses.Batch], Any],
+  examples: Sequence[encode_options.Example],
+  *,
+  batch_size: int,
+  pad: int,
+  label: str,
+  shape: batching.Shape | None = None,
+) -> np.ndarray:
+  """Applies a function to batches of examples, and shows the progress.
+
+  Args:
+    fn: from a batch to an array with a row for each of its examples.
+    examples: encoded rows.
+    batch_size: examples at a time.
+    pad: token id that fills rows.
+    label: of the progress display.
+    shape: as for `score_options`.
+
+  Returns:
+    What fn returns, [N, ...], in the order of `examples`.
+  """
   outputs, indices, done = [], [], 0
   with progress_lib.Progress(len(examples), label, unit="rows") as progress:
     for batch, index in batching.eval_batches(
       examples, batch_size, pad=pad, shape=shape
     ):
-      outputs.append(np.asarray(score_fn(base, adapter, batch)))
+      outputs.append(np.asarray(fn(batch)))
       indices.append(index)
       done += int((index >= 0).sum())
       progress.update(done)
