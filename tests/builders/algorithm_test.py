@@ -10,13 +10,22 @@ from zofo_jax.builders import algorithm as algorithm_lib
 from zofo_jax.builders import data, encoder, model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import defaults, validate
-from zofo_jax.core import perturbed
+from zofo_jax.core import perturbed, zo
 from zofo_jax.core.types import BilevelBatch, BilevelHParams
 from zofo_jax.training import train
 
 
 def choices(name):
   return defaults.FIELDS[name].check.choices
+
+
+def test_estimators_are_those_of_configs_and_of_the_public_module():
+  assert tuple(algorithm_lib.ESTIMATORS) == choices("zo.estimator")
+  line, eps = lambda t: (t**2, ()), jnp.float32(0.1)
+  for name, estimator in algorithm_lib.ESTIMATORS.items():
+    assert getattr(zo, name) is estimator
+    values = estimator.derivative(line, eps, line(0.0 * eps)).values
+    assert (len(values) == 1) == (name in validate.ONE_POINT)
 
 
 @pytest.mark.parametrize("optimizer", choices("zo.optimizer"))

@@ -1,7 +1,17 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 
+from zofo_jax.config import defaults
 from zofo_jax.evaluation import metrics
+from zofo_jax.tasks import base
+
+
+def test_tasks_and_configs_name_all_metrics():
+  assert get_args(base.OptionMetric) == tuple(metrics.METRICS)
+  assert get_args(base.TextMetric) == tuple(metrics.TEXT_METRICS)
+  assert defaults.METRICS == (*metrics.METRICS, *metrics.TEXT_METRICS)
 
 
 def test_scores_from_their_definitions():

@@ -15,6 +15,8 @@ import pytest
 from etils import epath
 
 from zofo_jax import errors, main, report
+from zofo_jax.report import curves
+from zofo_jax.report import html as html_report
 
 
 def rows_of(path):
@@ -222,6 +224,19 @@ def test_a_page_compares_runs_and_needs_nothing_else(tmp_path, capsys):
   assert "seed" not in reader.words  # the same in both
 
 
+def test_curves_are_of_the_score_that_selects_the_checkpoint(tmp_path):
+  rows = [{"selection_accuracy": 0.75, "selection_macro_f1": 0.5}]
+  assert curves.selecting_score(rows, "macro_f1") == "selection_macro_f1"
+  assert curves.selecting_score(rows) == "selection_accuracy"
+  assert curves.selecting_score(rows, "mean") is None
+  run = make_run(tmp_path, "one", 1e-3)
+  (found,) = html_report.find([run])
+  found.metrics[-1]["selection_matthews"] = 0.25
+  found.summary["selection_metric"] = "matthews"
+  page = html_report.page([found])
+  assert "selection matthews" in page and "selection accuracy" not in page
+
+
 BROWSER = next(
   filter(None, map(shutil.which, ("chromium", "google-chrome", "chrome"))), None
 )
@@ -263,4 +278,4 @@ def test_a_page_of_no_run(tmp_path, capsys):
   run = make_run(tmp_path, "one", 1e-3)
   (tmp_path / "one" / "config.json").write_text("{")
   assert main.main(["report", run]) == 2
-  assert "config.json' is no JSON" in capsys.readouterr().err
+  assert "config.json' is not JSON" in capsys.readouterr().err

@@ -8,6 +8,7 @@ import pytest
 from etils import epath
 
 from zofo_jax import report
+from zofo_jax.config import validate
 from zofo_jax.report import trackers
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
@@ -67,7 +68,7 @@ def test_a_trace_is_written(done):
 @pytest.mark.filterwarnings("ignore")  # of theirs
 @pytest.mark.parametrize("name", ["wandb", "mlflow"])
 def test_the_others_write_beside_the_run(name, tmp_path, monkeypatch):
-  pytest.importorskip(trackers.PACKAGES[name])
+  pytest.importorskip(trackers.TRACKERS[name][0])
   folder = epath.Path(tmp_path / "run")
   folder.mkdir()
   for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
@@ -86,6 +87,10 @@ def test_the_others_write_beside_the_run(name, tmp_path, monkeypatch):
   assert {m.step: m.value for m in history} == {
     step: 1.0 / step for step in (1, 2, 3, 4)
   }
+
+
+def test_configs_name_all_trackers():
+  assert validate.TRACKERS == tuple(trackers.TRACKERS)
 
 
 def test_a_package_that_is_not_there(tmp_path, monkeypatch):

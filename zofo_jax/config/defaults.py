@@ -23,6 +23,10 @@ from zofo_jax.config.fields import (
 
 ADAPTERS = ("lora", "prefix", "prompt")
 COMMANDS = ("train", "icl", "probe", "head", "metatrain", "adapt")
+METRICS = (
+  *("accuracy", "macro_f1", "matthews", "pearson"),
+  *("token_f1", "exact_match"),
+)
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
 ZO_DIRECTIONS = ("gaussian", "rademacher", "low_rank", "per_example", "sparse")
@@ -123,10 +127,10 @@ _ROWS: tuple[tuple[str, Any, Any, str], ...] = (
   ("zo.threshold", 0.67, POSITIVE,
    "sparse: moves weights up to this multiple of their row's rms"),
   ("zo.objective", "loss", ANY,
-   "what theta improves: loss, accuracy, token_f1, or MODULE:SCORE"),
+   "what steps on theta improve: loss, accuracy, token_f1, or MODULE:SCORE"),
   ("zo.select", "", ANY,
-   "regular expression for the paths of weights that move; empty: all"),
-  ("zo.layers", (), ANY, "numbers of the layers that move; (): all"),
+   "regular expression for the paths of the weights to update; empty: all"),
+  ("zo.layers", (), ANY, "indices of the layers to update; (): all"),
   ("zo.num_directions", 1, POSITIVE,
    "directions of an estimate; per_example has one for each row instead"),
   ("zo.eps", 1e-3, POSITIVE, "radius of the finite difference"),
@@ -158,7 +162,7 @@ _ROWS: tuple[tuple[str, Any, Any, str], ...] = (
    "split to test on; empty: validation, or test if there is none"),
   ("data.shots", 0, NOT_NEGATIVE,
    "rows of each label in D_p and in D_f, instead of their numbers; 0: unused"),
-  ("data.metric", "", ANY, "metric to select by; empty: the task's"),
+  ("data.metric", "", one_of("", *METRICS), "metric to select by; empty: the task's"),
   ("data.prompt", "", ANY,
    "prompt of a new task, such as '{review} It was'; braces name columns"),
   ("data.options", (), ANY,

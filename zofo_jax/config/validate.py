@@ -16,6 +16,8 @@ _Fields = Mapping[str, Any]  # dotted names and values
 
 # The update rules of theta that write in place, and that a ledger can replay.
 IN_PLACE = ("sgd", "conservative")
+# The estimators that evaluate one point on the line of a direction.
+ONE_POINT = ("forward", "exact")
 OBJECTIVES = ("loss", "accuracy", "token_f1")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
@@ -163,7 +165,7 @@ def _check_zo(fields: _Fields) -> None:
   """Checks for choices of the zeroth-order step that exclude each other."""
   _check_zo_parts(fields)
   one_value = (
-    fields["zo.estimator"] != "central" and fields["zo.num_directions"] == 1
+    fields["zo.estimator"] in ONE_POINT and fields["zo.num_directions"] == 1
   )
   if fields["zo.scaling"] == "std" and one_value:
     raise errors.UserError(

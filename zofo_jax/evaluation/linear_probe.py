@@ -57,7 +57,7 @@ def fit_logistic(
   Returns:
     A function from features [M, D] to log-probabilities, float32 [M, O].
   """
-  from sklearn import linear_model  # Slow to import, and needed here alone.
+  from sklearn import linear_model  # imported lazily because it is slow
 
   model = linear_model.LogisticRegression(C=c, max_iter=5000)
   model.fit(features, labels)

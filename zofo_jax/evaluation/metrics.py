@@ -23,7 +23,7 @@ def accuracy(predicted: Sequence[int], label: Sequence[int]) -> float:
 
 def macro_f1(predicted: Sequence[int], label: Sequence[int]) -> float:
   """Returns the mean F1 of the labels that occur in either sequence."""
-  from sklearn import metrics  # Slow to import, and needed here alone.
+  from sklearn import metrics  # imported lazily because it is slow
 
   return float(
     metrics.f1_score(label, predicted, average="macro", zero_division=0)
@@ -32,7 +32,7 @@ def macro_f1(predicted: Sequence[int], label: Sequence[int]) -> float:
 
 def matthews(predicted: Sequence[int], label: Sequence[int]) -> float:
   """Returns Matthews's correlation; 0 if a sequence is constant."""
-  from sklearn import metrics  # Slow to import, and needed here alone.
+  from sklearn import metrics  # imported lazily because it is slow
 
   return float(metrics.matthews_corrcoef(label, predicted))
 
@@ -44,6 +44,7 @@ def pearson(predicted: Sequence[int], label: Sequence[int]) -> float:
   return float(np.corrcoef(predicted, label)[0, 1])
 
 
+# Higher is better: a task's metric on the selection rows selects the checkpoint.
 METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
   "accuracy": accuracy,
   "macro_f1": macro_f1,
@@ -53,7 +54,7 @@ METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
 
 
 def resolve_labels(
-  predicted: Sequence[int], right: Sequence[Sequence[int]]
+  predicted: Sequence[int], correct: Sequence[Sequence[int]]
 ) -> list[int]:
   """Returns the label to compare each prediction with.
 
@@ -62,11 +63,11 @@ def resolve_labels(
 
   Args:
     predicted: option chosen for each example.
-    right: all correct options of each example.
+    correct: all correct options of each example.
   """
   return [
     p if p in options else options[0]
-    for p, options in zip(predicted, right, strict=True)
+    for p, options in zip(predicted, correct, strict=True)
   ]
 
 
@@ -111,10 +112,10 @@ def bootstrap_interval(
   Returns:
     Lower and upper end.
   """
-  guess, truth = np.asarray(predicted), np.asarray(label)
-  random = np.random.RandomState(seed)
-  draws = random.randint(len(truth), size=(resamples, len(truth)))
-  scores = [score(guess[i], truth[i]) for i in draws]
+  predictions, labels = np.asarray(predicted), np.asarray(label)
+  rng = np.random.RandomState(seed)
+  draws = rng.randint(len(labels), size=(resamples, len(labels)))
+  scores = [score(predictions[i], labels[i]) for i in draws]
   low, high = np.quantile(scores, [(1 - level) / 2, (1 + level) / 2])
   return float(low), float(high)
 

@@ -1,7 +1,7 @@
 """Plots of a run, from its `metrics.jsonl`.
 
 Rows of training have `step`, `lower_loss` and `upper_loss`; some rows have
-`selection_accuracy` or `selection_token_f1` (of adapter p).
+`selection_METRIC`, of the adapter by which checkpoints are selected.
 """
 
 import math
@@ -14,19 +14,42 @@ from zofo_jax import errors
 from zofo_jax.report.jsonl import read_jsonl
 from zofo_jax.sharding import multihost
 
+# Looked for, in this order, in runs whose summary names no `selection_metric`:
+# they have not ended, or are of an earlier version.
+SCORES = ("selection_mean", "selection_accuracy", "selection_token_f1")
+
+
+def selecting_score(
+  rows: Iterable[Mapping[str, Any]], metric: str | None = None
+) -> str | None:
+  """Returns the name of the score by which a run selects its checkpoint.
+
+  Args:
+    rows: of `metrics.jsonl`.
+    metric: `selection_metric` of the run's summary; None if it has none.
+
+  Returns:
+    A name in the rows, such as "selection_accuracy"; None if they have none.
+  """
+  names = {name for row in rows for name in row}
+  scores = SCORES if metric is None else (f"selection_{metric}",)
+  return next((score for score in scores if score in names), None)
+
 
 def plot_curves(
   metrics_path: epath.PathLike,
   out_png: epath.PathLike,
+  selection_metric: str | None = None,
 ) -> None:
   """Draws the losses and, in a second panel, the score on the selection rows.
 
-  That is the accuracy, or token F1. If the file has neither, the second panel
-  shows the size of the zeroth-order coefficients.
+  If the file has no such score, the second panel shows the size of the
+  zeroth-order coefficients.
 
   Args:
     metrics_path: `metrics.jsonl` of a run.
     out_png: the file to write.
+    selection_metric: the metric that selects checkpoints, as in the summary.
 
   Raises:
     UserError: the file has no row with a step.
@@ -49,14 +72,14 @@ def plot_curves(
     losses.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
     losses.plot(steps, smooth(values), color=colour, label=text)
   losses.set_ylabel("loss on the batch")
-  scores = {"selection_accuracy": "accuracy", "selection_token_f1": "token F1"}
-  score = next((s for s in scores if any(s in row for row in rows)), None)
+  score = selecting_score(rows, selection_metric)
   if score:
     steps, values = series(rows, score)
     other.plot(
       steps, values, "o-", color="tab:orange", label="adapter p", markersize=4
     )
-    other.set_ylabel(f"{scores[score]} on the selection rows")
+    text = score.removeprefix("selection_").replace("_", " ")
+    other.set_ylabel(f"{text} on the selection rows")
     other.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   else:
     steps, values = series(rows, "coefficients")

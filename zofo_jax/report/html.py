@@ -19,8 +19,6 @@ _BUDGETS = {
   "seconds": "seconds of training",
   "forward_passes": "forward passes over a batch",
 }
-# The score that selects a checkpoint is the first of these in the file.
-_SCORES = ("selection_mean", "selection_accuracy", "selection_token_f1")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem;
   margin: 2rem auto; padding: 0 1rem; color: #263238; background: #fff; }
@@ -57,7 +55,7 @@ def find(folders: Sequence[str]) -> list[RunLog]:
     UserError: a folder holds no run, or one of its files cannot be read.
   """
   names = _names(folders)
-  return [_find(*both) for both in zip(folders, names, strict=True)]
+  return list(map(_find, folders, names))
 
 
 def _find(folder: str, name: str) -> RunLog:
@@ -83,7 +81,7 @@ def _read(path: epath.Path) -> dict[str, Any]:
     content = json.loads(path.read_text())
   except ValueError as error:
     raise errors.UserError(
-      f"'{path}' is no JSON ({errors.first_line(error)})."
+      f"'{path}' is not JSON ({errors.first_line(error)})."
     ) from error
   return content if isinstance(content, dict) else {}
 
@@ -114,9 +112,12 @@ def page(runs: Sequence[RunLog]) -> str:
   if differing := _differences(runs):
     parts += ["<h2>Where the configs differ</h2>", _table(differing)]
   parts += ["<h2>Loss on D_f</h2>", _picture(runs, "upper_loss")]
-  names = {name for run in runs for row in run.metrics for name in row}
-  if scores := [name for name in _SCORES if name in names]:
-    parts += ["<h2>Selection rows</h2>", _picture(runs, scores[0])]
+  scores = dict.fromkeys(
+    curves.selecting_score(run.metrics, run.summary.get("selection_metric"))
+    for run in runs
+  )
+  if pictures := [_picture(runs, score) for score in scores if score]:
+    parts += ["<h2>Selection rows</h2>", *pictures]
   body = "\n".join(parts)
   return (
     "<!doctype html>\n"
@@ -177,17 +178,17 @@ def _picture(runs: Sequence[RunLog], name: str) -> str:
       position: dict[str, float] = {}
       points = []
       for row in run.metrics:
-        # Rows of scores lack some; those of the row before hold for them.
+        # Rows of scores lack some budgets: use those of the row before.
         position |= {k: row[k] for k in _BUDGETS if row.get(k) is not None}
         if row.get(name) is not None and budget in position:
           points.append((position[budget], row[name]))
       if points:
         x, y = zip(*points, strict=True)
-        many = len(y) > 12
+        smoothed = len(y) > 12
         axes.plot(
           x,
-          curves.smooth(y) if many else y,
-          "-" if many else "o-",
+          curves.smooth(y) if smoothed else y,
+          "-" if smoothed else "o-",
           label=run.name,
           markersize=4,
         )

@@ -18,12 +18,6 @@ from zofo_jax import errors
 from zofo_jax.report import jsonl
 from zofo_jax.sharding import multihost
 
-PACKAGES = {
-  "tensorboard": "tensorboardX",
-  "wandb": "wandb",
-  "mlflow": "mlflow",
-}
-
 
 class Tracker(NamedTuple):
   """An open tracker.
@@ -50,7 +44,7 @@ class Trackers:
     """Opens the trackers; of several processes only the first does.
 
     Args:
-      names: some of PACKAGES.
+      names: of TRACKERS.
       folder: of the run.
       fields: of its config, {"zo.eps": 1e-3, ...}.
       step: iterations done so far.
@@ -62,12 +56,13 @@ class Trackers:
     if not multihost.is_primary():
       return
     for name in names:
+      package, make = TRACKERS[name]
       try:
-        self._open.append(_OPENERS[name](folder, fields, step))
+        self._open.append(make(folder, fields, step))
       except ModuleNotFoundError as error:
         raise errors.UserError(
           f"config.train.trackers: '{name}' needs the package "
-          f"{PACKAGES[name]}: pip install 'zofo-jax[trackers]' ({error})."
+          f"{package}: pip install 'zofo-jax[trackers]' ({error})."
         ) from error
 
   def __enter__(self) -> Self:
@@ -149,7 +144,12 @@ def _mlflow(folder, fields, step):
   return Tracker(write, lambda: client.set_terminated(run_id))
 
 
-_OPENERS = {"tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+# Name in configs -> (package, (folder, fields, step) -> Tracker).
+TRACKERS: dict[str, tuple[str, Callable[..., Tracker]]] = {
+  "tensorboard": ("tensorboardX", _tensorboard),
+  "wandb": ("wandb", _wandb),
+  "mlflow": ("mlflow", _mlflow),
+}
 
 
 def _run_id(folder, name: str, make: Callable[[], str]) -> str:

@@ -56,6 +56,7 @@ def summarize(
       f"test_{k}_{other}": v for k, v in scores.get(f"test_{other}", {}).items()
     },
     **best_selection(folder),
+    "selection_metric": run.task.metric,
     "num_test_rows": len(examples),
     "best_step": int(state.step),
     "num_outer_steps": num_steps,
@@ -108,7 +109,11 @@ def write(
 ) -> None:
   """Writes a summary, draws the curves and prints a table of results."""
   report.write_json(folder / "summary.json", fields)
-  report.plot_curves(folder / "metrics.jsonl", folder / "curves.png")
+  report.plot_curves(
+    folder / "metrics.jsonl",
+    folder / "curves.png",
+    fields.get("selection_metric"),
+  )
   report.results_table(table, title=title)
   if multihost.is_primary():
     print(

@@ -237,6 +237,7 @@ def metatrain(
       for name, column in (("zero_shot", "zero-shot"), ("test", "trained"))
     },
     "tasks": table,
+    "selection_metric": "mean",
     "best_step": int(state.step),
     "num_outer_steps": config.train.num_steps,
     **compute_used(config.train.num_steps),
