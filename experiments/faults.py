@@ -90,12 +90,12 @@ def _files(case: Case) -> list[pathlib.Path]:
     os.kill(process, signal.SIGKILL)
     trial.wait(process)
   names = ("checkpoints", "bases")
-  found = [p for name in names for p in (case.folder / name).rglob("*")]
+  paths = [p for name in names for p in (case.folder / name).rglob("*")]
   # What is half-written at the end of a process is no checkpoint, and one
   # without checksums is read on trust.
   sealed = [
     path
-    for path in found
+    for path in paths
     if path.is_file()
     and path.stat().st_size
     and any((up / "checksums.json").exists() for up in path.parents)
@@ -147,12 +147,12 @@ def nan(case: Case) -> None:
   code = trial.wait(case.start(nan_from=first))
   assert code == 2 and "were not finite" in case.output(), (code, case.output())
   last = max(int(p.name) for p in (case.folder / "checkpoints").iterdir())
-  ours = trial.result(case.home, case.folder, last)
-  theirs = trial.result(case.home, case.reference, first)
+  saved = trial.result(case.home, case.folder, last)
+  expected = trial.result(case.home, case.reference, first)
   # All but the step: (theta, p, s, optimizer states, key).
   states = [
     {k.removeprefix(str(step)): v for k, v in state.items()}
-    for step, state in ((last, ours), (first, theirs))
+    for step, state in ((last, saved), (first, expected))
   ]
   for state in states:
     del state[".step"]
@@ -182,11 +182,11 @@ def attempt(case: Case, fault: str, expected: dict[str, str]) -> str:
     codes.append(trial.wait(case.start()))
   if codes[-1] != 0:
     return f"lost: exit codes {codes}"
-  found = trial.result(case.home, case.folder)
+  actual = trial.result(case.home, case.folder)
   different = sorted(
     name
-    for name in found.keys() | expected.keys()
-    if found.get(name) != expected.get(name)
+    for name in actual.keys() | expected.keys()
+    if actual.get(name) != expected.get(name)
   )
   if different:
     kind = "lost" if "zofo_jax: " in case.output() else "silently wrong"

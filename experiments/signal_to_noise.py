@@ -115,7 +115,7 @@ def main():
       "step_length": float(LENGTHS[best]),
     }
 
-  found = {
+  measured = {
     "task": given.task,
     "rows": given.rows,
     "directions": given.directions,
@@ -129,21 +129,21 @@ def main():
     "kinds": {},
   }
 
-  def tell(name, numbers):
-    found["kinds"][name] = numbers
+  def record(name, numbers):
+    measured["kinds"][name] = numbers
     print(name, numbers, flush=True)
-    report.write_json(given.results / "signal_to_noise.json", found)
+    report.write_json(given.results / "signal_to_noise.json", measured)
 
-  tell("gradient", most(g))
+  record("gradient", most(g))
   length = 1e-2 * norm_theta
-  tell("guided", most(guided(run, base, here, length)))
+  record("guided", most(guided(run, base, here, length)))
   for name, kind in KINDS.items():
     every, total = [], jax.tree.map(jnp.zeros_like, base)
     for number in range(given.directions):
-      own, frame = jax.random.split(jax.random.key(number))
-      key = keys_lib.DirectionKey(own, frame)
+      direction_key, frame = jax.random.split(jax.random.key(number))
+      key = keys_lib.DirectionKey(direction_key, frame)
       z = sampler.Sampler(kind, stacked=STACKED).weighted_sum(
-        base, key._replace(direction=own[None]), jnp.ones(1)
+        base, key._replace(direction=direction_key[None]), jnp.ones(1)
       )
       exact = dot(g, z)
       ends = [float(moved(base, z, s * given.eps, here)) for s in (-1, 1)]
@@ -152,10 +152,10 @@ def main():
       error = abs(c - exact) / abs(exact)
       every.append({**most(z, np.sign(c)), "error": error})
     means = {k: float(np.mean([e[k] for e in every])) for k in every[0]}
-    tell(name, means)
-    tell(f"{name}, all together", most(total))
+    record(name, means)
+    record(f"{name}, all together", most(total))
   report.results_table(
-    [{"kind": name, **numbers} for name, numbers in found["kinds"].items()],
+    [{"kind": name, **numbers} for name, numbers in measured["kinds"].items()],
     title=f"{given.task}: loss {value:.3f} here, {elsewhere:.3f} elsewhere",
   )
 

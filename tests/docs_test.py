@@ -40,7 +40,7 @@ def run_block(code, name):
 def commands():
   """Returns the arguments of every documented command line of ours."""
   text = EVERYTHING.replace("\\\n", " ")
-  found = []
+  parsed = []
   for line in re.findall(
     r"(?:^|`)((?:python -m zofo_jax\.|zofo )[^`\n]*)", text, re.M
   ):
@@ -49,8 +49,8 @@ def commands():
       module = words[2].removeprefix("zofo_jax.")
       assert importlib.util.find_spec(words[2]), line
       words = ["", *([] if module == "main" else [module]), *words[3:]]
-    found.append(words[1:])
-  return found
+    parsed.append(words[1:])
+  return parsed
 
 
 @functools.cache

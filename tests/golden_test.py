@@ -109,17 +109,17 @@ def same_arithmetic():
   return load("about.json")["arithmetic"] == arithmetic()
 
 
-def check_arrays(found, wanted, tolerance=None):
+def check_arrays(actual, wanted, tolerance=None):
   """Compares {name: array}, to the bit if there is no tolerance."""
-  assert found.keys() == wanted.keys()
+  assert actual.keys() == wanted.keys()
   for name, array in wanted.items():
-    ours = found[name]
-    assert (ours.dtype, ours.shape) == (array.dtype, array.shape), name
+    value = actual[name]
+    assert (value.dtype, value.shape) == (array.dtype, array.shape), name
     if array.dtype != np.float32 or not tolerance:
       bits = f"u{array.dtype.itemsize}"
-      np.testing.assert_array_equal(ours.view(bits), array.view(bits), name)
+      np.testing.assert_array_equal(value.view(bits), array.view(bits), name)
     else:
-      np.testing.assert_allclose(ours, array, **tolerance, err_msg=name)
+      np.testing.assert_allclose(value, array, **tolerance, err_msg=name)
 
 
 def to_arrays(tree, prefix=""):
@@ -204,14 +204,14 @@ def draw(name):
   sum_fn = jax.jit(functools.partial(weighted_sum, sampler))
   results = {}
   for step in (0, 1):  # of one subspace
-    own = jax.random.split(jax.random.fold_in(key, step), 3)
+    direction_keys = jax.random.split(jax.random.fold_in(key, step), 3)
     for q in (0, 1):
-      keys = Key(own[q : q + 1], frame)
+      keys = Key(direction_keys[q : q + 1], frame)
       z = sum_fn(weights(), keys, jnp.ones(1))
       results |= to_arrays(z, f"step_{step}_z_{q}/")
   applied = jax.jit(functools.partial(apply_directions, sampler))(
     weights("bfloat16", "bfloat16", "float32"),
-    Key(own, frame),
+    Key(direction_keys, frame),
     np.array([0.5, -1.25, 2.0], np.float32) / 64,
     decay=np.float32(0.1),
     rounding_key=key,
@@ -221,8 +221,8 @@ def draw(name):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_directions(name):
-  found, wanted = draw(name), load(f"z_{name}.npz")
-  assert found.keys() == wanted.keys()
+  actual, wanted = draw(name), load(f"z_{name}.npz")
+  assert actual.keys() == wanted.keys()
   close = OF_FACTORS if name == "low_rank" else FEW_ULP
   for path, array in wanted.items():
     tolerance = None if name in EXACT else close
@@ -230,7 +230,7 @@ def test_directions(name):
       tolerance = BFLOAT16 if "temp" not in path else close
     if same_arithmetic():
       tolerance = None
-    check_arrays({path: found[path]}, {path: array}, tolerance)
+    check_arrays({path: actual[path]}, {path: array}, tolerance)
 
 
 # --- The bilevel step ---------------------------------------------------------
@@ -480,12 +480,12 @@ def check_run(name, run):
   assert [row["step"] for row in metrics] == [
     row["step"] for row in golden["metrics"]
   ]
-  for ours, wanted in zip(metrics, golden["metrics"], strict=True):
+  for actual, wanted in zip(metrics, golden["metrics"], strict=True):
     for field in wanted:
       if field.endswith("_loss"):
-        np.testing.assert_allclose(ours[field], wanted[field], **STEPS)
+        np.testing.assert_allclose(actual[field], wanted[field], **STEPS)
       if field.endswith("_passes"):
-        assert ours[field] == wanted[field]
+        assert actual[field] == wanted[field]
   check_arrays(state, load(f"{name}.npz"), STEPS)
 
 
@@ -494,13 +494,13 @@ def check_ledger(name, run):
   header, *lines = (run / "ledger.txt").read_text().splitlines()
   golden_header, *golden = load(f"{name}.json")["ledger"].splitlines()
   number = r"(?:[0-9a-f]{8})"
-  for ours, wanted in zip(lines, golden, strict=True):
+  for actual, wanted in zip(lines, golden, strict=True):
     assert re.fullmatch(
-      rf"\d+ \d+ {number} {number} {number}+ {number}+ {number}", ours
+      rf"\d+ \d+ {number} {number} {number}+ {number}+ {number}", actual
     )
     if same_arithmetic():
-      assert ours == wanted
-    assert ours.split()[:2] == wanted.split()[:2]  # step, directions
+      assert actual == wanted
+    assert actual.split()[:2] == wanted.split()[:2]  # step, directions
   # A field more may be there, none less, and none of another value.
   header, golden_header = (
     json.loads(text.rpartition(" ")[0]) for text in (header, golden_header)
@@ -563,14 +563,14 @@ def test_what_is_handed_over(stopped, monkeypatch, tmp_path):
   monkeypatch.chdir(folder)
   for what, wanted in load(f"{name}.json")["export"].items():
     assert module(EXPORT, "run", tmp_path / what, f"--what={what}") == 0
-    found = tensors(tmp_path / what)
-    assert found.keys() == wanted.keys()
+    actual = tensors(tmp_path / what)
+    assert actual.keys() == wanted.keys()
     # Where theta is not stored, or has to be added to, there is arithmetic.
     stored = name == "whole" and what != "merged"
     for tensor, described in wanted.items():
-      assert found[tensor][:2] == described[:2]
+      assert actual[tensor][:2] == described[:2]
       if stored or same_arithmetic():
-        assert found[tensor] == described, (what, tensor)
+        assert actual[tensor] == described, (what, tensor)
 
 
 def test_the_scores_of_a_saved_run(stopped, command_line, tmp_path):
@@ -578,8 +578,8 @@ def test_the_scores_of_a_saved_run(stopped, command_line, tmp_path):
   shutil.copytree(folder, tmp_path / "copy")
   with contextlib.chdir(tmp_path / "copy"):
     assert command_line("evaluate", "--workdir=run") == 0
-    found = json.loads(pathlib.Path("run/evaluation.json").read_text())
+    actual = json.loads(pathlib.Path("run/evaluation.json").read_text())
   wanted = load(f"{name}.json")["evaluation"]
-  assert found.keys() - ADDED == wanted.keys()
+  assert actual.keys() - ADDED == wanted.keys()
   if same_arithmetic():
-    assert {k: v for k, v in found.items() if k not in ADDED} == wanted
+    assert {k: v for k, v in actual.items() if k not in ADDED} == wanted

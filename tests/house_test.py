@@ -128,8 +128,8 @@ def test_the_core_stands_alone(name):
   allowed = {"jax", "numpy", "optax", *sys.stdlib_module_names}
   for line, imported in imports_of(FILES[name]):
     top, room = imported.split(".")[0], room_of(imported)
-    ours = top == "zofo_jax" and room == "core"
-    assert ours or top in allowed, f"{name}.py:{line} imports {imported}"
+    in_core = top == "zofo_jax" and room == "core"
+    assert in_core or top in allowed, f"{name}.py:{line} imports {imported}"
 
 
 @pytest.mark.parametrize(
@@ -204,8 +204,8 @@ def untyped(tree):
 
 @pytest.mark.parametrize("name", FILES)
 def test_public_signatures_are_typed(name):
-  found = list(untyped(ast.parse(FILES[name].read_text())))
-  assert not found, [f"{name}.py:{f.lineno} {f.name}" for f in found]
+  missing = list(untyped(ast.parse(FILES[name].read_text())))
+  assert not missing, [f"{name}.py:{f.lineno} {f.name}" for f in missing]
 
 
 # Names that say nothing of what they hold, or that the field calls otherwise.

@@ -140,7 +140,7 @@ def result(
     from zofo_jax.checkpoints import state_store
 
     run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
-    found: dict[str, str] = {}
+    values: dict[str, str] = {}
     with state_store.open_store(run, epath.Path(folder)) as states:
       last = states.checkpoints.latest_step()
       steps = [last, states.checkpoints.best_step()] if step is None else [step]
@@ -149,17 +149,17 @@ def result(
         state = state._replace(key=jax.random.key_data(state.key))
         for path, leaf in jax.tree.leaves_with_path(state):
           name = f"{number}{jax.tree_util.keystr(path)}"
-          found[name] = _digest(np.ascontiguousarray(leaf).tobytes())
+          values[name] = _digest(np.ascontiguousarray(leaf).tobytes())
           if not np.isfinite(np.asarray(leaf, np.float64)).all():
-            found[name] = "not finite"
+            values[name] = "not finite"
     if step is None:
       rows = report.read_jsonl(folder / "metrics.jsonl")
       rows.append(json.loads((folder / "summary.json").read_text()))
       for number, row in enumerate(rows):
         kept = {k: v for k, v in row.items() if k not in SCRATCH}
-        found[f"metrics {number}"] = json.dumps(kept, sort_keys=True)
-      found["ledger"] = _digest((folder / state_store.LEDGER).read_bytes())
-    target.write_text(json.dumps(found))
+        values[f"metrics {number}"] = json.dumps(kept, sort_keys=True)
+      values["ledger"] = _digest((folder / state_store.LEDGER).read_bytes())
+    target.write_text(json.dumps(values))
     return 0
 
   code = wait(fork(home, work, pathlib.Path(f"{folder}.result.log")))

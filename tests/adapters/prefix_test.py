@@ -72,10 +72,10 @@ def test_tokens_as_adapter_are_those_tokens_in_front(name, kind):
   rows = np.concatenate([front, tokens], axis=1)
   seen = np.concatenate([np.ones_like(front, bool), mask], axis=1)
   expected = run(model, base, {}, rows, seen)[:, 3:]
-  ours = run(model, base, adapter, tokens, mask)
-  np.testing.assert_allclose(ours[mask], expected[mask], atol=1e-4)
+  actual = run(model, base, adapter, tokens, mask)
+  np.testing.assert_allclose(actual[mask], expected[mask], atol=1e-4)
   plain = run(model, base, {}, tokens, mask)
-  assert np.abs(ours - plain)[mask].max() > 1e-2
+  assert np.abs(actual - plain)[mask].max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -106,7 +106,7 @@ def test_targets_are_scored_where_the_caller_says(name):
   positions = jnp.array([[3, 11], [8, 6], [0, 7]], jnp.int32)
   slot = jnp.array([[0, 1], [1, 0], [1, 1]], jnp.int32)
   token = jnp.array([[5, 6], [95, 4], [50, 51]], jnp.int32)
-  ours = jax.jit(model.apply)(
+  actual = jax.jit(model.apply)(
     {"params": base, "adapter": adapter}, tokens, mask, positions, slot, token
   )
   logits = run(model, base, adapter, tokens, mask)
@@ -115,7 +115,7 @@ def test_targets_are_scored_where_the_caller_says(name):
     for k in range(2):
       place = positions[row, slot[row, k]]
       np.testing.assert_allclose(
-        ours[row, k], log_probs[row, place, token[row, k]], atol=1e-4
+        actual[row, k], log_probs[row, place, token[row, k]], atol=1e-4
       )
 
 
@@ -152,8 +152,8 @@ def test_gradients_are_finite_differences(kind):
       return loss(jax.tree.unflatten(structure, moved))
 
     slope = (at(1e-2) - at(-1e-2)) / 2e-2
-    ours = float(jnp.vdot(jax.tree.leaves(gradient)[i], z))
-    np.testing.assert_allclose(ours, slope, rtol=2e-2, atol=3e-4)
+    actual = float(jnp.vdot(jax.tree.leaves(gradient)[i], z))
+    np.testing.assert_allclose(actual, slope, rtol=2e-2, atol=3e-4)
     assert np.abs(jax.tree.leaves(gradient)[i]).max() > 0
 
 
@@ -165,10 +165,10 @@ def test_perturbed_weights_act_as_their_values(kind):
   nodes = sampler.Sampler(
     directions.Rademacher(), stacked=STACKED, lazy=True
   ).perturb(base, key, 1e-2)
-  ours = run(model, nodes, adapter, tokens, mask)
+  actual = run(model, nodes, adapter, tokens, mask)
   whole = run(model, perturbed.materialize(nodes), adapter, tokens, mask)
-  np.testing.assert_allclose(ours, whole, atol=1e-4)
-  assert np.abs(ours - run(model, base, adapter, tokens, mask)).max() > 1e-2
+  np.testing.assert_allclose(actual, whole, atol=1e-4)
+  assert np.abs(actual - run(model, base, adapter, tokens, mask)).max() > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["all", "projected"])
@@ -177,9 +177,9 @@ def test_a_batch_of_adapters_acts_one_by_one(kind):
   each = [make(kind, model, base, seed) for seed in (1, 2)]
   batch = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
   together = jax.vmap(lambda a: run(model, base, a, tokens, mask))(batch)
-  for adapter, ours in zip(each, together):
+  for adapter, actual in zip(each, together):
     alone = run(model, base, adapter, tokens, mask)
-    np.testing.assert_allclose(ours, alone, atol=1e-4)
+    np.testing.assert_allclose(actual, alone, atol=1e-4)
   assert num_positions(batch) == num_positions(each[0])
 
 
@@ -196,9 +196,9 @@ def test_a_projected_prefix_acts_as_its_keys_and_values():
   expected = hidden[2] @ inside.out_kernel[:, 1, 0, 1]
   expected += inside.out_bias[1, 0, 1]
   np.testing.assert_allclose(node.key[1, 2, 1], expected, atol=1e-5)
-  ours = run(model, base, adapter, tokens, mask)
+  actual = run(model, base, adapter, tokens, mask)
   alone = run(model, base, expanded, tokens, mask)
-  np.testing.assert_allclose(ours, alone, atol=1e-5)
+  np.testing.assert_allclose(actual, alone, atol=1e-5)
 
 
 def test_bfloat16_weights_keep_a_float32_adapter():
@@ -210,9 +210,9 @@ def test_bfloat16_weights_keep_a_float32_adapter():
     {"params": small, "adapter": adapter}, tokens, mask, method="hidden"
   )
   assert jax.eval_shape(hidden).dtype == jnp.bfloat16
-  ours = run(model, small, adapter, tokens, mask)
+  actual = run(model, small, adapter, tokens, mask)
   exact = run(model, base, adapter, tokens, mask)
-  assert np.abs(ours - exact)[mask].mean() < 0.05 * np.std(exact)
+  assert np.abs(actual - exact)[mask].mean() < 0.05 * np.std(exact)
 
 
 @pytest.mark.parametrize("name", ["llama_gelu_head_dim", "opt"])

@@ -45,10 +45,10 @@ GOOD = content(line(1, 0.1, -3e-45), line(2, np.inf), line(3, 2.0, move=False))
 
 
 def test_numbers_come_back_to_the_bit():
-  found = ledger.parse(GOOD, "f")
-  assert found.serialize().encode() == GOOD and not found.truncated
-  assert found.header == {"key": [0, 1]}
-  one, two, three = found.lines
+  parsed = ledger.parse(GOOD, "f")
+  assert parsed.serialize().encode() == GOOD and not parsed.truncated
+  assert parsed.header == {"key": [0, 1]}
+  one, two, three = parsed.lines
   np.testing.assert_array_equal(
     one.move.weights.view(np.uint32),
     np.array([0.1, -3e-45], np.float32).view(np.uint32),
@@ -61,8 +61,8 @@ def test_numbers_come_back_to_the_bit():
 def test_a_truncated_last_line_is_dropped():
   cut = GOOD.rstrip(b"\n").rpartition(b"\n")[0] + b"\n"
   for end in range(len(cut) + 1, len(GOOD)):
-    found = ledger.parse(GOOD[:end], "f")
-    assert found.truncated and [x.step for x in found.lines] == [1, 2]
+    parsed = ledger.parse(GOOD[:end], "f")
+    assert parsed.truncated and [x.step for x in parsed.lines] == [1, 2]
 
 
 def test_every_flipped_bit_is_noticed():
@@ -72,13 +72,13 @@ def test_every_flipped_bit_is_noticed():
       broken = bytearray(GOOD)
       broken[place] ^= 1 << bit
       try:
-        found = ledger.parse(bytes(broken), "f")
+        parsed = ledger.parse(bytes(broken), "f")
       except errors.UserError as error:
         assert "'f'" in str(error)
         continue
       # What ends the file became something else: the line is truncated.
-      assert place == len(GOOD) - 1 and found.truncated
-      assert len(found.lines) == len(whole.lines) - 1
+      assert place == len(GOOD) - 1 and parsed.truncated
+      assert len(parsed.lines) == len(whole.lines) - 1
 
 
 def test_a_damaged_line_is_named():
@@ -106,11 +106,11 @@ def test_anything_is_read_or_refused_in_a_sentence(data):
     sealed = written.encode("utf-8", "replace").decode()
     text = GOOD + ledger.format._sealed(sealed).encode()
   try:
-    found = ledger.parse(text, "f")
+    parsed = ledger.parse(text, "f")
   except errors.UserError as error:
     assert "\n" not in str(error)
     return
-  assert [x.step for x in found.lines] == list(range(1, len(found.lines) + 1))
+  assert [x.step for x in parsed.lines] == list(range(1, len(parsed.lines) + 1))
 
 
 def test_writer_appends(tmp_path):
@@ -129,9 +129,9 @@ def test_info_and_diff(tmp_path, capsys):
   one.write_bytes(content(line(1, 0.5), line(2, 0.25)))
   two.write_bytes(content(line(1, 0.5), line(2, 0.125)) + b"3 1")
   assert main.main(["ledger", "info", "--ledger", str(two)]) == 0
-  said = capsys.readouterr().out
+  output = capsys.readouterr().out
   assert (
-    "steps: 2, and a truncated line" in said and "coefficients 0.25" in said
+    "steps: 2, and a truncated line" in output and "coefficients 0.25" in output
   )
   assert main.main(["ledger", "diff", "--ledger", str(one), str(one)]) == 0
   assert main.main(["ledger", "diff", "--ledger", str(one), str(two)]) == 1
@@ -256,11 +256,11 @@ def test_theta_is_rebuilt_bit_for_bit(
     move = jax.tree.map(jnp.asarray, read.move)
     theta = again_fn(theta, key, jnp.int32(number), move)
   begun = weights_of(dtype)
-  for ours, theirs, first in zip(
+  for actual, expected, first in zip(
     jax.tree.leaves(theta), jax.tree.leaves(state.base), jax.tree.leaves(begun)
   ):
-    assert np.asarray(ours).tobytes() == np.asarray(theirs).tobytes()
-    assert not np.array_equal(ours, first)
+    assert np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
+    assert not np.array_equal(actual, first)
 
 
 def test_fingerprint_sees_names_types_and_bits():

@@ -156,8 +156,8 @@ def test_snippets(tmp_path):
     for split in ("train", "validation", "test")
   ]
   assert [len(p) for p in parts] == [10000, 1000, 1000]
-  found = {row["text"]: row["label"] for part in parts for row in part}
-  assert found == {f"text {i}": i % 2 for i in range(12000)}
+  labels = {row["text"]: row["label"] for part in parts for row in part}
+  assert labels == {f"text {i}": i % 2 for i in range(12000)}
 
 
 def needs(*modules):
@@ -232,13 +232,13 @@ def test_same_model_as_transformers_reads_from_gguf(smollm2):
     "pretrained_model_name_or_path": source.parent,
     "gguf_file": source.name,
   }
-  theirs = transformers.AutoModelForCausalLM.from_pretrained(
+  hf_model = transformers.AutoModelForCausalLM.from_pretrained(
     **read, dtype=torch.float32
   )
-  state = theirs.state_dict()
-  ours = safetensors.torch.load_file(smollm2 / "model.safetensors")
-  assert set(state) - set(ours) == {"lm_head.weight"}
-  for name, value in ours.items():
+  state = hf_model.state_dict()
+  tensors = safetensors.torch.load_file(smollm2 / "model.safetensors")
+  assert set(state) - set(tensors) == {"lm_head.weight"}
+  for name, value in tensors.items():
     assert torch.equal(value, state[name].to(torch.bfloat16)), name
   config = transformers.AutoConfig.from_pretrained(smollm2)
   for name in (
@@ -247,8 +247,8 @@ def test_same_model_as_transformers_reads_from_gguf(smollm2):
     " max_position_embeddings rope_parameters attention_bias mlp_bias"
     " tie_word_embeddings bos_token_id eos_token_id"
   ).split():
-    assert getattr(config, name) == getattr(theirs.config, name), name
-  assert config.rms_norm_eps == pytest.approx(theirs.config.rms_norm_eps)
+    assert getattr(config, name) == getattr(hf_model.config, name), name
+  assert config.rms_norm_eps == pytest.approx(hf_model.config.rms_norm_eps)
 
   tokenizer = transformers.AutoTokenizer.from_pretrained(smollm2)
   reference = transformers.AutoTokenizer.from_pretrained(**read)
@@ -269,11 +269,11 @@ def test_same_model_as_transformers_reads_from_gguf(smollm2):
 
   # A real language model; rounding to bfloat16 is nothing, and rows in the
   # order of GGUF are another model.
-  exact = loss(theirs)
-  theirs.load_state_dict(ours, strict=False)
-  assert exact < 2.5 and abs(loss(theirs) - exact) < 0.02
-  for name in ours:
+  exact = loss(hf_model)
+  hf_model.load_state_dict(tensors, strict=False)
+  assert exact < 2.5 and abs(loss(hf_model) - exact) < 0.02
+  for name in tensors:
     for part, heads in (("q_proj", 9), ("k_proj", 3)):
       if part in name:
         state[name].copy_(permute_as_llama_cpp(state[name], heads))
-  assert loss(theirs) > exact + 1
+  assert loss(hf_model) > exact + 1

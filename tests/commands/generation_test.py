@@ -159,5 +159,5 @@ def test_a_run_from_training_to_answers(
   assert code == 0
   answers = report.read_jsonl(folder / "answers.jsonl")
   asked = report.read_jsonl(unlabelled)
-  found = [row.pop("prediction") for row in answers]
-  assert answers == asked and all(isinstance(text, str) for text in found)
+  actual = [row.pop("prediction") for row in answers]
+  assert answers == asked and all(isinstance(text, str) for text in actual)

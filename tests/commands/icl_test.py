@@ -17,12 +17,22 @@ LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 
 @pytest.fixture
 def config(tiny_model, tiny_rows):
-  found = tiny.base_config()
-  found.model.name = str(tiny_model)
-  found.data.dir = str(tiny_rows)
-  found.data.task = "rotten_tomatoes"
-  found.data.num_selection = 8
-  return found
+  fields = tiny.base_config()
+  fields.model.name = str(tiny_model)
+  fields.data.dir = str(tiny_rows)
+  fields.data.task = "rotten_tomatoes"
+  fields.data.num_selection = 8
+  return fields
+
+
+def write_rows(folder, make_row):
+  """Writes rows of (number, text), to train on and to validate by."""
+  folder.mkdir()
+  for split, count in (("train", 12), ("validation", 3)):
+    rows = [make_row(i, f"a {split} {i}") for i in range(count)]
+    text = "\n".join(map(json.dumps, rows))
+    (folder / f"{split}.jsonl").write_text(text)
+  return str(folder)
 
 
 def lines(path):
@@ -93,12 +103,12 @@ def test_demonstrations_are_read_once(config, tmp_path, monkeypatch):
     seen.append(len(split(examples)[0]))
     return split(examples)
 
-  found = []
+  scores = []
   for change in (watched, lambda examples: ((), examples)):
     monkeypatch.setattr(in_context, "split_shared", change)
     icl.icl(config, str(tmp_path))
-    found.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
-  np.testing.assert_allclose(*found, atol=2e-5)
+    scores.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
+  np.testing.assert_allclose(*scores, atol=2e-5)
   assert seen[0] > 12
   folder = tmp_path / "windowed"
   shutil.copytree(config.model.name, folder)
@@ -112,7 +122,7 @@ def test_demonstrations_are_read_once(config, tmp_path, monkeypatch):
     icl.icl(config, str(tmp_path))
     windowed.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
   np.testing.assert_allclose(*windowed, atol=2e-5)
-  assert np.abs(np.subtract(found[0], windowed[0])).max() > 1e-3
+  assert np.abs(np.subtract(scores[0], windowed[0])).max() > 1e-3
 
 
 def test_probe_and_head_learn(config, tmp_path):
@@ -134,15 +144,9 @@ def test_probe_needs_fixed_options(config, tmp_path):
 
 def test_generated_answers(config, tmp_path):
   """Zero-shot and with demonstrations; no head, and nothing to calibrate."""
-  folder = tmp_path / "rows"
-  folder.mkdir()
-  for split, count in (("train", 12), ("validation", 3)):
-    lines_of = [
-      json.dumps({"q": f"a {split} {i}", "a": ["dull", "warm"]})
-      for i in range(count)
-    ]
-    (folder / f"{split}.jsonl").write_text("\n".join(lines_of))
-  config.data.dir = str(folder)
+  config.data.dir = write_rows(
+    tmp_path / "rows", lambda i, text: {"q": text, "a": ["dull", "warm"]}
+  )
   config.data.task = "mine"
   config.data.prompt = "{q} It was"
   config.data.label = "a"
@@ -165,28 +169,24 @@ def test_generated_answers(config, tmp_path):
 
 
 def test_every_row_is_calibrated_by_its_own_options(config, tmp_path):
-  folder = tmp_path / "rows"
-  folder.mkdir()
-  told = [("dull", "warm"), ("film", "sea"), ("cast", "dog")]
-  for split, count in (("train", 12), ("validation", 3)):
-    lines_of = [
-      json.dumps({"q": f"a {split} {i}", "x": x, "y": y, "label": i % 2})
-      for i in range(count)
-      for x, y in [told[i % 3]]
-    ]
-    (folder / f"{split}.jsonl").write_text("\n".join(lines_of))
-  config.data.dir = str(folder)
+  pairs = [("dull", "warm"), ("film", "sea"), ("cast", "dog")]
+
+  def row(i, text):
+    x, y = pairs[i % 3]
+    return {"q": text, "x": x, "y": y, "label": i % 2}
+
+  config.data.dir = write_rows(tmp_path / "rows", row)
   config.data.task = "mine"
   config.data.prompt = "{q} It"
   config.data.options = (" {x}", " {y}")
   config.data.num_selection = 2
   config.icl.num_shots = 0
-  found = []
+  scores = []
   for calibration in ("none", "contextual"):
     config.icl.calibration = calibration
     icl.icl(config, str(tmp_path))
-    found.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
-  off = np.array(found[0]) - np.array(found[1])
+    scores.append([line["scores"] for line in lines(tmp_path / "icl.jsonl")])
+  off = np.array(scores[0]) - np.array(scores[1])
   # A share of the two options each, of other options in every row.
   np.testing.assert_allclose(np.exp(off).mean(), 0.5, atol=0.05)
   assert len(np.unique(np.round(off, 4), axis=0)) == 3

@@ -59,15 +59,15 @@ def test_runs_and_runs_no_more_than_needed(
 
 
 @pytest.mark.parametrize(
-  "body, said",
+  "body, message",
   [
     ("  yield {'zo.epss': 1}\n", "Did you mean 'zo.eps'"),
     ("  yield {'seed': 1}\n  yield {'seed': 1}\n", "'seed=1' twice"),
     ("  return []\n", "yields no run"),
   ],
 )
-def test_mistakes(tmp_path, body, said):
-  with pytest.raises(errors.UserError, match=said):
+def test_mistakes(tmp_path, body, message):
+  with pytest.raises(errors.UserError, match=message):
     sweep.load(write(tmp_path, body), "runs")
   with pytest.raises(errors.UserError, match="--sweep: expected a file"):
     sweep.load(str(tmp_path / "none.py"), "runs")

@@ -131,8 +131,8 @@ def test_overrides(command_line, tmp_path, capsys, name, value):
     f"--config.{name}={value}",
   )
   assert code == 2
-  said = capsys.readouterr().err
-  assert said.startswith("zofo_jax: ") and "Traceback" not in said
+  stderr = capsys.readouterr().err
+  assert stderr.startswith("zofo_jax: ") and "Traceback" not in stderr
 
 
 def test_a_pickle_is_asked_for(tmp_path):

@@ -51,7 +51,7 @@ def test_names_are_those_of_the_shipped_files():
 
 
 @pytest.mark.parametrize(
-  "name, found",
+  "name, expected",
   [
     ("opt", "configs/opt.py"),
     ("opt.py", "configs/opt.py"),
@@ -59,9 +59,9 @@ def test_names_are_those_of_the_shipped_files():
     ("sweeps/theta", "configs/sweeps/theta.py"),
   ],
 )
-def test_find_from_anywhere(monkeypatch, tmp_path, name, found):
+def test_find_from_anywhere(monkeypatch, tmp_path, name, expected):
   monkeypatch.chdir(tmp_path)
-  assert files.find(name) == ROOT / found
+  assert files.find(name) == ROOT / expected
   (tmp_path / "opt.py").write_text("")
   if name == "opt.py":  # a file comes before a name
     assert files.find(name) == pathlib.Path("opt.py")

@@ -116,12 +116,15 @@ def test_adapt_is_of_its_first_run(tmp_path):
   config = load("metatrain").get_config("model=some/model,group=nli")
   config.lora.rank = 3
   (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-  found = load("adapt").get_config(f"run={tmp_path}+other,task=cr+emo")
-  validate.check(found)
-  assert found.command == "adapt" and found.adapt.tasks == ("cr", "emo")
-  assert found.adapt.runs == (str(tmp_path), "other")
-  assert (found.model.name, found.lora.rank) == ("some/model", 3)
-  assert found.meta.target == ("nli",)
+  adapted = load("adapt").get_config(f"run={tmp_path}+other,task=cr+emo")
+  validate.check(adapted)
+  assert adapted.command == "adapt" and adapted.adapt.tasks == (
+    "cr",
+    "emo",
+  )
+  assert adapted.adapt.runs == (str(tmp_path), "other")
+  assert (adapted.model.name, adapted.lora.rank) == ("some/model", 3)
+  assert adapted.meta.target == ("nli",)
 
 
 def test_files():

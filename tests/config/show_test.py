@@ -16,17 +16,17 @@ def test_print_config_is_every_field_as_an_argument(command_line, capsys):
     == 0
   )
   lines = capsys.readouterr().out.splitlines()
-  found = {}
+  actual = {}
   for line in lines:
     (argument, *about) = shlex.split(line, comments=True) or [""]
     assert not about
     if argument:
       name, _, value = argument.removeprefix("--config.").partition("=")
-      assert name not in found
-      found[name] = value
+      assert name not in actual
+      actual[name] = value
   config = defaults.base_config()
-  assert found.keys() == defaults.flat(config).keys()
-  assert found["zo.eps"] == "0.01" and found["data.task"] == "rte"
+  assert actual.keys() == defaults.flat(config).keys()
+  assert actual["zo.eps"] == "0.01" and actual["data.task"] == "rte"
   (line,) = [line for line in lines if "zo.eps=" in line]
   assert line.endswith("# [default 0.001] radius of the finite difference")
   assert "# of low_rank directions" in "".join(lines)

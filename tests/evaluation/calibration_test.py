@@ -17,7 +17,7 @@ def test_contextual_is_the_transcription():
   draw = np.random.RandomState(0)
   scores = draw.randn(4, 3).astype(np.float32)
   nulls = draw.randn(2, 4, 3).astype(np.float32)
-  found = calibration.contextual(scores, nulls)
+  actual = calibration.contextual(scores, nulls)
   for n in range(4):
     content_free = []
     for o in range(3):
@@ -29,27 +29,27 @@ def test_contextual_is_the_transcription():
     total = sum(math.exp(value) for value in scores[n])
     q = [math.exp(scores[n][o]) / total / content_free[o] for o in range(3)]
     expected = [value / sum(q) for value in q]
-    own = np.exp(found[n]) / np.exp(found[n]).sum()
-    np.testing.assert_allclose(own, expected, rtol=1e-5)
+    one_row = np.exp(actual[n]) / np.exp(actual[n]).sum()
+    np.testing.assert_allclose(one_row, expected, rtol=1e-5)
 
 
 def test_domain_is_the_transcription():
   draw = np.random.RandomState(0)
   scores, null = draw.randn(2, 4, 3).astype(np.float32)
   counts = draw.randint(1, 5, size=(4, 3))
-  found = calibration.domain(scores, null[None], counts)
-  np.testing.assert_allclose(found, counts * (scores - null), rtol=1e-5)
+  actual = calibration.domain(scores, null[None], counts)
+  np.testing.assert_allclose(actual, counts * (scores - null), rtol=1e-5)
 
 
 def test_missing_options_never_win():
   scores = np.array([[-1.0, -2.0, LEAST]], np.float32)
   nulls = np.array([[[-0.5, -1.0, LEAST]]], np.float32)
-  for found in (
+  for actual in (
     calibration.contextual(scores, nulls),
     calibration.domain(scores, nulls, np.array([[1, 2, 0]])),
   ):
-    assert np.isfinite(found).all() and found.argmax() < 2
-    assert found[0, 2] == LEAST
+    assert np.isfinite(actual).all() and actual.argmax() < 2
+    assert actual[0, 2] == LEAST
 
 
 @pytest.mark.parametrize(

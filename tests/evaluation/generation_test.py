@@ -107,11 +107,11 @@ def test_perturbed_weights_and_adapters_generate():
     )
   )
   batch = *left(prompts()), jax.random.split(jax.random.key(0), 4)
-  found = generate_fn(nodes, lora, *batch).tokens
+  actual = generate_fn(nodes, lora, *batch).tokens
   whole = adapters.merge_lora(perturbed.materialize(nodes), lora)
-  np.testing.assert_array_equal(found, generate_fn(whole, {}, *batch).tokens)
+  np.testing.assert_array_equal(actual, generate_fn(whole, {}, *batch).tokens)
   for other in ((base, lora), (nodes, {})):
-    assert (found != generate_fn(*other, *batch).tokens).any()
+    assert (actual != generate_fn(*other, *batch).tokens).any()
 
 
 def some_adapter(module, base, kinds):
@@ -151,10 +151,10 @@ def test_adapters_generate_as_in_full_forwards(name, kinds):
     )
   )
   keys = jax.random.split(jax.random.key(0), 3)
-  found = np.asarray(generate_fn(base, adapter, *left(texts), keys).tokens)
+  actual = np.asarray(generate_fn(base, adapter, *left(texts), keys).tokens)
   whole = np.full((3, 13), PAD)
   for row, text in enumerate(texts):
-    whole[row, : len(text) + 4] = [*text, *found[row]]
+    whole[row, : len(text) + 4] = [*text, *actual[row]]
   mask = np.arange(13) < np.array(lengths)[:, None] + 4
   logits = np.asarray(
     jax.jit(functools.partial(module.apply, method="logits"))(
@@ -162,10 +162,10 @@ def test_adapters_generate_as_in_full_forwards(name, kinds):
     )
   )
   for row, length in enumerate(lengths):
-    for step, token in enumerate(found[row]):
+    for step, token in enumerate(actual[row]):
       scores = logits[row, length - 1 + step]
       assert scores[token] > scores.max() - 1e-4
-  assert (found != bare_tokens(name, lengths)).any()
+  assert (actual != bare_tokens(name, lengths)).any()
 
 
 # Against transformers.
@@ -193,11 +193,11 @@ def hf_tokens(name, texts, **options):
   return out[:, tokens.shape[1] :].numpy()
 
 
-def assert_same_tokens(ours, theirs):
+def assert_same_tokens(actual, expected):
   """Theirs ends with the longest text."""
-  length = theirs.shape[1]
-  np.testing.assert_array_equal(ours.tokens[:, :length], theirs)
-  assert (np.asarray(ours.tokens)[:, length:] == PAD).all()
+  length = expected.shape[1]
+  np.testing.assert_array_equal(actual.tokens[:, :length], expected)
+  assert (np.asarray(actual.tokens)[:, length:] == PAD).all()
 
 
 parity = lambda test: pytest.mark.parity(
@@ -208,22 +208,22 @@ parity = lambda test: pytest.mark.parity(
 @parity
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_tokens_are_those_of_transformers(name):
-  ours = new_tokens(name, prompts())
-  assert_same_tokens(ours, hf_tokens(name, prompts(), eos_token_id=None))
-  np.testing.assert_array_equal(ours.lengths, 6)
+  actual = new_tokens(name, prompts())
+  assert_same_tokens(actual, hf_tokens(name, prompts(), eos_token_id=None))
+  np.testing.assert_array_equal(actual.lengths, 6)
   # Now a token ends a text.
-  end = int(ours.tokens[1, 2])
-  ours = new_tokens(name, prompts(), stops=stops_at(end))
-  assert ours.lengths.min() < 6
-  assert_same_tokens(ours, hf_tokens(name, prompts(), eos_token_id=end))
+  end = int(actual.tokens[1, 2])
+  actual = new_tokens(name, prompts(), stops=stops_at(end))
+  assert actual.lengths.min() < 6
+  assert_same_tokens(actual, hf_tokens(name, prompts(), eos_token_id=end))
 
 
 @parity
 def test_dynamic_rope_grows_as_in_transformers():
   for text in prompts():
-    ours = new_tokens("llama_dynamic", [text])
-    theirs = hf_tokens("llama_dynamic", [text], eos_token_id=None)
-    assert_same_tokens(ours, theirs)
+    actual = new_tokens("llama_dynamic", [text])
+    expected = hf_tokens("llama_dynamic", [text], eos_token_id=None)
+    assert_same_tokens(actual, expected)
 
 
 @parity
@@ -237,10 +237,10 @@ def test_beams_are_those_of_transformers(name, length_penalty):
   greedy = new_tokens(name, texts, max_new_tokens=10, stops=stops_at(ends))
   for num_beams in (2, 3):
     same["num_beams"] = num_beams
-    ours = new_tokens(name, texts, stops=stops_at(ends), **same)
-    theirs = hf_tokens(name, texts, eos_token_id=ends, **same)
-    assert_same_tokens(ours, theirs)
-  assert (ours.tokens != greedy.tokens).any()
+    actual = new_tokens(name, texts, stops=stops_at(ends), **same)
+    expected = hf_tokens(name, texts, eos_token_id=ends, **same)
+    assert_same_tokens(actual, expected)
+  assert (actual.tokens != greedy.tokens).any()
 
 
 def test_many_beams_find_the_best_text():
@@ -255,21 +255,21 @@ def test_many_beams_find_the_best_text():
   scores[ends] = -np.inf  # no text goes on from there
   best = np.unravel_index(scores.argmax(), scores.shape)
   expected = [ends, PAD] if first[ends] > scores.max() else best
-  ours = new_tokens(
+  actual = new_tokens(
     "llama",
     [text],
     num_beams=VOCABULARY,
     max_new_tokens=2,
     stops=stops_at(ends),
   )
-  np.testing.assert_array_equal(ours.tokens[0], expected)
+  np.testing.assert_array_equal(actual.tokens[0], expected)
 
 
 def test_a_row_is_over_when_no_beam_can_improve():
   """A beam that looks worse is not followed, though its end is certain."""
   p = np.array([[0.6, 0.4, 0.0], [1.0, 0.0, 0.0]]) + 1e-9
   cache = kv_cache.empty((1, 1, 1), 1, 2, jnp.dtype("float32"))
-  found = beam_search.search(
+  actual = beam_search.search(
     lambda token, cache: (jnp.log(p[None, 1]), cache),
     jnp.log(p[None, 0]),
     cache,
@@ -278,7 +278,7 @@ def test_a_row_is_over_when_no_beam_can_improve():
     stops=jnp.arange(3) == 0,
     pad=2,
   )
-  np.testing.assert_array_equal(found, [[0, 2, 2]])
+  np.testing.assert_array_equal(actual, [[0, 2, 2]])
 
 
 # Sampling.
@@ -303,8 +303,8 @@ def test_what_may_be_drawn_and_how_often(options, kept):
   logits[place] = 2.0 * np.log(p) + 3.0
   options = {"temperature": 2.0, **options}
   weights, ids = generation.candidates(jnp.asarray(logits)[None], **options)
-  found = {int(i): w for i, w in zip(ids[0], weights[0]) if w > -jnp.inf}
-  assert sorted(found) == sorted(place[kept])
+  actual = {int(i): w for i, w in zip(ids[0], weights[0]) if w > -jnp.inf}
+  assert sorted(actual) == sorted(place[kept])
   keys = jax.random.split(jax.random.key(5), 20_000)
   rows = jnp.broadcast_to(jnp.asarray(logits), (20_000, 5))
   drawn = generation.choose(rows, keys, **options)
@@ -381,8 +381,8 @@ def test_texts_do_not_depend_on_the_batch_size(tiny_model):
       seed=seed,
     )
 
-  found = write(1)
-  assert found == write(3) and found != write(3, seed=1)
-  assert not any("e" in text for text in found)
+  actual = write(1)
+  assert actual == write(3) and actual != write(3, seed=1)
+  assert not any("e" in text for text in actual)
   # The stop string ended them on the device; only the host cuts it off.
   assert any(text.count("e") == 1 for text in write(3, stop=()))

@@ -75,7 +75,7 @@ def test_token_f1_is_that_of_bags():
   truth, guess = draw.randint(4, size=(2, 50, 6))
   option = draw.randint(2, size=(50, 6))
   option[:, 0] = 0
-  found = objectives.token_f1(
+  actual = objectives.token_f1(
     jnp.asarray(guess)[:, None], batch_of(truth, option, np.zeros(50, int))
   )
   for n in range(50):
@@ -84,7 +84,7 @@ def test_token_f1_is_that_of_bags():
       for line in (truth, guess)
     ]
     same = sum((bags[0] & bags[1]).values())
-    assert found[n] == pytest.approx(same / sum(bags[0].values()))
+    assert actual[n] == pytest.approx(same / sum(bags[0].values()))
 
 
 def test_accuracy_of_options(tiny):
@@ -98,9 +98,9 @@ def test_accuracy_of_options(tiny):
 
 def test_python_score_sees_what_the_model_would_write(tiny, monkeypatch):
   module, base, tokenizer, batch = tiny
-  own = types.ModuleType("own_scores")
-  own.exact = exact
-  monkeypatch.setitem(sys.modules, "own_scores", own)
+  own_scores = types.ModuleType("own_scores")
+  own_scores.exact = exact
+  monkeypatch.setitem(sys.modules, "own_scores", own_scores)
   loss_fn = objectives.make_probe_loss_fn("own_scores:exact", module, tokenizer)
   logits = module.apply(
     {"params": base, "adapter": {}},

@@ -54,7 +54,7 @@ def real():
 
 
 @pytest.fixture(scope="module")
-def theirs():
+def reference():
   torch = pytest.importorskip("torch")
   import transformers
 
@@ -73,8 +73,8 @@ def encoded(task, model):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_scores_one_row_and_one_option_at_a_time(real, theirs, name):
-  (model, base), (torch, hf) = real, theirs
+def test_scores_one_row_and_one_option_at_a_time(real, reference, name):
+  (model, base), (torch, hf) = real, reference
   task = tasks.get(name)
   score_fn = jax.jit(
     scoring.make_score_fn(apply.make_log_probs_fn(model.module))
@@ -95,10 +95,10 @@ def test_scores_one_row_and_one_option_at_a_time(real, theirs, name):
       assert scores[i, j] == pytest.approx(expected, abs=2e-3)
 
 
-def test_probe_is_sklearn_s_on_their_features(real, theirs):
+def test_probe_is_sklearn_s_on_their_features(real, reference):
   from sklearn import linear_model
 
-  (model, base), (torch, hf) = real, theirs
+  (model, base), (torch, hf) = real, reference
   task, examples = tasks.get("sst2"), encoded(tasks.get("sst2"), model)
   hidden = linear_probe.hidden_states(
     jax.jit(apply.make_hidden_fn(model.module)),

@@ -46,14 +46,14 @@ def test_it_writes_the_fields_that_are_asked_for(tmp_path):
   results = json.loads(path.read_text())
   assert set(results) == {*times, *sizes, "machine", "versions"}
   for name in times:
-    found = results[name]
-    assert found["pairs"] == 2
-    assert 0 < found["min"] <= found["ratio"] <= found["max"]
-    assert found["a_seconds"] > 0 and found["b_seconds"] > 0
+    actual = results[name]
+    assert actual["pairs"] == 2
+    assert 0 < actual["min"] <= actual["ratio"] <= actual["max"]
+    assert actual["a_seconds"] > 0 and actual["b_seconds"] > 0
   for name in sizes:
-    found = results[name]
-    assert found["pairs"] == 1
-    assert found["ratio"] == found["a_bytes"] / found["b_bytes"]
+    actual = results[name]
+    assert actual["pairs"] == 1
+    assert actual["ratio"] == actual["a_bytes"] / actual["b_bytes"]
   assert results["machine"]["cores"] == os.cpu_count()
   assert results["versions"]["jax"]
 

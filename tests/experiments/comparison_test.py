@@ -87,25 +87,25 @@ def cells():
 
 
 def test_claims(claimed, cells):
-  found = claims.answers(cells)
+  verdicts = claims.answers(cells)
   # MeZO is at its best after 2 s, Bilevel-ZOFO there after 0.25 s; or never.
-  assert found["time_to_mezo_best_ratio"]["by_task"] == {"sst2": [8.0, 0.0]}
-  assert found["time_to_mezo_best_ratio"]["value"] == 4.0
-  assert found["time_to_mezo_best_ratio"]["met"]
-  gain = found["accuracy_gain_over_lora"]
+  assert verdicts["time_to_mezo_best_ratio"]["by_task"] == {"sst2": [8.0, 0.0]}
+  assert verdicts["time_to_mezo_best_ratio"]["value"] == 4.0
+  assert verdicts["time_to_mezo_best_ratio"]["met"]
+  gain = verdicts["accuracy_gain_over_lora"]
   assert gain["value"] == pytest.approx(0.02) and gain["seeds"] == ["0", "1"]
   assert gain["interval"] == pytest.approx([0.0, 0.04])
-  assert found["peak_memory_over_lora"]["value"] == 1.0
-  assert found["peak_memory_over_mezo"]["value"] == 2.0
-  assert not found["peak_memory_over_mezo"]["met"]
+  assert verdicts["peak_memory_over_lora"]["value"] == 1.0
+  assert verdicts["peak_memory_over_mezo"]["value"] == 2.0
+  assert not verdicts["peak_memory_over_mezo"]["met"]
   # 0.03 between our two prompts, 0.1 between MeZO's.
-  spread = found["prompt_spread_over_mezo"]
+  spread = verdicts["prompt_spread_over_mezo"]
   assert spread["value"] == pytest.approx(0.3) and spread["met"]
 
 
 def test_what_was_not_run_is_not_claimed(claimed, cells):
-  found = claims.answers([c for c in cells if c["method"] == "bilevel"])
-  assert set(found.values()) == {None}
+  verdicts = claims.answers([c for c in cells if c["method"] == "bilevel"])
+  assert set(verdicts.values()) == {None}
 
 
 def test_report_writes_all(claimed, cells, tmp_path, monkeypatch, capsys):
@@ -121,8 +121,8 @@ def test_report_writes_all(claimed, cells, tmp_path, monkeypatch, capsys):
   assert "| zero-shot | 0.500 | 0.500 |" in shown
   assert "| bilevel, p | 0.550 (1) | 0.550 |" in shown
   assert (tmp_path / "table.md").read_text() in shown
-  found = json.loads((tmp_path / "claims.json").read_text())
-  assert found["accuracy_gain_over_lora"]["tasks"] == ["sst2"]
+  actual = json.loads((tmp_path / "claims.json").read_text())
+  assert actual["accuracy_gain_over_lora"]["tasks"] == ["sst2"]
   for name in ("curves.png", "memory.png"):
     assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
@@ -155,13 +155,13 @@ def test_cells_are_distinct_and_can_be_read_again(single, tmp_path):
     summary = {"model": "a/b", "test_accuracy": 0.8}
     report.write_json(one.folder / "summary.json", summary)
     report.write_json(one.folder / "machine.json", {"commit": "abc"})
-    found = single["result"](one.folder)
-    assert found["curve"] == [
+    actual = single["result"](one.folder)
+    assert actual["curve"] == [
       {"step": 1, "seconds": 2.0, "flops": 1.0, "selection_accuracy": 0.7}
     ]
-    assert found["losses"] == [0.5] and found["commit"] == "abc"
+    assert actual["losses"] == [0.5] and actual["commit"] == "abc"
     for name in ("task", "method", "seed"):
-      assert found[name] == str(one.fields[name])
+      assert actual[name] == str(one.fields[name])
 
 
 def test_cells_that_are_known_are_left_alone(single, tmp_path, monkeypatch):
@@ -193,21 +193,21 @@ def test_cells_that_are_known_are_left_alone(single, tmp_path, monkeypatch):
   assert len(asked) == 2
   # Each cell once, whether it was run or left alone.
   assert [len(rows) for rows in tables] == [2, 2]
-  found = {row["method"]: row for row in report.read_jsonl(results)}
+  actual = {row["method"]: row for row in report.read_jsonl(results)}
   # The choice's name, of which the run knows but a part.
-  assert found["bilevel_still"]["test_accuracy"] == 0.8
+  assert actual["bilevel_still"]["test_accuracy"] == 0.8
   expected = {"model": "b", "test_accuracy": 0.5, "num_shots": 8}
-  assert expected.items() <= found["icl"].items()
+  assert expected.items() <= actual["icl"].items()
 
 
 def test_adapters_are_told_apart(claimed, cells, tmp_path):
   other = cells[0] | {"adapter": "prefix"}
   asked = {"task": "sst2", "method": "icl", "seed": "0", "test_accuracy": 0.61}
   report.write_lines(tmp_path / "cells.jsonl", [*cells, other, asked])
-  found = claimed["read"](tmp_path / "cells.jsonl")
-  assert found[-2]["method"] == f"{cells[0]['method']}, prefix"
-  assert claims.answers(found) == claims.answers(cells)
-  table = claimed["table"](found)
+  actual = claimed["read"](tmp_path / "cells.jsonl")
+  assert actual[-2]["method"] == f"{cells[0]['method']}, prefix"
+  assert claims.answers(actual) == claims.answers(cells)
+  table = claimed["table"](actual)
   assert f"| {cells[0]['method']}, prefix |" in table
   assert "| icl | 0.610 (1) | 0.610 |  |  |" in table
 

@@ -111,7 +111,7 @@ def test_a_compiled_plan(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  "name, said",
+  "name, message",
   [
     ("v5e:3x3", "v5e comes as 2x2"),
     ("v5pp:2x2x1", "Did you mean 'v5p'"),
@@ -119,8 +119,8 @@ def test_a_compiled_plan(tmp_path, monkeypatch):
     ("cpu:0", "found '0'"),
   ],
 )
-def test_topologies_that_there_are_not(name, said):
-  with pytest.raises(errors.UserError, match=said):
+def test_topologies_that_there_are_not(name, message):
+  with pytest.raises(errors.UserError, match=message):
     topologies.find(name)
 
 

@@ -59,21 +59,21 @@ def test_a_bar_on_a_terminal():
     "      with progress.Progress(9, 'selection', unit='rows') as inner:\n"
     "        inner.update(9, accuracy=0.75)\n"
   )
-  ours, theirs = pty.openpty()
+  reader, terminal = pty.openpty()
   with subprocess.Popen(
     [sys.executable, "-c", code],
-    stderr=theirs,
+    stderr=terminal,
     env={**os.environ, "COLUMNS": "140", "TERM": "xterm"},
   ) as process:
-    os.close(theirs)
+    os.close(terminal)
     shown = b""
     try:
-      while chunk := os.read(ours, 4096):
+      while chunk := os.read(reader, 4096):
         shown += chunk
     except OSError:
       pass  # how Linux says that the other end was closed
     finally:
-      os.close(ours)
+      os.close(reader)
   assert process.returncode == 0
   text = shown.decode()
   assert "40/40" in text

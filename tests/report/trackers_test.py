@@ -37,7 +37,7 @@ def read_tensorboard(folder):
   """Returns {name: {step: value}} of all event files."""
   from tensorboardX.proto import event_pb2
 
-  found = {}
+  actual = {}
   for path in sorted(glob.glob(f"{folder}/tensorboard/events.*")):
     data, at = pathlib.Path(path).read_bytes(), 0
     while at < len(data):  # length, its CRC, an event, its CRC
@@ -45,20 +45,20 @@ def read_tensorboard(folder):
       event = event_pb2.Event.FromString(data[at + 12 : at + 12 + size])
       at += 16 + size
       for value in event.summary.value:
-        found.setdefault(value.tag, {})[event.step] = value.simple_value
-  return found
+        actual.setdefault(value.tag, {})[event.step] = value.simple_value
+  return actual
 
 
 def test_tensorboard_has_what_metrics_has(done):
-  found = read_tensorboard(done)
+  actual = read_tensorboard(done)
   for name in ("upper_loss", "flops", "selection_accuracy"):
     expected = {
       row["step"]: row[name]
       for row in report.read_jsonl(done / "metrics.jsonl")
       if name in row
     }
-    assert found[name] == pytest.approx(expected), name
-  assert "coefficients" not in found  # a list
+    assert actual[name] == pytest.approx(expected), name
+  assert "coefficients" not in actual  # a list
 
 
 def test_a_trace_is_written(done):
@@ -74,9 +74,9 @@ def test_the_others_write_beside_the_run(name, tmp_path, monkeypatch):
   for variable in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
     monkeypatch.delenv(variable, raising=False)
   for step in (0, 2):
-    with trackers.Trackers([name], folder, {"zo.eps": 1e-3}, step) as told:
+    with trackers.Trackers([name], folder, {"zo.eps": 1e-3}, step) as tracker:
       for number in (step + 1, step + 2):
-        told.write({"step": number, "upper_loss": 1.0 / number})
+        tracker.write({"step": number, "upper_loss": 1.0 / number})
   run = json.loads((folder / "trackers.json").read_text())[name]
   if name == "wandb":  # one run, in two files
     assert len(list(folder.glob(f"wandb/offline-run-*-{run}"))) == 2
@@ -104,5 +104,5 @@ def test_mistakes(command_line, tmp_path, tiny_model, capsys):
     *(f"--config={LLAMA}", f"--workdir={tmp_path}"),
     *(f"--config.model.name={tiny_model}", "--config.train.trackers=('wand',)"),
   )
-  said = capsys.readouterr().err
-  assert code == 2 and "Did you mean 'wandb'" in said
+  stderr = capsys.readouterr().err
+  assert code == 2 and "Did you mean 'wandb'" in stderr

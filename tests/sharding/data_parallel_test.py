@@ -92,6 +92,20 @@ def _step(kind, estimator, per_example, num_directions=2, **options):
   return step
 
 
+def _assert_as_on_one_device(results, step):
+  """Compares (weights, coefficients) with what a step gives on one device."""
+  moved, coefficients = results
+  one, expected = jax.jit(step)(_base(), _batch(), jax.random.key(0))
+  # A few ulps of a loss, in another order, over eps.
+  atol = 16 * 2.0**-23 * 6 / EPS
+  np.testing.assert_allclose(coefficients, expected, rtol=1e-4, atol=atol)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4),
+    moved,
+    one,
+  )
+
+
 @pytest.mark.parametrize(
   "kind, estimator, per_example",
   [
@@ -116,16 +130,7 @@ def test_devices_exchange_scalars_alone(kind, estimator, per_example):
   assert sizes and max(sizes) <= (2 * BATCH if per_example else 3)
   assert sum(sizes) <= (4 * BATCH if per_example else 8)
 
-  moved, coefficients = compiled(base, batch, key)
-  one, expected = jax.jit(step)(_base(), _batch(), jax.random.key(0))
-  # A few ulps of a loss, in another order, over eps.
-  atol = 16 * 2.0**-23 * 6 / EPS
-  np.testing.assert_allclose(coefficients, expected, rtol=1e-4, atol=atol)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4),
-    moved,
-    one,
-  )
+  _assert_as_on_one_device(compiled(base, batch, key), step)
 
 
 def test_groups_of_directions_exchange_scalars_alone():
@@ -147,12 +152,4 @@ def test_groups_of_directions_exchange_scalars_alone():
   # The groups work at once, each on two of the directions.
   assert max(times for _, _, times in hlo.collectives(compiled.as_text())) == 2
 
-  moved, coefficients = compiled(base, batch, key)
-  one, expected = jax.jit(plain)(_base(), _batch(), jax.random.key(0))
-  atol = 16 * 2.0**-23 * 6 / EPS
-  np.testing.assert_allclose(coefficients, expected, rtol=1e-4, atol=atol)
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4),
-    moved,
-    one,
-  )
+  _assert_as_on_one_device(compiled(base, batch, key), plain)

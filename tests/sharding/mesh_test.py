@@ -237,7 +237,7 @@ def test_a_weight_that_is_not_divided():
 
 
 @pytest.mark.parametrize(
-  "sizes, said",
+  "sizes, message",
   [
     ({"data": -1, "model": -1}, "one of them -1"),
     ({"data": 0}, "mesh.data=0"),
@@ -245,8 +245,8 @@ def test_a_weight_that_is_not_divided():
     ({"data": 4, "model": 4}, "takes 16 devices; expected at most"),
   ],
 )
-def test_meshes_that_there_are_not(sizes, said):
-  with pytest.raises(errors.UserError, match=said):
+def test_meshes_that_there_are_not(sizes, message):
+  with pytest.raises(errors.UserError, match=message):
     mesh_lib.make(ONE | sizes)
 
 
@@ -312,8 +312,8 @@ def test_each_weight_is_gathered_once_a_pass():
     )
     .compile()
   )
-  found = hlo.collectives(compiled.as_text())
-  gathered = [one for one in found if one[0] == "all-gather"]
+  exchanges = hlo.collectives(compiled.as_text())
+  gathered = [one for one in exchanges if one[0] == "all-gather"]
   size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
   layers = base["layers"]
   kernels = size((layers["attention"], layers["mlp"]))

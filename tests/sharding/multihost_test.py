@@ -105,8 +105,8 @@ def test_train_and_resume_on_other_processes(
   command = command_of(folder, tiny_model, tiny_rows)
 
   def losses():
-    found = report.read_jsonl(folder / "metrics.jsonl")
-    steps = [row for row in found if "upper_loss" in row]
+    rows = report.read_jsonl(folder / "metrics.jsonl")
+    steps = [row for row in rows if "upper_loss" in row]
     # One process writes, once.
     assert [row["step"] for row in steps] == [1, 2, 3, 4]
     names = ("upper_loss", "lower_loss", "objective")
@@ -208,7 +208,7 @@ def test_a_process_that_does_not_come():
 
 
 @pytest.mark.parametrize(
-  "where, options, said",
+  "where, options, message",
   [
     ("localhost", {}, "expected auto or HOST:PORT; found 'localhost'"),
     ("h:1", {"num_processes": 2}, "found None of 2"),
@@ -216,8 +216,8 @@ def test_a_process_that_does_not_come():
     ("auto", {"process_id": 0}, "--process_id: 'auto' finds it itself"),
   ],
 )
-def test_arguments_that_do_not_fit(where, options, said):
-  assert said in join(where, **options)
+def test_arguments_that_do_not_fit(where, options, message):
+  assert message in join(where, **options)
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_what_two_processes_answer(command, cache, tmp_path, tiny_model):
     if generated
     else ["--config.data.options=(' bad', ' good')"]
   )
-  found = []
+  outputs = []
   for num_processes in (1, 2):
     folder = tmp_path / str(num_processes)
     arguments = [
@@ -261,13 +261,13 @@ def test_what_two_processes_answer(command, cache, tmp_path, tiny_model):
     for code, text in launch(cache, num_processes, *arguments):
       assert code == 0, text
     (name,) = {"summary", command} & {p.stem for p in folder.glob("*.json")}
-    found.append(json.loads((folder / f"{name}.json").read_text()))
+    outputs.append(json.loads((folder / f"{name}.json").read_text()))
   scores = [
     {
       k: v
       for k, v in one.items()
       if isinstance(v, float) and "second" not in k and "flops" not in k
     }
-    for one in found
+    for one in outputs
   ]
   assert scores[0] and scores[0] == pytest.approx(scores[1], abs=1e-6)

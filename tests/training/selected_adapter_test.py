@@ -54,11 +54,13 @@ def test_s_may_be_kept(command_line, tmp_path, tiny_model, tiny_rows, capsys):
     main.main(["export", str(folder), str(exported), "--what=adapter"]) == 0
   )
   run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
-  theirs = peft.load(exported, run.model.family, run.model.module.config)
-  ours = evaluate.restore(run, epath.Path(folder)).lower
+  exported_adapter = peft.load(
+    exported, run.model.family, run.model.module.config
+  )
+  saved_adapter = evaluate.restore(run, epath.Path(folder)).lower
   jax.tree.map(
     np.testing.assert_array_equal,
-    *(jax.tree.leaves(tree) for tree in (theirs, ours)),
+    *(jax.tree.leaves(tree) for tree in (exported_adapter, saved_adapter)),
   )
 
 

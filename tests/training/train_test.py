@@ -92,16 +92,16 @@ def done(command_line, tmp_path_factory, tiny_model, tiny_rows):
 def arrays(folder):
   """Reads every checkpoint of a run as {step: {name: array}}."""
   run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
-  found = {}
+  by_name = {}
   with manager.Checkpoints(folder / "checkpoints") as checkpoints:
     for step in checkpoints.steps():
       state, _ = checkpoints.restore(run.abstract_state(), step)
       state = state._replace(key=jax.random.key_data(state.key))
-      found[step] = {
+      by_name[step] = {
         jax.tree_util.keystr(path): np.asarray(leaf)
         for path, leaf in jax.tree.leaves_with_path(state)
       }
-  return found
+  return by_name
 
 
 def steady(rows):
@@ -212,11 +212,11 @@ def test_a_linear_penalty_rises_to_its_value(
     rows = train.iteration_batch(config, examples, shape, run.model.pad, number)
     hparams = BilevelHParams(zo_eps=config.zo.eps, penalty=penalty)
     state, _ = step(state, run.shard_batch(rows), hparams)
-  found = arrays(tmp_path)[2]
+  actual = arrays(tmp_path)[2]
   for name in ("base", "upper", "lower"):
     leaves = jax.tree.leaves_with_path(getattr(state, name))
     for path, leaf in leaves:
-      saved = found[f".{name}{jax.tree_util.keystr(path)}"]
+      saved = actual[f".{name}{jax.tree_util.keystr(path)}"]
       np.testing.assert_array_equal(saved, leaf)
 
 
@@ -263,12 +263,12 @@ def test_resumed_run_is_the_uninterrupted_one(
   assert sorted(set(seen)) == list(range(10, STEPS))  # the first twice
   resumed = Done(folder, 1)
   assert steady(resumed.metrics) == steady(done.metrics)
-  ours, theirs = arrays(folder), arrays(done.folder)
-  assert ours.keys() == theirs.keys()
-  for step in ours:
-    assert ours[step].keys() == theirs[step].keys()
-    for name, value in ours[step].items():
-      np.testing.assert_array_equal(value, theirs[step][name], name)
+  actual, expected = arrays(folder), arrays(done.folder)
+  assert actual.keys() == expected.keys()
+  for step in actual:
+    assert actual[step].keys() == expected[step].keys()
+    for name, value in actual[step].items():
+      np.testing.assert_array_equal(value, expected[step][name], name)
   assert {k: v for k, v in resumed.summary.items() if k not in CLOCK} == {
     k: v for k, v in done.summary.items() if k not in CLOCK
   }

@@ -1,4 +1,4 @@
-"""Folders of PEFT: actual read there, theirs read here, and the same logits."""
+"""PEFT's folders and ours: each reads the other's, with the same logits."""
 
 import functools
 import json
@@ -128,12 +128,12 @@ def rows(name, kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_acts_there_as_here(name, kind, tmp_path):
   peft = pytest.importorskip("peft")
-  theirs = backbone(name)
+  reference = backbone(name)
   model, family, base, *_ = recorded(name)
   adapter = make(kind, name)
   tokens, mask = rows(name, kind)
   peft_folders.save(tmp_path, family, model.config, adapter)
-  loaded = peft.PeftModel.from_pretrained(theirs, tmp_path).eval()
+  loaded = peft.PeftModel.from_pretrained(reference, tmp_path).eval()
   expected = logits_there(loaded, name, kind, tokens, mask).detach().numpy()
   actual = run(model, base, adapter, tokens, mask)
   np.testing.assert_allclose(actual[mask], expected[mask], atol=1e-4)
@@ -180,12 +180,12 @@ def made_there(kind, name):
 @pytest.mark.parametrize("kind", KINDS)
 def test_theirs_acts_here_as_there(name, kind, tmp_path):
   pytest.importorskip("peft")
-  theirs = made_there(kind, name)
-  theirs.save_pretrained(tmp_path)
+  reference = made_there(kind, name)
+  reference.save_pretrained(tmp_path)
   model, family, base, *_ = recorded(name)
   adapter = peft_folders.load(tmp_path, family, model.config)
   tokens, mask = rows(name, kind)
-  expected = logits_there(theirs, name, kind, tokens, mask).detach().numpy()
+  expected = logits_there(reference, name, kind, tokens, mask).detach().numpy()
   actual = run(model, base, adapter, tokens, mask)
   np.testing.assert_allclose(actual[mask], expected[mask], atol=1e-4)
   plain = run(model, base, {}, tokens, mask)
@@ -204,14 +204,14 @@ def test_gradients_are_theirs(name, kind, tmp_path):
   pytest.importorskip("peft")
   import torch
 
-  theirs = made_there(kind, name)
-  theirs.save_pretrained(tmp_path)
+  reference = made_there(kind, name)
+  reference.save_pretrained(tmp_path)
   model, family, base, *_ = recorded(name)
   adapter = peft_folders.load(tmp_path, family, model.config)
   tokens, mask = rows(name, kind)
   weight = np.random.default_rng(0).normal(size=(*tokens.shape, 96)) / 100
   weight = (weight * mask[..., None]).astype(np.float32)
-  out = logits_there(theirs, name, kind, tokens, mask)
+  out = logits_there(reference, name, kind, tokens, mask)
   (out * torch.tensor(weight)).sum().backward()
 
   def loss(adapter):
@@ -220,10 +220,10 @@ def test_gradients_are_theirs(name, kind, tmp_path):
   gradient = jax.jit(jax.grad(loss))(adapter)
   # Gradients take the way of the weights: set there, saved, and read here.
   with torch.no_grad():
-    for parameter in theirs.parameters():
+    for parameter in reference.parameters():
       if parameter.requires_grad:
         parameter.copy_(parameter.grad)
-  theirs.save_pretrained(tmp_path / "gradient")
+  reference.save_pretrained(tmp_path / "gradient")
   expected = peft_folders.load(tmp_path / "gradient", family, model.config)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4),

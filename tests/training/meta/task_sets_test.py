@@ -76,8 +76,8 @@ def test_metaicl_lists(config, tmp_path):
   (examples,) = task_sets.load_examples(trained, run.row_source, run.encoder)
   assert isinstance(examples, data.Examples)
   assert len(examples.lower) > 0 and len(examples.test) == 8
-  (found,) = load_targets(config, run, target)
-  assert [len(shots) for shots in found.support_examples] == [3, 3]
+  (actual,) = load_targets(config, run, target)
+  assert [len(shots) for shots in actual.support_examples] == [3, 3]
   split.write_text('{"test": []}')
   with pytest.raises(errors.UserError, match=r"lists 'train' and 'test'"):
     resolve(config, (str(split),), "train", "meta.train")

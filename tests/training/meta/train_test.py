@@ -35,8 +35,8 @@ def family_rows(tmp_path_factory, tiny_rows):
   lines = (tiny_rows / "train.jsonl").read_text().splitlines(keepends=True)
   for i, name in enumerate((*TRAINED, "mpqa")):
     (folder / name).mkdir()
-    own = lines[40 * i : 40 * i + 64]
-    (folder / name / "train.jsonl").write_text("".join(own))
+    task_lines = lines[40 * i : 40 * i + 64]
+    (folder / name / "train.jsonl").write_text("".join(task_lines))
     shutil.copy(tiny_rows / "validation.jsonl", folder / name)
   return folder
 
@@ -272,37 +272,37 @@ def test_adaptation(done, lora, command_line, tmp_path, capsys):
   columns = ("zero-shot", "in-context", "start", "few-shot", "±")
   for name in ("mpqa", "mean", "base", "meta", "peft", *columns):
     assert name in shown
-  found = json.loads((tmp_path / "new" / "adapt.json").read_text())
-  base, meta, first_order = found["outcome"]
-  assert [row["backbone"] for row in found["outcome"]] == [
+  result = json.loads((tmp_path / "new" / "adapt.json").read_text())
+  base, meta, first_order = result["outcome"]
+  assert [row["backbone"] for row in result["outcome"]] == [
     "base",
     "meta",
     "peft",
   ]
-  assert all(len(row["few_shot"]) == 2 for row in found["outcome"])
+  assert all(len(row["few_shot"]) == 2 for row in result["outcome"])
   assert "start" not in base and "start" in meta
   # Theta stood still there; here zero-shot is of the backbone alone.
   assert base["zero_shot"] == first_order["zero_shot"]
   assert base["in_context"] == first_order["in_context"]
-  assert all(len(row["in_context"]) == 2 for row in found["outcome"])
+  assert all(len(row["in_context"]) == 2 for row in result["outcome"])
   # A few rows of a task that one word decides are enough.
   assert min(base["few_shot"]) > 0.9
 
 
 @pytest.fixture
 def config(tiny_model, family_rows):
-  found = tiny.base_config()
-  found.command = "adapt"
-  found.model.name = str(tiny_model)
-  found.data.dir = str(family_rows)
-  found.data.num_test = 8
-  found.data.num_selection = 8
-  found.adapt.tasks = ("mpqa", "cr")
-  found.adapt.shots = 3
-  found.adapt.num_seeds = 2
-  found.adapt.num_steps = 3
-  found.adapt.batch_size = 4
-  return found
+  fields = tiny.base_config()
+  fields.command = "adapt"
+  fields.model.name = str(tiny_model)
+  fields.data.dir = str(family_rows)
+  fields.data.num_test = 8
+  fields.data.num_selection = 8
+  fields.adapt.tasks = ("mpqa", "cr")
+  fields.adapt.shots = 3
+  fields.adapt.num_seeds = 2
+  fields.adapt.num_steps = 3
+  fields.adapt.batch_size = 4
+  return fields
 
 
 def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
@@ -362,9 +362,9 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
   for number in range(2):
     batch = train.iteration_batch(config, examples, shape, model.pad, number)
     one, info = alone(one, batch, hparams)
-    many, told = together(many, lift(batch), hparams)
-    np.testing.assert_array_equal(told.coefficients, info.coefficients)
-    np.testing.assert_array_equal(told.lower_loss[0], info.lower_loss)
+    many, many_info = together(many, lift(batch), hparams)
+    np.testing.assert_array_equal(many_info.coefficients, info.coefficients)
+    np.testing.assert_array_equal(many_info.lower_loss[0], info.lower_loss)
   jax.tree.map(np.testing.assert_array_equal, many.base, one.base)
   for name in PER_TASK_FIELDS:
     jax.tree.map(
