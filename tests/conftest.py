@@ -41,10 +41,10 @@ if _OWN_CACHE:
   os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-import jax
-import pytest
+import jax  # noqa: E402
+import pytest  # noqa: E402
 
-from tests import tiny
+from tests import tiny  # noqa: E402
 
 # Tests of one device run on others, too: ZOFO_TEST_PLATFORM=cuda
 jax.config.update("jax_platforms", os.environ.get("ZOFO_TEST_PLATFORM", "cpu"))

@@ -113,6 +113,11 @@ def test_commands():
     assert set(flags) <= flags_of(command) | {"help"}, words
 
 
+def test_the_page_of_commands_has_a_row_for_each():
+  page = PAGES["docs/reference/commands.md"]
+  assert re.findall(r"^\| `zofo (\w+)", page, re.M) == list(main.COMMANDS)
+
+
 def configs():
   return sorted(set(re.findall(r"--config=([a-z][^\s`]*)", EVERYTHING)))
 

@@ -157,6 +157,31 @@ def test_the_architecture_page_names_packages_and_files_that_exist():
     assert any(place.exists() for place in places), file
 
 
+def test_the_architecture_page_has_the_table_of_imports():
+  page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+  above = set()
+  for room, cell in re.findall(r"^\| `(\w+)` \|.*\| (.*) \|$", page, re.M):
+    named = set(re.findall(r"`(\w+)`", cell))
+    listed = above - named if "all of the above" in cell else named
+    assert listed == set(MAY_IMPORT[room].split()), room
+    above.add(room)
+
+
+def test_the_architecture_page_has_the_order_of_the_core():
+  page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+  (order,) = re.findall(r"in this order: (.*?)\.\n", page, re.S)
+  before = set()
+  for group in order.split("→"):
+    modules = re.findall(r"`(\w+)`", group)
+    for module in modules:
+      for _, imported, room in rooms_imported(f"zofo_jax/core/{module}"):
+        assert room == "core"
+        assert imported.split(".")[2] in before, f"{module} imports {imported}"
+    before.update(modules)
+  stems = {path.stem for path in (PACKAGE / "core").glob("*.py")} - {"__init__"}
+  assert before == stems
+
+
 def test_import_is_light_and_touches_no_device():
   code = """
 import sys

@@ -15,6 +15,8 @@ import pytest
 
 from tests import tiny
 from zofo_jax import main
+from zofo_jax.commands import arguments as arguments_lib
+from zofo_jax.config import defaults
 
 ROOT = pathlib.Path(__file__).parents[2]
 LLAMA = ROOT / "configs" / "llama.py"
@@ -93,6 +95,10 @@ def parts(text, *expected):
 )
 def test_command(complaint, arguments, expected):
   parts(complaint(*arguments), *expected)
+
+
+def test_commands_that_a_config_can_name():
+  assert set(arguments_lib._RUNNERS) == set(defaults.COMMANDS)
 
 
 def test_commands_of_a_saved_run_need_one(complaint, tmp_path):

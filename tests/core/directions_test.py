@@ -24,6 +24,16 @@ KINDS = [GAUSSIAN, RADEMACHER, LOW_RANK, PER_EXAMPLE, SPARSE]
 kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda k: type(k).__name__)
 
 
+def test_every_kind_is_here():
+  """What a kind must fulfil is tested for each; none is left out."""
+  defined = {
+    kind
+    for kind in directions.Direction.__subclasses__()
+    if kind.__module__ == directions.__name__
+  }
+  assert defined == {type(kind) for kind in KINDS}
+
+
 def _keys(count, seed=0, num_subspaces=None):
   """Keys of `count` directions, of as many subspaces or of one."""
   words = np.random.default_rng(seed).integers(2**32, size=(2, count, 2))

@@ -11,6 +11,7 @@ import optax
 import pytest
 
 import zofo_jax as zofo
+from tests.models.reference import make_logits
 from zofo_jax import adapters, errors, models
 from zofo_jax.builders import model as model_lib
 from zofo_jax.core import directions, losses, outer, sampler
@@ -220,6 +221,17 @@ def test_every_weight_has_a_rule(name):
   for path, place in places.items():
     part = np.prod(place.shard_shape(shapes[path].shape))
     assert part * 8 == np.prod(shapes[path].shape) or part < 1e6, path
+
+
+@pytest.mark.parametrize("name", make_logits.CASES)
+def test_every_weight_of_every_feature_has_a_rule(name):
+  """Biases, untied heads, projections: what published models have not all."""
+  module, family = models.from_hf(make_logits.CASES[name])
+  shapes = {
+    path: jax.ShapeDtypeStruct(shape, jnp.float32)
+    for path, shape in weights.shapes(family, module.config).items()
+  }
+  rules_lib.shardings(mesh_lib.abstract(ONE, 1), shapes, family.SHARDINGS)
 
 
 def test_a_weight_without_a_rule():

@@ -9,25 +9,7 @@ from etils import epath
 from zofo_jax import errors
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import defaults
-
-# With another value of these, the ledger's entries or the states would belong
-# to another run.
-_FIXED = (
-  "seed",
-  "model.name",
-  "model.revision",
-  "model.dtype",
-  "zo.direction",
-  "zo.rank",
-  "zo.threshold",
-  "zo.select",
-  "zo.layers",
-  "zo.frame_steps",
-  "zo.optimizer",
-  "ckpt.base_every_steps",
-)
-# No result depends on these.
-_FREE = ("train.trackers", "train.profile_steps")
+from zofo_jax.config import fields as fields_lib
 
 
 def make(folder: epath.Path) -> None:
@@ -52,7 +34,7 @@ def check_config(fields: Mapping[str, Any], folder: epath.Path) -> None:
   """Checks that a run is resumed with the config that it started with.
 
   The mesh may differ, and so may fields that `ckpt.may_change` names, except
-  for those that decide what the ledger's entries mean.
+  for those that `config.defaults` says may never change.
 
   Args:
     fields: of the config, by name: {"zo.eps": 1e-3, ...}.
@@ -65,8 +47,14 @@ def check_config(fields: Mapping[str, Any], folder: epath.Path) -> None:
   if not path.exists():
     return
   saved = defaults.flat(run_lib.read_config(folder))
-  may_change = set(fields["ckpt.may_change"])
-  allowed = {"ckpt.may_change", *_FREE, *(may_change - set(_FIXED))}
+  requested = set(fields["ckpt.may_change"])
+  allowed, never = requested | {"ckpt.may_change"}, set()
+  for field in defaults.FIELDS.values():
+    if field.may_change == fields_lib.ALWAYS:
+      allowed.add(field.name)
+    elif field.may_change == fields_lib.NEVER:
+      never.add(field.name)
+  allowed -= never
   different = {
     name
     for name in saved.keys() | fields.keys()
@@ -77,7 +65,7 @@ def check_config(fields: Mapping[str, Any], folder: epath.Path) -> None:
     for name in sorted(different - allowed)
   ]
   if changed:
-    fixed = sorted(different & may_change & set(_FIXED))
+    fixed = sorted(different & requested & never)
     raise errors.UserError(
       f"{path} is of a run with another config: {'; '.join(changed[:5])}"
       f"{' and more' if len(changed) > 5 else ''}. Give another --workdir, "

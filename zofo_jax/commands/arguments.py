@@ -265,12 +265,8 @@ def run_config(
     options.workdir = options.workdir or default_workdir(options.config)
   workdir, config = need_workdir(options), need(config, *NEEDED_CONFIG)
   config.command = command
+  defaults.FIELDS["command"].validate(command)
   start_processes(options, command, defaults.flat(config))
-  if command not in _RUNNERS:
-    raise errors.UserError(
-      f"config.command: expected one of {', '.join(_RUNNERS)}; found "
-      f"'{command}'.{errors.nearest(command, _RUNNERS)}"
-    )
   # Imports that take seconds: only once the arguments are right.
   module, _, function = _RUNNERS[command].partition(":")
   getattr(importlib.import_module(module), function)(config, workdir)

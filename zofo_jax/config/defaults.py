@@ -1,9 +1,10 @@
 """The fields of a run: one table of names, defaults, checks and helps.
 
-From it come `base_config`, the checks of single fields (`validate.check`),
-`--print_config` and the page of the documentation. Names follow the paper:
-`lower` trains s for T = `lower.num_steps` steps, `upper` trains p, `zo` moves
-theta, `penalty` is lambda.
+From it come `base_config`, the checks of single fields (`validate.check`), what
+may change when a run resumes, `--print_config` and the page of the
+documentation. Names follow the paper: `lower` trains s for
+T = `lower.num_steps` steps, `upper` trains p, `zo` updates theta, `penalty` is
+lambda.
 """
 
 from typing import Any
@@ -14,7 +15,9 @@ from ml_collections import config_dict
 
 from zofo_jax.config import methods
 from zofo_jax.config.fields import (
+  ALWAYS,
   ANY,
+  NEVER,
   NOT_NEGATIVE,
   POSITIVE,
   Field,
@@ -56,12 +59,13 @@ SECTIONS = {
   "ckpt": "checkpoints",
 }
 
-# Name, default, check, help.
+# Name, default, check, help; whether it may change when a run resumes, if not
+# ON_REQUEST.
 # fmt: off
-_ROWS: tuple[tuple[str, Any, Any, str], ...] = (
+_ROWS: tuple[tuple[Any, ...], ...] = (
   ("command", "train", one_of(*COMMANDS), "command to run if none is given"),
   ("method", "bilevel", one_of(*methods.METHODS), "training method"),
-  ("seed", 0, ANY, "of training: batches, directions, adapters"),
+  ("seed", 0, ANY, "of training: batches, directions, adapters", NEVER),
   ("penalty", 100.0, NOT_NEGATIVE, "lambda, weight of L(p) - L(s) on D_p"),
   ("penalty_schedule", "constant", one_of("constant", "linear"),
    "constant, or linear: rises to `penalty` over the run"),
@@ -70,10 +74,10 @@ _ROWS: tuple[tuple[str, Any, Any, str], ...] = (
   ("loss", "likelihood", one_of("likelihood", "classification"),
    "of the right option's tokens, or a softmax over the options"),
   # The language model.
-  ("model.name", str, ANY, "hub id or local folder"),
-  ("model.revision", str, ANY, "branch, tag or commit of the hub id"),
+  ("model.name", str, ANY, "hub id or local folder", NEVER),
+  ("model.revision", str, ANY, "branch, tag or commit of the hub id", NEVER),
   ("model.dtype", "float32", one_of("float32", "bfloat16"),
-   "of weights and activations"),
+   "of weights and activations", NEVER),
   ("model.pickle", False, ANY, "allow pytorch_model.bin, weights only"),
   ("model.remat", False, ANY, "recompute activations in backward passes"),
   # Devices.
@@ -118,24 +122,27 @@ _ROWS: tuple[tuple[str, Any, Any, str], ...] = (
   ("upper.clip_norm", 0.0, NOT_NEGATIVE, "largest norm of a gradient; 0: any"),
   ("upper.batch_size", 8, POSITIVE, "rows of D_f, and of D_p, for p and theta"),
   # The zeroth-order step.
-  ("zo.direction", "rademacher", one_of(*ZO_DIRECTIONS), "distribution of z"),
+  ("zo.direction", "rademacher", one_of(*ZO_DIRECTIONS),
+   "distribution of z", NEVER),
   ("zo.estimator", "central", one_of("central", "forward", "exact"),
    "two-sided or one-sided differences, or the exact directional derivative"),
-  ("zo.rank", 4, POSITIVE, "of low_rank directions"),
+  ("zo.rank", 4, POSITIVE, "of low_rank directions", NEVER),
   ("zo.frame_steps", 1, POSITIVE,
-   "iterations that share the subspace of their low_rank directions"),
+   "iterations that share the subspace of their low_rank directions", NEVER),
   ("zo.threshold", 0.67, POSITIVE,
-   "sparse: moves weights up to this multiple of their row's rms"),
+   "sparse: moves weights up to this multiple of their row's rms", NEVER),
   ("zo.objective", "loss", ANY,
    "what steps on theta improve: loss, accuracy, token_f1, or MODULE:SCORE"),
   ("zo.select", "", ANY,
-   "regular expression for the paths of the weights to update; empty: all"),
-  ("zo.layers", (), ANY, "indices of the layers to update; (): all"),
+   "regular expression for the paths of the weights to update; empty: all",
+   NEVER),
+  ("zo.layers", (), ANY, "indices of the layers to update; (): all", NEVER),
   ("zo.num_directions", 1, POSITIVE,
    "directions of an estimate; per_example has one for each row instead"),
   ("zo.eps", 1e-3, POSITIVE, "radius of the finite difference"),
   ("zo.optimizer", "sgd", one_of(*ZO_OPTIMIZERS),
-   "sgd and conservative work in place, the others store trees like theta"),
+   "sgd and conservative work in place, the others store trees like theta",
+   NEVER),
   ("zo.learning_rate", 1e-8, NOT_NEGATIVE, "step size of theta"),
   ("zo.scaling", "none", one_of("none", "sign", "std", "running_rms"),
    "of the coefficients: their signs, or divided by their std or running rms"),
@@ -162,7 +169,8 @@ _ROWS: tuple[tuple[str, Any, Any, str], ...] = (
    "split to test on; empty: validation, or test if there is none"),
   ("data.shots", 0, NOT_NEGATIVE,
    "rows of each label in D_p and in D_f, instead of their numbers; 0: unused"),
-  ("data.metric", "", one_of("", *METRICS), "metric to select by; empty: the task's"),
+  ("data.metric", "", one_of("", *METRICS),
+   "metric to select by; empty: the task's"),
   ("data.prompt", "", ANY,
    "prompt of a new task, such as '{review} It was'; braces name columns"),
   ("data.options", (), ANY,
@@ -176,9 +184,9 @@ _ROWS: tuple[tuple[str, Any, Any, str], ...] = (
    "iterations of the first stage of a method with _then_"),
   ("train.eval_every_steps", 50, POSITIVE,
    "iterations between evaluations, each with a checkpoint"),
-  ("train.trackers", (), ANY, "some of tensorboard, wandb, mlflow"),
+  ("train.trackers", (), ANY, "some of tensorboard, wandb, mlflow", ALWAYS),
   ("train.profile_steps", 0, NOT_NEGATIVE,
-   "iterations to trace into WORKDIR/profile"),
+   "iterations to trace into WORKDIR/profile", ALWAYS),
   ("train.max_nonfinite", 10, NOT_NEGATIVE,
    "stop after so many non-finite steps in a row; 0: never"),
   ("train.max_loss_ratio", 0.0, NOT_NEGATIVE,
@@ -235,7 +243,8 @@ _ROWS: tuple[tuple[str, Any, Any, str], ...] = (
   ("ckpt.keep", 1, POSITIVE,
    "latest checkpoints to keep, besides the best on the selection rows"),
   ("ckpt.base_every_steps", 0, NOT_NEGATIVE,
-   "save theta only this often and replay the ledger from there; 0: always"),
+   "save theta only this often and replay the ledger from there; 0: always",
+   NEVER),
   ("ckpt.may_change", (), ANY,
    "fields that may differ when a run resumes"),
 )

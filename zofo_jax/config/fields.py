@@ -1,4 +1,4 @@
-"""A field of the config: name, default, check and help."""
+"""A field of the config and its check; the table is `defaults._ROWS`."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +20,12 @@ class Check(NamedTuple):
   choices: tuple[str, ...] = ()
 
 
+# Whether a resumed run may have another value of a field.
+ON_REQUEST = "on request"  # if `ckpt.may_change` names the field
+NEVER = "never"  # the ledger and the state would be those of another run
+ALWAYS = "always"  # no result depends on the field
+
+
 class Field(NamedTuple):
   """A field of the config.
 
@@ -29,12 +35,14 @@ class Field(NamedTuple):
     check: the condition on its value; conditions on several fields are in
       `validate`.
     help: a phrase for `--print_config` and the documentation.
+    may_change: ON_REQUEST, NEVER or ALWAYS.
   """
 
   name: str
   default: Any
   check: Check
   help: str
+  may_change: str = ON_REQUEST
 
   def validate(self, value: Any) -> None:
     """Raises a UserError if the value does not meet the field's check."""

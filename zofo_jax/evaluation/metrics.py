@@ -44,7 +44,7 @@ def pearson(predicted: Sequence[int], label: Sequence[int]) -> float:
   return float(np.corrcoef(predicted, label)[0, 1])
 
 
-# Higher is better: a task's metric on the selection rows selects the checkpoint.
+# Higher is better: a task's metric on the selection rows selects checkpoints.
 METRICS: dict[str, Callable[[Sequence[int], Sequence[int]], float]] = {
   "accuracy": accuracy,
   "macro_f1": macro_f1,

@@ -226,6 +226,8 @@ SHARDINGS = (
   (r"(attention/out|mlp/down)/kernel$", P(None, "model", "fsdp")),
   (r"(attention/(query|key|value)|mlp/(gate|up))/bias$", P(None, "model")),
   (r"(attention/out|mlp/down)/bias$", P()),
+  # Columns, not rows: devices look tokens up without exchanging rows, and the
+  # size of the vocabulary need not be divisible.
   (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
   (r"norm/scale$", P()),
 )

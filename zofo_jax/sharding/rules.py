@@ -1,7 +1,8 @@
-"""Which array is divided along which axes of a mesh.
+"""Which array is sharded along which axes of a mesh.
 
-Weights are divided by a table of rules for each family of models, batches by
-rows, and everything else is replicated; XLA divides the program.
+Weights are sharded by the rules of their family of models (`SHARDINGS` in
+`models/llama.py`, `models/opt.py`), batches by rows, and everything else is
+replicated; XLA partitions the program.
 """
 
 import math
@@ -17,8 +18,7 @@ from zofo_jax import errors
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.sharding.mesh import ROW_AXES, AnyMesh
 
-# (pattern searched in a leaf's path, how its axes are divided); the first match
-# counts.
+# (pattern searched in a leaf's path, its sharding); the first match wins.
 Rules = Sequence[tuple[str, P]]
 
 
