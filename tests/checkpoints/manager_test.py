@@ -267,7 +267,7 @@ def test_a_foreign_folder_is_reported(tmp_path):
   (tmp_path / "4").mkdir()
   (tmp_path / "4" / "weights.bin").write_bytes(b"x")
   with manager.Checkpoints(tmp_path) as checkpoints:
-    with pytest.raises(errors.UserError, match="/4' is no checkpoint of"):
+    with pytest.raises(errors.UserError, match="/4' is not a checkpoint of"):
       checkpoints.restore(make_state())
 
 

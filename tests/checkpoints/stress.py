@@ -47,7 +47,7 @@ def save(folder: pathlib.Path, step: int) -> str:
       state, extra = checkpoints.restore(make_state(0))
   except errors.UserError as error:
     return str(error)
-  if not checksums.is_sealed(folder / str(step)):
+  if not checksums.has_checksums(folder / str(step)):
     return f"step {step} has no checksums"
   expected = make_state(step)
   same = all(np.array_equal(state[name], expected[name]) for name in expected)

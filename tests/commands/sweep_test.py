@@ -82,4 +82,4 @@ def test_no_run_at_a_time(tmp_path, capsys):
   folder.mkdir(parents=True)
   (folder / "summary.json").write_text("{")
   assert main.main(["sweep", *arguments]) == 2
-  assert "summary.json' is no JSON" in capsys.readouterr().err
+  assert "summary.json' is not JSON" in capsys.readouterr().err

@@ -547,7 +547,7 @@ def test_custom_multiple_choice():
 @pytest.mark.parametrize(
   "fields, sentence",
   [
-    ({"prompt": "{a", "options": ["x", "y"]}, "prompt '{a' is no pattern"),
+    ({"prompt": "{a", "options": ["x", "y"]}, "prompt '{a' is not a pattern"),
     ({"prompt": "{a.b}", "options": ["x", "y"]}, "the column 'a.b'"),
     ({"prompt": "{}", "options": ["x", "y"]}, "the column ''"),
     ({"prompt": "a", "options": ["x", "y"]}, "names no column"),

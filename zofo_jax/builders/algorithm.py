@@ -82,8 +82,8 @@ def make_sampler(
     direction: one of `zo.direction`'s choices.
     rank: of "low_rank".
     threshold: of "sparse".
-    select: regular expression on the paths of the weights that move.
-    layers: numbers of the layers that move; () for all.
+    select: regular expression for the paths of the weights to update.
+    layers: indices of the layers to update; () for all.
   """
   kinds: dict[str, directions.Direction] = {
     "gaussian": directions.Gaussian(),
@@ -244,7 +244,7 @@ def make_algorithm(
   Args:
     config: the run's config.
     loss_fn: of the first-order steps, and of theta by default.
-    probe_loss_fn: of the zeroth-order step, if it is another.
+    probe_loss_fn: of the zeroth-order step; None for `loss_fn`.
     over_tasks: whether states and batches have a leading axis of tasks.
     map_fn: maps over the directions of an estimate.
   """

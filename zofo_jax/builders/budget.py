@@ -44,8 +44,8 @@ class Budget(NamedTuple):
     lower_rows: batch size of the lower level.
     upper_rows: batch size of the upper level.
     remat: whether activations are recomputed.
-    zo_evaluations: of the objective, in a zeroth-order step.
-    num_first_steps: iterations of the first stage of a method of two.
+    zo_evaluations: evaluations of the objective in a zeroth-order step.
+    num_first_steps: iterations of the first stage, if the method has two.
   """
 
   method: str
@@ -84,16 +84,16 @@ class Budget(NamedTuple):
     """Counts the passes of a run's first iterations.
 
     Args:
-      num_steps: how many iterations.
-      num_tasks: that take part in each.
+      num_steps: number of iterations.
+      num_tasks: number of tasks in each iteration.
     """
     first, _, second = self.method.partition("_then_")
     num_first = min(num_steps, self.num_first_steps) if second else num_steps
     total = self.passes(first) * (num_tasks * num_first)
     if second:
       num_second = num_tasks * (num_steps - num_first)
-      after = self.passes(second) * num_second
-      total = Passes(*map(sum, zip(total, after, strict=True)))
+      second_stage = self.passes(second) * num_second
+      total = Passes(*map(sum, zip(total, second_stage, strict=True)))
     return total
 
 
@@ -101,7 +101,7 @@ def make_budget(config: ml_collections.ConfigDict) -> Budget:
   """Makes the counter of a run's passes.
 
   The directions of a batch's examples count as one; a conservative update
-  evaluates its objective three times more.
+  evaluates its objective three more times.
   """
   estimator = algorithm.ESTIMATORS[config.zo.estimator]
   per_example = config.zo.direction == "per_example"

@@ -12,7 +12,7 @@ from zofo_jax.builders import run as run_lib
 from zofo_jax.evaluation import in_context, results
 
 # One program for each length, however many backbones read it.
-_read = jax.jit(adapters.prefix_of_tokens, static_argnums=0)
+_prefill = jax.jit(adapters.prefix_of_tokens, static_argnums=0)
 
 
 def encode(
@@ -75,8 +75,8 @@ def answer(
     examples: as `encode` returns them.
     label: for the progress display.
   """
-  shared, shorter = in_context.split_shared(examples)
+  shared, suffixes = in_context.split_shared(examples)
   if not shared or not run.model.module.prefix_acts_as_tokens:
     return run.evaluate(base, {}, examples, label)
-  prefix = _read(run.model.module, base, np.array(shared, np.int32))
-  return run.evaluate(base, prefix, shorter, label)
+  prefix = _prefill(run.model.module, base, np.array(shared, np.int32))
+  return run.evaluate(base, prefix, suffixes, label)

@@ -79,7 +79,7 @@ def load_model(
     dtype: name of the dtype of the weights on the devices.
     remat: whether the backward pass recomputes each layer's activations.
     pickle: whether `pytorch_model.bin` may be opened.
-    mesh: the grid of devices; None for one device.
+    mesh: the mesh of devices; None for one device.
 
   Returns:
     The model without weights.
@@ -158,7 +158,7 @@ def load_base(model: Model, mesh: mesh_lib.AnyMesh | None = None) -> Any:
 
   Args:
     model: gives the checkpoint.
-    mesh: the grid of devices; each process reads its own shards. None for one
+    mesh: the mesh of devices; each process reads its own shards. None for one
       device.
 
   Returns:

@@ -33,12 +33,12 @@ from zofo_jax.sharding import mesh as mesh_lib
 
 
 class BatchSizes(NamedTuple):
-  """How many rows are read at a time.
+  """Numbers of rows in a batch.
 
   Attributes:
     lower: of D_p, in an inner step.
     upper: of D_f and of D_p, for p and for theta.
-    eval: that are answered.
+    eval: of an evaluation.
   """
 
   lower: int
@@ -63,9 +63,9 @@ class Run(NamedTuple):
     init_adapter: (key, base) -> a fresh adapter.
     trains_adapter: whether the method has an adapter.
     score_fn: jitted scores of a batch's options.
-    mesh: the grid of devices.
+    mesh: the mesh of devices.
     budget: counts what the run computes.
-    seed: of everything random but the choice of rows.
+    seed: of everything random except the choice of rows.
     keep: "p" or "s", the adapter that selects, predicts and is exported.
     inner_steps: T.
     batch_sizes: rows at a time.
@@ -228,7 +228,7 @@ def make_run(
   Args:
     config: the run's config.
     task: what the rows mean; None for the config's task.
-    mesh: the grid of devices; None for the config's.
+    mesh: the mesh of devices; None for the config's.
     model: the model without weights; None for the config's. Without a
       tokenizer the run can be planned, but reads no rows.
 
@@ -297,7 +297,7 @@ def make_run(
 def check_mesh(
   mesh: mesh_lib.AnyMesh, batch_sizes: BatchSizes, num_directions: int
 ) -> None:
-  """Checks that a mesh divides batches and directions.
+  """Checks that a mesh can shard batches and directions.
 
   Raises:
     UserError: names the sizes.

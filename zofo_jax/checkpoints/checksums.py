@@ -15,19 +15,19 @@ class CorruptCheckpointError(errors.UserError):
   """A checkpoint whose files are not as they were written."""
 
 
-def is_sealed(folder: epath.Path) -> bool:
+def has_checksums(folder: epath.Path) -> bool:
   """Returns whether a folder has checksums."""
   return (folder / CHECKSUMS).exists()
 
 
-def seal(folder: epath.Path) -> None:
+def write_checksums(folder: epath.Path) -> None:
   """Writes the checksums of all files of a folder, atomically."""
   digests = {name: _digest(folder / name) for name in _files(folder)}
   report.write_json(folder / CHECKSUMS, digests)
 
 
 def verify(folder: epath.Path) -> None:
-  """Compares the files of a sealed folder with their checksums.
+  """Compares the files of a folder with their checksums.
 
   Raises:
     CorruptCheckpointError: names the file that is missing or differs.

@@ -15,9 +15,9 @@ _log = logging.getLogger("zofo_jax")
 
 
 def absolute(folder: str | epath.Path) -> epath.Path:
-  """Returns an absolute path, of a name in the current folder as well."""
+  """Returns an absolute path; names are relative to the current folder."""
   path = epath.Path(folder).expanduser()
-  # `resolve` would take "gs://..." for a name in the current folder.
+  # `resolve` would take "gs://..." for a relative path.
   return path if path.is_absolute() else path.resolve()
 
 

@@ -113,7 +113,7 @@ class Checkpoints:
     return max(self.steps(), default=None)
 
   def best_step(self) -> int | None:
-    """Returns the step of the highest metric, the last of equals, if any."""
+    """Returns the step of the highest metric, if any; ties go to the latest."""
 
     def rank(step):
       metric = folders.read_metric(self.folder / str(step))
@@ -137,7 +137,7 @@ class Checkpoints:
       step: the number of the checkpoint, above the existing ones.
       state: pytree of arrays and typed PRNG keys; NumPy arrays are copied.
       extra: JSON values that belong to the state but are not arrays.
-      metric: the checkpoint of the highest is kept, the last of equals.
+      metric: the checkpoint of the highest is kept; ties go to the latest.
 
     Returns:
       Whether it was started; False if this step has a checkpoint already.
@@ -160,7 +160,7 @@ class Checkpoints:
     except (OSError, ValueError, RuntimeError) as error:
       raise self._write_error(error) from error
     self._verified.add(step)
-    self._sealing = self._executor.submit(self._seal, step)
+    self._sealing = self._executor.submit(self._write_checksums, step)
     return started
 
   def verify(self, step: int) -> None:
@@ -172,7 +172,7 @@ class Checkpoints:
       CorruptCheckpointError: names the file.
     """
     folder = self.folder / str(step)
-    if step in self._verified or not checksums.is_sealed(folder):
+    if step in self._verified or not checksums.has_checksums(folder):
       return
     checksums.verify(folder)
     self._verified.add(step)
@@ -247,14 +247,14 @@ class Checkpoints:
       self._executor.shutdown()
       self._manager.close()
 
-  def _seal(self, step: int) -> None:
+  def _write_checksums(self, step: int) -> None:
     """Writes a checkpoint's checksums once it is complete."""
     # Not by orbax's post_finalization_callback: it is called before the last
     # files are written and the folder gets its name.
     self._manager.wait_until_finished()
     folder = self.folder / str(step)
     if jax.process_index() == 0 and folder.exists():
-      checksums.seal(folder)
+      checksums.write_checksums(folder)
 
   def _read(self, step: int, args: Any) -> Any:
     """Reads items of a checkpoint; one that cannot be read is corrupt."""
@@ -286,7 +286,8 @@ class Checkpoints:
     for item in _ITEMS:
       if not (name / item).is_dir():
         raise CorruptCheckpointError(
-          f"'{name}' is no checkpoint of zofo_jax: it has no folder '{item}'."
+          f"'{name}' is not a checkpoint of zofo_jax: it has no folder "
+          f"'{item}'."
         )
     self.verify(step)
     return step

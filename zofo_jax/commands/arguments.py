@@ -133,7 +133,7 @@ def parse_config(
   _check_fields(others)
   if options.config is None:
     if others and others[0].startswith(("--config.", "--noconfig.")):
-      need(None, *NEEDED_CONFIG)
+      require(None, *NEEDED_CONFIG)
     parser.check_known(others)
     return options, None
   config, unknown = set_fields(files.load(options.config), others)
@@ -141,7 +141,7 @@ def parse_config(
   return options, config
 
 
-def need(value: T | None, flag: str, expected: str) -> T:
+def require(value: T | None, flag: str, expected: str) -> T:
   """Returns the value of a flag, or raises a `UserError` if it is None."""
   if value is None:
     raise errors.UserError(f"{flag}: expected {expected}; found nothing.")
@@ -222,7 +222,7 @@ def start_processes(
   )
 
 
-def need_workdir(options: argparse.Namespace) -> str:
+def require_workdir(options: argparse.Namespace) -> str:
   """Returns --workdir, or raises a `UserError` if there is none."""
   if not options.workdir:
     raise errors.UserError("--workdir: expected a folder; found nothing.")
@@ -258,12 +258,12 @@ def run_config(
   add_run(parser)
   options, config = parse_config(parser, arguments)
   if options.print_config:
-    show.print_config(need(config, *NEEDED_CONFIG))
+    show.print_config(require(config, *NEEDED_CONFIG))
     return
   command = command or ("train" if config is None else config.command)
   if command in ("train", "metatrain", "adapt"):
     options.workdir = options.workdir or default_workdir(options.config)
-  workdir, config = need_workdir(options), need(config, *NEEDED_CONFIG)
+  workdir, config = require_workdir(options), require(config, *NEEDED_CONFIG)
   config.command = command
   defaults.FIELDS["command"].validate(command)
   start_processes(options, command, defaults.flat(config))

@@ -86,6 +86,6 @@ def main(arguments: Sequence[str]) -> None:
   parser = arguments_lib.make_parser("evaluate", __doc__)
   arguments_lib.add_run(parser)
   options = parser.parse(arguments)
-  workdir = arguments_lib.need_workdir(options)
+  workdir = arguments_lib.require_workdir(options)
   arguments_lib.start_processes(options, "evaluate", {})
   evaluate_run(workdir)

@@ -64,10 +64,10 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       run,
       base,
       demonstrations.answer(run, base, examples, "icl"),
-      nulls,
+      content_free,
       config.icl.calibration,
     )
-    for examples, nulls in encoded
+    for examples, content_free in encoded
   ]
   figures: dict[str, Any] = {
     "num_shots": config.icl.num_shots,
@@ -106,21 +106,21 @@ def _icl_examples(
     queries,
     separator=separator,
   )
-  nulls = [
+  content_free = [
     encode(
       [calibration.null_prompt(task, row, text, version) for row in queries]
     )
     for text in calibration.INPUTS.get(calibration_name, ())
   ]
-  return encode(), nulls
+  return encode(), content_free
 
 
-def _calibrated(run, base, result, nulls, name):
+def _calibrated(run, base, result, content_free, name):
   """Calibrates scores by those of prompts without content, if configured."""
-  if not nulls:
+  if not content_free:
     return result
   null_scores = []
-  for examples in nulls:
+  for examples in content_free:
     # If the options are fixed, all rows without content are the same.
     distinct = list({example.rows: example for example in examples}.values())
     place = {example.rows: i for i, example in enumerate(distinct)}

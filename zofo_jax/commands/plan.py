@@ -19,7 +19,7 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument("--topology", help="devices, such as v5e:4x4 or h100:8")
   parser.add_argument("--json", metavar="FILE", help="file to write figures to")
   options, config = arguments_lib.parse_config(parser, arguments)
-  config = arguments_lib.need(config, *arguments_lib.NEEDED_CONFIG)
+  config = arguments_lib.require(config, *arguments_lib.NEEDED_CONFIG)
   if options.print_config:
     show.print_config(config)
     return

@@ -69,6 +69,6 @@ def main(arguments: Sequence[str]) -> None:
   )
   arguments_lib.add_run(parser)
   options = parser.parse(arguments)
-  workdir = arguments_lib.need_workdir(options)
+  workdir = arguments_lib.require_workdir(options)
   arguments_lib.start_processes(options, "predict", {})
   predict(workdir, options.input, options.output)

@@ -127,7 +127,7 @@ def _summary(sweep_run: SweepRun) -> Mapping[str, Any]:
     return json.loads(path.read_text())
   except ValueError as error:
     raise errors.UserError(
-      f"'{path}' is no JSON ({errors.first_line(error)}); without it the run "
+      f"'{path}' is not JSON ({errors.first_line(error)}); without it the run "
       "would be repeated."
     ) from error
 

@@ -81,11 +81,11 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("model.pickle", False, ANY, "allow pytorch_model.bin, weights only"),
   ("model.remat", False, ANY, "recompute activations in backward passes"),
   # Devices.
-  ("mesh.data", -1, ANY, "divides the rows of a batch"),
+  ("mesh.data", -1, ANY, "shards the rows of a batch"),
   ("mesh.fsdp", 1, ANY,
-   "divides rows, and weights, which are gathered for each layer"),
-  ("mesh.model", 1, ANY, "divides weights and their matrix products"),
-  ("mesh.pert", 1, ANY, "divides the directions of an estimate"),
+   "shards rows, and weights, which are gathered for each layer"),
+  ("mesh.model", 1, ANY, "shards weights and their matrix products"),
+  ("mesh.pert", 1, ANY, "shards the directions of an estimate"),
   # Adapters.
   ("adapter.kind", "lora", ANY,
    "lora, prefix or prompt; several are joined by +, as lora+prefix"),

@@ -63,9 +63,9 @@ def check_sampler(
     name: what the parameters are, for the message.
 
   Raises:
-    ValueError: nothing is selected, `stacked` matches leaves that are no stack
-      of layers, `layers` is out of range, or a low-rank direction meets no
-      matrix.
+    ValueError: nothing is selected, `stacked` matches leaves that are not
+      stacks of layers, `layers` is out of range, or a low-rank direction
+      meets no matrix.
   """
   floating = {
     path: tuple(leaf.shape)

@@ -80,7 +80,7 @@ class Perturbed(ArrayLike):
     return read(self) @ x
 
   def __rmatmul__(self, x: Any) -> jax.Array:
-    """Returns x w for an x that is no jax array, which would read w first."""
+    """Returns x w; x is not a jax array, which would read w first."""
     return dot(jnp.asarray(x), self)
 
   def add(self, z: jax.Array, stored: jax.Array) -> jax.Array:

@@ -119,13 +119,13 @@ def threefry2x32_materialized(
     The two words, or `transform` of them.
   """
 
-  def at_once(key, high, low):
+  def vectorized(key, high, low):
     words = threefry2x32(key, high, low)
     return xla.no_fusion(transform(*words) if transform else words)
 
   return xla.by_platform(
     *(key, high, low),
-    gpu=at_once,
+    gpu=vectorized,
     default=functools.partial(_threefry2x32_loop, transform=transform),
   )
 

@@ -24,8 +24,8 @@ class Counts(NamedTuple):
     lower: rows of the lower level (D_p).
     upper: rows of the upper level (D_f).
     selection: rows on which the best checkpoint is selected. 0 reuses the
-      upper-level rows, as the PyTorch code does, although training has seen
-      them.
+      upper-level rows, as the paper's PyTorch code does, although training has
+      seen them.
     test: rows of the final test.
   """
 

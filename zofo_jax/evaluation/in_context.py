@@ -151,10 +151,10 @@ def split_shared(examples: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:
       return row
     return row._replace(positions=tuple(p - count for p in row.positions))
 
-  shorter = [
+  suffixes = [
     example._replace(rows=tuple(map(remove_shared, example.rows)))
     if hasattr(example, "rows")
     else remove_shared(example)
     for example in examples
   ]
-  return all_rows[0].tokens[:count], shorter
+  return all_rows[0].tokens[:count], suffixes

@@ -137,10 +137,10 @@ class Block(nn.Module):
     if window is not None and distance_BxLxS is not None:
       allowed_Bx1xLxS = allowed_Bx1xLxS & (distance_BxLxS < window)[:, None]
     norm = layers.RmsNorm(c.norm_epsilon, name="attention_norm")
-    mixed, cache = Attention(c, self.constrain, name="attention")(
+    attention_out, cache = Attention(c, self.constrain, name="attention")(
       norm(x), allowed_Bx1xLxS, rotations, cache
     )
-    x = x + mixed
+    x = x + attention_out
     norm = layers.RmsNorm(c.norm_epsilon, name="mlp_norm")
     x = x + Mlp(c, self.constrain, name="mlp")(norm(x))
     return (x, cache), None

@@ -127,11 +127,13 @@ class Block(nn.Module):
     attention = Attention(c, self.constrain, name="attention")
     mlp = Mlp(c, self.constrain, name="mlp")
     if c.norm_before:
-      mixed, cache = attention(attention_norm(x), allowed_Bx1xLxS, cache)
-      x = x + mixed
+      attention_out, cache = attention(
+        attention_norm(x), allowed_Bx1xLxS, cache
+      )
+      x = x + attention_out
       return (x + mlp(mlp_norm(x)), cache), None
-    mixed, cache = attention(x, allowed_Bx1xLxS, cache)
-    x = attention_norm(x + mixed)
+    attention_out, cache = attention(x, allowed_Bx1xLxS, cache)
+    x = attention_norm(x + attention_out)
     return (mlp_norm(x + mlp(x)), cache), None
 
 

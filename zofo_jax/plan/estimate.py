@@ -43,7 +43,7 @@ def abstract_batch(run: run_lib.Run) -> BilevelBatch:
   )
 
 
-def sizes(state: BilevelState) -> dict[str, int]:
+def state_bytes(state: BilevelState) -> dict[str, int]:
   """Returns the bytes per chip of the weights, and of the rest of a state."""
   weights = _local_bytes(state.base)
   return {"weights": weights, "optimizer": _local_bytes(state) - weights}
@@ -79,7 +79,7 @@ def estimate(
   run_lib.check_mesh(mesh, batch_sizes, run.base_update.zo.num_directions)
   shardings = rules.state_shardings(mesh, state, run.model.family.SHARDINGS)
   state = rules.with_shardings(state, shardings)
-  stored, base = sizes(state), state.base
+  stored, base = state_bytes(state), state.base
   kernels = [
     leaf
     for name, leaf in tree_lib.named_leaves(base["layers"]).items()

@@ -29,8 +29,8 @@ def plan(
   """Prints and returns what a run needs on a topology.
 
   Args:
-    config: the run's config. With the default `config.mesh`, `choose` chooses
-      the mesh.
+    config: the run's config. With the default `config.mesh`, `choose_mesh`
+      chooses the mesh.
     name: of a topology, such as "v5e:4x4", "cpu:8" or "h100:8".
     path: JSON file to write; None for none.
 
@@ -59,7 +59,9 @@ def plan(
   run = make_run(config, mesh)
   state = run.abstract_state()
   if chosen:
-    mesh = mesh_lib.abstract(choose(run, state, topology), topology.num_chips)
+    mesh = mesh_lib.abstract(
+      choose_mesh(run, state, topology), topology.num_chips
+    )
   if devices:
     real_mesh, upper = mesh_lib.make(mesh.shape, devices), config.upper
     other_config = config.copy_and_resolve_references()
@@ -88,7 +90,7 @@ def plan(
     "flops": estimate.flops(run),
     **figures,
     "method_bytes": methods,
-    "smallest_slice": _smallest(run, state, topology.kind),
+    "smallest_slice": _smallest_slice(run, state, topology.kind),
   }
   if path:
     report.write_json(epath.Path(path), plan)
@@ -119,12 +121,12 @@ def make_run(
   return run_lib.make_run(config, mesh=mesh, model=model)
 
 
-def choose(
+def choose_mesh(
   run: run_lib.Run, state: BilevelState, topology: topologies.Topology
 ) -> dict[str, int]:
   """Chooses the mesh that shards the weights least and is estimated to fit.
 
-  Of equals it prefers `model` to `fsdp`: the products of a zeroth-order step
+  Among equals it prefers `model` to `fsdp`: the products of a zeroth-order step
   exchange few activations, while fsdp gathers weights.
 
   Args:
@@ -189,7 +191,7 @@ def _compile(
   return {
     "estimate": False,
     "per_chip_bytes": {
-      **estimate.sizes(run.abstract_state()),
+      **estimate.state_bytes(run.abstract_state()),
       **{f"{k}_temp": stats.temp_bytes for k, stats in measured.items()},
       "total": iteration.total_bytes,
     },
@@ -201,11 +203,13 @@ def _compile(
   }
 
 
-def _smallest(run: run_lib.Run, state: BilevelState, kind: str) -> str | None:
+def _smallest_slice(
+  run: run_lib.Run, state: BilevelState, kind: str
+) -> str | None:
   """Returns the smallest slice on which the run is estimated to fit."""
   for topology in topologies.slices(kind):
     try:
-      sizes = choose(run, state, topology)
+      sizes = choose_mesh(run, state, topology)
     except errors.UserError:
       continue
     mesh = mesh_lib.abstract(sizes, topology.num_chips)

@@ -27,15 +27,15 @@ class Topology(NamedTuple):
   compiled: bool
 
 
-# Slices on offer, the smallest first.
-_FLAT = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_DEEP = (
+# Available slices, the smallest first.
+_TORUS_2D = ("2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_TORUS_3D = (
   *("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8"),
 )
 TPUS: dict[str, tuple[int, tuple[str, ...]]] = {
-  "v5e": (16 * _GIB, _FLAT),
-  "v6e": (32 * _GIB, _FLAT),
-  "v5p": (95 * _GIB, _DEEP),
+  "v5e": (16 * _GIB, _TORUS_2D),
+  "v6e": (32 * _GIB, _TORUS_2D),
+  "v5p": (95 * _GIB, _TORUS_3D),
 }
 GPUS = {
   "l4": 24 * _GIB,

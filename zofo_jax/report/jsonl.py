@@ -48,7 +48,7 @@ class JsonlWriter:
     The file is replaced atomically.
 
     Raises:
-      UserError: a complete line is no JSON dictionary.
+      UserError: a complete line is not a JSON dictionary.
     """
     self.close()
     if not multihost.is_primary():
@@ -67,7 +67,7 @@ def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:
   """Reads the rows, except for a truncated last line; [] if there is no file.
 
   Raises:
-    UserError: a complete line is no JSON dictionary.
+    UserError: a complete line is not a JSON dictionary.
   """
   path = epath.Path(path)
   if not path.exists():

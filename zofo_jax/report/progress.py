@@ -34,7 +34,7 @@ class Progress:
       unit: of a step, in the plural.
       start: steps done so far, by the run that is resumed.
       stream: where to write; None for standard error.
-      seconds_between_lines: how often to write when it is no terminal.
+      seconds_between_lines: how often to write when it is not a terminal.
       clock: the time in seconds.
     """
     self._total = total

@@ -43,7 +43,7 @@ def shard_batch(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:
   """Puts a batch on the devices; each process puts the rows that it holds.
 
   Args:
-    mesh: the grid.
+    mesh: the devices.
     batch: host arrays, the same in every process, or arrays of this process.
     axis: of the rows.
   """
@@ -82,7 +82,7 @@ def jit_step(
 
   Args:
     step: (state, ...) -> (state, info).
-    mesh: the grid.
+    mesh: the devices.
     state_shardings: of the state.
   """
   return jax.jit(
@@ -100,7 +100,7 @@ def jit_on_batches(
 
   Args:
     fn: takes `num_whole` trees that are on the mesh, then host arrays of rows.
-    mesh: the grid.
+    mesh: the devices.
     num_whole: how many arguments come before the rows.
   """
   jitted = jax.jit(fn, out_shardings=rules.replicated(mesh))
@@ -118,7 +118,7 @@ def map_directions(
   """Returns the map over directions of `zo.estimate`: in groups along `pert`.
 
   Args:
-    mesh: the grid; its `pert` divides the number of directions.
+    mesh: the devices; its `pert` divides the number of directions.
 
   Returns:
     map(fn, keys) like `jax.lax.map`. Groups exchange what fn returns, scalars,

@@ -1,6 +1,6 @@
-"""The devices of a run as a grid of four axes, and checks that it fits.
+"""The devices of a run as a mesh of four axes, and checks that it fits.
 
-`pert` divides the directions of a zeroth-order estimate, `data` the rows of a
+`pert` shards the directions of a zeroth-order estimate, `data` the rows of a
 batch, `fsdp` the rows and the weights, which are gathered a layer at a time
 where they are used, and `model` the weights with their products.
 """
@@ -17,10 +17,10 @@ from zofo_jax import errors
 
 # Devices that exchange most are neighbours: `model` varies fastest.
 AXES = ("pert", "data", "fsdp", "model")
-# Those that divide the rows of a batch.
+# Those that shard the rows of a batch.
 ROW_AXES = ("data", "fsdp")
 
-# A grid of devices, or its shape alone.
+# A mesh of devices, or its shape alone.
 AnyMesh = jax.sharding.Mesh | jax.sharding.AbstractMesh
 
 
@@ -57,14 +57,14 @@ def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
 def make(
   sizes: Mapping[str, int], devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
-  """Arranges devices in a grid.
+  """Arranges devices in a mesh.
 
   Args:
     sizes: of every axis in AXES; one may be -1 for the remaining devices.
     devices: what to arrange; None for all. Devices beyond the sizes idle.
 
   Returns:
-    The mesh, whose axes are divided by XLA (`AxisType.Auto`).
+    The mesh, over which XLA partitions programs (`AxisType.Auto`).
 
   Raises:
     UserError: the sizes do not fit the devices, or leave a process without any.
@@ -98,10 +98,10 @@ def abstract(
 
 
 def check_rows(mesh: AnyMesh, counts: Mapping[str, int]) -> None:
-  """Checks that batches can be divided by rows.
+  """Checks that batches can be sharded by rows.
 
   Args:
-    mesh: the grid.
+    mesh: the devices.
     counts: the rows of a batch by the name of their field.
 
   Raises:
@@ -111,20 +111,20 @@ def check_rows(mesh: AnyMesh, counts: Mapping[str, int]) -> None:
   for field, count in counts.items():
     if count % parts:
       raise errors.UserError(
-        f"config.{field}: {count} rows are divided among mesh.data="
+        f"config.{field}: {count} rows are sharded over mesh.data="
         f"{mesh.shape['data']} times mesh.fsdp={mesh.shape['fsdp']}; expected "
         f"a multiple of {parts}."
       )
 
 
 def check_directions(mesh: AnyMesh, count: int) -> None:
-  """Checks that directions can be divided.
+  """Checks that directions can be sharded.
 
   Raises:
     UserError: names the numbers.
   """
   if count % mesh.shape["pert"]:
     raise errors.UserError(
-      f"config.zo.num_directions: {count} are divided among mesh.pert="
+      f"config.zo.num_directions: {count} are sharded over mesh.pert="
       f"{mesh.shape['pert']}; expected a multiple of it."
     )

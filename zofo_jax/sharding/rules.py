@@ -36,7 +36,7 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
   """Returns the sharding of each leaf of a tree; scalars are replicated.
 
   Args:
-    mesh: the grid.
+    mesh: the devices.
     tree: arrays or shapes.
     rules: for every path.
 
@@ -54,7 +54,7 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
     specs = [spec for pattern, spec in rules if re.search(pattern, name)]
     if not specs:
       raise errors.UserError(
-        f"config.mesh: no rule says how the weight {name} is divided."
+        f"config.mesh: no rule says how the weight {name} is sharded."
       )
     for axis, names in enumerate(specs[0]):
       names = (names,) if isinstance(names, str) else names or ()
@@ -74,7 +74,7 @@ def state_shardings(mesh: AnyMesh, state: Any, rules: Rules) -> Any:
   """Returns the shardings of a run's state: `base`, `base_opt` by the rules.
 
   Args:
-    mesh: the grid.
+    mesh: the devices.
     state: `BilevelState`, or a named tuple with these two fields.
     rules: for the paths of the backbone's weights.
 
@@ -104,25 +104,25 @@ def make_activation_constraint(
 ) -> Callable[[jax.Array, bool], jax.Array]:
   """Returns the sharding constraint of a model's activations.
 
-  Without it they would be divided like the weights that they are multiplied
+  Without it they would be sharded like the weights that they are multiplied
   by, and the weights of an `fsdp` axis would not be gathered.
 
   Args:
-    mesh: the grid.
+    mesh: the devices.
 
   Returns:
-    (x [B, ..., D], whether to divide D) -> x: the batch over (data, fsdp), and
+    (x [B, ..., D], whether to shard D) -> x: the batch over (data, fsdp), and
     within a layer the features over `model`.
   """
   parts = math.prod(mesh.shape[name] for name in ROW_AXES)
 
-  def constrain(x, features_divided):
+  def constrain(x, shard_features):
     if mesh.size == 1:
       return x
     # With a direction for each example, the batch axis is hidden by vmap.
     divisible = x.shape[0] % parts == 0
     rows = ROW_AXES if divisible else P.UNCONSTRAINED
-    features = "model" if features_divided else None
+    features = "model" if shard_features else None
     spec = P(rows, *[None] * (x.ndim - 2), features)
     # Within a group of directions (`dispatch.map_directions`) the mesh is
     # another.

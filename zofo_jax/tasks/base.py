@@ -61,8 +61,8 @@ class Task:
     hub_splits: names of the splits on the hub, where they differ.
     metric: how predictions are scored.
     kind: classification, multiple choice or generation.
-    reference: the PyTorch code's template, where it has a mistake that affects
-      results.
+    reference: the template of the paper's PyTorch code, where it has a mistake
+      that affects results.
   """
 
   name: str
@@ -88,8 +88,8 @@ class Task:
     """Returns a template version.
 
     Args:
-      version: number of the version, or "reference" for the PyTorch code's
-        variant, which is version 0 unless the task has a `reference`.
+      version: number of the version, or "reference" for the variant of the
+        paper's PyTorch code: version 0 unless the task has a `reference`.
 
     Raises:
       UserError: the task has no such version.

@@ -107,7 +107,7 @@ def _columns(name: str, prompt: str, options: Sequence[str]) -> tuple[str, ...]:
       names = [f for _, f, _, _ in string.Formatter().parse(pattern)]
     except ValueError as error:
       raise errors.UserError(
-        f"Task {name}: {field} {pattern!r} is no pattern: {error}. Write "
+        f"Task {name}: {field} {pattern!r} is not a pattern: {error}. Write "
         "columns as {column} and a real brace twice."
       ) from error
     for column in names:

@@ -1,4 +1,4 @@
-"""SuperGLUE's classification tasks, as posed by MeZO and the PyTorch code."""
+"""SuperGLUE's classification tasks, as in MeZO and the paper's PyTorch code."""
 
 from collections.abc import Callable
 

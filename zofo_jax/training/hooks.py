@@ -20,7 +20,7 @@ from zofo_jax.report import memory
 from zofo_jax.report import progress as progress_lib
 from zofo_jax.training import guards, loop
 
-# Steps of a process before a trace starts: it is to show the steady state.
+# Steps of a process before a trace starts, which then shows the steady state.
 WARMUP_STEPS = 2
 
 
@@ -95,7 +95,7 @@ class WriteMetrics(loop.Hook):
 
 
 class AppendLedger(loop.Hook):
-  """Appends each step to the ledger, on the disk before a checkpoint of it."""
+  """Appends each step to the ledger, flushed to disk before its checkpoint."""
 
   def __init__(self, append: Callable[[int, Any], None]):
     """Initializes the hook with (step, info) -> None."""
@@ -107,7 +107,7 @@ class AppendLedger(loop.Hook):
 
 
 class CheckFinite(loop.Hook):
-  """Saves the state and ends a run whose steps are broken or that diverges."""
+  """Saves and ends a run that diverges or has too many non-finite steps."""
 
   def __init__(
     self, guard: guards.Guard, save: Callable[[Any], Any], num_steps: int
@@ -128,12 +128,12 @@ class CheckFinite(loop.Hook):
     self._problem = self._guard.update(*step_losses(info)) or self._problem
 
   def needs_state(self, step: int) -> bool:
-    """Returns whether the run is to end."""
+    """Returns whether the run should end."""
     del step
     return bool(self._problem)
 
   def on_state(self, step: int, state: Any) -> None:
-    """Ends the run if it is to end.
+    """Ends the run if it should end.
 
     Raises:
       UserError: the run should end; the message says why.
@@ -167,7 +167,7 @@ class Evaluate(loop.Hook):
         best checkpoint is chosen.
       write: gets a row of metrics, `selection_*`.
       save: (state, score) -> None; starts to write a checkpoint.
-      clock: of the training, which this is no part of.
+      clock: of the training; paused during an evaluation.
     """
     self._every, self._num_steps, self._clock = every, num_steps, clock
     self._validate, self._write, self._save = validate, write, save
@@ -177,7 +177,7 @@ class Evaluate(loop.Hook):
     return step % self._every == 0 or step == self._num_steps
 
   def on_state(self, step: int, state: Any) -> None:
-    """Evaluates and saves, where it is time to."""
+    """Evaluates and saves, if due."""
     if not self.needs_state(step):
       return
     with self._clock.paused():
@@ -248,7 +248,7 @@ class Profile(loop.Hook):
     self._running = False
 
   def before_step(self, step: int) -> None:
-    """Starts or ends the trace, where it is time to."""
+    """Starts or ends the trace, if due."""
     if step == self._first:
       jax.profiler.start_trace(str(self._folder))
       self._running = True

@@ -29,10 +29,10 @@ def fingerprint(tree: Any) -> str:
   """Returns the SHA-256 of a tree's paths, types, shapes and bytes."""
   digest = hashlib.sha256()
   for name, leaf in tree_lib.named_leaves(tree).items():
-    about = f"{name} {leaf.dtype} {leaf.shape}\n"
-    digest.update(about.encode())
+    description = f"{name} {leaf.dtype} {leaf.shape}\n"
+    digest.update(description.encode())
     if not getattr(leaf, "is_fully_addressable", True):
-      # Parts are with other processes: one leaf at a time is gathered.
+      # Other processes hold parts of it: one leaf at a time is gathered.
       leaf = multihost_utils.process_allgather(leaf, tiled=True)
     digest.update(np.ascontiguousarray(leaf).view(np.uint8).data)
   return digest.hexdigest()
@@ -62,7 +62,7 @@ def make_header(
 
 
 def versions() -> dict[str, str]:
-  """Returns the versions on which the last bit of a step may depend."""
+  """Returns the versions that may affect the last bit of a step."""
   try:
     version = metadata.version("zofo-jax")
   except metadata.PackageNotFoundError:  # A checkout on PYTHONPATH.

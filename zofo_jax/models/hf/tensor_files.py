@@ -93,7 +93,7 @@ def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
     )
   except (ValueError, KeyError, TypeError, AttributeError):
     raise errors.UserError(
-      f"{index} is no index of weights; expected JSON with a weight_map."
+      f"{index} is not an index of weights; expected JSON with a weight_map."
     ) from None
   for file in files:
     # The index is untrusted; it may only name files in its own folder.

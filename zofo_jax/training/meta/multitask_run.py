@@ -49,7 +49,7 @@ class MultitaskRun(NamedTuple):
 
   @property
   def mesh(self) -> mesh_lib.AnyMesh:
-    """The grid of devices."""
+    """The mesh of devices."""
     return self.run.mesh
 
   def init(self, base: Any) -> BilevelState:
