@@ -35,7 +35,7 @@ def row(path):
   mesh = [f"{k} {v}" for k, v in plan["mesh"].items() if v > 1]
   name = [path.stem.split("_")[0], plan["topology"], ", ".join(mesh)]
   chip = f"{plan['chip_bytes'] / 1e9:.1f}"
-  if plan.get("problem"):  # the compiler says only that it does not fit
+  if plan["refused"]:  # the compiler says only that it does not fit
     gaps = [""] * 3
     cells = [*name, f"{size['weights'] / 1e9:.2f}", "too much", *gaps]
     cells += [f"{chip}, no", *gaps, "", plan["smallest_slice"] or "none", ""]

@@ -35,10 +35,11 @@ os.environ.setdefault(
 )
 
 # What one process has compiled, no other compiles: neither a test's own
-# processes nor pytest's. Made by pytest's first, which removes it at the end.
-_OWN_CACHE = "JAX_COMPILATION_CACHE_DIR" not in os.environ
-if _OWN_CACHE:
-  os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="programs")
+# processes nor pytest's workers. pytest's first process removes the folder.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR",
+  os.path.join(tempfile.gettempdir(), f"zofo_jax_programs_{os.getpid()}"),
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 import jax  # noqa: E402
@@ -68,8 +69,9 @@ def pytest_collection_modifyitems(items):
 
 def pytest_unconfigure():
   """Removes the compiled programs, unless they are kept for other runs."""
-  if _OWN_CACHE:
-    shutil.rmtree(os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+  folder = os.environ["JAX_COMPILATION_CACHE_DIR"]
+  if folder.endswith(f"zofo_jax_programs_{os.getpid()}"):
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import pytest
 from tests import tiny
 from zofo_jax import errors, models
 from zofo_jax.models.hf import published, weights
-from zofo_jax.plan import planner, topologies
+from zofo_jax.plan import aot, planner, topologies
 from zofo_jax.sharding import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -83,7 +83,77 @@ def test_an_estimate(tmp_path, capsys):
   tokens = 8 * 64
   assert plan["flops"] == pytest.approx(2 * 69e9 * tokens * 30, rel=0.2)
   assert "the run fits in" in capsys.readouterr().out
-  assert not planner.plan(config, "l4:1")["fits"]
+  assert plan["would_fit"] is None
+
+
+def test_what_would_fit(capsys):
+  config = config_of("meta-llama/Llama-2-7b-hf", **{"model.dtype": "float32"})
+  plan = planner.plan(config, "l4:1")
+  assert not plan["fits"]
+  assert plan["would_fit"] == {"model.dtype": "bfloat16"}
+  said = capsys.readouterr().out
+  assert "It is estimated to fit with --config.model.dtype=bfloat16." in said
+  config.update_from_flattened_dict(plan["would_fit"])
+  assert planner.plan(config, "l4:1")["fits"]
+  # No change of these makes 70 billion weights fit.
+  config = config_of("meta-llama/Llama-2-70b-hf")
+  assert planner.plan(config, "l4:1")["would_fit"] is None
+
+
+REFUSALS = {
+  "RESOURCE_EXHAUSTED: Ran out of memory. Used 20.5G of 15.75G hbm.": (
+    None,
+    int(20.5 * 2**30),
+  ),
+  "RESOURCE_EXHAUSTED: E1000: the total memory required for HLO temporaries "
+  "(27.25G) exceeds available HBM (15.75G).": (int(27.25 * 2**30), None),
+  "RESOURCE_EXHAUSTED: out of memory": (None, None),
+}
+
+
+@pytest.mark.parametrize("message", REFUSALS)
+def test_a_program_that_the_compiler_refuses_has_no_figures(message):
+  class Lowered:
+    def compile(self):
+      raise ValueError(message)
+
+  stats = aot.measure(Lowered())
+  assert (stats.temp_bytes, stats.total_bytes) == REFUSALS[message]
+  assert stats.bytes_accessed is None and stats.flops is None
+  assert message.startswith(stats.problem)
+
+
+def test_a_plan_says_what_was_refused(monkeypatch, tmp_path, capsys):
+  refusal = aot.CompiledStats(1.0, problem="RESOURCE_EXHAUSTED: too much")
+  compiled = aot.CompiledStats(1.0, temp_bytes=2 * 10**9)
+  programs = {name: name for name in ("forward", "zo", "lora", "iteration")}
+  monkeypatch.setattr(aot, "lower_programs", lambda *_: programs)
+  monkeypatch.setattr(aot, "first_order_program", lambda *_: "lora")
+  monkeypatch.setattr(
+    aot,
+    "measure",
+    lambda name: refusal if name in ("lora", "iteration") else compiled,
+  )
+  path = tmp_path / "plan.json"
+  config = config_of("meta-llama/Llama-2-7b-hf", **{"mesh.data": 1})
+  planner.plan(config, "cpu:1", str(path))
+  plan = json.loads(path.read_text())
+  assert not plan["fits"]
+  assert plan["refused"].keys() == {"lora", "iteration"}
+  sizes, methods = plan["per_chip_bytes"], plan["method_bytes"]
+  assert (
+    sizes["zo_temp"] == 2 * 10**9
+    and methods["mezo"] == sizes["weights"] + 2 * 10**9
+  )
+  missing = (
+    *(sizes[k] for k in ("lora_temp", "iteration_temp", "total")),
+    *(methods[k] for k in ("bilevel", "lora", "full")),
+    *plan["remat_temp_bytes"].values(),
+  )
+  assert set(missing) == {None}
+  said = capsys.readouterr().out
+  assert "refused the program of iteration_temp: RESOURCE_EXHAUSTED" in said
+  assert "does not fit" in said and " 0.000" not in said
 
 
 def test_a_compiled_plan(tmp_path, monkeypatch):

@@ -131,26 +131,27 @@ def first_order_program(
 
 
 class CompiledStats(NamedTuple):
-  """Statistics of a compiled program, for one chip.
+  """Statistics of a compiled program, for one chip; None where not known.
 
   Attributes:
-    temp_bytes: temporaries.
-    total_bytes: arguments, temporaries, and results that alias no argument.
+    seconds: compilation time.
+    temp_bytes: temporaries; of a refused program, if the compiler names them.
+    total_bytes: arguments, temporaries, and results that alias no argument; of
+      a refused program, if the compiler names it.
     flops: operations.
     bytes_accessed: bytes read and written.
     collective_bytes: bytes received by each kind of collective; None if the
       compiled program cannot be read.
-    seconds: compilation time.
     text: the compiled program; "" if it cannot be read.
-    problem: the compiler's message if the program does not fit, else "".
+    problem: the first line of the compiler's refusal, else "".
   """
 
-  temp_bytes: int = 0
-  total_bytes: int = 0
-  flops: float = 0.0
-  bytes_accessed: float = 0.0
+  seconds: float
+  temp_bytes: int | None = None
+  total_bytes: int | None = None
+  flops: float | None = None
+  bytes_accessed: float | None = None
   collective_bytes: dict[str, int] | None = None
-  seconds: float = 0.0
   text: str = ""
   problem: str = ""
 
@@ -165,7 +166,17 @@ def _text(compiled: jax.stages.Compiled) -> str:
     return ""
 
 
+# What a program would have used, in two compilers' words: "Used 20.5G of 15.7G
+# hbm", and of temporaries alone "HLO temporaries (27.2G) exceeds".
 _USED = re.compile(r"Used ([\d.]+)([KMGT]?) of")
+_TEMPORARIES = re.compile(r"temporaries \(([\d.]+)([KMGT]?)\)")
+
+
+def _bytes(match: re.Match[str] | None) -> int | None:
+  """Returns a size in a compiler's message, such as 27.2G; None without."""
+  if match is None:
+    return None
+  return int(float(match[1]) * 1024 ** " KMGT".index(match[2] or " "))
 
 
 def measure(lowered: jax.stages.Lowered) -> CompiledStats:
@@ -177,24 +188,22 @@ def measure(lowered: jax.stages.Lowered) -> CompiledStats:
     reason = str(error)
     if "RESOURCE_EXHAUSTED" not in reason and "memory" not in reason.lower():
       raise
-    used = _USED.search(reason)
-    power = " KMGT".index(used[2] or " ") if used else 0
-    total = int(float(used[1]) * 1024**power) if used else 0
     return CompiledStats(
-      total_bytes=total,
       seconds=time.monotonic() - start_time,
-      problem=reason.splitlines()[0],
+      temp_bytes=_bytes(_TEMPORARIES.search(reason)),
+      total_bytes=_bytes(_USED.search(reason)),
+      problem=errors.first_line(error),
     )
   seconds = time.monotonic() - start_time
   memory: Any = compiled.memory_analysis()
   cost: Any = compiled.cost_analysis() or {}
   text = _text(compiled)
   return CompiledStats(
-    temp_bytes=memory.temp_size_in_bytes,
-    total_bytes=memory_lib.program_bytes(compiled) or 0,
-    flops=cost.get("flops", 0.0),
-    bytes_accessed=cost.get("bytes accessed", 0.0),
-    collective_bytes=hlo.total_bytes(text) if text else None,
     seconds=seconds,
+    temp_bytes=memory.temp_size_in_bytes,
+    total_bytes=memory_lib.program_bytes(compiled),
+    flops=cost.get("flops"),
+    bytes_accessed=cost.get("bytes accessed"),
+    collective_bytes=hlo.total_bytes(text) if text else None,
     text=text,
   )

@@ -1,6 +1,7 @@
 """Estimates from shapes alone: a run's bytes per chip, and its operations."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -114,24 +115,28 @@ def estimate(
   }
 
 
-def memory_by_method(size: dict[str, int]) -> dict[str, int]:
+def memory_by_method(size: Mapping[str, int | None]) -> dict[str, int | None]:
   """Returns the bytes per chip of Bilevel-ZOFO and of its baselines.
 
   Args:
-    size: bytes per chip, named as in a plan.
+    size: bytes per chip, named as in a plan; None where not known.
 
   Returns:
     `bilevel`; `mezo`: the weights and a zeroth-order step; `lora`: one adapter
     of the two, its optimizer and a first-order step; `full`: all weights by
     Adam, which is at least a gradient and two moments of the weights' own
-    dtype more than `lora`.
+    dtype more than `lora`. None for what rests on a size that is not known.
   """
-  weights = size["weights"]
+  weights, optimizer = size["weights"] or 0, size["optimizer"] or 0
+
+  def total(stored, temporaries):
+    return None if temporaries is None else stored + temporaries
+
   return {
     "bilevel": size["total"],
-    "mezo": weights + size["zo_temp"],
-    "lora": weights + size["optimizer"] // 2 + size["lora_temp"],
-    "full": 4 * weights + size["lora_temp"],
+    "mezo": total(weights, size["zo_temp"]),
+    "lora": total(weights + optimizer // 2, size["lora_temp"]),
+    "full": total(4 * weights, size["lora_temp"]),
   }
 
 

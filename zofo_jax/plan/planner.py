@@ -5,6 +5,7 @@ compiler for CPUs; for GPUs the figures are estimated from shapes.
 """
 
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
@@ -43,7 +44,10 @@ def plan(
     `bytes_accessed`, the compiler's figure for one chip, which counts the body
     of a loop once; `collective_bytes` that a chip receives, by kind, None if
     jaxlib cannot read the compiled program; `compile_seconds`;
-    `smallest_slice`; and whether the figures are an `estimate`.
+    `smallest_slice`; and whether the figures are an `estimate`. What the
+    compiler refused has no figures, which are None, and its message is in
+    `refused`, by program. If the run does not fit, `would_fit` has changes of
+    the config with which it is estimated to; None if no such are known.
 
   Raises:
     UserError: no such topology, or the config or its mesh is wrong.
@@ -52,45 +56,66 @@ def plan(
   devices = aot.devices_of(topology) if topology.compiled else None
   single = dict.fromkeys(mesh_lib.AXES, 1)
   chosen = dict(config.mesh) == {**single, "data": -1}
+
+  def changed_run(changes, mesh):
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict(changes)
+    return make_run(other, mesh)
+
   # The run that chooses a mesh has the smallest, which divides everything.
   mesh = mesh_lib.abstract(
     single if chosen else config.mesh, topology.num_chips
   )
+
+  def estimated_total(changes):
+    run = changed_run(changes, mesh)
+    state = run.abstract_state()
+    sizes = choose_mesh(run, state, topology) if chosen else mesh.shape
+    sharded = mesh_lib.abstract(sizes, topology.num_chips)
+    return estimate.estimate(run, state, sharded)["total"]
+
   run = make_run(config, mesh)
   state = run.abstract_state()
+  run_mesh = mesh
   if chosen:
-    mesh = mesh_lib.abstract(
+    run_mesh = mesh_lib.abstract(
       choose_mesh(run, state, topology), topology.num_chips
     )
   if devices:
-    real_mesh, upper = mesh_lib.make(mesh.shape, devices), config.upper
-    other_config = config.copy_and_resolve_references()
-    other_config.model.remat = not config.model.remat
+    real_mesh, upper = mesh_lib.make(run_mesh.shape, devices), config.upper
     figures = _compile(
       make_run(config, real_mesh),
-      make_run(other_config, real_mesh),
+      changed_run({"model.remat": not config.model.remat}, real_mesh),
       algorithm.make_optimizer(upper.optimizer, upper.learning_rate),
     )
   else:
     figures = {
       "estimate": True,
-      "per_chip_bytes": estimate.estimate(run, state, mesh),
+      "per_chip_bytes": estimate.estimate(run, state, run_mesh),
+      "refused": {},
     }
   size = figures["per_chip_bytes"]
   chip, total = topology.chip_bytes, size["total"]
-  methods = estimate.memory_by_method(size)
+  refused = "iteration" in figures["refused"]
+  fits = not refused and total <= (chip or math.inf)
   plan = {
     "model": config.model.name,
     "dtype": config.model.dtype,
     "topology": name,
-    "mesh": dict(mesh.shape),
+    "mesh": dict(run_mesh.shape),
     "remat": config.model.remat,
     "chip_bytes": chip,
-    "fits": not figures.get("problem") and total <= (chip or math.inf),
+    "fits": fits,
     "flops": estimate.flops(run),
     **figures,
-    "method_bytes": methods,
+    "method_bytes": estimate.memory_by_method(size),
     "smallest_slice": _smallest_slice(run, state, topology.kind),
+    "would_fit": None
+    if fits
+    else _would_fit(
+      smaller(config.model.dtype, config.model.remat, config.data.max_length),
+      lambda changes: _fits(estimated_total(changes), topology),
+    ),
   }
   if path:
     report.write_json(epath.Path(path), plan)
@@ -163,6 +188,37 @@ def choose_mesh(
   return min(candidates, key=lambda candidate: candidate[0])[1]
 
 
+def smaller(
+  dtype: str, remat: bool, max_length: int
+) -> Iterator[tuple[str, Any]]:
+  """Yields changes of a config that take less memory, the mildest first.
+
+  Args:
+    dtype: `model.dtype`.
+    remat: `model.remat`.
+    max_length: `data.max_length`.
+  """
+  if dtype != "bfloat16":
+    yield "model.dtype", "bfloat16"
+  if not remat:
+    yield "model.remat", True
+  while max_length > 64:
+    max_length //= 2
+    yield "data.max_length", max_length
+
+
+def _would_fit(
+  changes: Iterator[tuple[str, Any]], fits: Callable[[dict[str, Any]], bool]
+) -> dict[str, Any] | None:
+  """Returns the fewest of the changes, in order, with which a run fits."""
+  taken: dict[str, Any] = {}
+  for name, value in changes:
+    taken[name] = value
+    if fits(taken):
+      return taken
+  return None
+
+
 def _fits(total: int, topology: topologies.Topology) -> bool:
   """Returns whether an estimate leaves a tenth of the memory free."""
   return total <= 0.9 * (topology.chip_bytes or math.inf)
@@ -188,18 +244,22 @@ def _compile(
     other_remat.model.module.remat: other.temp_bytes,
   }
   iteration = measured["iteration"]
+  stored = estimate.state_bytes(run.abstract_state())
+  total = iteration.total_bytes
+  if total is None and iteration.temp_bytes is not None:
+    total = sum(stored.values()) + iteration.temp_bytes
   return {
     "estimate": False,
     "per_chip_bytes": {
-      **estimate.state_bytes(run.abstract_state()),
+      **stored,
       **{f"{k}_temp": stats.temp_bytes for k, stats in measured.items()},
-      "total": iteration.total_bytes,
+      "total": total,
     },
     "remat_temp_bytes": {"off": by_remat[False], "on": by_remat[True]},
     "bytes_accessed": iteration.bytes_accessed,
     "collective_bytes": iteration.collective_bytes,
     "compile_seconds": iteration.seconds,
-    "problem": iteration.problem,
+    "refused": {k: v.problem for k, v in measured.items() if v.problem},
   }
 
 
@@ -224,14 +284,14 @@ def _print_plan(plan: dict[str, Any]) -> None:
   mesh = ", ".join(f"mesh.{k}={v}" for k, v in plan["mesh"].items())
   report.results_table(
     [
-      {"a chip": name, "GB": size / 1e9}
+      {"a chip": name, "GB": _gigabytes(size)}
       for name, size in plan["per_chip_bytes"].items()
     ],
     title=f"{plan['model']} on {plan['topology']}, {how}",
   )
   report.results_table(
     [
-      {"with": name, "GB a chip": size / 1e9}
+      {"with": name, "GB a chip": _gigabytes(size)}
       for name, size in plan["method_bytes"].items()
     ],
     title="to compare with; full: at least",
@@ -244,15 +304,28 @@ def _print_plan(plan: dict[str, Any]) -> None:
       ]
     )
   if remat := plan.get("remat_temp_bytes"):
-    print(
-      f"Temporaries of a first-order step: {remat['off'] / 1e9:.2f} GB without "
-      f"model.remat, {remat['on'] / 1e9:.2f} GB with it; it is "
-      f"{'on' if plan['remat'] else 'off'}."
+    off, on = (
+      "an unknown size" if size is None else f"{size / 1e9:.2f} GB"
+      for size in (remat["off"], remat["on"])
     )
+    print(
+      f"Temporaries of a first-order step: {off} without model.remat, {on} "
+      f"with it; it is {'on' if plan['remat'] else 'off'}."
+    )
+  for program, reason in plan["refused"].items():
+    print(f"The compiler refused the program of {program}_temp: {reason}.")
   chip = plan["chip_bytes"]
   limit = f" in {chip / 1e9:.1f} GB" if chip else ""
   verdict = "fits" if plan["fits"] else "does not fit"
   print(f"{mesh}: the run {verdict}{limit}.")
+  if changes := plan["would_fit"]:
+    flags = " ".join(f"--config.{k}={v}" for k, v in changes.items())
+    print(f"It is estimated to fit with {flags}.")
   print(
     f"Smallest slice, estimated: {plan['smallest_slice'] or 'none listed'}."
   )
+
+
+def _gigabytes(size: int | None) -> float | str:
+  """Returns a size for a table; one that is not known is a question mark."""
+  return "?" if size is None else size / 1e9
