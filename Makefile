@@ -30,11 +30,11 @@ NEWEST ?= $(shell for version in $(NEWER); do \
   for python in python$$version \
     $$(ls -d "$$(pyenv root)"/versions/$$version.*/bin/python); do \
     "$$python" -c "" && command -v "$$python" && exit; done; done 2>/dev/null)
-# About a quarter of the tests: the engine, the models, a run, what it leaves.
-CORE := bilevel bilevel_quadratic coefficients inner losses prng rounding zo
-QUARTER := $(CORE:%=tests/core/%_test.py) tests/models \
-  tests/builders/algorithm_test.py tests/checkpoints/ledger_test.py \
-  tests/training/train_test.py
+# What a new version of jax or Python may break: the engine, files, a whole run.
+# At least a quarter of the tests, the quick ones.
+CORE := api bilevel inner losses outer prng rounding zo
+QUARTER := $(CORE:%=tests/core/%_test.py) tests/config tests/data tests/tasks \
+  tests/models/hf tests/checkpoints/manager_test.py tests/training/train_test.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo metademo test test-newest quarter install docs notebooks \
