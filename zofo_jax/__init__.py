@@ -4,6 +4,7 @@ from zofo_jax import adapters, errors
 from zofo_jax.core import (
   baselines,
   directions,
+  guided,
   keys,
   losses,
   multitask,
@@ -51,6 +52,7 @@ __all__ = [
   "bilevel_step",
   "directions",
   "errors",
+  "guided",
   "keys",
   "losses",
   "make_bilevel_step",

@@ -18,6 +18,7 @@ from zofo_jax.adapters.composite import (
 from zofo_jax.adapters.lora import (
   QUERY_VALUE,
   Lora,
+  fold_lora,
   init_lora,
   lora_product,
   merge_lora,
@@ -40,6 +41,7 @@ __all__ = [
   "ProjectedPrefix",
   "Prompt",
   "expand",
+  "fold_lora",
   "has_dropout",
   "init_lora",
   "init_prefix",

@@ -16,6 +16,7 @@ import numpy as np
 
 from zofo_jax import errors
 from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.factors import Factors
 
 QUERY_VALUE = r"attention/(query|value)$"
 
@@ -134,6 +135,33 @@ def init_lora(
       f"{', '.join(modules)}."
     )
   return adapter
+
+
+def fold_lora(adapter: Any) -> dict[str, Factors]:
+  """Returns what an adapter adds to the weights, as factors.
+
+  The `fold` of a `guided.Guide`.
+
+  Args:
+    adapter: nested dict from `init_lora`.
+
+  Returns:
+    {path of a kernel: scale * A and B}.
+
+  Raises:
+    UserError: a part of the adapter is not LoRA.
+  """
+  folded = {}
+  is_lora = lambda node: isinstance(node, Lora)
+  for name, lora in tree_lib.named_leaves(adapter, is_lora).items():
+    module, _, part = name.rpartition("/")
+    if not is_lora(lora):
+      raise errors.UserError(
+        f"The adapter has a {part}, added to no weight; theta can follow "
+        "LoRA alone."
+      )
+    folded[f"{module}/kernel"] = Factors(lora.scale * lora.a, lora.b)
+  return folded
 
 
 def merge_lora(base: Any, adapter: Any) -> Any:

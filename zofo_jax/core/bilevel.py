@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import checks, inner, loss_terms, outer
+from zofo_jax.core import checks, guided, inner, loss_terms, outer
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import zo as zo_lib
 from zofo_jax.core.types import (
@@ -84,6 +84,11 @@ def _copy_shared(tree: Params, other: Params) -> Params:
   )
 
 
+def _reset(tx: optax.GradientTransformation, state: Any) -> Any:
+  """Returns an optimizer's state with moments of zero and its other numbers."""
+  return optax.tree.map_params(tx.init, jnp.zeros_like, state)
+
+
 def bilevel_step(
   state: BilevelState,
   batch: BilevelBatch,
@@ -96,6 +101,7 @@ def bilevel_step(
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
   zo: ZerothOrder = ZerothOrder(),
+  guide: guided.Guide | None = None,
   has_aux: bool = False,
   over_tasks: bool = False,
 ) -> tuple[BilevelState, BilevelInfo]:
@@ -118,6 +124,9 @@ def bilevel_step(
     zo: how the gradient of theta is estimated. With `per_example`, all leaves
       of `batch.upper` and `batch.penalty` must have the same number of
       examples, on their first axis (behind that of the tasks).
+    guide: how theta follows what the inner steps have changed in s, in place of
+      the zeroth-order step along `zo`, or beside it; see `guided`. None: it
+      does not, as in the paper.
     has_aux: whether the lower and the upper loss return (scalar, aux). The aux
       of L(theta, p; D_f), from the step on p, is returned in the info.
     over_tasks: p, s, their optimizer states and the batch have a leading axis
@@ -188,54 +197,97 @@ def bilevel_step(
     state.upper_opt,
     state.lower,
     state.lower_opt,
-    batch._replace(weights=None),
+    batch._replace(weights=None, probe=None),
     adapter_keys,
   )
   lower_loss, upper_loss, penalty_loss, upper_grad_norm, aux = adapter_metrics
 
-  def penalized(base, rows):
+  # The objective of theta, and that of the lengths of `guide`: what s gives up,
+  # theta takes, so that the term of s stays as it is.
+  def penalized(base, lower, rows, with_penalty=True):
     upper_fn = probe_loss_fn or upper_value_fn
     lower_fn = probe_loss_fn or lower_value_fn
 
     def of_task(upper, lower, rows, penalty_rows):
-      terms = (
-        (upper_fn, upper, rows),
-        (lower_fn, upper, penalty_rows),
-        (lower_fn, lower, penalty_rows),
-      )
-      upper_loss, penalty_loss, lower_loss = loss_terms.evaluate_losses(
-        terms, base, None
-      )
-      return upper_loss + penalty * (penalty_loss - lower_loss)
+      terms = [(upper_fn, upper, rows)]
+      if with_penalty:
+        terms.append((lower_fn, upper, penalty_rows))
+      if lower is not None:
+        terms.append((lower_fn, lower, penalty_rows))
+      losses = loss_terms.evaluate_losses(tuple(terms), base, None)
+      if len(losses) == 1:
+        return losses[0]
+      difference = losses[1] - losses[2] if len(losses) == 3 else losses[1]
+      return losses[0] + penalty * difference
 
     # Within the tasks' axis theta has none: a weight is perturbed once for all.
     values = _over_tasks(of_task, num_tasks)(state.upper, lower, *rows)
     return jnp.average(values, weights=batch.weights) if over_tasks else values
 
   rows = (batch.upper, batch.penalty)
-  estimate = zo_lib.estimate_on_batch(
-    penalized,
-    state.base,
-    rows,
-    keys.direction,
-    hparams.zo_eps,
-    zo,
-    axis=int(over_tasks),
-    subspace_key=keys.subspace,
-  )
   # If p's gradient is not finite, theta does not move either. This data
   # dependency also lets XLA update theta in place: without it, it copies all
   # weights.
-  estimate = estimate.mask_nonfinite(jnp.all(jnp.isfinite(upper_grad_norm)))
-  base, base_opt, move = outer.apply_transform(
-    outer.to_outer_transform(base_tx),
-    state.base,
-    state.base_opt,
-    estimate,
-    zo.sampler,
-    lambda base: penalized(base, rows),
-    keys.rounding,
-  )
+  may_move = jnp.all(jnp.isfinite(upper_grad_norm))
+  base, base_opt, move = state.base, state.base_opt, None
+  values, coefficients = jnp.zeros([0]), jnp.zeros([0])
+  num_nonfinite = jnp.zeros([], jnp.int32)
+  if guide is None or guide.random:
+    estimate = zo_lib.estimate_on_batch(
+      lambda base, rows: penalized(base, lower, rows),
+      state.base,
+      rows,
+      keys.direction,
+      hparams.zo_eps,
+      zo,
+      axis=int(over_tasks),
+      subspace_key=keys.subspace,
+    ).mask_nonfinite(may_move)
+    base, base_opt, move = outer.apply_transform(
+      outer.to_outer_transform(base_tx),
+      state.base,
+      state.base_opt,
+      estimate,
+      zo.sampler,
+      lambda base: penalized(base, lower, rows),
+      keys.rounding,
+    )
+    values, coefficients = estimate.values, estimate.coefficients
+    num_nonfinite = estimate.num_nonfinite
+
+  lengths = None
+  if guide is not None:
+
+    def probed(base, index):
+      probe = batch.upper
+      if batch.probe is not None:
+        probe = jax.tree.map(
+          lambda leaf: jnp.take(leaf, index, axis=int(over_tasks)), batch.probe
+        )
+      return penalized(base, None, (probe, batch.penalty), guide.penalty)
+
+    shares = None
+    if over_tasks:
+      weights = batch.weights
+      weights = jnp.ones(num_tasks) if weights is None else weights
+      shares = weights / jnp.sum(weights)
+    followed = guided.follow(
+      guide,
+      probed,
+      base,
+      state.lower,
+      lower,
+      guided.step_key(keys),
+      allowed=may_move,
+      shares=shares,
+    )
+    base, lower, lengths = followed.base, followed.lower, followed.lengths
+    values = jnp.concatenate([values.ravel(), followed.values])
+    num_nonfinite += followed.num_nonfinite
+    if guide.reset:
+      lower_opt = _reset(lower_tx, lower_opt)
+  objective = upper_loss + penalty * penalty_loss
+  objective = jnp.mean(values if values.size else objective)
 
   new_state = BilevelState(
     step=state.step + 1,
@@ -251,12 +303,13 @@ def bilevel_step(
     lower_loss=lower_loss,
     upper_loss=upper_loss,
     penalty_loss=penalty_loss,
-    objective=jnp.mean(estimate.values),
-    coefficients=estimate.coefficients,
-    num_nonfinite=estimate.num_nonfinite,
+    objective=objective,
+    coefficients=coefficients,
+    num_nonfinite=num_nonfinite,
     upper_grad_norm=upper_grad_norm,
     move=move,
     aux=aux if has_aux else None,
+    lengths=lengths,
   )
   return new_state, info
 
@@ -270,6 +323,7 @@ def make_bilevel_step(
   upper_tx: optax.GradientTransformation,
   base_tx: outer.OuterTransform | optax.GradientTransformation,
   zo: ZerothOrder = ZerothOrder(),
+  guide: guided.Guide | None = None,
   has_aux: bool = False,
   over_tasks: bool = False,
 ) -> BilevelAlgorithm:
@@ -340,6 +394,7 @@ def make_bilevel_step(
     upper_tx=upper_tx,
     base_tx=base_transform,
     zo=zo,
+    guide=guide,
     has_aux=has_aux,
     over_tasks=over_tasks,
   )

@@ -66,12 +66,15 @@ class BilevelBatch(NamedTuple):
     upper: one batch from D_f.
     weights: weights of the tasks in the mean of G, float32 [M]; None for equal
       ones.
+    probe: batches from D_f for the updates of `guided` lengths; leaves
+      [updates, ...], over tasks [M, updates, ...]. None: `upper` for all.
   """
 
   lower: Any
   penalty: Any
   upper: Any
   weights: jax.Array | None = None
+  probe: Any = None
 
 
 class BilevelHParams(NamedTuple):
@@ -104,6 +107,7 @@ class BilevelInfo(NamedTuple):
       place.
     aux: auxiliary output of L(theta, p; D_f), over tasks with a leading axis of
       tasks; None without `has_aux`.
+    lengths: of the step along an adapter, see `guided`; None without.
   """
 
   lower_loss: jax.Array
@@ -115,6 +119,7 @@ class BilevelInfo(NamedTuple):
   upper_grad_norm: jax.Array
   move: InPlaceUpdate | None = None
   aux: Any = None
+  lengths: Any = None
 
 
 class BilevelAlgorithm(NamedTuple):

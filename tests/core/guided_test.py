@@ -1,0 +1,277 @@
+"""Steps along what an adapter has learnt: exact, by the best length, rounded."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import zofo_jax as zofo
+from zofo_jax import adapters
+from zofo_jax.core import factors as factors_lib
+from zofo_jax.core import guided
+from zofo_jax.models import decoder, llama
+
+MODEL = llama.Llama(llama.LlamaConfig(96, 16, 24, 2, 4, 2, 4))
+TOKENS = jnp.arange(14, dtype=jnp.int32).reshape(2, 7) + 4
+MASK = jnp.ones((2, 7), bool)
+TARGETS = r"attention/(query|value)$|mlp/"
+
+
+@jax.jit
+def logits(base, adapter):
+  variables = {"params": base, "adapter": adapter}
+  return MODEL.apply(variables, TOKENS, MASK, method="logits")
+
+
+def random_adapter(base, seed):
+  adapter = adapters.init_lora(
+    jax.random.key(seed), base, rank=2, alpha=4.0, targets=TARGETS
+  )
+  leaves, structure = jax.tree.flatten(adapter)
+  keys = jax.random.split(jax.random.key(seed + 100), len(leaves))
+  return jax.tree.unflatten(
+    structure,
+    [0.3 * jax.random.normal(k, x.shape) for k, x in zip(keys, leaves)],
+  )
+
+
+@pytest.fixture(scope="module")
+def trees():
+  """Returns theta, s_0 and s_T."""
+  init = jax.jit(lambda key: MODEL.init(key, TOKENS, MASK, method="logits"))
+  base = init(jax.random.key(0))["params"]
+  base = jax.tree.map(lambda w: w * 10.0 if w.ndim > 2 else w, base)
+  before = random_adapter(base, 0)
+  change = jax.tree.map(lambda x: 0.1 * x, random_adapter(base, 1))
+  return base, before, jax.tree.map(jnp.add, before, change)
+
+
+def guide_of(rule=None, **options):
+  rule = rule or guided.constant()
+  return guided.Guide(
+    adapters.fold_lora, rule, stacked=decoder.STACKED, **options
+  )
+
+
+def lengths_of(adapter, seed=0):
+  ones = guide_of(per_matrix=True).unit_lengths(adapter)
+  rng = np.random.default_rng(seed)
+  return {
+    name: jnp.asarray(rng.uniform(0.0, 1.5, one.shape), jnp.float32)
+    for name, one in ones.items()
+  }
+
+
+def moved_factors(before, after, lengths):
+  back = guided.retreat(before, after, lengths)
+  fold = adapters.fold_lora
+  return factors_lib.difference(fold(after), fold(back)), back
+
+
+def dense(base, factors, sign=1.0):
+  """Adds the products to the weights, by NumPy in float64."""
+  base = jax.tree.map(lambda w: np.asarray(w, np.float64), base)
+  for path, (left, right) in factors.items():
+    *modules, name = path.split("/")
+    node = functools.reduce(lambda tree, key: tree[key], modules, base)
+    left, right = (np.asarray(x, np.float64) for x in (left, right))
+    node[name] = node[name] + sign * left @ right
+  return jax.tree.map(lambda w: w.astype(np.float32), base)
+
+
+def test_a_length_for_each_matrix_and_layer(trees):
+  before = trees[1]
+  lengths = guide_of(per_matrix=True).unit_lengths(before)
+  modules = {
+    path.removesuffix("/kernel") for path in adapters.fold_lora(before)
+  }
+  assert {name.removesuffix("/lora") for name in lengths} == modules
+  assert {one.shape for one in lengths.values()} == {(2,)}  # layers
+  assert guide_of().unit_lengths(before).shape == ()
+
+
+def test_the_product_path_equals_folded_matrices(trees):
+  base, before, after = trees
+  factors, _ = moved_factors(before, after, lengths_of(after))
+  lazy = logits(factors_lib.displace(base, factors), {})
+  np.testing.assert_allclose(lazy, logits(dense(base, factors), {}), atol=2e-6)
+  # By LoRA's own way of merging.
+  factors, back = moved_factors(before, after, jnp.float32(1.0))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), back, before
+  )
+  merged = adapters.merge_lora(base, after)
+  unmerged = dense(merged, adapters.fold_lora(before), sign=-1.0)
+  lazy = logits(factors_lib.displace(base, factors), {})
+  np.testing.assert_allclose(lazy, logits(unmerged, {}), atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [0.0, 0.25, 1.0, "each"])
+def test_theta_takes_what_s_gives_up(trees, length):
+  base, before, after = trees
+  lengths = lengths_of(after) if length == "each" else jnp.float32(length)
+  factors, back = moved_factors(before, after, lengths)
+  moved = factors_lib.add_in_place(base, factors, jax.random.key(0))
+  expected = logits(base, after)
+  np.testing.assert_allclose(logits(moved, back), expected, atol=5e-6)
+  # Which is no small thing: s alone does change.
+  if length:
+    assert np.abs(logits(base, back) - expected).max() > 1e-2
+
+
+def test_writes_in_bfloat16_are_exact_on_average(trees):
+  base, before, after = trees
+  half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), base)
+  factors, _ = moved_factors(before, after, jnp.float32(0.01))
+  expected = dense(half, factors)
+  write = jax.jit(factors_lib.add_in_place)
+  total = jax.tree.map(jnp.zeros_like, base)
+  for seed in range(64):
+    moved = write(half, factors, jax.random.key(seed))
+    assert all(w.dtype == jnp.bfloat16 for w in jax.tree.leaves(moved))
+    total = jax.tree.map(lambda t, w: t + w / 64, total, moved)
+  kernel = lambda tree: np.asarray(
+    tree["layers"]["attention"]["query"]["kernel"], np.float32
+  )
+  step = kernel(expected) - kernel(half)
+  taken = kernel(total) - kernel(half)
+  slope = np.sum(taken * step) / np.sum(step * step)
+  assert slope == pytest.approx(1.0, abs=0.1)
+  jax.tree.map(np.testing.assert_array_equal, moved["embed"], half["embed"])
+
+
+def test_factors_that_fit_nowhere(trees):
+  base, before, after = trees
+  factors, _ = moved_factors(before, after, jnp.float32(1.0))
+  with pytest.raises(ValueError, match="the backbone has no 'other/kernel'"):
+    factors_lib.displace(base, {"other/kernel": next(iter(factors.values()))})
+  path = "layers/attention/query/kernel"
+  left, right = factors[path]
+  wrong = {path: factors_lib.Factors(left, right[..., :-1])}
+  with pytest.raises(ValueError, match="the factors' product has"):
+    factors_lib.add_in_place(base, wrong, jax.random.key(0))
+
+
+def quadratic(best):
+  """Returns an objective of the lengths whose least value is at `best`."""
+
+  def objective(lengths, index):
+    del index
+    leaves = zip(jax.tree.leaves(lengths), jax.tree.leaves(best), strict=True)
+    return 1e3 + sum(jnp.sum((x - b) ** 2) for x, b in leaves)
+
+  return objective
+
+
+@pytest.mark.parametrize("best, taken", [(0.3, 0.3), (1.7, 1.0), (-1.0, 0.0)])
+def test_a_parabola_finds_the_best_length(best, taken):
+  chosen = guided.parabola().choose(
+    quadratic(jnp.float32(best)), jnp.ones([]), jax.random.key(0)
+  )
+  assert float(chosen.lengths) == pytest.approx(taken, abs=2e-3)
+  assert chosen.values.shape == (3,)
+
+
+def test_a_parabola_that_opens_downwards_or_is_not_finite():
+  rule = guided.parabola((0.0, 0.5, 1.0))
+  choose = lambda fn: rule.choose(
+    lambda x, _: fn(x), jnp.ones([]), jax.random.key(0)
+  )
+  assert float(choose(lambda x: -((x - 0.4) ** 2)).lengths) == 1.0
+  chosen = choose(lambda x: jnp.where(x > 0.7, jnp.nan, -x))
+  assert float(chosen.lengths) == 0.0 and int(chosen.num_nonfinite) == 1
+
+
+def test_descent_finds_the_best_lengths():
+  best = {"a": jnp.array([0.2, 1.6]), "b": jnp.float32(0.9)}
+  rule = guided.descend(
+    zofo.ZerothOrder(zofo.directions.Rademacher(), num_directions=8),
+    num_updates=40,
+    learning_rate=0.1,
+  )
+  ones = jax.tree.map(jnp.ones_like, best)
+  chosen = jax.jit(lambda key: rule.choose(quadratic(best), ones, key))(
+    jax.random.key(0)
+  )
+  for name, value in best.items():
+    np.testing.assert_allclose(chosen.lengths[name], value, atol=0.15)
+  assert chosen.values.size == rule.evaluations == 40 * 16
+
+
+def test_the_estimate_is_the_projected_gradient(trees):
+  """d L(theta(eta)) / d eta_m = <grad L, d theta_m / d eta_m>."""
+  base, before, after = trees
+  weights = jax.random.normal(jax.random.key(5), (2, 7, 96))
+  loss = lambda base: jnp.mean(logits(base, {}) * weights)
+  lengths = jax.tree.map(jnp.zeros_like, lengths_of(after))
+
+  def objective(lengths):
+    return loss(
+      factors_lib.displace(base, moved_factors(before, after, lengths)[0])
+    )
+
+  gradient = jax.grad(loss)(base)
+  # At eta = 0 theta moves along dA B_T + A_T dB, B and A those of s_T.
+  fold = adapters.fold_lora
+  start, end = fold(before), fold(after)
+  for exact in (zofo.zo.exact, zofo.zo.central):
+    zo = zofo.ZerothOrder(
+      zofo.directions.Rademacher(), estimator=exact, num_directions=4
+    )
+    estimate = zofo.zo.estimate(objective, lengths, jax.random.key(1), 1e-2, zo)
+    for q in range(4):
+      key = zofo.keys.DirectionKey(
+        estimate.keys.direction[q], estimate.keys.subspace
+      )
+      xi = zo.sampler.perturb(lengths, key, 1.0)
+      slope = 0.0
+      for path, (left, right) in end.items():
+        module = path.removesuffix("/kernel")
+        tangent = (left - start[path].left) @ right + left @ (
+          right - start[path].right
+        )
+        node = functools.reduce(lambda t, k: t[k], path.split("/"), gradient)
+        each = jnp.sum(node * tangent, axis=(1, 2))
+        slope += jnp.sum(xi[f"{module}/lora"] * each)
+      np.testing.assert_allclose(
+        estimate.coefficients[q], slope, rtol=2e-3, atol=1e-5
+      )
+
+
+def test_tasks_give_their_shares(trees):
+  base = trees[0]
+  starts = [random_adapter(base, seed) for seed in (2, 3, 4)]
+  ends = [
+    jax.tree.map(lambda x, d: x + 0.1 * d, start, random_adapter(base, seed))
+    for seed, start in zip((5, 6, 7), starts, strict=True)
+  ]
+  stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
+  shares = jnp.array([0.5, 0.3, 0.2])
+  followed = guided.follow(
+    guide_of(guided.constant(0.7)),
+    lambda base, index: jnp.float32(0.0),
+    base,
+    stack(starts),
+    stack(ends),
+    jax.random.key(0),
+    allowed=jnp.array(True),
+    shares=shares,
+  )
+  expected = base
+  for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
+    factors, back = moved_factors(start, end, 0.7 * shares[i])
+    expected = dense(expected, factors)
+    jax.tree.map(
+      lambda stacked, one, i=i: np.testing.assert_allclose(
+        stacked[i], one, atol=1e-6
+      ),
+      followed.lower,
+      back,
+    )
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
+    followed.base,
+    expected,
+  )

@@ -1,0 +1,188 @@
+"""Low-rank changes of matrices, as pairs of factors; no change is ever formed.
+
+A model reads base + left right through the product path of low-rank directions
+(`displace`), and a donated base takes it layer by layer (`add_in_place`).
+"""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from zofo_jax.core import directions, perturbed, prng, rounding
+from zofo_jax.core import keys as keys_lib
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.types import Params
+
+
+class Factors(NamedTuple):
+  """A matrix left @ right, which is never formed.
+
+  Attributes:
+    left: float32, [in, R] or, of stacked layers, [layers, in, R].
+    right: float32, [R, out] or [layers, R, out].
+  """
+
+  left: jax.Array
+  right: jax.Array
+
+
+def difference(
+  after: dict[str, Factors], back: dict[str, Factors]
+) -> dict[str, Factors]:
+  """Returns left right - left' right' of every matrix, of twice the rank.
+
+  It is (left - left') right + left' (right - right'), whose terms are as small
+  as the difference: nothing cancels.
+
+  Args:
+    after: left and right.
+    back: left' and right', of the same shapes.
+  """
+  return {
+    path: Factors(
+      jnp.concatenate([new.left - old.left, old.left], axis=-1),
+      jnp.concatenate([new.right, new.right - old.right], axis=-2),
+    )
+    for (path, new), old in zip(after.items(), back.values(), strict=True)
+  }
+
+
+def sum_over_tasks(factors: dict[str, Factors]) -> dict[str, Factors]:
+  """Returns the sums of matrices over a leading axis of tasks, as one product.
+
+  Args:
+    factors: of shapes [M, ..., in, R] and [M, ..., R, out].
+
+  Returns:
+    Factors of rank M * R.
+  """
+
+  def merge(x, axis):
+    x = jnp.moveaxis(x, 0, axis)  # in front of the rank
+    shape = list(x.shape)
+    shape[axis : axis + 2] = [shape[axis] * shape[axis + 1]]
+    return x.reshape(shape)
+
+  return {
+    path: Factors(
+      merge(pair.left, pair.left.ndim - 2),
+      merge(pair.right, pair.right.ndim - 3),
+    )
+    for path, pair in factors.items()
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Product(directions.Direction):
+  """A direction that is given: `Factors` take the place of its key."""
+
+  def sample(self, key: Any, shape: Any, rows: Any = None) -> jax.Array:
+    """Returns left @ right, or some rows of it; see `Direction`."""
+    del shape
+    left, right = key
+    if isinstance(rows, prng.RowRange):
+      left = jax.lax.dynamic_slice_in_dim(left, rows.start, rows.size)
+    elif rows is not None:
+      left = jnp.take(left, rows, axis=0)
+    return jnp.matmul(left, right, precision="highest")
+
+  def matmul(
+    self, x: jax.Array, key: Any, shape: Any, *, transposed: bool = False
+  ) -> jax.Array:
+    """Returns (x left) right, or (x right^T) left^T, in float32."""
+    del shape
+    left, right = key
+    if transposed:
+      left, right = right.T, left.T
+    return (x.astype(jnp.float32) @ left) @ right
+
+
+def displace(base: Params, factors: dict[str, Factors]) -> Params:
+  """Returns base + left right, formed only where a weight is read.
+
+  Args:
+    base: the backbone; only read.
+    factors: what is added to some of its matrices, by path.
+
+  Returns:
+    A tree like `base` with `Perturbed` nodes at these paths.
+
+  Raises:
+    ValueError: the backbone has no matrix of a path, or one of another shape.
+  """
+  _check_factors(base, factors)
+
+  def node(path, leaf):
+    pair = factors.get(tree_lib.path_name(path))
+    if pair is None:
+      return leaf
+    scale = jnp.ones(leaf.shape[:-2], jnp.float32)
+    return perturbed.Perturbed(leaf, pair, scale, _Product())
+
+  return jax.tree.map_with_path(node, base)
+
+
+def add_in_place(
+  base: Params, factors: dict[str, Factors], rounding_key: jax.Array
+) -> Params:
+  """Returns base + left right; a donated `base` is updated in place.
+
+  Args:
+    base: the backbone, any float dtype.
+    factors: what is added to some of its matrices, by path.
+    rounding_key: typed PRNG key, shape [], of the stochastic rounding to dtypes
+      narrower than float32.
+
+  Returns:
+    A tree like `base`. The temporaries are one layer in float32.
+  """
+  _check_factors(base, factors)
+  pair = keys_lib.DirectionKey(rounding_key, rounding_key)
+
+  def add(stored, factors, key):
+    total = stored.astype(jnp.float32) + _Product().sample(factors, None)
+    return rounding.stochastic_round(total, stored.dtype, key)
+
+  def add_layers(stack, factors, keys):
+    def write_layer(i, stack):
+      at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+      layer = add(at(stack), jax.tree.map(at, factors), at(keys))
+      return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+
+    return jax.lax.fori_loop(0, stack.shape[0], write_layer, stack)
+
+  def write(path, leaf, key):
+    name = tree_lib.path_name(path)
+    if name not in factors:
+      return leaf
+    call = add if leaf.ndim == 2 else add_layers
+    return call(leaf, factors[name], key.direction)
+
+  # Every matrix with a third axis is a stack: an adapter folds into matrices.
+  stacked = "|".join(
+    f"^{re.escape(path)}$"
+    for path, pair in factors.items()
+    if pair.left.ndim == 3
+  )
+  keys = keys_lib.leaf_keys(pair, base, stacked or None)
+  return jax.tree.map_with_path(write, base, keys)
+
+
+def _check_factors(base: Params, factors: dict[str, Factors]) -> None:
+  """Raises ValueError unless every factor has a matrix of its shape."""
+  leaves = tree_lib.named_leaves(base)
+  for path, (left, right) in factors.items():
+    shape = (*left.shape[:-1], right.shape[-1])
+    if path not in leaves:
+      raise ValueError(
+        f"Guide.fold: the backbone has no '{path}'; it has {', '.join(leaves)}."
+      )
+    if leaves[path].shape != shape or len(shape) not in (2, 3):
+      raise ValueError(
+        f"Guide.fold: '{path}' has shape {leaves[path].shape}; the factors' "
+        f"product has {shape}; expected the same, of two axes or, stacked, "
+        "three."
+      )

@@ -1,0 +1,333 @@
+"""Steps of theta along what first-order steps have changed in an adapter.
+
+A random direction in d dimensions has a cosine of about d^-1/2 with the
+gradient; what T gradient steps have changed in s is far better aligned. With
+W_m(s) the m-th matrix of the backbone with s folded in, and s' a point between
+s after the steps (s_T) and before them (s_0),
+
+  s'      = s_T - eta (s_T - s_0)
+  theta'  = theta + W(s_T) - W(s')
+
+moves into theta what s gives up: the function of (theta, s) does not change,
+whatever eta is, and with eta = 1 theta has taken all of it. Theta alone, and
+with another adapter, does change; the lengths eta, one for all matrices or one
+for each, are chosen by forward passes (`parabola`, `descend`) or given
+(`constant`). The differences W(s_T) - W(s') have twice the adapter's rank and
+are never formed.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from zofo_jax.core import factors as factors_lib
+from zofo_jax.core import keys as keys_lib
+from zofo_jax.core import tree as tree_lib
+from zofo_jax.core import zo
+from zofo_jax.core.types import Params
+from zofo_jax.core.zeroth_order import ZerothOrder
+
+# adapter -> {path of a matrix of the backbone: what the adapter adds to it}.
+FoldFn = Callable[[Params], dict[str, factors_lib.Factors]]
+# One length for all matrices, float32 [], or {path of a part of the adapter:
+# [] or, of stacked layers, [layers]}.
+Lengths = Any
+# (lengths, number of the update) -> the objective, float32 [].
+LengthsObjective = Callable[[Lengths, jax.typing.ArrayLike], jax.Array]
+
+
+class ChosenLengths(NamedTuple):
+  """What a rule returns.
+
+  Attributes:
+    lengths: the lengths; 0 where none was better.
+    values: of the objective at the points evaluated, float32 [points].
+    num_nonfinite: how many of them were not finite, int32 [].
+  """
+
+  lengths: Lengths
+  values: jax.Array
+  num_nonfinite: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+  """How lengths are chosen; made by `constant`, `parabola` or `descend`.
+
+  Attributes:
+    choose: (objective, lengths of 1, typed PRNG key) -> ChosenLengths.
+    num_updates: updates of the lengths, each of which may read other rows.
+    evaluations: of the objective, in all.
+  """
+
+  choose: Callable[[LengthsObjective, Lengths, jax.Array], ChosenLengths]
+  num_updates: int
+  evaluations: int
+
+
+def constant(length: float = 1.0) -> Rule:
+  """Returns the rule of one length, without any evaluation.
+
+  Args:
+    length: 1 for all that the first-order steps have changed.
+  """
+
+  def choose(objective, ones, key):
+    del objective, key
+    lengths = jax.tree.map(lambda one: length * one, ones)
+    return ChosenLengths(lengths, jnp.zeros([0]), jnp.zeros([], jnp.int32))
+
+  return Rule(choose, num_updates=0, evaluations=0)
+
+
+def parabola(
+  points: tuple[float, ...] = (0.0, 0.5, 1.0), largest: float = 1.0
+) -> Rule:
+  """Returns the rule of the least value of a parabola through some points.
+
+  A parabola that opens downwards gives the best of the points. If any value is
+  not finite, the length is 0.
+
+  Args:
+    points: at least three lengths, in ascending order.
+    largest: length that is not exceeded.
+  """
+  # The coefficients of the least-squares fit are linear in the values.
+  fit = np.linalg.pinv(np.vander(points, 3)).astype(np.float32)
+
+  def choose(objective, ones, key):
+    del key
+    scaled = lambda length: jax.tree.map(lambda one: length * one, ones)
+    xs = jnp.asarray(points, jnp.float32)
+    values = jax.lax.map(lambda x: objective(scaled(x), 0), xs)
+    # Of differences, so that a large common value costs no digits.
+    square, linear, _ = fit @ (values - values[0])
+    least = -linear / (2.0 * jnp.where(square > 0, square, 1.0))
+    length = jnp.where(square > 0, least, xs[jnp.argmin(values)])
+    length = jnp.clip(length, points[0], largest)
+    finite = jnp.isfinite(values)
+    length = jnp.where(jnp.all(finite), length, 0.0)
+    return ChosenLengths(
+      scaled(length), values, jnp.sum(~finite, dtype=jnp.int32)
+    )
+
+  return Rule(choose, num_updates=1, evaluations=len(points))
+
+
+def descend(
+  estimator: ZerothOrder,
+  *,
+  num_updates: int = 4,
+  learning_rate: float = 0.3,
+  radius: float = 0.25,
+  start: float = 1.0,
+  largest: float = 2.0,
+) -> Rule:
+  """Returns the rule of zeroth-order descent on the lengths.
+
+  eta <- clip(eta - learning_rate g / rms(g), 0, largest), with g an estimate of
+  the gradient with respect to eta from forward passes. There are as many
+  lengths as matrices, not as weights: the estimate is a good one.
+
+  Args:
+    estimator: how g is estimated.
+    num_updates: how many such updates; each may read rows of its own.
+    learning_rate: root mean square of an update.
+    radius: eps of the estimate.
+    start: of all lengths.
+    largest: length that is not exceeded.
+  """
+
+  def choose(objective, ones, key):
+    def update(lengths, xs):
+      key, index = xs
+      estimate = zo.estimate(
+        lambda lengths: objective(lengths, index),
+        lengths,
+        key,
+        radius,
+        estimator,
+      )
+      gradient = zo.gradient(lengths, estimate, estimator.sampler)
+      sizes = jnp.concatenate([g.ravel() for g in jax.tree.leaves(gradient)])
+      scale = learning_rate * jax.lax.rsqrt(jnp.mean(sizes**2) + 1e-16)
+      lengths = jax.tree.map(
+        lambda length, g: jnp.clip(length - scale * g, 0.0, largest),
+        lengths,
+        gradient,
+      )
+      return lengths, (estimate.values.ravel(), estimate.num_nonfinite)
+
+    lengths = jax.tree.map(lambda one: start * one, ones)
+    lengths, (values, num_nonfinite) = jax.lax.scan(
+      update,
+      lengths,
+      (jax.random.split(key, num_updates), jnp.arange(num_updates)),
+    )
+    return ChosenLengths(lengths, values.ravel(), jnp.sum(num_nonfinite))
+
+  kind = estimator.estimator
+  each = kind.shared + estimator.num_directions * kind.evaluations
+  return Rule(choose, num_updates, num_updates * each)
+
+
+_ALL = constant()
+
+
+@dataclasses.dataclass(frozen=True)
+class Guide:
+  """How theta follows an adapter.
+
+  Attributes:
+    fold: what an adapter adds to the backbone's matrices;
+      `adapters.fold_lora` for LoRA.
+    rule: how far theta follows.
+    per_matrix: whether every matrix, and every layer, has a length of its own.
+    stacked: regular expression for the paths of the adapter's leaves whose axis
+      0 counts layers; None if there are none. Read only with `per_matrix`.
+    penalty: whether the objective has lam L(theta', p; D_p) beside
+      L(theta', p; D_f).
+    random: whether theta also takes the ordinary zeroth-order step.
+    reset: whether the optimizer of s starts anew after each step.
+  """
+
+  fold: FoldFn
+  rule: Rule = _ALL
+  per_matrix: bool = False
+  stacked: str | None = None
+  penalty: bool = True
+  random: bool = False
+  reset: bool = False
+
+  def unit_lengths(self, adapter: Params) -> Lengths:
+    """Returns lengths of 1 for an adapter, or for its shapes."""
+    if not self.per_matrix:
+      return jnp.ones([])
+    lengths = {}
+    for path, leaf in jax.tree.leaves_with_path(adapter):
+      name = _parent(path)
+      stacked = self.stacked is not None and re.search(self.stacked, name)
+      lengths[name] = jnp.ones(leaf.shape[:1] if stacked else [])
+    return lengths
+
+
+def _parent(path: tuple[Any, ...]) -> str:
+  return tree_lib.path_name(path[:-1])
+
+
+def retreat(before: Params, after: Params, lengths: Lengths) -> Params:
+  """Returns after - lengths (after - before).
+
+  Args:
+    before: an adapter, s_0.
+    after: a tree like it, s_T.
+    lengths: see `Lengths`; leaves with one parent share a length.
+
+  Returns:
+    A tree like `after`.
+  """
+
+  def back(path, start, end):
+    length = lengths
+    if isinstance(lengths, dict):
+      length = lengths[_parent(path)]
+    length = length.reshape(*length.shape, *(1,) * (end.ndim - length.ndim))
+    return (end - length * (end - start)).astype(end.dtype)
+
+  return jax.tree.map_with_path(back, before, after)
+
+
+class Followed(NamedTuple):
+  """What theta's step along an adapter returns.
+
+  Attributes:
+    base: theta after it.
+    lower: s after it.
+    lengths: the lengths taken, zero if there was no step.
+    values: of the objective at the points evaluated, float32 [points].
+    num_nonfinite: how many of them were not finite, int32 [].
+  """
+
+  base: Params
+  lower: Params
+  lengths: Lengths
+  values: jax.Array
+  num_nonfinite: jax.Array
+
+
+def step_key(keys: keys_lib.StepKeys) -> jax.Array:
+  """Returns the key of an iteration's `follow`, of no other use."""
+  return jax.random.fold_in(keys.direction, np.uint32(2**32 - 1))
+
+
+def follow(
+  guide: Guide,
+  objective: Callable[[Params, jax.typing.ArrayLike], jax.Array],
+  base: Params,
+  before: Params,
+  after: Params,
+  key: jax.Array,
+  *,
+  allowed: jax.Array,
+  shares: jax.Array | None = None,
+) -> Followed:
+  """Moves theta along what has changed in s, and s back by as much.
+
+  Args:
+    guide: how.
+    objective: (theta, number of the update of the lengths) -> float32 [].
+    base: theta; donate it for the update to happen in place.
+    before: s before the first-order steps.
+    after: s after them.
+    key: typed PRNG key, shape [].
+    allowed: whether there is to be a step, bool [].
+    shares: of M tasks, whose adapters have a leading axis: how much of its own
+      change each gives to theta, float32 [M], 1 in sum. None: there is one
+      adapter.
+
+  Returns:
+    The new theta and s, and the lengths.
+  """
+  lengths_key, rounding_key = jax.random.split(key)
+  fold, back_by = guide.fold, retreat
+  single = after
+  if shares is not None:
+    fold = jax.vmap(guide.fold)
+    single = jax.tree.map(lambda leaf: leaf[0], after)
+
+    def back_by(before, after, lengths):
+      one = lambda share, before, after: retreat(
+        before, after, jax.tree.map(lambda length: share * length, lengths)
+      )
+      return jax.vmap(one)(shares, before, after)
+
+  folded = fold(after)
+
+  def factors(lengths):
+    moved = factors_lib.difference(
+      folded, fold(back_by(before, after, lengths))
+    )
+    return moved if shares is None else factors_lib.sum_over_tasks(moved)
+
+  chosen = guide.rule.choose(
+    lambda lengths, index: objective(
+      factors_lib.displace(base, factors(lengths)), index
+    ),
+    guide.unit_lengths(single),
+    lengths_key,
+  )
+  lengths = jax.tree.map(
+    lambda length: jnp.where(allowed, length, 0.0), chosen.lengths
+  )
+  return Followed(
+    factors_lib.add_in_place(base, factors(lengths), rounding_key),
+    back_by(before, after, lengths),
+    lengths,
+    chosen.values,
+    chosen.num_nonfinite,
+  )
