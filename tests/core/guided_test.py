@@ -1,10 +1,11 @@
-"""Steps along what an adapter has learnt: exact, by the best length, rounded."""
+"""Steps along what an adapter has learnt: exact, at the best length."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import zofo_jax as zofo
@@ -275,3 +276,168 @@ def test_tasks_give_their_shares(trees):
     followed.base,
     expected,
   )
+
+
+def toy_loss(base, adapter, batch, key):
+  del key
+  out = batch["x"] @ (base["w"] + adapter["a"] @ adapter["b"])
+  return jnp.mean((out - batch["y"]) ** 2)
+
+
+def toy_fold(adapter):
+  return {"w": factors_lib.Factors(adapter["a"], adapter["b"])}
+
+
+def toy(num_tasks=None, updates=3, rows=8):
+  rng = np.random.default_rng(0)
+  lead = () if num_tasks is None else (num_tasks,)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  adapter = lambda: {"a": draw(*lead, 6, 2), "b": draw(*lead, 2, 4)}
+
+  def batch(*more):
+    return {"x": draw(*lead, *more, rows, 6), "y": draw(*lead, *more, rows, 4)}
+
+  base = {"w": draw(6, 4), "bias": draw(4)}
+  batches = zofo.BilevelBatch(
+    lower=batch(5), penalty=batch(), upper=batch(), probe=batch(updates)
+  )
+  return base, adapter(), adapter(), batches
+
+
+ESTIMATE = zofo.ZerothOrder(zofo.directions.Rademacher(), num_directions=2)
+RULES = {
+  "all": guided.constant(),
+  "parabola": guided.parabola(),
+  "descend": guided.descend(ESTIMATE, num_updates=3),
+}
+
+
+def toy_step(guide, **options):
+  tx = optax.adam(1e-2)
+  return zofo.make_bilevel_step(
+    toy_loss,
+    lower_tx=tx,
+    upper_tx=tx,
+    base_tx=zofo.outer.sgd(1e-2),
+    guide=guide,
+    **options,
+  )
+
+
+@pytest.mark.parametrize("penalty", [False, True])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_is_its_slow_transcription(rule, penalty):
+  base, upper, lower, batch = toy()
+  guide = guided.Guide(toy_fold, RULES[rule], penalty=penalty)
+  algorithm = toy_step(guide)
+  state = algorithm.init(jax.random.key(3), base, upper, lower)
+  hparams = zofo.BilevelHParams(penalty=0.5)
+  new, info = jax.jit(algorithm.step)(state, batch, hparams)
+
+  s, opt = lower, optax.adam(1e-2).init(lower)
+  for t in range(5):
+    grads = jax.grad(toy_loss, argnums=1)(
+      base, s, jax.tree.map(lambda leaf, t=t: leaf[t], batch.lower), None
+    )
+    updates, opt = optax.adam(1e-2).update(grads, opt)
+    s = optax.apply_updates(s, updates)
+
+  def moved(length):
+    back = jax.tree.map(lambda a, b: b - length * (b - a), lower, s)
+    w = base["w"] + s["a"] @ s["b"] - back["a"] @ back["b"]
+    return {**base, "w": w}, back
+
+  def objective(length, index):
+    rows = jax.tree.map(lambda leaf: leaf[index], batch.probe)
+    theta, _ = moved(length)
+    value = toy_loss(theta, upper, rows, None)
+    return value + penalty * 0.5 * toy_loss(theta, upper, batch.penalty, None)
+
+  if rule == "all":
+    length = 1.0
+  elif rule == "parabola":
+    points = np.array([0.0, 0.5, 1.0])
+    values = [float(objective(x, 0)) for x in points]
+    square, linear, _ = np.polyfit(points, values, 2)
+    best = -linear / (2 * square) if square > 0 else points[np.argmin(values)]
+    length = float(np.clip(best, 0.0, 1.0))
+  else:  # one length: every estimate is a sign, with a step of 0.3
+    length = 1.0
+    for index in range(3):
+      up, down = (
+        objective(length + 0.25, index),
+        objective(length - 0.25, index),
+      )
+      length = float(np.clip(length - 0.3 * np.sign(up - down), 0.0, 2.0))
+  np.testing.assert_allclose(info.lengths, length, atol=2e-3)
+  theta, back = moved(length)
+  close = functools.partial(np.testing.assert_allclose, atol=2e-3)
+  jax.tree.map(close, new.base, theta)
+  jax.tree.map(close, new.lower, back)
+  # p takes its own step, whatever theta does.
+  still, _ = jax.jit(toy_step(None).step)(state, batch, hparams)
+  jax.tree.map(np.testing.assert_array_equal, new.upper, still.upper)
+  assert info.coefficients.shape == (0,) and info.move is None
+
+
+def test_theta_moves_along_random_directions_as_well():
+  base, upper, lower, batch = toy()
+  both = guided.Guide(toy_fold, random=True)
+  states = {}
+  for name, guide in (("both", both), ("random", None)):
+    algorithm = toy_step(guide)
+    state = algorithm.init(jax.random.key(3), base, upper, lower)
+    states[name], info = jax.jit(algorithm.step)(state, batch)
+    assert info.coefficients.shape == (1,)
+  random, both = states["random"], states["both"]
+  expected = random.base["w"] + (
+    random.lower["a"] @ random.lower["b"] - lower["a"] @ lower["b"]
+  )
+  np.testing.assert_allclose(both.base["w"], expected, atol=1e-5)
+  np.testing.assert_array_equal(both.base["bias"], random.base["bias"])
+
+
+def test_one_task_is_the_step_without_the_axis():
+  base, upper, lower, batch = toy()
+  guide = guided.Guide(toy_fold, RULES["descend"])
+  add_axis = lambda tree: jax.tree.map(lambda leaf: leaf[None], tree)
+  results = []
+  for over_tasks in (False, True):
+    lift = add_axis if over_tasks else (lambda tree: tree)
+    algorithm = toy_step(guide, over_tasks=over_tasks)
+    state = algorithm.init(jax.random.key(3), base, lift(upper), lift(lower))
+    new, info = jax.jit(algorithm.step)(state, lift(batch))
+    results.append((new.base, new.lower, info.lengths))
+  single, tasks = results
+  np.testing.assert_allclose(single[2], tasks[2], atol=1e-6)
+  close = functools.partial(np.testing.assert_allclose, atol=1e-6)
+  jax.tree.map(close, single[0], tasks[0])
+  jax.tree.map(lambda a, b: close(a, b[0]), single[1], tasks[1])
+
+
+def test_a_step_that_is_not_finite_moves_neither_theta_nor_s():
+  base, upper, lower, batch = toy()
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, batch.upper)
+  algorithm = toy_step(guided.Guide(toy_fold, RULES["parabola"]))
+  state = algorithm.init(jax.random.key(3), base, upper, lower)
+  step = jax.jit(algorithm.step)
+  new, info = step(state, batch._replace(upper=broken))
+  jax.tree.map(np.testing.assert_array_equal, new.base, base)
+  jax.tree.map(np.testing.assert_array_equal, new.upper, upper)
+  assert float(info.lengths) == 0.0
+  # Nor do rows of the probe that are not.
+  probe = jax.tree.map(lambda leaf: leaf * jnp.nan, batch.probe)
+  new, info = step(state, batch._replace(probe=probe))
+  jax.tree.map(np.testing.assert_array_equal, new.base, base)
+  assert float(info.lengths) == 0.0 and int(info.num_nonfinite) == 3
+
+
+def test_moments_start_anew():
+  base, upper, lower, batch = toy()
+  algorithm = toy_step(guided.Guide(toy_fold, reset=True))
+  state = algorithm.init(jax.random.key(3), base, upper, lower)
+  new, _ = jax.jit(algorithm.step)(state, batch)
+  adam = new.lower_opt[0]
+  assert int(adam.count) == 5
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves((adam.mu, adam.nu)))
+  assert any(np.any(leaf) for leaf in jax.tree.leaves(new.upper_opt[0].mu))

@@ -9,12 +9,13 @@ import jax
 import ml_collections
 import optax
 
-from zofo_jax import errors
+from zofo_jax import adapters, errors
 from zofo_jax.core import (
   baselines,
   bilevel,
   directions,
   estimators,
+  guided,
   outer,
   sampler,
   zeroth_order,
@@ -185,32 +186,94 @@ def make_hparams_fn(
   return hparams
 
 
+def make_guide(
+  lengths: str,
+  zo: zeroth_order.ZerothOrder,
+  *,
+  per_matrix: bool,
+  num_updates: int,
+  learning_rate: float,
+  radius: float,
+  largest: float,
+  penalty: bool,
+  reset: bool,
+  random: str,
+  batch_size: int,
+) -> guided.Guide:
+  """Makes the step of theta along what s has learnt, for LoRA.
+
+  Args:
+    lengths: one of `guided.lengths`' choices.
+    zo: estimator and number of directions of "descend".
+    per_matrix: whether every matrix has its own length; "descend" only.
+    num_updates: of "descend".
+    learning_rate: of "descend".
+    radius: of "descend".
+    largest: length that is not exceeded.
+    penalty: whether lengths are chosen by L(p; D_p) as well.
+    reset: whether the moments of s are set to 0.
+    random: kind of the directions along which theta moves as well, or "".
+    batch_size: not read here.
+  """
+  del batch_size  # the rows are the data's part
+  rules = {
+    "all": guided.constant,
+    "parabola": lambda: guided.parabola(largest=largest),
+    "descend": lambda: guided.descend(
+      zeroth_order.ZerothOrder(
+        directions.Rademacher(),
+        estimator=zo.estimator,
+        num_directions=zo.num_directions,
+      ),
+      num_updates=num_updates,
+      learning_rate=learning_rate,
+      radius=radius,
+      largest=largest,
+    ),
+  }
+  return guided.Guide(
+    adapters.fold_lora,
+    rules[lengths](),
+    per_matrix=per_matrix and lengths == "descend",
+    stacked=STACKED,
+    penalty=penalty,
+    random=bool(random),
+    reset=reset,
+  )
+
+
 class BaseUpdate(NamedTuple):
   """How theta's gradient is estimated, and theta updated.
 
   Attributes:
     zo: the estimate; never one direction per example.
     tx: the update.
+    guide: how theta follows s; None if it does not.
   """
 
   zo: zeroth_order.ZerothOrder
   tx: outer.OuterTransform
+  guide: guided.Guide | None = None
 
 
 def make_base_update(
-  zo_config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict,
   map_fn: zeroth_order.MapFn = jax.lax.map,
 ) -> BaseUpdate:
-  """Makes the zeroth-order update of `config.zo`.
+  """Makes the zeroth-order update of `config.zo` and `config.guided`.
 
   Args:
-    zo_config: `config.zo`.
+    config: the run's config.
     map_fn: evaluates the directions; see `ZerothOrder`.
   """
-  return BaseUpdate(
+  zo_config, follows = config.zo, config.zo.direction == "guided"
+  kind = zo_config.direction
+  if follows:
+    kind = config.guided.random or "rademacher"
+  update = BaseUpdate(
     zeroth_order.ZerothOrder(
       make_sampler(
-        zo_config.direction,
+        kind,
         rank=zo_config.rank,
         threshold=zo_config.threshold,
         select=zo_config.select,
@@ -229,6 +292,9 @@ def make_base_update(
       weight_decay=zo_config.weight_decay,
     ),
   )
+  if follows:
+    update = update._replace(guide=make_guide(zo=update.zo, **config.guided))
+  return update
 
 
 def make_algorithm(
@@ -248,7 +314,7 @@ def make_algorithm(
     over_tasks: whether states and batches have a leading axis of tasks.
     map_fn: maps over the directions of an estimate.
   """
-  base_update = make_base_update(config.zo, map_fn)
+  base_update = make_base_update(config, map_fn)
   num_steps = config.train.num_steps
 
   def level_tx(level, num_updates):
@@ -265,8 +331,11 @@ def make_algorithm(
       upper_tx=upper_tx,
       base_tx=base_update.tx,
       zo=dataclasses.replace(
-        base_update.zo, per_example=config.zo.direction == "per_example"
+        base_update.zo,
+        per_example="per_example"
+        in (config.zo.direction, config.guided.random),
       ),
+      guide=base_update.guide,
       over_tasks=over_tasks,
     )
 

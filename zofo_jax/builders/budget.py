@@ -46,6 +46,9 @@ class Budget(NamedTuple):
     remat: whether activations are recomputed.
     zo_evaluations: evaluations of the objective in a zeroth-order step.
     num_first_steps: iterations of the first stage, if the method has two.
+    length_evaluations: of the objective of a guided step's lengths.
+    length_losses: in one of these.
+    length_rows: in one of these.
   """
 
   method: str
@@ -55,6 +58,9 @@ class Budget(NamedTuple):
   remat: bool
   zo_evaluations: int
   num_first_steps: int
+  length_evaluations: int = 0
+  length_losses: int = 1
+  length_rows: int = 0
 
   def passes(self, method: str | None = None) -> Passes:
     """Counts the passes of an iteration on one task.
@@ -70,10 +76,11 @@ class Budget(NamedTuple):
     points = self.zo_evaluations if zeroth_order else 0
     if method == "bilevel":
       return Passes(
-        steps + 2 + 3 * points,
+        steps + 2 + 3 * points + self.length_losses * self.length_evaluations,
         steps + 2,
         (2 + recomputed) * (steps * self.lower_rows + 2 * self.upper_rows)
-        + 3 * points * self.upper_rows,
+        + 3 * points * self.upper_rows
+        + self.length_evaluations * self.length_rows,
       )
     if points:
       return Passes(points, 0, points * self.upper_rows)
@@ -104,18 +111,27 @@ def make_budget(config: ml_collections.ConfigDict) -> Budget:
   evaluates its objective three more times.
   """
   estimator = algorithm.ESTIMATORS[config.zo.estimator]
-  per_example = config.zo.direction == "per_example"
+  kinds = (config.zo.direction, config.guided.random)
+  per_example = "per_example" in kinds
   num_directions = 1 if per_example else config.zo.num_directions
   evaluations = estimator.shared + num_directions * estimator.evaluations
   evaluations += 3 * (config.zo.optimizer == "conservative")
+  guide, penalty = algorithm.make_base_update(config).guide, False
+  if guide is not None:
+    evaluations *= guide.random
+    penalty = guide.penalty
+  upper_rows = config.upper.batch_size
   return Budget(
     method=config.method,
     inner_steps=config.lower.num_steps,
     lower_rows=config.lower.batch_size,
-    upper_rows=config.upper.batch_size,
+    upper_rows=upper_rows,
     remat=config.model.remat,
     zo_evaluations=evaluations,
     num_first_steps=config.train.num_first_steps,
+    length_evaluations=guide.rule.evaluations if guide else 0,
+    length_losses=1 + penalty,
+    length_rows=(config.guided.batch_size or upper_rows) + penalty * upper_rows,
   )
 
 

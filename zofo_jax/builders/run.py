@@ -39,11 +39,13 @@ class BatchSizes(NamedTuple):
     lower: of D_p, in an inner step.
     upper: of D_f and of D_p, for p and for theta.
     eval: of an evaluation.
+    probe: of D_f, by which a guided step's lengths are chosen; 0: `upper`.
   """
 
   lower: int
   upper: int
   eval: int
+  probe: int = 0
 
 
 class Run(NamedTuple):
@@ -146,6 +148,7 @@ class Run(NamedTuple):
       lower=dispatch.shard_batch(self.mesh, batch.lower, axis=axis + 1),
       penalty=dispatch.shard_batch(self.mesh, batch.penalty, axis=axis),
       upper=dispatch.shard_batch(self.mesh, batch.upper, axis=axis),
+      probe=dispatch.shard_batch(self.mesh, batch.probe, axis=axis + 1),
     )
 
   def load_examples(self) -> data.Examples:
@@ -238,7 +241,10 @@ def make_run(
   validate.check(config)
   mesh = mesh or mesh_lib.make(config.mesh)
   batch_sizes = BatchSizes(
-    config.lower.batch_size, config.upper.batch_size, config.eval.batch_size
+    config.lower.batch_size,
+    config.upper.batch_size,
+    config.eval.batch_size,
+    config.guided.batch_size,
   )
   check_mesh(mesh, batch_sizes, config.zo.num_directions)
   task = task or task_lib.load_task(config)
@@ -266,7 +272,7 @@ def make_run(
       ),
       map_fn=map_fn,
     ),
-    base_update=algorithm_lib.make_base_update(config.zo, map_fn),
+    base_update=algorithm_lib.make_base_update(config, map_fn),
     hparams_fn=algorithm_lib.make_hparams_fn(
       eps=config.zo.eps,
       penalty=config.penalty,
@@ -303,6 +309,7 @@ def check_mesh(
     UserError: names the sizes.
   """
   counts = {f"{k}.batch_size": v for k, v in batch_sizes._asdict().items()}
+  counts["guided.batch_size"] = counts.pop("probe.batch_size")
   mesh_lib.check_rows(mesh, counts)
   mesh_lib.check_directions(mesh, num_directions)
 

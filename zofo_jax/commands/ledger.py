@@ -92,7 +92,7 @@ def rebuild(path: str, base: str | None, to: int | None) -> tuple[Any, Any]:
   if not 0 <= to <= last:
     raise errors.UserError(f"--to: '{path}' has steps 1 to {last}; found {to}.")
   config = replay_lib.config_of(ledger.header, path)
-  replay_lib.check_replayable(config.zo.optimizer)
+  replay_lib.check_replayable(config.zo.optimizer, config.zo.direction)
   if base:
     config.model.name, config.model.revision = base, None
   now = replay_lib.versions()

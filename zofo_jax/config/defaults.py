@@ -32,7 +32,10 @@ METRICS = (
 )
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
-ZO_DIRECTIONS = ("gaussian", "rademacher", "low_rank", "per_example", "sparse")
+RANDOM_DIRECTIONS = (
+  *("gaussian", "rademacher", "low_rank", "per_example", "sparse"),
+)
+ZO_DIRECTIONS = (*RANDOM_DIRECTIONS, "guided")
 ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
 
 # The sections, in the order in which they are printed.
@@ -47,6 +50,7 @@ SECTIONS = {
   "lower": "lower level: s, by first-order steps on D_p",
   "upper": "upper level: p, by first-order steps on D_f and D_p",
   "zo": "upper level: theta, by zeroth-order steps on D_f and D_p",
+  "guided": "zo.direction guided: theta follows what lower steps change in s",
   "data": "the task and its rows",
   "train": "the training loop",
   "meta": "command metatrain: training on many tasks",
@@ -149,6 +153,24 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("zo.clip", 0.0, NOT_NEGATIVE, "largest absolute coefficient; 0: any"),
   ("zo.weight_decay", 0.0, NOT_NEGATIVE,
    "of matrices, times the learning rate; sgd only"),
+  # Steps along what s has learnt.
+  ("guided.lengths", "descend", one_of("all", "parabola", "descend"),
+   "how far theta follows: all of it, the least of a parabola, or descent"),
+  ("guided.per_matrix", True, ANY,
+   "descend: a length for each matrix and layer; else one for all"),
+  ("guided.num_updates", 4, POSITIVE, "descend: zeroth-order steps on lengths"),
+  ("guided.learning_rate", 0.3, POSITIVE,
+   "descend: root mean square of such a step"),
+  ("guided.radius", 0.25, POSITIVE, "descend: radius of the finite difference"),
+  ("guided.largest", 1.0, POSITIVE, "longest length; 1 is all of it"),
+  ("guided.batch_size", 0, NOT_NEGATIVE,
+   "rows of D_f by which lengths are chosen; 0: those of the step on p"),
+  ("guided.penalty", False, ANY,
+   "choose lengths by lambda L(p; D_p) as well, not by L(p; D_f) alone"),
+  ("guided.reset", False, ANY,
+   "set the moments of s to 0 when it stands back"),
+  ("guided.random", "", one_of("", *RANDOM_DIRECTIONS),
+   "theta also takes a step along these directions; empty: none"),
   # The task.
   ("data.task", "sst2", ANY,
    "a task that `zofo tasks` lists, or a new name"),

@@ -34,6 +34,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_zo(fields)
   _check_method(fields)
   _check_trackers(fields)
+  _check_guided(fields)
   _check_own_task(fields)
   _check_adapter(fields)
   _check_generate(fields)
@@ -119,6 +120,36 @@ def _check_method(fields: _Fields) -> None:
   if fields["data.prompt"]:
     raise errors.UserError(
       "config.data.prompt: belongs to one task; expected none with many tasks."
+    )
+
+
+def _check_guided(fields: _Fields) -> None:
+  """Checks that a guided step has a LoRA to follow."""
+  if fields["zo.direction"] != "guided":
+    return
+  method, kind = fields["method"], fields["adapter.kind"]
+  if method != "bilevel":
+    raise errors.UserError(
+      "config.zo.direction: 'guided' follows the adapter s; expected method "
+      f"'bilevel', or another direction; found '{method}'."
+    )
+  if kind != "lora":
+    raise errors.UserError(
+      "config.zo.direction: 'guided' needs an adapter that folds into the "
+      f"weights; expected adapter.kind 'lora'; found '{kind}'."
+    )
+  if not fields["guided.random"] and (
+    fields["zo.select"] or fields["zo.layers"]
+  ):
+    raise errors.UserError(
+      "config.zo.select: with zo.direction 'guided', lora.targets name the "
+      "weights that move; expected neither zo.select nor zo.layers, or a "
+      "guided.random whose steps they select."
+    )
+  if fields["guided.batch_size"] and fields["guided.lengths"] == "all":
+    raise errors.UserError(
+      "config.guided.batch_size: guided.lengths 'all' evaluates nothing; "
+      f"expected 0; found {fields['guided.batch_size']}."
     )
 
 
@@ -213,6 +244,12 @@ def _check_ckpt(fields: _Fields) -> None:
     raise errors.UserError(
       f"config.ckpt.base_every_steps: expected 0 with method '{method}', whose "
       f"theta the ledger says nothing of; found {rarely}."
+    )
+  if rarely and fields["zo.direction"] == "guided":
+    raise errors.UserError(
+      "config.ckpt.base_every_steps: a guided step moves theta along factors, "
+      "which the ledger does not hold; expected 0 with zo.direction 'guided'; "
+      f"found {rarely}."
     )
   if rarely and optimizer not in IN_PLACE:
     raise errors.UserError(

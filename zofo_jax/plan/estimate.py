@@ -37,10 +37,14 @@ def abstract_batch(run: run_lib.Run) -> BilevelBatch:
       batch,
     )
 
+  guide, num_probe = run.base_update.guide, run.batch_sizes.probe
   return BilevelBatch(
     lower=rows(run.batch_sizes.lower, run.inner_steps),
     penalty=rows(run.batch_sizes.upper),
     upper=rows(run.batch_sizes.upper),
+    probe=rows(num_probe, guide.rule.num_updates)
+    if guide and num_probe
+    else None,
   )
 
 

@@ -269,5 +269,7 @@ def step_losses(
   losses = [float(loss) for loss in np.ravel(info.upper_loss)]
   if isinstance(info, baselines.BaselineInfo):
     return losses, not all(map(math.isfinite, losses))
-  skipped = int(info.num_nonfinite) == np.size(info.coefficients)
+  # A guided step has no coefficients.
+  skipped = 0 < np.size(info.coefficients) == int(info.num_nonfinite)
+  skipped |= not np.all(np.isfinite(info.upper_grad_norm))
   return [*map(float, np.ravel(info.lower_loss)), *losses], skipped

@@ -41,6 +41,8 @@ def summarize(
   other = "p" if config.keep == "s" else "s"
   if state.lower:
     adapters[f"test_{other}"] = {"p": state.upper, "s": state.lower}[other]
+  if config.zo.direction == "guided":
+    adapters["test_base"] = {}
   for name, adapter in adapters.items():
     result = run.evaluate(state.base, adapter, examples, name)
     scores[name] = result.metrics()
@@ -53,7 +55,9 @@ def summarize(
     **{f"zero_shot_{k}": v for k, v in scores["zero_shot"].items()},
     **{f"test_{k}": v for k, v in scores["test"].items()},
     **{
-      f"test_{k}_{other}": v for k, v in scores.get(f"test_{other}", {}).items()
+      f"test_{k}_{name}": v
+      for name in (other, "base")
+      for k, v in scores.get(f"test_{name}", {}).items()
     },
     **best_selection(folder),
     "selection_metric": run.task.metric,
@@ -73,6 +77,8 @@ def summarize(
       "test": f"adapter {config.keep}, kept",
       f"test_{other}": f"adapter {other}",
     }
+  if "test_base" in scores:
+    names["test_base"] = "no adapter"
   write(
     folder,
     fields,

@@ -36,7 +36,8 @@ def iteration_batch(
     chosen = batching.batch_indices(seed, len(pool), size, index)
     return batching.collate([pool[i] for i in chosen], shape, pad=pad)
 
-  # Three streams: the inner rows and the penalty's both come from D_p.
+  # Four streams: the inner rows and the penalty's come from D_p, those of p and
+  # of a guided step's lengths from D_f.
   num_inner, seed = config.lower.num_steps, 3 * config.seed
   lower = [
     batch(
@@ -44,11 +45,20 @@ def iteration_batch(
     )
     for index in range(num_inner)
   ]
+  probe, size = None, config.guided.batch_size
+  if config.zo.direction == "guided" and size:
+    count = config.guided.num_updates
+    rows = [
+      batch(examples.upper, 2**32 - 1 - seed, size, step * count + index)
+      for index in range(count)
+    ]
+    probe = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
   size = config.upper.batch_size
   return BilevelBatch(
     lower=jax.tree.map(lambda *leaves: np.stack(leaves), *lower),
     penalty=batch(examples.lower, seed + 1, size, step),
     upper=batch(examples.upper, seed + 2, size, step),
+    probe=probe,
   )
 
 
@@ -150,6 +160,12 @@ def metrics_row(
   row = info._asdict()
   del row["move"]  # in the ledger
   row.pop("aux", None)  # of a loss with has_aux, which no run has
+  lengths = row.pop("lengths", None)
+  if lengths is not None:
+    leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(lengths)]
+    if not np.size(row["coefficients"]):
+      del row["coefficients"]
+    row["length"] = float(np.mean(np.concatenate(leaves)))
   for name in ("lower_loss", "upper_loss"):
     if name in row:
       row[name] = float(np.mean(row[name]))

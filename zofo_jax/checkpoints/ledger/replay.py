@@ -137,7 +137,7 @@ def advance(
   if not lines:
     return base
   config = config_of(header, source)
-  check_replayable(config.zo.optimizer)
+  check_replayable(config.zo.optimizer, config.zo.direction)
   key = jax.random.wrap_key_data(jnp.asarray(header["key"], jnp.uint32))
   step_fn = _step_fn(json.dumps(header["zo"], sort_keys=True))
   for line in lines:
@@ -150,7 +150,7 @@ def advance(
 def _step_fn(zo: str) -> Callable[..., Any]:
   """Returns the jitted update of a header's `zo`, traced only once."""
   config = config_of({"model": {"name": "any"}, "zo": json.loads(zo)}, zo)
-  zo_options = algorithm.make_base_update(config.zo).zo
+  zo_options = algorithm.make_base_update(config).zo
   return jax.jit(
     functools.partial(
       outer.replay_update,
@@ -161,15 +161,23 @@ def _step_fn(zo: str) -> Callable[..., Any]:
   )
 
 
-def check_replayable(optimizer: str) -> None:
+def check_replayable(optimizer: str, direction: str) -> None:
   """Checks that the lines of a ledger determine the updates.
 
   Args:
     optimizer: `zo.optimizer` of the run.
+    direction: `zo.direction` of the run.
 
   Raises:
-    UserError: it keeps a state of the size of θ.
+    UserError: the optimizer keeps a state of the size of θ, or the directions
+      come from an adapter.
   """
+  if direction == "guided":
+    raise errors.UserError(
+      "zo.direction 'guided' moves theta along what an adapter has learnt, "
+      "which a ledger does not hold, so theta cannot be rebuilt from it; its "
+      "checkpoints have theta."
+    )
   if optimizer not in validate.IN_PLACE:
     raise errors.UserError(
       f"zo.optimizer '{optimizer}' keeps more than a ledger holds, "
