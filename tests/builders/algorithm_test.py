@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from zofo_jax import errors
+from zofo_jax import adapters, errors
 from zofo_jax.builders import algorithm as algorithm_lib
-from zofo_jax.builders import data, encoder, model
+from zofo_jax.builders import base_update, data, encoder, model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import defaults, validate
 from zofo_jax.core import perturbed, zo
@@ -20,9 +20,9 @@ def choices(name):
 
 
 def test_estimators_are_those_of_configs_and_of_the_public_module():
-  assert tuple(algorithm_lib.ESTIMATORS) == choices("zo.estimator")
+  assert tuple(base_update.ESTIMATORS) == choices("zo.estimator")
   line, eps = lambda t: (t**2, ()), jnp.float32(0.1)
-  for name, estimator in algorithm_lib.ESTIMATORS.items():
+  for name, estimator in base_update.ESTIMATORS.items():
     assert getattr(zo, name) is estimator
     values = estimator.derivative(line, eps, line(0.0 * eps)).values
     assert (len(values) == 1) == (name in validate.ONE_POINT)
@@ -40,8 +40,8 @@ def test_every_choice_takes_a_step(direction, estimator, optimizer):
     config.lower.optimizer = config.upper.optimizer = optimizer
 
   def loss_fn(base, adapter, batch, key):
-    out = perturbed.dot(batch, base["kernel"]) + batch @ adapter
-    return jnp.mean(out**2)
+    out = perturbed.dot(batch, base["kernel"])
+    return jnp.mean((out + adapters.lora_product(batch, adapter["lora"])) ** 2)
 
   if (direction, optimizer) == ("per_example", "conservative"):
     with pytest.raises(errors.UserError, match="one direction"):
@@ -49,12 +49,12 @@ def test_every_choice_takes_a_step(direction, estimator, optimizer):
     return
   algorithm = algorithm_lib.make_algorithm(config, loss_fn)
   x = jnp.ones((3, 4))
+  lora = adapters.Lora(jnp.ones((4, 1)), jnp.ones((1, 2)), scale=1.0)
   state = jax.eval_shape(
     algorithm.init,
     jax.random.key(0),
     {"kernel": jnp.ones((4, 2))},
-    jnp.ones((4, 2)),
-    jnp.ones((4, 2)),
+    {"lora": lora},
   )
   batch = BilevelBatch(lower=x[None], penalty=x, upper=x)
   after, info = jax.eval_shape(

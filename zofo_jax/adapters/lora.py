@@ -154,13 +154,13 @@ def fold_lora(adapter: Any) -> dict[str, Factors]:
   folded = {}
   is_lora = lambda node: isinstance(node, Lora)
   for name, lora in tree_lib.named_leaves(adapter, is_lora).items():
-    module, _, part = name.rpartition("/")
     if not is_lora(lora):
       raise errors.UserError(
-        f"The adapter has a {part}, added to no weight; theta can follow "
+        f"The adapter's {name or 'array'} is not added to any weight; expected "
         "LoRA alone."
       )
-    folded[f"{module}/kernel"] = Factors(lora.scale * lora.a, lora.b)
+    kernel = name.removesuffix("lora") + "kernel"
+    folded[kernel] = Factors(lora.scale * lora.a, lora.b)
   return folded
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from zofo_jax.builders import algorithm
+from zofo_jax.builders import base_update
 from zofo_jax.config import methods
 
 
@@ -110,13 +110,13 @@ def make_budget(config: ml_collections.ConfigDict) -> Budget:
   The directions of a batch's examples count as one; a conservative update
   evaluates its objective three more times.
   """
-  estimator = algorithm.ESTIMATORS[config.zo.estimator]
+  estimator = base_update.ESTIMATORS[config.zo.estimator]
   kinds = (config.zo.direction, config.guided.random)
   per_example = "per_example" in kinds
   num_directions = 1 if per_example else config.zo.num_directions
   evaluations = estimator.shared + num_directions * estimator.evaluations
   evaluations += 3 * (config.zo.optimizer == "conservative")
-  guide, penalty = algorithm.make_base_update(config).guide, False
+  guide, penalty = base_update.make_base_update(config).guide, False
   if guide is not None:
     evaluations *= guide.random
     penalty = guide.penalty

@@ -13,6 +13,7 @@ from etils import epath
 from zofo_jax import errors, tasks
 from zofo_jax.builders import adapter as adapter_lib
 from zofo_jax.builders import algorithm as algorithm_lib
+from zofo_jax.builders import base_update as base_update_lib
 from zofo_jax.builders import budget as budget_lib
 from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
@@ -81,7 +82,7 @@ class Run(NamedTuple):
   row_source: data.RowSource
   encoder: encoder.Encoder
   algorithm: BilevelAlgorithm
-  base_update: algorithm_lib.BaseUpdate
+  base_update: base_update_lib.BaseUpdate
   hparams_fn: Callable[[int], BilevelHParams]
   loss_fn: LossFn
   init_adapter: adapter_lib.InitAdapterFn
@@ -272,7 +273,7 @@ def make_run(
       ),
       map_fn=map_fn,
     ),
-    base_update=algorithm_lib.make_base_update(config, map_fn),
+    base_update=base_update_lib.make_base_update(config, map_fn),
     hparams_fn=algorithm_lib.make_hparams_fn(
       eps=config.zo.eps,
       penalty=config.penalty,
@@ -295,7 +296,7 @@ def make_run(
     stop=tuple(config.generate.stop),
   )
   base = model_lib.abstract_base(model)
-  algorithm_lib.check_selected(config.zo.select, config.zo.layers, base)
+  base_update_lib.check_selected(config.zo.select, config.zo.layers, base)
   run.abstract_state()  # raises for adapters that fit nowhere
   return run
 

@@ -9,7 +9,7 @@ from typing import Any
 import ml_collections
 
 from zofo_jax import errors
-from zofo_jax.builders import algorithm, model
+from zofo_jax.builders import model, optimizers
 from zofo_jax.builders import run as run_lib
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results
@@ -63,7 +63,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     train,
     hidden,
     reduce_fn=model.LOSSES[config.loss],
-    tx=algorithm.make_optimizer("adam", config.head.learning_rate),
+    tx=optimizers.make_optimizer("adam", config.head.learning_rate),
     num_steps=config.head.num_steps,
     batch_size=config.head.batch_size,
     seed=config.seed,

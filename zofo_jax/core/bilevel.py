@@ -125,8 +125,8 @@ def bilevel_step(
       of `batch.upper` and `batch.penalty` must have the same number of
       examples, on their first axis (behind that of the tasks).
     guide: how theta follows what the inner steps have changed in s, in place of
-      the zeroth-order step along `zo`, or beside it; see `guided`. None: it
-      does not, as in the paper.
+      the zeroth-order step along `zo`, or besides; see `guided`. None: it does
+      not, as in the paper.
     has_aux: whether the lower and the upper loss return (scalar, aux). The aux
       of L(theta, p; D_f), from the step on p, is returned in the info.
     over_tasks: p, s, their optimizer states and the batch have a leading axis
@@ -203,7 +203,7 @@ def bilevel_step(
   lower_loss, upper_loss, penalty_loss, upper_grad_norm, aux = adapter_metrics
 
   # The objective of theta, and that of the lengths of `guide`: what s gives up,
-  # theta takes, so that the term of s stays as it is.
+  # theta takes, so that the term of s does not change.
   def penalized(base, lower, rows, with_penalty=True):
     upper_fn = probe_loss_fn or upper_value_fn
     lower_fn = probe_loss_fn or lower_value_fn

@@ -77,9 +77,9 @@ def constant(length: float = 1.0) -> Rule:
     length: 1 for all that the first-order steps have changed.
   """
 
-  def choose(objective, ones, key):
+  def choose(objective, units, key):
     del objective, key
-    lengths = jax.tree.map(lambda one: length * one, ones)
+    lengths = jax.tree.map(lambda unit: length * unit, units)
     return ChosenLengths(lengths, jnp.zeros([0]), jnp.zeros([], jnp.int32))
 
   return Rule(choose, num_updates=0, evaluations=0)
@@ -100,9 +100,9 @@ def parabola(
   # The coefficients of the least-squares fit are linear in the values.
   fit = np.linalg.pinv(np.vander(points, 3)).astype(np.float32)
 
-  def choose(objective, ones, key):
+  def choose(objective, units, key):
     del key
-    scaled = lambda length: jax.tree.map(lambda one: length * one, ones)
+    scaled = lambda length: jax.tree.map(lambda unit: length * unit, units)
     xs = jnp.asarray(points, jnp.float32)
     values = jax.lax.map(lambda x: objective(scaled(x), 0), xs)
     # Of differences, so that a large common value costs no digits.
@@ -143,7 +143,7 @@ def descend(
     largest: length that is not exceeded.
   """
 
-  def choose(objective, ones, key):
+  def choose(objective, units, key):
     def update(lengths, xs):
       key, index = xs
       estimate = zo.estimate(
@@ -163,7 +163,7 @@ def descend(
       )
       return lengths, (estimate.values.ravel(), estimate.num_nonfinite)
 
-    lengths = jax.tree.map(lambda one: start * one, ones)
+    lengths = jax.tree.map(lambda unit: start * unit, units)
     lengths, (values, num_nonfinite) = jax.lax.scan(
       update,
       lengths,
@@ -172,8 +172,8 @@ def descend(
     return ChosenLengths(lengths, values.ravel(), jnp.sum(num_nonfinite))
 
   kind = estimator.estimator
-  each = kind.shared + estimator.num_directions * kind.evaluations
-  return Rule(choose, num_updates, num_updates * each)
+  evaluations = kind.shared + estimator.num_directions * kind.evaluations
+  return Rule(choose, num_updates, num_updates * evaluations)
 
 
 _ALL = constant()
@@ -190,7 +190,7 @@ class Guide:
     per_matrix: whether every matrix, and every layer, has a length of its own.
     stacked: regular expression for the paths of the adapter's leaves whose axis
       0 counts layers; None if there are none. Read only with `per_matrix`.
-    penalty: whether the objective has lam L(theta', p; D_p) beside
+    penalty: whether the objective has lam L(theta', p; D_p) besides
       L(theta', p; D_f).
     random: whether theta also takes the ordinary zeroth-order step.
     reset: whether the optimizer of s starts anew after each step.
@@ -301,10 +301,10 @@ def follow(
     single = jax.tree.map(lambda leaf: leaf[0], after)
 
     def back_by(before, after, lengths):
-      one = lambda share, before, after: retreat(
+      back_in_task = lambda share, before, after: retreat(
         before, after, jax.tree.map(lambda length: share * length, lengths)
       )
-      return jax.vmap(one)(shares, before, after)
+      return jax.vmap(back_in_task)(shares, before, after)
 
   folded = fold(after)
 

@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax.core import directions, prng, xla
-from zofo_jax.core import keys as keys_lib
 from zofo_jax.core.array_like import ArrayLike
 
 # Number of rows that exist at a time of a table that is perturbed or updated.
@@ -42,13 +41,13 @@ class Perturbed(ArrayLike):
 
   Attributes:
     value: the stored weight, shape [...] or, stacked, [layers, ...].
-    key: key of z.
+    key: key of z, a `keys.LeafKey`; of a kind that is given, what it is.
     scale: signed step along z, float32, shape [] or [layers].
     direction: the kind of z.
   """
 
   value: jax.Array
-  key: keys_lib.LeafKey
+  key: Any
   scale: jax.Array
   direction: directions.Direction = dataclasses.field(metadata={"static": True})
 

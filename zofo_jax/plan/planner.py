@@ -13,8 +13,8 @@ import optax
 from etils import epath
 
 from zofo_jax import errors, report
-from zofo_jax.builders import algorithm
 from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import optimizers
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import validate
 from zofo_jax.core.types import BilevelState
@@ -86,7 +86,7 @@ def plan(
     figures = _compile(
       make_run(config, real_mesh),
       changed_run({"model.remat": not config.model.remat}, real_mesh),
-      algorithm.make_optimizer(upper.optimizer, upper.learning_rate),
+      optimizers.make_optimizer(upper.optimizer, upper.learning_rate),
     )
   else:
     figures = {

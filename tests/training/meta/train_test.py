@@ -12,7 +12,7 @@ from etils import epath
 
 from tests import tiny
 from zofo_jax import errors, report
-from zofo_jax.builders import algorithm, data
+from zofo_jax.builders import data, optimizers
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import manager
@@ -313,7 +313,7 @@ def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
   tune = functools.partial(
     few_shot_lib.tune,
     run,
-    tx=algorithm.make_optimizer("adam", 1e-3),
+    tx=optimizers.make_optimizer("adam", 1e-3),
     num_steps=3,
     batch_size=4,
   )

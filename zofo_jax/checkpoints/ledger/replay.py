@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from zofo_jax import errors
-from zofo_jax.builders import algorithm
+from zofo_jax.builders import base_update
 from zofo_jax.checkpoints.ledger import format as ledger_format
 from zofo_jax.config import defaults, validate
 from zofo_jax.core import outer
@@ -150,7 +150,7 @@ def advance(
 def _step_fn(zo: str) -> Callable[..., Any]:
   """Returns the jitted update of a header's `zo`, traced only once."""
   config = config_of({"model": {"name": "any"}, "zo": json.loads(zo)}, zo)
-  zo_options = algorithm.make_base_update(config).zo
+  zo_options = base_update.make_base_update(config).zo
   return jax.jit(
     functools.partial(
       outer.replay_update,

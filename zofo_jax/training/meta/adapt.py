@@ -14,9 +14,9 @@ import numpy as np
 from etils import epath
 
 from zofo_jax import errors, report, tasks
-from zofo_jax.builders import algorithm, model
 from zofo_jax.builders import demonstrations as demonstrations_lib
 from zofo_jax.builders import encoder as encoder_lib
+from zofo_jax.builders import model, optimizers
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import state_store
 from zofo_jax.config import defaults
@@ -293,7 +293,7 @@ def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       run,
       backbone,
       targets,
-      tx=algorithm.make_optimizer(options.optimizer, options.learning_rate),
+      tx=optimizers.make_optimizer(options.optimizer, options.learning_rate),
       num_steps=options.num_steps,
       batch_size=options.batch_size,
     )
