@@ -42,10 +42,10 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
-from tests import tiny  # noqa: E402
+from tests import tiny
 
 # Tests of one device run on others, too: ZOFO_TEST_PLATFORM=cuda
 jax.config.update("jax_platforms", os.environ.get("ZOFO_TEST_PLATFORM", "cpu"))
