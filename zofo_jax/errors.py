@@ -2,7 +2,8 @@
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class UserError(ValueError):
@@ -17,6 +18,35 @@ class UserError(ValueError):
     super().__init__(
       "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     )
+
+
+class RowError(UserError):
+  """A row of data that cannot be used.
+
+  Attributes:
+    source: file and row.
+    reason: what is wrong with it.
+    fields: its columns, if they could be read.
+  """
+
+  fields: Mapping[str, Any] | None = None
+
+  def __init__(self, source: str, reason: str):
+    """Stores the row's source and the reason."""
+    super().__init__(f"{source}: {reason}")
+    self.source = source
+    self.reason = reason
+
+
+class UnusableRowError(RowError):
+  """A row that published sets are known to have.
+
+  It has no label or no text, or two of its options are the same tokens.
+  """
+
+
+class BlankTextError(UnusableRowError):
+  """A row without text."""
 
 
 class InterruptedRun(Exception):

@@ -160,7 +160,8 @@ def test_hub_sets(monkeypatch, caplog):
   monkeypatch.setitem(sys.modules, "datasets", hub)
   with caplog.at_level(logging.WARNING):
     sets = splits_lib.load_splits(TASK, None)
-  assert "1 rows without text left out" in caplog.text
+  assert "train: 1 of 41 rows are left out; the first: " in caplog.text
+  assert "row 41: column 'text' is empty" in caplog.text
   assert hub.asked[0] == (*TASK.hub, "train")
   assert len(sets.test) == 9
   assert sets.test[0].source.startswith(f"{TASK.hub[0]}/test row ")

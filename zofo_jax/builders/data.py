@@ -11,6 +11,7 @@ import ml_collections
 from zofo_jax import tasks
 from zofo_jax.builders import assets
 from zofo_jax.builders import encoder as encoder_lib
+from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import batching, encode_options, encode_prompts
 from zofo_jax.data import splits as splits_lib
 
@@ -25,6 +26,8 @@ class RowSource(NamedTuple):
     seed: chooses the rows.
     test_split: where test rows come from; None for the default.
     pooled: whether D_p and D_f are the same rows, all of both.
+    bad_rows: what happens to rows that cannot be used, and which ones were
+      left out.
   """
 
   folder: str | None
@@ -33,6 +36,7 @@ class RowSource(NamedTuple):
   seed: int
   test_split: str | None
   pooled: bool
+  bad_rows: bad_rows_lib.BadRows
 
   def load(self, task: tasks.Task) -> splits_lib.Splits:
     """Reads and divides the rows of a task.
@@ -48,6 +52,7 @@ class RowSource(NamedTuple):
       shots=self.shots,
       seed=self.seed,
       test_split=self.test_split,
+      bad_rows=self.bad_rows,
     )
 
 
@@ -66,6 +71,7 @@ def make_row_source(config: ml_collections.ConfigDict) -> RowSource:
     seed=data.seed,
     test_split=data.test_split or None,
     pooled=data.pooled or config.method != "bilevel",
+    bad_rows=bad_rows_lib.BadRows(data.bad_rows),
   )
 
 

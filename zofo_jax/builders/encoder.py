@@ -8,6 +8,7 @@ import ml_collections
 from zofo_jax import errors, tasks
 from zofo_jax.builders import model as model_lib
 from zofo_jax.config import defaults
+from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import encode_options, encode_prompts
 
 
@@ -23,6 +24,8 @@ class Encoder(NamedTuple):
       the right one.
     version: of the task's template.
     long_rows: what happens to training rows that do not fit.
+    bad_rows: what happens to other rows that cannot be used, and which ones
+      were left out.
   """
 
   tokenizer: Any
@@ -32,6 +35,7 @@ class Encoder(NamedTuple):
   mode: encode_options.Mode
   version: tasks.Version
   long_rows: encode_options.LongRows
+  bad_rows: bad_rows_lib.BadRows
 
   @property
   def truncate(self) -> bool:
@@ -78,6 +82,7 @@ class Encoder(NamedTuple):
       max_length=self.max_train_length,
       version=self.version,
       long_rows=self.long_rows,
+      bad_rows=self.bad_rows,
     )
 
   def encode_eval(
@@ -88,17 +93,24 @@ class Encoder(NamedTuple):
     Raises:
       UserError: names the file and row that is wrong.
     """
-    return self._encode_all(task, rows, self.max_eval_length, labelled=True)
+    return encode_options.keep_encoded(
+      task,
+      self._encode_each(task, rows, self.max_eval_length, labelled=True),
+      max_length=self.max_eval_length,
+      long_rows=self._eval_long_rows(),
+      bad_rows=self.bad_rows,
+    )
 
   def encode_unlabelled(
     self, task: tasks.Task, rows: Sequence[tasks.Row]
   ) -> list[Any]:
     """Encodes new rows without labels, up to all that the model can read.
 
-    Raises:
-      UserError: names the file and row that is wrong.
+    Returns:
+      For each row an example, or a question, or the `RowError` that says why
+      it cannot be answered.
     """
-    return self._encode_all(task, rows, self.context_length, labelled=False)
+    return self._encode_each(task, rows, self.context_length, labelled=False)
 
   def encode_prompt(
     self,
@@ -145,7 +157,7 @@ class Encoder(NamedTuple):
       prompt=prompt,
     )
 
-  def _encode_all(
+  def _encode_each(
     self,
     task: tasks.Task,
     rows: Sequence[tasks.Row],
@@ -163,15 +175,18 @@ class Encoder(NamedTuple):
         truncate=self.truncate,
         labelled=labelled,
       )
-    return encode_options.encode_rows(
+    return encode_options.encode_each(
       task,
       rows,
       self.tokenizer,
       max_length=max_length,
       version=self.version,
-      long_rows="truncate" if self.truncate else "error",
+      long_rows=self._eval_long_rows(),
       labelled=labelled,
     )
+
+  def _eval_long_rows(self) -> encode_options.LongRows:
+    return "truncate" if self.truncate else "error"
 
 
 def make_encoder(
@@ -205,4 +220,5 @@ def make_encoder(
     mode="classification" if accuracy else config.loss,
     version=config.data.template,
     long_rows=config.data.long_rows,
+    bad_rows=bad_rows_lib.BadRows(config.data.bad_rows),
   )

@@ -29,6 +29,7 @@ from zofo_jax.core.types import (
 from zofo_jax.data import batching, encode_options
 from zofo_jax.evaluation import generation, objectives, results, scoring
 from zofo_jax.models import apply
+from zofo_jax.report import jsonl
 from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
 
@@ -156,6 +157,15 @@ class Run(NamedTuple):
     """Reads, divides and encodes the rows; see `data.load_examples`."""
     return data.load_examples(self.task, self.row_source, self.encoder)
 
+  def write_dropped(self, folder: epath.Path) -> None:
+    """Writes which rows were left out, and why, to `dropped.jsonl`."""
+    dropped = self.encoder.bad_rows.dropped
+    if dropped:
+      jsonl.write_lines(
+        folder / "dropped.jsonl",
+        [{"where": row, "reason": text} for row, text in dropped.items()],
+      )
+
   def selected_adapter(self, state: BilevelState) -> Any:
     """Returns the adapter that selects, predicts and is exported."""
     return state.lower if self.keep == "s" else state.upper
@@ -263,7 +273,7 @@ def make_run(
     config=config,
     model=model,
     task=task,
-    row_source=data.make_row_source(config),
+    row_source=data.make_row_source(config)._replace(bad_rows=encode.bad_rows),
     encoder=encode,
     algorithm=algorithm_lib.make_algorithm(
       config,

@@ -18,6 +18,7 @@ from zofo_jax.builders import demonstrations, model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results as results_lib
+from zofo_jax.data import encode_options
 from zofo_jax.evaluation import calibration, in_context
 
 
@@ -45,11 +46,14 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     )
   splits = run.row_source.load(run.task)
   pool = [*splits.lower, *splits.upper]
+  queries = encode_options.rows_of(
+    splits.test, run.encoder.encode_eval(run.task, splits.test)
+  )
   encoded = [
     _icl_examples(
       run,
       pool,
-      splits.test,
+      queries,
       config.data.seed + number,
       num_shots=config.icl.num_shots,
       balanced=config.icl.balanced,

@@ -3,15 +3,16 @@
 zofo predict --workdir=runs/opt --input=ROWS.jsonl --output=ANSWERS.jsonl
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
-from zofo_jax import errors, report
+from zofo_jax import errors, report, tasks
+from zofo_jax.builders import run as run_lib
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import evaluate
-from zofo_jax.data import sources
+from zofo_jax.data import files, sources
 from zofo_jax.evaluation import results
 from zofo_jax.sharding import multihost
 
@@ -21,48 +22,88 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
 
   Args:
     workdir: folder of the run.
-    source: JSONL, CSV or Parquet file with the task's columns.
+    source: JSON, CSV, TSV or Parquet file with the task's columns.
     target: JSONL file to write; `WORKDIR/answers.jsonl` if None. Each line has
-      the row's columns, `prediction` (the option's text or the generated
-      one) and, where there are options, their `scores`.
+      the columns of a row, in the order of the file, and `prediction` (the
+      option's text or the generated one), with `scores` where there are
+      options. A row that cannot be answered has the prediction null and an
+      `error` instead. Columns of these names are replaced.
 
   Raises:
-    UserError: there is no run or no file, or a row is broken.
+    UserError: there is no run or no file, or no row can be answered.
   """
   if not source:
     raise errors.UserError("--input: expected a file of rows; found nothing.")
   folder = epath.Path(workdir)
   with multihost.raise_on_all_processes():
     run = evaluate.load_run(folder)
-    rows = sources.load(run.task, source, "train", labelled=False)
-    encoded = run.encoder.encode_unlabelled(run.task, rows)
+    items = sources.read(run.task, source, "train", labelled=False)
+    encoded = _encode(run, items)
+    examples = [e for e in encoded if not isinstance(e, errors.RowError)]
+    if not examples:
+      raise errors.UserError(
+        f"None of {len(items)} rows can be answered; the first: {encoded[0]}"
+      )
   state = evaluate.restore(run, folder)
   result = run.evaluate(
-    state.base, run.selected_adapter(state), encoded, "predict"
+    state.base, run.selected_adapter(state), examples, "predict"
   )
-  if isinstance(result, results.GeneratedAnswers):
-    answers: list[dict[str, Any]] = [{"prediction": t} for t in result.texts]
-  else:
-    answers = []
-    for row, line in zip(rows, result.to_records(), strict=True):
-      options = run.task.options(row, run.encoder.version)
-      answer = options[line["prediction"]].strip()
-      answers.append({"prediction": answer, "scores": line["scores"]})
+  answers = iter(_answers(run, items, result))
   path = epath.Path(target) if target else folder / "answers.jsonl"
-  lines = [
-    {**row.fields, **answer} for row, answer in zip(rows, answers, strict=True)
-  ]
   path.parent.mkdir(parents=True, exist_ok=True)
-  report.write_lines(path, lines)
+  report.write_lines(
+    path,
+    [
+      {**_columns(item), "prediction": None, "error": str(outcome)}
+      if isinstance(outcome, errors.RowError)
+      else {**_columns(item), **next(answers)}
+      for item, outcome in zip(items, encoded, strict=True)
+    ],
+  )
   if multihost.is_primary():
-    print(f"{len(lines)} answers in {path}.")
+    print(f"{len(examples)} answers in {path}.")
+    if num_errors := len(items) - len(examples):
+      print(
+        f"{num_errors} of {len(items)} rows have no answer; 'error' says why."
+      )
+
+
+def _encode(run: run_lib.Run, items: Sequence[files.Item]) -> list[Any]:
+  """Encodes the rows; errors keep their places."""
+  rows = [item for item in items if isinstance(item, tasks.Row)]
+  encoded = iter(run.encoder.encode_unlabelled(run.task, rows))
+  return [
+    next(encoded) if isinstance(item, tasks.Row) else item for item in items
+  ]
+
+
+def _answers(
+  run: run_lib.Run, items: Sequence[files.Item], result: results.Result
+) -> Iterator[dict[str, Any]]:
+  """Yields the answer of each example in the result."""
+  if isinstance(result, results.GeneratedAnswers):
+    yield from ({"prediction": text} for text in result.texts)
+    return
+  rows = {item.source: item for item in items if isinstance(item, tasks.Row)}
+  for record in result.to_records():
+    options = run.task.options(rows[record["where"]], run.encoder.version)
+    answer = options[record["prediction"]].strip()
+    yield {"prediction": answer, "scores": record["scores"]}
+
+
+def _columns(item: files.Item) -> dict[str, Any]:
+  """Returns the columns of a row that are not columns of the output."""
+  added = ("prediction", "scores", "error")
+  return {k: v for k, v in (item.fields or {}).items() if k not in added}
 
 
 def main(arguments: Sequence[str]) -> None:
   """Runs the command."""
   parser = arguments_lib.make_parser("predict", __doc__)
   parser.add_argument(
-    "--input", metavar="FILE", help="rows: JSONL, CSV or Parquet; labels unread"
+    "--input",
+    metavar="FILE",
+    help="rows: JSON, CSV, TSV or Parquet; labels unread",
   )
   parser.add_argument(
     "--output", metavar="FILE", help="JSONL; else WORKDIR/answers.jsonl"

@@ -38,6 +38,7 @@ def write(
   folder = epath.Path(workdir)
   report.write_json(folder / f"{name}.json", outcome)
   report.write_lines(folder / f"{name}.jsonl", result.to_records())
+  run.write_dropped(folder)
   plain = {k: v for k, v in outcome.items() if k != "sets"}
   report.results_table([plain], title=f"{folder}")
   return outcome

@@ -187,6 +187,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("data.max_length", 2048, POSITIVE, "tokens of a row, prompt and option"),
   ("data.long_rows", "error", one_of("error", "truncate", "drop"),
    "stop at longer rows, cut them at the left, or leave them out"),
+  ("data.bad_rows", "error", one_of("error", "drop"),
+   "stop at rows that cannot be used, or leave them out and list them in "
+   "WORKDIR/dropped.jsonl"),
   ("data.test_split", "", one_of("", "validation", "test"),
    "split to test on; empty: validation, or test if there is none"),
   ("data.shots", 0, NOT_NEGATIVE,

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from zofo_jax import errors, tasks
+from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import tokenizer as tokenizer_lib
 
 Mode = Literal["classification", "likelihood"]
 LongRows = Literal["error", "truncate", "drop"]
 
 
-class TooLongError(errors.UserError):
+class TooLongError(errors.RowError):
   """A row is longer than the maximum number of tokens."""
 
 
@@ -144,12 +145,24 @@ def encode_rows(
   max_length: int,
   version: tasks.Version = 0,
   long_rows: LongRows = "error",
-  labelled: bool = True,
+  bad_rows: bad_rows_lib.BadRows | None = None,
 ) -> list[Example]:
-  """Encodes several rows; see `encode`.
+  """Encodes several labelled rows; see `encode`.
 
   With long_rows="drop", rows that are too long are left out and their number
   is logged.
+
+  Args:
+    task: as for `encode`.
+    data: the rows.
+    tokenizer: as for `encode`.
+    mode: as for `encode`.
+    max_length: as for `encode`.
+    version: as for `encode`.
+    long_rows: what happens to rows that are too long.
+    bad_rows: what happens to other rows that cannot be encoded; None to stop
+      at them. Rows of a set of the hub are left out if two of their own
+      options are the same.
 
   Returns:
     The examples, in the order of the rows.
@@ -157,10 +170,95 @@ def encode_rows(
   Raises:
     UserError: as `encode`, or no row fits.
   """
-  examples = []
+  items = encode_each(
+    task,
+    data,
+    tokenizer,
+    mode,
+    max_length=max_length,
+    version=version,
+    long_rows=long_rows,
+  )
+  return keep_encoded(
+    task,
+    items,
+    max_length=max_length,
+    long_rows=long_rows,
+    bad_rows=bad_rows or bad_rows_lib.BadRows(),
+  )
+
+
+def keep_encoded(
+  task: tasks.Task,
+  items: Sequence[Any],
+  *,
+  max_length: int,
+  long_rows: LongRows,
+  bad_rows: bad_rows_lib.BadRows,
+) -> list[Any]:
+  """Returns the examples or questions among encoded rows and their errors.
+
+  Args:
+    task: of the rows.
+    items: as `encode_each` returns them.
+    max_length: of a row, for messages.
+    long_rows: as for `encode_rows`.
+    bad_rows: as for `encode_rows`.
+
+  Raises:
+    UserError: as `encode_rows`.
+  """
+  long = [item for item in items if isinstance(item, TooLongError)]
+  if long and long_rows != "drop":
+    # Questions are never dropped for their length.
+    drop = "" if task.kind == "generation" else " or 'drop'"
+    raise TooLongError(
+      long[0].source,
+      f"{long[0].reason} Set data.long_rows to 'truncate' (at the left){drop}.",
+    )
+  if len(long) == len(items):
+    raise errors.UserError(
+      f"Task {task.name}: none of {len(items)} rows fits in {max_length} "
+      "tokens (data.max_length)."
+    )
+  if long:
+    bad_rows.record(long)
+    logging.getLogger("zofo_jax").warning(
+      "%s: %d of %d rows do not fit in %d tokens and are left out",
+      *(task.name, len(long), len(items), max_length),
+    )
+
+  def is_known(error):
+    from_hub = task.hub is not None and task.kind == "multiple choice"
+    return from_hub and isinstance(error, errors.UnusableRowError)
+
+  return bad_rows.keep(
+    [item for item in items if not isinstance(item, TooLongError)],
+    f"Task {task.name}",
+    is_known,
+  )
+
+
+def encode_each(
+  task: tasks.Task,
+  data: Sequence[tasks.Row],
+  tokenizer: Any,
+  mode: Mode = "classification",
+  *,
+  max_length: int,
+  version: tasks.Version = 0,
+  long_rows: LongRows = "error",
+  labelled: bool = True,
+) -> list[Example | errors.RowError]:
+  """Encodes several rows; see `encode`.
+
+  Returns:
+    An example, or what is wrong, for each row.
+  """
+  items: list[Example | errors.RowError] = []
   for row in data:
     try:
-      examples.append(
+      items.append(
         encode(
           task,
           row,
@@ -172,20 +270,17 @@ def encode_rows(
           labelled=labelled,
         )
       )
-    except TooLongError:
-      if long_rows != "drop":
-        raise
-  if not examples:
-    raise errors.UserError(
-      f"Task {task.name}: none of {len(data)} rows fits in {max_length} "
-      "tokens (data.max_length)."
-    )
-  if len(examples) < len(data):
-    logging.getLogger("zofo_jax").warning(
-      "%s: %d of %d rows do not fit in %d tokens and are left out",
-      *(task.name, len(data) - len(examples), len(data), max_length),
-    )
-  return examples
+    except errors.RowError as error:
+      items.append(error)
+  return items
+
+
+def rows_of(
+  data: Sequence[tasks.Row], encoded: Sequence[Any]
+) -> list[tasks.Row]:
+  """Returns the rows of which there are examples or questions, in order."""
+  sources = {example.source for example in encoded}
+  return [row for row in data if row.source in sources]
 
 
 def _tokenize(
@@ -202,9 +297,9 @@ def _tokenize(
   while start < count and ends[start] <= len(prompt):
     start += 1
   if start == count:
-    raise errors.UserError(
-      f"{source}: option {option!r} gives no token after the prompt; expected "
-      "a word."
+    raise errors.RowError(
+      source,
+      f"option {option!r} gives no token after the prompt; expected a word.",
     )
   num_leading, context = tokenizer_lib.with_begin_token(
     tokenizer, num_leading, ids[:start], source
@@ -218,9 +313,10 @@ def _check_distinct(options, pieces, source) -> None:
   for i, (_, context, option) in pieces.items():
     j = seen.setdefault((context, option), i)
     if j != i:
-      raise errors.UserError(
-        f"{source}: options {options[j]!r} and {options[i]!r} are the same "
-        "tokens; expected options that differ."
+      raise errors.UnusableRowError(
+        source,
+        f"options {options[j]!r} and {options[i]!r} are the same tokens; "
+        "expected options that differ.",
       )
 
 
@@ -233,14 +329,15 @@ def _fit(pieces, max_length, truncate, source):
     if len(context) > budget:
       if not truncate:
         raise TooLongError(
-          f"{source}: prompt and option are {len(context) + longest - 1} "
-          f"tokens; at most {max_length} fit. Set data.long_rows to "
-          "'truncate' (at the left) or 'drop'."
+          source,
+          f"prompt and option are {len(context) + longest - 1} tokens; at most "
+          f"{max_length} fit.",
         )
       if budget <= num_leading:
         raise TooLongError(
-          f"{source}: an option of {longest} tokens leaves no room for a "
-          f"prompt in {max_length} tokens."
+          source,
+          f"an option of {longest} tokens leaves no room for a prompt in "
+          f"{max_length} tokens.",
         )
       num_kept = budget - num_leading
       context = context[:num_leading] + context[len(context) - num_kept :]

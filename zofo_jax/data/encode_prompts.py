@@ -63,9 +63,9 @@ def encode_question(
   if excess > 0:
     if not truncate or max_length <= num_leading:
       raise encode_options.TooLongError(
-        f"{row.source}: the prompt is {len(tokens)} tokens; at most "
-        f"{max_length} fit beside the answer (generate.max_new_tokens). Set "
-        "data.long_rows to 'truncate' (at the left)."
+        row.source,
+        f"the prompt is {len(tokens)} tokens; at most {max_length} fit beside "
+        "the answer (generate.max_new_tokens).",
       )
     tokens = (*tokens[:num_leading], *tokens[num_leading + excess :])
   answers: tuple[str, ...] = ()
@@ -84,18 +84,16 @@ def encode_questions(
   version: tasks.Version = 0,
   truncate: bool = False,
   labelled: bool = True,
-) -> list[Question]:
+) -> list[Question | errors.RowError]:
   """Encodes several rows; see `encode_question`.
 
   With `truncate`, the number of truncated prompts is logged.
 
   Returns:
-    One question for each row.
-
-  Raises:
-    UserError: as `encode_question`.
+    A question, or what is wrong, for each row.
   """
-  questions, num_truncated = [], 0
+  items: list[Question | errors.RowError] = []
+  num_truncated = 0
   for row in data:
     encode = functools.partial(
       encode_question,
@@ -105,18 +103,21 @@ def encode_questions(
       labelled=labelled,
     )
     try:
-      questions.append(encode())
-    except encode_options.TooLongError:
-      if not truncate:
-        raise
-      questions.append(encode(truncate=True))
-      num_truncated += 1
+      try:
+        items.append(encode())
+      except encode_options.TooLongError:
+        if not truncate:
+          raise
+        items.append(encode(truncate=True))
+        num_truncated += 1
+    except errors.RowError as error:
+      items.append(error)
   if num_truncated:
     logging.getLogger("zofo_jax").warning(
       "%s: %d of %d prompts are cut to %d tokens at the left",
       *(task.name, num_truncated, len(data), max_length),
     )
-  return questions
+  return items
 
 
 def check_room(max_new_tokens: int, context: int) -> int:

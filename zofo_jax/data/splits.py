@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from zofo_jax import errors, tasks
+from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import sources
 
 
@@ -55,6 +56,7 @@ def load_splits(
   shots: int = 0,
   seed: int = 0,
   test_split: str | None = None,
+  bad_rows: bad_rows_lib.BadRows | None = None,
 ) -> Splits:
   """Reads a task's data and splits it.
 
@@ -67,6 +69,7 @@ def load_splits(
     test_split: the data set's split that provides test rows. None: validation,
       as in the paper; if there is none, test; if there is none either, rows
       held out of train.
+    bad_rows: as for `sources.load`.
 
   Returns:
     The four splits.
@@ -74,13 +77,15 @@ def load_splits(
   Raises:
     UserError: as `sources.load` and `split`.
   """
-  train = sources.load(task, source, "train")
+  train = sources.load(task, source, "train", bad_rows=bad_rows)
   if test_split is None:
     present = [
       s for s in ("validation", "test") if sources.has_split(task, source, s)
     ]
     test_split = present[0] if present else None
-  test = sources.load(task, source, test_split) if test_split else None
+  test = None
+  if test_split:
+    test = sources.load(task, source, test_split, bad_rows=bad_rows)
   return split(task, train, test, counts=counts, shots=shots, seed=seed)
 
 

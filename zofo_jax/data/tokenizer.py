@@ -119,8 +119,9 @@ def with_begin_token(
     return num_leading, tuple(ids)
   begin = tokenizer.bos_token_id
   if begin is None:
-    raise errors.UserError(
-      f"{source}: the prompt is empty and the tokenizer has no "
-      "begin-of-text token to start from."
+    raise errors.RowError(
+      source,
+      "the prompt is empty and the tokenizer has no begin-of-text token to "
+      "start from.",
     )
   return 1, (begin,)

@@ -7,6 +7,8 @@ follows the prompt and includes its leading space or line break.
 
 import dataclasses
 import json
+import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -106,16 +108,20 @@ class Task:
   def prompt(self, row: Row, version: Version = 0) -> str:
     """Returns the text before the option."""
     prompt = self.template(version).prompt
-    if isinstance(prompt, str):
-      return _call(prompt.format_map, row)
-    return _call(prompt, row)
+    text = _call(prompt if callable(prompt) else _format_fn(prompt), row)
+    _check_characters(text, "the prompt", row.source)
+    return text
 
   def options(self, row: Row, version: Version = 0) -> tuple[str, ...]:
     """Returns the options' texts, leading space included."""
     options = self.template(version).options
     if callable(options):
-      return tuple(_call(options, row))
-    return tuple(_call(option.format_map, row) for option in options)
+      option_texts = tuple(_call(options, row))
+    else:
+      option_texts = tuple(_call(_format_fn(o), row) for o in options)
+    for text in option_texts:
+      _check_characters(text, "an option", row.source)
+    return option_texts
 
   def right(self, row: Row) -> tuple[int, ...]:
     """Returns the indices of all correct options, at least one.
@@ -124,10 +130,15 @@ class Task:
       UserError: the label is missing, out of range or of the wrong type.
     """
     if callable(self.label):
-      right = tuple(_call(self.label, row))
+      missing = any(is_missing(row.fields.get(name)) for name in self.other)
+      error_class = errors.UnusableRowError if missing else errors.RowError
+      try:
+        right = tuple(_call(self.label, row))
+      except errors.RowError as error:
+        raise error_class(error.source, error.reason) from error
       if not right:
-        raise errors.UserError(
-          f"{row.source}: task {self.name} finds no right option in this row."
+        raise error_class(
+          row.source, f"task {self.name} finds no right option in this row."
         )
       return right
     value = row.fields[self.label]
@@ -139,9 +150,13 @@ class Task:
         if self.labels
         else f"an integer from 0 to {count - 1}"
       )
-      raise errors.UserError(
-        f"{row.source}: label column '{self.label}' holds {value!r}, but task "
-        f"{self.name} expects {expected}."
+      # The hub marks a row without label by -1.
+      missing = is_missing(value) or _plain(value) == "-1"
+      error_class = errors.UnusableRowError if missing else errors.RowError
+      raise error_class(
+        row.source,
+        f"label column '{self.label}' holds {value!r}, but task {self.name} "
+        f"expects {expected}.",
       )
     return (index,)
 
@@ -157,23 +172,86 @@ class Task:
     """
     for column in self.columns if labelled else self.text:
       if column not in row.fields:
-        raise errors.UserError(
-          f"{row.source}: no column '{column}', which task {self.name} reads; "
-          f"the row has {', '.join(map(str, row.fields))}."
-          f"{errors.nearest(column, map(str, row.fields))}"
+        raise errors.RowError(
+          row.source,
+          f"no column '{column}', which task {self.name} reads; the row has "
+          f"{', '.join(map(str, row.fields))}."
+          f"{errors.nearest(column, map(str, row.fields))}",
         )
     for column in self.text:
       value = row.fields[column]
+      if is_missing(value):
+        raise errors.BlankTextError(row.source, f"column '{column}' is empty.")
       if not isinstance(value, str):
-        raise errors.UserError(
-          f"{row.source}: column '{column}' holds "
-          f"{json.dumps(value, default=str)[:40]} of type "
-          f"{type(value).__name__}, but task {self.name} expects text."
+        raise errors.RowError(
+          row.source,
+          f"column '{column}' holds {json.dumps(value, default=str)[:40]} of "
+          f"type {type(value).__name__}, but task {self.name} expects text.",
         )
-      if not value.strip():
-        raise errors.UserError(f"{row.source}: column '{column}' is empty.")
+      _check_characters(value, f"column '{column}'", row.source)
     if labelled:
       self.right(row)
+
+
+def is_missing(value: Any) -> bool:
+  """Returns whether a value is null, NaN, blank, or has nothing else in it."""
+  if isinstance(value, str):
+    return not value.strip()
+  if isinstance(value, Mapping):
+    return all(map(is_missing, value.values()))
+  if isinstance(value, list | tuple):
+    return all(map(is_missing, value))
+  return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def texts(values: Any, column: str) -> list[str]:
+  """Returns the texts of a list of options or answers; numbers become text.
+
+  Args:
+    values: the list.
+    column: whose value it is, for messages.
+
+  Raises:
+    ValueError: it is no list, or an entry has no text.
+  """
+  if not isinstance(values, list | tuple):
+    raise ValueError(
+      f"column '{column}' is not of the kind this task reads: found "
+      f"{type(values).__name__}; expected a list of texts."
+    )
+  for value in values:
+    if is_missing(value) or not isinstance(value, str | int | float):
+      raise ValueError(
+        f"column '{column}' holds {json.dumps(values, default=str)[:60]}; "
+        "expected texts, none of them empty."
+      )
+  return [str(value) for value in values]
+
+
+class _Filled(dict):
+  """The columns that a pattern reads, none of which may be null."""
+
+  def __getitem__(self, name):
+    value = super().__getitem__(name)
+    if not isinstance(value, str) and is_missing(value):
+      raise ValueError(f"column '{name}' is empty.")
+    return value
+
+
+def _format_fn(pattern: str) -> Callable[[Fields], str]:
+  return lambda fields: pattern.format_map(_Filled(fields))
+
+
+def _check_characters(text: str, what: str, source: str) -> None:
+  """Raises if a text has no UTF-8 form, which tokenizers need."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise errors.RowError(
+      source,
+      f"{what} holds half of a surrogate pair, {text[error.start]!r}; expected "
+      "whole characters.",
+    ) from error
 
 
 def _call(function: Callable[[Fields], Any], row: Row) -> Any:
@@ -189,31 +267,43 @@ def _call(function: Callable[[Fields], Any], row: Row) -> Any:
   try:
     return function(fields)
   except ValueError as error:  # Raised by the task, with a full sentence.
-    raise errors.UserError(f"{row.source}: {error}") from error
+    raise errors.RowError(row.source, str(error)) from error
   except KeyError as error:
-    raise errors.UserError(
-      f"{row.source}: no entry {error} in this row; it has "
-      f"{', '.join(map(str, row.fields))}."
+    raise errors.RowError(
+      row.source,
+      f"no entry {error} in this row; it has "
+      f"{', '.join(map(str, row.fields))}.",
     ) from error
   except (TypeError, AttributeError, IndexError) as error:
-    raise errors.UserError(
-      f"{row.source}: a column is not of the kind this task reads "
-      f"({errors.first_line(error)})."
+    raise errors.RowError(
+      row.source,
+      "a column is not of the kind this task reads "
+      f"({errors.first_line(error)}).",
     ) from error
 
 
 def _label_index(
   value: Any, labels: Sequence[str] | None, count: int
 ) -> int | None:
-  """Returns the option index of a label value, or None if it is invalid."""
-  if labels is not None:
-    if isinstance(value, float) and value.is_integer():
-      value = int(value)
-    return labels.index(str(value)) if str(value) in labels else None
-  try:
-    index = int(value)
-  except (TypeError, ValueError, OverflowError):
+  """Returns the option index of a label value, or None if it is invalid.
+
+  Files write the same label as 1, "1", "1.0" or " 1", and as true or "True".
+  """
+  names = [str(i) for i in range(count)] if labels is None else list(labels)
+  if is_missing(value) and value not in names:
     return None
-  if isinstance(value, float) and index != value:
-    return None
-  return index if 0 <= index < count else None
+  if str(value) in names:
+    return names.index(str(value))
+  plain = _plain(value)
+  if labels is None and count == 2 and plain in ("false", "true"):
+    return int(plain == "true")
+  matches = [i for i, name in enumerate(names) if _plain(name) == plain]
+  return matches[0] if len(matches) == 1 else None
+
+
+def _plain(value: Any) -> str:
+  """Returns a label's text without what programs add to it."""
+  text = str(value).strip()
+  if re.fullmatch(r"[+-]?[0-9]{1,9}(\.0*)?", text):
+    return str(int(text.split(".")[0]))
+  return text.lower() if text.lower() in ("false", "true") else text

@@ -1,7 +1,7 @@
 """Custom tasks, defined by plain values as in a config."""
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import get_args
 
 from zofo_jax import errors
@@ -12,6 +12,7 @@ from zofo_jax.tasks.base import (
   Task,
   Template,
   TextMetric,
+  texts,
 )
 
 
@@ -33,7 +34,8 @@ def custom(
       too, as in "{ending0}", for multiple choice. Empty for a task that is
       answered by generating text.
     label: column of the label. Without options: column of the answer, a text
-      or a list of all accepted answers.
+      or a list of all accepted answers, which may be the entry "text" of a
+      dictionary, as in SQuAD.
     labels: label values in the options' order, unless they are 0, 1, ...
     metric: how predictions are scored; None: accuracy, or token F1 without
       options.
@@ -52,7 +54,7 @@ def custom(
     >>> task.prompt(tasks.Row({"text": "Rain.", "label": 0}, "row 1"))
     'Rain. I am'
   """
-  texts = _columns(name, prompt, options)
+  columns = _columns(name, prompt, options)
   if len(options) == 1:
     raise errors.UserError(
       f"Task {name}: options has 1 entry; at least 2 expected, or none to "
@@ -70,14 +72,14 @@ def custom(
       f"Task {name}: metric is '{metric}'; expected one of "
       f"{', '.join(metrics)}.{errors.nearest(metric, metrics)}"
     )
-  example = {column: f"<{column}>" for column in texts}
+  example = {column: f"<{column}>" for column in columns}
   if not options:
     answers = _answers_of(label)
     return Task(
       name=name,
       templates=(Template(prompt, answers),),
       example={**example, label: ["<answer>"]},
-      text=texts,
+      text=columns,
       other=(label,),
       label=lambda fields: range(len(answers(fields))),
       metric=metric,
@@ -88,7 +90,7 @@ def custom(
     name=name,
     templates=(Template(prompt, tuple(options)),),
     example=example,
-    text=texts,
+    text=columns,
     label=label,
     labels=None if labels is None else tuple(map(str, labels)),
     metric=metric,
@@ -98,7 +100,7 @@ def custom(
 
 def _columns(name: str, prompt: str, options: Sequence[str]) -> tuple[str, ...]:
   """Returns the columns that the patterns name, without duplicates."""
-  texts: list[str] = []
+  columns: list[str] = []
   for field, pattern in [
     ("prompt", prompt),
     *((f"options[{i}]", option) for i, option in enumerate(options)),
@@ -118,14 +120,14 @@ def _columns(name: str, prompt: str, options: Sequence[str]) -> tuple[str, ...]:
           f"Task {name}: {field} {pattern!r} names the column '{column}'; "
           "expected a plain column name between braces."
         )
-      if column not in texts:
-        texts.append(column)
-  if not texts:
+      if column not in columns:
+        columns.append(column)
+  if not columns:
     raise errors.UserError(
       f"Task {name}: prompt {prompt!r} names no column; write one as "
       "{column}."
     )
-  return tuple(texts)
+  return tuple(columns)
 
 
 def _answers_of(column: str) -> Callable[[Fields], list[str]]:
@@ -136,7 +138,10 @@ def _answers_of(column: str) -> Callable[[Fields], list[str]]:
 
   def answers(fields):
     value = fields[column]
-    accepted = [value] if isinstance(value, str | int | float) else list(value)
-    return [f" {answer}\n" for answer in dict.fromkeys(accepted)]
+    if isinstance(value, Mapping) and "text" in value:  # SQuAD's answers
+      value = value["text"]
+    if isinstance(value, str | int | float):
+      value = [value]
+    return [f" {answer}\n" for answer in dict.fromkeys(texts(value, column))]
 
   return answers

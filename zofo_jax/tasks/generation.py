@@ -4,15 +4,17 @@ Every answer ends with the line break at which generation stops, as in MeZO;
 the first is the training target.
 """
 
-from zofo_jax.tasks.base import Fields, Task, Template
+from zofo_jax.tasks.base import Fields, Task, Template, texts
 
 
 def _squad(fields: Fields) -> list[str]:
-  return [f" {a}\n" for a in dict.fromkeys(fields["answers"]["text"])]
+  answers = texts(fields["answers"]["text"], "answers")
+  return [f" {answer}\n" for answer in dict.fromkeys(answers)]
 
 
 def _drop(fields: Fields) -> list[str]:
-  return [f" {a}\n" for a in dict.fromkeys(fields["answers_spans"]["spans"])]
+  answers = texts(fields["answers_spans"]["spans"], "answers_spans")
+  return [f" {answer}\n" for answer in dict.fromkeys(answers)]
 
 
 TASKS = (

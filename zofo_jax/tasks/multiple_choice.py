@@ -7,7 +7,7 @@ JSONL files as MetaICL's code does.
 
 import re
 
-from zofo_jax.tasks.base import Fields, Task, Template
+from zofo_jax.tasks.base import Fields, Task, Template, texts
 
 _CONJUNCTIONS = {"effect": " so", "cause": " because"}
 
@@ -41,7 +41,7 @@ def _record(fields: Fields) -> str:
 
 
 def _entities(fields: Fields) -> list[str]:
-  return list(dict.fromkeys(fields["entities"]))
+  return list(dict.fromkeys(texts(fields["entities"], "entities")))
 
 
 def _record_options(fields: Fields) -> list[str]:
@@ -78,7 +78,7 @@ def _winogrande_options(fields: Fields) -> list[str]:
 
 def _listed(fields: Fields) -> list[str]:
   """Returns the options of `choices` = {"label": [...], "text": [...]}."""
-  return [f" {text}" for text in fields["choices"]["text"]]
+  return [f" {text}" for text in texts(fields["choices"]["text"], "choices")]
 
 
 def _keyed(fields: Fields) -> list[int]:
@@ -100,7 +100,7 @@ def _hellaswag(fields: Fields) -> str:
 
 
 def _endings(fields: Fields) -> list[str]:
-  return [f" {_clean(ending)}" for ending in fields["endings"]]
+  return [f" {_clean(text)}" for text in texts(fields["endings"], "endings")]
 
 
 def _meta_icl(fields: Fields) -> str:
@@ -110,7 +110,7 @@ def _meta_icl(fields: Fields) -> str:
 
 def _outputs(fields: Fields) -> list[str]:
   """Returns MetaICL's options, or only the answer if there are none."""
-  return list(fields["options"]) or [fields["output"]]
+  return texts(fields["options"], "options") or [fields["output"]]
 
 
 def _output(fields: Fields) -> list[int]:

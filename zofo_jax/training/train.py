@@ -83,6 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     run_folder.check_config(defaults.flat(config), folder)
     examples = run.load_examples()
     run_folder.make(folder / "checkpoints")
+    run.write_dropped(folder)
   shape = data.train_shape(examples)
   flops_per_row = row_flops(run, examples, shape)
 

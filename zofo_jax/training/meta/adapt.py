@@ -279,6 +279,7 @@ def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     shots=options.shots,
     num_seeds=options.num_seeds,
   )
+  run.write_dropped(epath.Path(workdir))
   path = epath.Path(workdir) / "adapt.json"
   result: dict[str, Any] = {
     "model": config.model.name,

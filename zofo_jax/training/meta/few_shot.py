@@ -67,7 +67,12 @@ def load_targets(
     support = [_draw(task, pool, shots, seed) for seed in range(num_seeds)]
     encoded = [encoder.encode_train(task, rows) for rows in support]
     queries = encoder.encode_eval(task, splits.test)
-    targets.append(Target(source, support, encoded, splits.test, queries))
+    support = [
+      encode_options.rows_of(rows, examples)
+      for rows, examples in zip(support, encoded, strict=True)
+    ]
+    query_rows = encode_options.rows_of(splits.test, queries)
+    targets.append(Target(source, support, encoded, query_rows, queries))
   return targets
 
 

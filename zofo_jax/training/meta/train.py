@@ -163,6 +163,7 @@ def metatrain(
     family.sources, family.run.row_source, family.run.encoder
   )
   run_folder.make(folder / "checkpoints")
+  family.run.write_dropped(folder)
   sampler = _TaskSampler(family, examples)
   flops_per_row = train_lib.row_flops(family.run, examples[0], sampler.shape)
 

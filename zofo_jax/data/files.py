@@ -1,0 +1,225 @@
+"""Reads rows from files: JSON, JSON lines, CSV, TSV and Parquet.
+
+A broken row becomes a `RowError` in its place among the rows, so that callers
+choose between stopping and leaving it out. A file that cannot be divided into
+rows is a `UserError`.
+"""
+
+import codecs
+import csv
+import gzip
+import importlib
+import io
+import json
+import pathlib
+import re
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from zofo_jax import errors, tasks
+
+Item = tasks.Row | errors.RowError
+
+# The longer marks first, since one begins like another.
+_BYTE_ORDER_MARKS = {
+  codecs.BOM_UTF8: "utf-8-sig",
+  codecs.BOM_UTF32_LE: "utf-32",
+  codecs.BOM_UTF32_BE: "utf-32",
+  codecs.BOM_UTF16_LE: "utf-16",
+  codecs.BOM_UTF16_BE: "utf-16",
+}
+_GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+
+
+def ending(path: pathlib.Path) -> str:
+  """Returns the ending that can be read, ".gz" included, or ""."""
+  match = re.search(r"\.(jsonl?|[ct]sv)(\.gz)?$|\.parquet$", path.name, re.I)
+  return match[0] if match else ""
+
+
+def read(path: pathlib.Path) -> list[Item]:
+  """Reads the rows of a file, by its ending.
+
+  Args:
+    path: of a file with one of `ENDINGS`, in upper or lower case; text may be
+      compressed (".gz") and start with a byte-order mark.
+
+  Returns:
+    Rows and errors of rows, in the file's order.
+
+  Raises:
+    UserError: the file cannot be read.
+  """
+  kind = ending(path).lower().removesuffix(".gz")
+  if kind not in _READERS:
+    raise errors.UserError(
+      f"{path}: unknown ending; expected {', '.join(ENDINGS)}."
+    )
+  try:
+    return list(_READERS[kind](path))
+  except UnicodeDecodeError as error:
+    line = error.object[: error.start].count(b"\n") + 1
+    raise errors.UserError(
+      f"{path} line {line}: not UTF-8 text ({error.reason})."
+    ) from error
+  except (OSError, *_GZIP_ERRORS) as error:
+    raise errors.UserError(
+      f"{path}: cannot be read ({errors.first_line(error)})."
+    ) from error
+
+
+def _read_text(path: pathlib.Path) -> str:
+  """Reads UTF-8, or what a byte-order mark says."""
+  content = path.read_bytes()
+  if path.name.lower().endswith(".gz"):
+    content = gzip.decompress(content)
+  for mark, encoding in _BYTE_ORDER_MARKS.items():
+    if content.startswith(mark):
+      return content.decode(encoding)
+  return content.decode("utf-8")
+
+
+def _read_json(path: pathlib.Path) -> Iterator[Item]:
+  """Reads one array of objects, or an object on each line."""
+  text = _read_text(path)
+  if text.lstrip().startswith("["):
+    try:
+      values = _parse_json(text)
+    except (ValueError, RecursionError):
+      pass  # a broken array, whose lines are reported
+    else:
+      for number, value in enumerate(values, 1):
+        yield _json_row(value, f"{path} row {number}")
+      return
+  for number, line in enumerate(io.StringIO(text), 1):
+    if not line.strip():
+      continue
+    source = f"{path} row {number}"
+    try:
+      value = _parse_json(line)
+    except (ValueError, RecursionError) as error:
+      reason = errors.first_line(error)
+      if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg} at column {error.colno}"
+      yield errors.RowError(
+        source,
+        f"broken JSON ({reason}); expected one JSON object a line, or one "
+        "array of objects.",
+      )
+    else:
+      yield _json_row(value, source)
+
+
+def _parse_json(text: str) -> Any:
+  return json.loads(text, object_pairs_hook=_unique)
+
+
+def _unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+  """Makes an object; of two values of a key, the first would be lost."""
+  fields = dict(pairs)
+  if len(fields) < len(pairs):
+    raise ValueError(f"'{_repeated([key for key, _ in pairs])}' occurs twice")
+  return fields
+
+
+def _repeated(names: Sequence[str]) -> str | None:
+  return next((n for i, n in enumerate(names) if n in names[:i]), None)
+
+
+def _json_row(value: Any, source: str) -> Item:
+  if isinstance(value, dict):
+    return tasks.Row(value, source)
+  return errors.RowError(
+    source,
+    f"found a {type(value).__name__}; expected a JSON object of columns.",
+  )
+
+
+def _read_csv(path: pathlib.Path) -> Iterator[Item]:
+  """Reads CSV or TSV as spreadsheets and pandas write it."""
+  csv.field_size_limit(2**31 - 1)  # 128 KB otherwise
+  text = _read_text(path)
+  default = "\t" if ".tsv" in path.name.lower() else ","
+  records = csv.reader(
+    io.StringIO(text, newline=""),
+    delimiter=_delimiter(text, default),
+    strict=True,
+  )
+  try:
+    yield from _csv_rows(path, records)
+  except csv.Error as error:
+    raise errors.UserError(
+      f"{path} line {records.line_num}: broken CSV ({error})."
+    ) from error
+
+
+def _delimiter(text: str, default: str) -> str:
+  """Returns what separates the header; `default` if it has one column."""
+  if mark := re.match(r'"?sep=(.)"?[\r\n]', text):  # Excel's own line
+    return mark[1]
+  for delimiter in (default, ",", ";", "\t"):
+    records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    if len(next(filter(None, records), [])) > 1:
+      return delimiter
+  return default
+
+
+def _csv_rows(path: pathlib.Path, records: Any) -> Iterator[Item]:
+  filled = filter(None, records)  # no blank lines
+  header: list[str] = next(filled, [])
+  if header and header[0].startswith("sep="):
+    header = next(filled, [])
+  header = [name.strip() for name in header]
+  # Columns without a name, such as pandas' index, are not read.
+  if twice := _repeated([name for name in header if name]):
+    raise errors.UserError(
+      f"{path}: the header names the column '{twice}' twice; expected each "
+      "column once."
+    )
+  for number, cells in enumerate(filled, 1):
+    source = f"{path} row {number}"
+    if len(cells) == len(header):
+      yield tasks.Row(dict(zip(header, cells, strict=True)), source)
+    else:
+      yield errors.RowError(
+        f"{source} (line {records.line_num})",
+        f"found {len(cells)} cells; expected the {len(header)} cells of the "
+        "header.",
+      )
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[Item]:
+  try:
+    parquet = importlib.import_module("pyarrow.parquet")
+  except ImportError as error:
+    raise errors.UserError(
+      f"{path}: reading Parquet needs the package pyarrow."
+    ) from error
+  try:
+    # One file, whatever the names of its folders ("label=1") suggest.
+    table = parquet.ParquetFile(path).read()
+    records = table.to_pylist()
+  except UnicodeDecodeError:
+    raise
+  except (OSError, ValueError, NotImplementedError) as error:
+    raise errors.UserError(
+      f"{path}: not a Parquet file ({errors.first_line(error)})."
+    ) from error
+  if twice := _repeated(table.column_names):
+    raise errors.UserError(
+      f"{path}: two columns have the name '{twice}'; expected each once."
+    )
+  for number, fields in enumerate(records, 1):
+    yield tasks.Row(fields, f"{path} row {number}")
+
+
+# Reader of each ending.
+_READERS: dict[str, Callable[[pathlib.Path], Iterator[Item]]] = {
+  ".jsonl": _read_json,
+  ".json": _read_json,
+  ".csv": _read_csv,
+  ".tsv": _read_csv,
+  ".parquet": _read_parquet,
+}
+ENDINGS = (*_READERS, ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
