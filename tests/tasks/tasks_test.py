@@ -536,6 +536,91 @@ def test_custom_generation():
     task.check(_row({"q": "Where?", "a": []}))
 
 
+@pytest.mark.parametrize(
+  "value, answers",
+  [
+    (
+      {"text": ["Oslo", "in Oslo"], "answer_start": [1, 2]},
+      ["Oslo", "in Oslo"],
+    ),
+    (3.0, ["3.0"]),
+    ({"value": "Oslo", "aliases": []}, None),
+    ({"text": [], "answer_start": []}, None),
+    (["Oslo", None], None),
+    (["Oslo", " "], None),
+    ("  ", None),
+    (float("nan"), None),
+  ],
+)
+def test_custom_answers(value, answers):
+  task = tasks.custom("quiz", prompt="{q}\nA:", label="a")
+  row = _row({"q": "Where?", "a": value})
+  if answers is None:
+    with pytest.raises(errors.RowError, match=r"row 1: .*(column 'a'|no right)"):
+      task.check(row)
+  else:
+    task.check(row)
+    assert task.options(row) == tuple(f" {answer}\n" for answer in answers)
+
+
+@pytest.mark.parametrize("name", ["squad", "drop", "commonsense_qa", "record"])
+@pytest.mark.parametrize("entry", [None, " ", float("nan")])
+def test_no_option_is_a_word_for_nothing(name, entry):
+  task = tasks.get(name)
+  fields = json.loads(json.dumps(task.example))
+  for value in fields.values():
+    inside = value.values() if isinstance(value, dict) else [value]
+    for entries in inside:
+      if isinstance(entries, list) and entries != ["A", "B"]:
+        entries.append(entry)
+  with pytest.raises(errors.RowError, match=r"row 1: column .* holds .*empty"):
+    task.options(_row(fields))
+
+
+def test_a_pattern_has_no_word_for_null():
+  task = tasks.get("health_fact")
+  row = _row({**task.example, "explanation": None})
+  assert "None" not in task.prompt(row)
+  with pytest.raises(
+    errors.RowError, match="row 1: column 'explanation' is em"
+  ):
+    task.prompt(row, 1)
+
+
+@pytest.mark.parametrize(
+  "value, labels, index",
+  [
+    ("1.0", None, 1),
+    (" 1", None, 1),
+    (True, None, 1),
+    ("False", None, 0),
+    (1.5, None, None),
+    ("1_0", None, None),
+    ("", None, None),
+    (None, ("None", "Some"), None),
+    (" pos", ("neg", "pos"), 1),
+    ("pos\n", ("neg", "pos"), 1),
+    ("POS", ("neg", "pos"), None),
+    (True, ("false", "true"), 1),
+    ("TRUE", ("false", "true"), 1),
+    (True, ("True", "False"), 0),
+    ("5.0", ("1", "5"), 1),
+    (5, ("1.0", "5.0"), 1),
+    ("1.0", ("1.0", "1"), 0),
+    (1, ("1.0", "1"), 1),
+    ("01", ("1.0", "1"), None),
+  ],
+)
+def test_labels_as_files_write_them(value, labels, index):
+  task = tasks.custom("own", prompt="{q}", options=(" a", " b"), labels=labels)
+  row = _row({"q": "Where?", "label": value})
+  if index is None:
+    with pytest.raises(errors.RowError, match="row 1: label column 'label'"):
+      task.check(row)
+  else:
+    assert task.right(row) == (index,)
+
+
 def test_custom_multiple_choice():
   task = tasks.custom("plot", prompt="{start}", options=[" {a}", " {b}"])
   row = _row({"start": "Once", "a": "upon", "b": "under", "label": 0})

@@ -327,6 +327,49 @@ def test_evaluate_and_predict(done, command_line, tmp_path, tiny_rows):
     np.testing.assert_allclose(answer["scores"], known["scores"], rtol=1e-5)
 
 
+def test_predict_answers_what_it_can(
+  done, command_line, tmp_path, capsys, tiny_rows
+):
+  good = report.read_jsonl(tiny_rows / "validation.jsonl")[:2]
+  lines = [
+    json.dumps({**good[0], "prediction": "an older one", "error": "gone"}),
+    json.dumps({"text": "cold " * 99, "number": 7}),
+    '{"text": ',
+    json.dumps({"text": None, "number": 8}),
+    '{"text": "\\ud83d"}',
+    json.dumps(good[1]),
+  ]
+  path = tmp_path / "rows.jsonl"
+  path.write_text("\n".join(lines))
+  answers = tmp_path / "answers.jsonl"
+  code = command_line(
+    "predict",
+    f"--workdir={done.folder}",
+    f"--input={path}",
+    f"--output={answers}",
+  )
+  assert code == 0
+  assert "4 of 6 rows have no answer" in capsys.readouterr().out
+  found = report.read_jsonl(answers)
+  assert [row.get("number") for row in found] == [None, 7, None, 8, None, None]
+  records = report.read_jsonl(done.folder / "predictions.jsonl")
+  by_number = {int(line["where"].split()[-1]): line for line in records}
+  for place, number in ((0, 1), (5, 2)):
+    word = ("terrible", "great")[by_number[number]["prediction"]]
+    assert found[place]["prediction"] == word
+    assert "error" not in found[place]
+  for place, reason in (
+    (1, "at most 64 fit."),
+    (2, "broken JSON"),
+    (3, "column 'text' is empty"),
+    (4, "half of a surrogate pair"),
+  ):
+    assert found[place]["prediction"] is None
+    error = found[place]["error"]
+    assert f"rows.jsonl row {place + 1}: " in error and reason in error
+    assert "long_rows" not in error
+
+
 @pytest.mark.parametrize(
   "name, line, expected",
   [

@@ -176,7 +176,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "a task that `zofo tasks` lists, or a new name"),
   ("data.template", 0, ANY, "version of the task's prompt"),
   ("data.dir", str, ANY,
-   "folder with a JSONL, CSV or Parquet file for each split; else the hub"),
+   "folder with JSON, CSV, TSV or Parquet files, or one file; else the hub"),
   ("data.seed", 0, ANY, "of the draw of rows"),
   ("data.num_lower", 666, POSITIVE, "rows of D_p"),
   ("data.num_upper", 334, POSITIVE, "rows of D_f"),
