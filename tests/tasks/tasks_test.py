@@ -556,7 +556,9 @@ def test_custom_answers(value, answers):
   task = tasks.custom("quiz", prompt="{q}\nA:", label="a")
   row = _row({"q": "Where?", "a": value})
   if answers is None:
-    with pytest.raises(errors.RowError, match=r"row 1: .*(column 'a'|no right)"):
+    with pytest.raises(
+      errors.RowError, match=r"row 1: .*(column 'a'|no right)"
+    ):
       task.check(row)
   else:
     task.check(row)
