@@ -54,7 +54,7 @@ scale_by_running_rms = zofo.outer.scale_by_running_rms
 LEDGER, EXPORT = "zofo_jax.ledger", "zofo_jax.export"
 CONFIG = pathlib.Path(__file__).parents[1] / "configs" / "llama.py"
 # Metrics and figures of the summary that later versions have in addition.
-ADDED = frozenset()
+ADDED = frozenset({"selection_metric"})
 
 # --- The files, and how equal is equal ----------------------------------------
 
