@@ -6,11 +6,11 @@ import sys
 import types
 
 import pytest
+from etils import epath
 
 from tests import tiny
-from zofo_jax import errors, tasks
-from zofo_jax.builders import data, encoder
-from zofo_jax.builders import model as model_lib
+from zofo_jax import errors, report, tasks
+from zofo_jax.builders import run as run_lib
 from zofo_jax.data import bad_rows, encode_options, sources
 from zofo_jax.data import tokenizer as tokenizer_lib
 
@@ -188,11 +188,12 @@ def test_a_run_counts_all_that_it_leaves_out(tiny_model, tmp_path):
   config.data.task = "rotten_tomatoes"
   config.data.bad_rows = config.data.long_rows = "drop"
   config.data.num_test = config.data.num_selection = 1
-  model = model_lib.load_model(**config.model)
-  encode = encoder.make_encoder(config, model)
-  source = data.make_row_source(config)._replace(bad_rows=encode.bad_rows)
-  examples = data.load_examples(tasks.get("rotten_tomatoes"), source, encode)
+  run = run_lib.make_run(config)
+  examples = run.load_examples()
   assert len(examples.lower) + len(examples.upper) == 36
-  path = tmp_path / "train.jsonl"
-  assert encode.bad_rows.dropped.keys() == {f"{path} row 4", f"{path} row 6"}
-  assert "at most 64 fit" in encode.bad_rows.dropped[f"{path} row 6"]
+  run.write_dropped(epath.Path(tmp_path))
+  first, second = report.read_jsonl(tmp_path / "dropped.jsonl")
+  assert first["where"] == f"{tmp_path}/train.jsonl row 4"
+  assert "holds 'both'" in first["reason"]
+  assert second["where"] == f"{tmp_path}/train.jsonl row 6"
+  assert "at most 64 fit" in second["reason"]
