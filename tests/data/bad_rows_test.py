@@ -59,9 +59,13 @@ def test_a_bad_row_is_refused_or_left_out(tmp_path, line, reason):
 
 def test_the_sentence_names_the_way_out(tmp_path):
   path = tmp_path / "a.csv"
-  path.write_text("text,label\na,\n")
+  path.write_text("text,label\na,\nb,1\n")
   with pytest.raises(errors.UserError, match=r"data\.bad_rows to 'drop'"):
     sources.load(OWN, path, "train")
+  path.write_text("text,label\na,\n")
+  with pytest.raises(errors.UserError, match=r"expects an integer.*\.$") as one:
+    sources.load(OWN, path, "train")
+  assert "bad_rows" not in str(one.value)
   with pytest.raises(
     errors.UserError, match=r"none of 1 rows can be used; the first: .* row 1:"
   ):

@@ -171,6 +171,16 @@ def test_what_datasets_writes(tmp_path, ending):
   assert rows_of(path) == expected(records)
 
 
+def test_what_datasets_saves_to_disk(tmp_path):
+  datasets = pytest.importorskip("datasets")
+  records = [{"text": f"film {i}", "label": i % 2} for i in range(4)]
+  table = datasets.Dataset.from_list(records)
+  datasets.DatasetDict(train=table).save_to_disk(
+    tmp_path, num_shards={"train": 2}
+  )
+  assert rows_of(tmp_path) == expected(records)
+
+
 def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
   mark = codecs.BOM_UTF8
   (tmp_path / "a.csv").write_bytes(mark + b"text,label\ngood,1\n")
@@ -204,8 +214,8 @@ def test_long_cells(tmp_path):
     ),
     ("a.json", '[{"text": "a"}, 3]', "row 1: no column 'label'"),
     ("a.json", '[{"text": "a", "label": 0}, 3]', "row 2: found a int"),
-    ("a.json", '[{"text": "a",', "row 1: broken JSON.*one array of objects"),
-    ("a.json", "[" * 100_000, "row 1: broken JSON"),
+    ("a.json", '[{"text": "a",', r"a\.json: broken JSON.*one array of objects"),
+    ("a.json", "[" * 100_000, r"a\.json: broken JSON"),
     (
       "a.csv",
       'text,label\n"a,0\nb,1\n',

@@ -50,6 +50,8 @@ class BadRows:
         usable.append(item)
         continue
       if self.policy == "error" and not is_known(item):
+        if all(isinstance(other, errors.RowError) for other in items):
+          raise item
         raise errors.RowError(
           item.source,
           f"{item.reason} Set data.bad_rows to 'drop' to leave such rows out.",

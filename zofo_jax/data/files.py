@@ -1,4 +1,4 @@
-"""Reads rows from files: JSON, JSON lines, CSV, TSV and Parquet.
+"""Reads rows from files: JSON, JSON lines, CSV, TSV, Parquet and Arrow.
 
 A broken row becomes a `RowError` in its place among the rows, so that callers
 choose between stopping and leaving it out. A file that cannot be divided into
@@ -34,7 +34,9 @@ _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 
 def ending(path: pathlib.Path) -> str:
   """Returns the ending that can be read, ".gz" included, or ""."""
-  match = re.search(r"\.(jsonl?|[ct]sv)(\.gz)?$|\.parquet$", path.name, re.I)
+  match = re.search(
+    r"\.(jsonl?|[ct]sv)(\.gz)?$|\.(parquet|arrow)$", path.name, re.I
+  )
   return match[0] if match else ""
 
 
@@ -86,12 +88,14 @@ def _read_json(path: pathlib.Path) -> Iterator[Item]:
   if text.lstrip().startswith("["):
     try:
       values = _parse_json(text)
-    except (ValueError, RecursionError):
-      pass  # a broken array, whose lines are reported
-    else:
-      for number, value in enumerate(values, 1):
-        yield _json_row(value, f"{path} row {number}")
-      return
+    except (ValueError, RecursionError) as error:
+      raise errors.UserError(
+        f"{path}: broken JSON ({errors.first_line(error)}); expected one array "
+        "of objects."
+      ) from error
+    for number, value in enumerate(values, 1):
+      yield _json_row(value, f"{path} row {number}")
+    return
   for number, line in enumerate(io.StringIO(text), 1):
     if not line.strip():
       continue
@@ -189,22 +193,30 @@ def _csv_rows(path: pathlib.Path, records: Any) -> Iterator[Item]:
       )
 
 
-def _read_parquet(path: pathlib.Path) -> Iterator[Item]:
+def _read_table(path: pathlib.Path) -> Iterator[Item]:
+  """Reads Parquet, or Arrow as `datasets` saves it to disk."""
   try:
     parquet = importlib.import_module("pyarrow.parquet")
+    ipc = importlib.import_module("pyarrow.ipc")
   except ImportError as error:
     raise errors.UserError(
       f"{path}: reading Parquet needs the package pyarrow."
     ) from error
+  is_arrow = ending(path).lower() == ".arrow"
   try:
-    # One file, whatever the names of its folders ("label=1") suggest.
-    table = parquet.ParquetFile(path).read()
+    if is_arrow:
+      with path.open("rb") as stream:
+        table = ipc.open_stream(stream).read_all()
+    else:
+      # One file, whatever the names of its folders ("label=1") suggest.
+      table = parquet.ParquetFile(path).read()
     records = table.to_pylist()
   except UnicodeDecodeError:
     raise
   except (OSError, ValueError, NotImplementedError) as error:
     raise errors.UserError(
-      f"{path}: not a Parquet file ({errors.first_line(error)})."
+      f"{path}: not {'an Arrow' if is_arrow else 'a Parquet'} file "
+      f"({errors.first_line(error)})."
     ) from error
   if twice := _repeated(table.column_names):
     raise errors.UserError(
@@ -220,6 +232,7 @@ _READERS: dict[str, Callable[[pathlib.Path], Iterator[Item]]] = {
   ".json": _read_json,
   ".csv": _read_csv,
   ".tsv": _read_csv,
-  ".parquet": _read_parquet,
+  ".parquet": _read_table,
+  ".arrow": _read_table,
 }
 ENDINGS = (*_READERS, ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
