@@ -10,6 +10,7 @@ from zofo_jax import adapters, errors
 from zofo_jax.builders import model as model_lib
 from zofo_jax.config import defaults
 from zofo_jax.core import tree as tree_lib
+from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.models.hf import peft
 
 # (typed PRNG key, folded and not consumed; backbone) -> a fresh adapter.
@@ -45,6 +46,12 @@ def make_init_fn(
     else:
       prompt_options["tokens"] = model.tokenizer.encode(
         config.prompt.text, add_special_tokens=False
+      )
+      tokenizer_lib.check_ids(
+        model.tokenizer,
+        prompt_options["tokens"],
+        model.module.config.vocab_size,
+        "config.prompt.text",
       )
 
   def init_adapter(key, base):

@@ -10,6 +10,7 @@ from zofo_jax.builders import model as model_lib
 from zofo_jax.config import defaults
 from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import encode_options, encode_prompts
+from zofo_jax.data import tokenizer as tokenizer_lib
 
 
 class Encoder(NamedTuple):
@@ -17,6 +18,8 @@ class Encoder(NamedTuple):
 
   Attributes:
     tokenizer: a fast tokenizer.
+    vocab_size: the model's number of tokens; a text with a token beyond them
+      is an error.
     context_length: tokens that fit next to what the adapters prepend.
     max_length: longest row of `config.data`, in tokens.
     max_new_tokens: longest generated answer, in tokens.
@@ -29,6 +32,7 @@ class Encoder(NamedTuple):
   """
 
   tokenizer: Any
+  vocab_size: int
   context_length: int
   max_length: int
   max_new_tokens: int
@@ -74,13 +78,19 @@ class Encoder(NamedTuple):
     Raises:
       UserError: names the file and row that is wrong.
     """
-    return encode_options.encode_rows(
+    examples = encode_options.encode_each(
       task,
       rows,
       self.tokenizer,
       self.mode,
       max_length=self.max_train_length,
       version=self.version,
+      long_rows=self.long_rows,
+    )
+    return encode_options.keep_encoded(
+      task,
+      self._check_each(examples),
+      max_length=self.max_train_length,
       long_rows=self.long_rows,
       bad_rows=self.bad_rows,
     )
@@ -138,7 +148,7 @@ class Encoder(NamedTuple):
       TooLongError: it does not fit and is not truncated.
     """
     if task.kind == "generation":
-      return encode_prompts.encode_question(
+      question = encode_prompts.encode_question(
         task,
         row,
         self.tokenizer,
@@ -147,7 +157,8 @@ class Encoder(NamedTuple):
         truncate=truncate,
         prompt=prompt,
       )
-    return encode_options.encode(
+      return self._check(question)
+    example = encode_options.encode(
       task,
       row,
       self.tokenizer,
@@ -156,6 +167,7 @@ class Encoder(NamedTuple):
       long_rows="truncate" if truncate else "error",
       prompt=prompt,
     )
+    return self._check(example)
 
   def _encode_each(
     self,
@@ -166,7 +178,7 @@ class Encoder(NamedTuple):
   ) -> list[Any]:
     """Encodes all options of rows, or their prompts if text is generated."""
     if task.kind == "generation":
-      return encode_prompts.encode_questions(
+      questions = encode_prompts.encode_questions(
         task,
         rows,
         self.tokenizer,
@@ -175,7 +187,8 @@ class Encoder(NamedTuple):
         truncate=self.truncate,
         labelled=labelled,
       )
-    return encode_options.encode_each(
+      return self._check_each(questions)
+    examples = encode_options.encode_each(
       task,
       rows,
       self.tokenizer,
@@ -184,6 +197,29 @@ class Encoder(NamedTuple):
       long_rows=self._eval_long_rows(),
       labelled=labelled,
     )
+    return self._check_each(examples)
+
+  def _check_each(self, items: Sequence[Any]) -> list[Any]:
+    """Replaces rows with tokens that the model does not have by errors."""
+    checked: list[Any] = []
+    for item in items:
+      try:
+        checked.append(
+          item if isinstance(item, errors.RowError) else self._check(item)
+        )
+      except errors.RowError as error:
+        checked.append(error)
+    return checked
+
+  def _check(self, item: Any) -> Any:
+    """Returns an example or a question, all of whose tokens the model has."""
+    if isinstance(item, encode_prompts.Question):
+      ids = item.tokens
+    else:
+      ids = tuple(i for row in item.rows for i in row.tokens)
+      ids += tuple(i for row in item.rows for _, i, _ in row.targets)
+    tokenizer_lib.check_ids(self.tokenizer, ids, self.vocab_size, item.source)
+    return item
 
   def _eval_long_rows(self) -> encode_options.LongRows:
     return "truncate" if self.truncate else "error"
@@ -214,6 +250,7 @@ def make_encoder(
   accuracy = config.zo.objective == "accuracy"
   return Encoder(
     tokenizer=model.tokenizer,
+    vocab_size=model.module.config.vocab_size,
     context_length=context - num_virtual,
     max_length=config.data.max_length,
     max_new_tokens=config.generate.max_new_tokens,

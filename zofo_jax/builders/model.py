@@ -3,8 +3,9 @@
 The configuration and the tokenizer are read before any weight.
 """
 
-import json
+import logging
 import pathlib
+import reprlib
 import shutil
 from collections.abc import Mapping, Sequence
 from types import ModuleType
@@ -22,6 +23,7 @@ from zofo_jax.core.types import LossFn
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
+from zofo_jax.models.hf import config as config_lib
 from zofo_jax.models.hf import hub, published, weights
 from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
@@ -57,7 +59,7 @@ class Model(NamedTuple):
   @property
   def pad(self) -> int:
     """Token id that fills rows."""
-    return tokenizer_lib.pad_id(self.tokenizer)
+    return tokenizer_lib.pad_id(self.tokenizer, self.module.config.vocab_size)
 
 
 def load_model(
@@ -89,19 +91,19 @@ def load_model(
   """
   assets.make(name)
   folder = hub.locate(name, revision)
-  path = folder / "config.json"
-  try:
-    hf_config = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise errors.UserError(f"{path}: not a JSON file ({error}).") from error
+  hf_config = config_lib.read(folder / config_lib.FILE)
   module, family = _make_module(hf_config, remat, mesh)
   tokenizer = tokenizer_lib.load_tokenizer(folder)
-  vocab_size = module.config.vocab_size
-  if len(tokenizer) > vocab_size:
-    raise errors.UserError(
-      f"{folder}: the tokenizer has {len(tokenizer)} tokens and the model "
-      f"{vocab_size}; expected a tokenizer of this model."
+  if module.config.tied_head and weights.has_own_head(
+    folder, family, module.config, pickle=pickle
+  ):
+    logging.getLogger("zofo_jax").warning(
+      "%s: config.json ties the head to the embedding, but the weights have a "
+      "head of their own, which is used",
+      folder,
     )
+    untied = dict(hf_config, tie_word_embeddings=False)
+    module, family = _make_module(untied, remat, mesh)
   return Model(module, family, folder, tokenizer, name, dtype, pickle)
 
 
@@ -131,14 +133,14 @@ def _published_config(name: str) -> dict[str, Any]:
   if name in published.CONFIGS:
     return published.CONFIGS[name]
   assets.make(name)
-  path = pathlib.Path(name).expanduser() / "config.json"
+  path = pathlib.Path(name).expanduser() / config_lib.FILE
   if not path.exists():
     raise errors.UserError(
       f"config.model.name: expected a folder with config.json or one of "
       f"{', '.join(published.CONFIGS)}; found '{name}'."
       f"{errors.nearest(name, published.CONFIGS)}"
     )
-  return json.loads(path.read_text())
+  return config_lib.read(path)
 
 
 def _make_module(
@@ -205,10 +207,11 @@ def save_base(folder: str | pathlib.Path, model: Model, base: Any) -> None:
   weights.save(folder, model.family, model.module.config, base)
   for path in hub.text_files(model.folder):
     shutil.copyfile(path, folder / path.name)
-  fields = json.loads((model.folder / "config.json").read_text())
+  fields = config_lib.read(model.folder / config_lib.FILE)
+  fields["tie_word_embeddings"] = model.module.config.tied_head
   fields.pop("dtype", None)
   fields["torch_dtype"] = model.dtype  # every version reads this name
-  report.write_json(folder / "config.json", fields)
+  report.write_json(folder / config_lib.FILE, fields)
 
 
 def make_loss_fn(name: str, module: nn.Module) -> LossFn:
@@ -246,11 +249,16 @@ def make_generate_fn(
 
 def _end_ids(model: Model) -> list[int]:
   """Returns the tokens that end a text, of the tokenizer and of the model."""
-  end_ids = [model.tokenizer.eos_token_id]
-  for name in ("config.json", "generation_config.json"):
+  end_ids = {model.tokenizer.eos_token_id}
+  for name in (config_lib.FILE, "generation_config.json"):
     path = model.folder / name
     if path.exists():
-      ids = json.loads(path.read_text()).get("eos_token_id")
-      end_ids += ids if isinstance(ids, list) else [ids]
+      ids = config_lib.read(path).get("eos_token_id")
+      ids = ids if isinstance(ids, list) else [ids]
+      if any(i is not None and type(i) is not int for i in ids):
+        raise errors.UserError(
+          f"{path} has eos_token_id = {reprlib.repr(ids)}; expected integers."
+        )
+      end_ids.update(ids)
   size = model.module.config.vocab_size
-  return sorted({i for i in end_ids if i is not None and 0 <= i < size})
+  return sorted(i for i in end_ids if i is not None and 0 <= i < size)

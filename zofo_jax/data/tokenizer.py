@@ -2,7 +2,7 @@
 
 import os
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from zofo_jax import errors
@@ -26,7 +26,9 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
   import transformers  # Imported here because it is slow to import.
 
   try:
-    tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+      str(folder), trust_remote_code=False
+    )
   except Exception as error:  # Its exceptions share no base class.
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise errors.UserError(
@@ -40,12 +42,41 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
   return tokenizer
 
 
-def pad_id(tokenizer: Any) -> int:
-  """Returns the padding token's id; any id works, since padding is masked."""
+def pad_id(tokenizer: Any, vocab_size: int | None = None) -> int:
+  """Returns the padding token's id, or another one that the model has.
+
+  Any id works, since padding is masked, but only if the model has it: some
+  tokenizers have a padding token that was never added to the model.
+
+  Args:
+    tokenizer: a fast tokenizer.
+    vocab_size: the model's number of tokens; None for the tokenizer's.
+  """
+  size = len(tokenizer) if vocab_size is None else vocab_size
   for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-    if token is not None:
+    if token is not None and token < size:
       return token
   return 0
+
+
+def check_ids(
+  tokenizer: Any, ids: Iterable[int], vocab_size: int, source: str
+) -> None:
+  """Raises a `RowError` if a text has tokens that the model does not have.
+
+  Args:
+    tokenizer: a fast tokenizer; it may have more tokens than the model.
+    ids: token ids of the text.
+    vocab_size: the model's number of tokens.
+    source: file and row, for the message.
+  """
+  highest = max(ids, default=0)
+  if highest >= vocab_size:
+    raise errors.RowError(
+      source,
+      f"the text has the token '{tokenizer.convert_ids_to_tokens(highest)}', "
+      f"whose id is {highest}; the model has {vocab_size} tokens.",
+    )
 
 
 def prompt_tokens(

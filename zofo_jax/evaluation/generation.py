@@ -232,7 +232,8 @@ def stop_table(
   table[list(ids)] = True
   if texts:
     words = tokenizer.batch_decode(
-      [[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False
+      [[i] for i in range(min(len(tokenizer), size))],
+      clean_up_tokenization_spaces=False,
     )
     for i, word in enumerate(words):
       table[i] |= any(text in word for text in texts)

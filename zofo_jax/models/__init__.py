@@ -10,8 +10,8 @@ from typing import Any
 
 import flax.linen as nn
 
-from zofo_jax import errors
 from zofo_jax.models import layers, llama, opt
+from zofo_jax.models.hf import config as config_lib
 
 FAMILIES: dict[str, ModuleType] = {
   "opt": opt,
@@ -41,12 +41,8 @@ def from_hf(
   Raises:
     UserError: the model type or a feature in the config is not supported.
   """
-  model_type = config.get("model_type")
-  if model_type not in FAMILIES:
-    raise errors.UserError(
-      f"config.json has model_type '{model_type}'; supported are "
-      f"{', '.join(FAMILIES)}.{errors.nearest(str(model_type), FAMILIES)}"
-    )
+  model_type: Any = config.get("model_type")
+  config_lib.check_kind(model_type, FAMILIES, "config.json has model_type")
   family = FAMILIES[model_type]
   return family.Model(
     family.config_from_hf(config), remat=remat, constrain=constrain

@@ -6,6 +6,7 @@ functions at the end know field and tensor names of Hugging Face checkpoints.
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,6 +21,7 @@ from zofo_jax.models import rope as rope_lib
 from zofo_jax.models.hf import config as config_lib
 
 _NO_WINDOW = 2**30
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,31 +235,62 @@ SHARDINGS = (
 )
 
 
+# The fields of config.json that `config_from_hf` reads: of all model types, and
+# of each.
+_FIELDS = frozenset(
+  """
+  head_dim hidden_act hidden_size intermediate_size max_position_embeddings
+  num_attention_heads num_hidden_layers num_key_value_heads
+  original_max_position_embeddings partial_rotary_factor rms_norm_eps
+  rope_parameters rope_scaling rope_theta tie_word_embeddings vocab_size
+  """.split()
+)
+_MORE_FIELDS = {
+  "llama": ("attention_bias", "mlp_bias"),
+  "mistral": ("sliding_window",),
+  "qwen2": (
+    "layer_types",
+    "max_window_layers",
+    "sliding_window",
+    "use_sliding_window",
+  ),
+}
+
+
 def _windows(
   config: Mapping[str, Any], family: str, num_layers: int
 ) -> tuple[int, ...] | None:
   """Reads the attention windows of all layers."""
+  window: int | None = 4096
+  if "sliding_window" in config:
+    window = None
+    if config["sliding_window"] is not None:
+      window = config_lib.integer(config, "sliding_window")
   if family == "mistral":
-    window = config.get("sliding_window", 4096)
-    return None if window is None else (int(window),) * num_layers
-  if family != "qwen2" or not config.get("use_sliding_window", False):
-    return None
-  window = config.get("sliding_window", 4096)
-  if window is None:
-    return None
+    return None if window is None else (window,) * num_layers
+  if not config_lib.flag(config, "use_sliding_window"):
+    window = None
   kinds = config.get("layer_types")
   if kinds is None:
-    first = config.get("max_window_layers", 28)
-    sliding = [layer >= first for layer in range(num_layers)]
+    first = config_lib.number(config, "max_window_layers", 28)
+    sliding = [window is not None and i >= first for i in range(num_layers)]
   else:
-    if len(kinds) != num_layers:
+    if not isinstance(kinds, list) or len(kinds) != num_layers:
       raise errors.UserError(
-        f"config.json has {len(kinds)} layer_types for {num_layers} layers."
+        f"config.json has layer_types = {reprlib.repr(kinds)}; expected one "
+        f"for each of {num_layers} layers."
       )
+    for kind in kinds:
+      config_lib.check_kind(kind, _LAYER_TYPES, "config.json has layer_types")
     sliding = [kind == "sliding_attention" for kind in kinds]
   if not any(sliding):
     return None
-  return tuple(int(window) if s else _NO_WINDOW for s in sliding)
+  if window is None:
+    raise errors.UserError(
+      "config.json has layer_types of sliding_attention without "
+      "use_sliding_window and sliding_window."
+    )
+  return tuple(window if s else _NO_WINDOW for s in sliding)
 
 
 def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
@@ -273,44 +306,51 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     UserError: a field is missing, or its value is not supported.
   """
   family = config.get("model_type", "llama")
-  config_lib.check(config, "quantization_config", None)
-  num_heads = config_lib.field(config, "num_attention_heads")
-  hidden_size = config_lib.field(config, "hidden_size")
-  num_layers = config_lib.field(config, "num_hidden_layers")
-  if family == "llama":
-    num_kv_heads = config.get("num_key_value_heads") or num_heads
-  else:
-    num_kv_heads = config_lib.field(config, "num_key_value_heads")
+  config_lib.check_decoder(config, _FIELDS.union(_MORE_FIELDS[family]))
+  num_heads = config_lib.integer(config, "num_attention_heads")
+  hidden_size = config_lib.integer(config, "hidden_size")
+  num_layers = config_lib.integer(config, "num_hidden_layers")
+  num_kv_heads = num_heads
+  if family != "llama" or config.get("num_key_value_heads") is not None:
+    num_kv_heads = config_lib.integer(config, "num_key_value_heads")
   if num_heads % num_kv_heads:
     raise errors.UserError(
       f"config.json has num_attention_heads = {num_heads}, which "
       f"num_key_value_heads = {num_kv_heads} does not divide."
     )
-  head_dim = config.get("head_dim") or hidden_size // num_heads
-  if head_dim % 2 or (not config.get("head_dim") and hidden_size % num_heads):
+  head_dim, rest = divmod(hidden_size, num_heads)
+  if config.get("head_dim") is not None:
+    head_dim, rest = config_lib.integer(config, "head_dim"), 0
+  if head_dim % 2 or rest:
     raise errors.UserError(
       f"config.json has hidden_size = {hidden_size} and num_attention_heads "
       f"= {num_heads}; expected heads of an even width."
     )
-  max_length = config_lib.field(config, "max_position_embeddings")
-  attention_bias = bool(config.get("attention_bias")) and family == "llama"
+  max_length = config_lib.integer(config, "max_position_embeddings")
+  rope = rope_lib.from_hf(config, max_length)
+  if rope.kind == "dynamic" and head_dim < 4:
+    raise errors.UserError(
+      f"config.json has heads of width {head_dim}; rotary positions of type "
+      "'dynamic' expect at least 4."
+    )
+  attention_bias = config_lib.flag(config, "attention_bias")
   return LlamaConfig(
-    vocab_size=config_lib.field(config, "vocab_size"),
+    vocab_size=config_lib.integer(config, "vocab_size"),
     hidden_size=hidden_size,
-    mlp_size=config_lib.field(config, "intermediate_size"),
+    mlp_size=config_lib.integer(config, "intermediate_size"),
     num_layers=num_layers,
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     max_length=max_length,
-    norm_epsilon=config.get("rms_norm_eps", 1e-6),
+    norm_epsilon=config_lib.number(config, "rms_norm_eps", 1e-6),
     activation=config_lib.activation(config, "hidden_act", "silu"),
-    tied_head=bool(config.get("tie_word_embeddings", False)),
+    tied_head=config_lib.flag(config, "tie_word_embeddings"),
     qkv_bias=attention_bias or family == "qwen2",
     out_bias=attention_bias,
-    mlp_bias=bool(config.get("mlp_bias")) and family == "llama",
-    rope=rope_lib.from_hf(config, max_length),
-    windows=_windows(config, family, num_layers),
+    mlp_bias=config_lib.flag(config, "mlp_bias"),
+    rope=rope,
+    windows=None if family == "llama" else _windows(config, family, num_layers),
   )
 
 

@@ -214,6 +214,18 @@ SHARDINGS = (
 )
 
 
+# The fields of config.json that `config_from_hf` reads. OPT's position
+# embeddings are always learned, as `learned_embeddings` says in some files.
+_FIELDS = frozenset(
+  """
+  _remove_final_layer_norm activation_function do_layer_norm_before enable_bias
+  ffn_dim hidden_size layer_norm_elementwise_affine learned_embeddings
+  max_position_embeddings num_attention_heads num_hidden_layers
+  tie_word_embeddings vocab_size word_embed_proj_dim
+  """.split()
+)
+
+
 def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
   """Reads a config.json of model_type opt.
 
@@ -226,30 +238,34 @@ def config_from_hf(config: Mapping[str, Any]) -> OptConfig:
   Raises:
     UserError: a field is missing, or its value is not supported.
   """
-  config_lib.check(config, "quantization_config", None)
-  hidden_size = config_lib.field(config, "hidden_size")
-  num_heads = config_lib.field(config, "num_attention_heads")
+  config_lib.check_decoder(config, _FIELDS)
+  hidden_size = config_lib.integer(config, "hidden_size")
+  num_heads = config_lib.integer(config, "num_attention_heads")
   if hidden_size % num_heads:
     raise errors.UserError(
       f"config.json has hidden_size = {hidden_size}, which "
       f"num_attention_heads = {num_heads} does not divide."
     )
-  norm_before = bool(config.get("do_layer_norm_before", True))
+  embed_size = hidden_size
+  if config.get("word_embed_proj_dim") is not None:
+    embed_size = config_lib.integer(config, "word_embed_proj_dim")
+  norm_before = config_lib.flag(config, "do_layer_norm_before", True)
+  # Checkpoints fine-tuned before transformers 4.20.1 lack the last norm.
+  no_final_norm = config_lib.flag(config, "_remove_final_layer_norm")
   return OptConfig(
-    vocab_size=config_lib.field(config, "vocab_size"),
+    vocab_size=config_lib.integer(config, "vocab_size"),
     hidden_size=hidden_size,
-    mlp_size=config_lib.field(config, "ffn_dim"),
-    num_layers=config_lib.field(config, "num_hidden_layers"),
+    mlp_size=config_lib.integer(config, "ffn_dim"),
+    num_layers=config_lib.integer(config, "num_hidden_layers"),
     num_heads=num_heads,
-    embed_size=config.get("word_embed_proj_dim") or hidden_size,
-    max_length=config_lib.field(config, "max_position_embeddings"),
+    embed_size=embed_size,
+    max_length=config_lib.integer(config, "max_position_embeddings"),
     activation=config_lib.activation(config, "activation_function", "relu"),
     norm_before=norm_before,
-    # Checkpoints fine-tuned before transformers 4.20.1 lack the last norm.
-    final_norm=norm_before and not config.get("_remove_final_layer_norm"),
-    norm_affine=bool(config.get("layer_norm_elementwise_affine", True)),
-    use_bias=bool(config.get("enable_bias", True)),
-    tied_head=bool(config.get("tie_word_embeddings", True)),
+    final_norm=norm_before and not no_final_norm,
+    norm_affine=config_lib.flag(config, "layer_norm_elementwise_affine", True),
+    use_bias=config_lib.flag(config, "enable_bias", True),
+    tied_head=config_lib.flag(config, "tie_word_embeddings", True),
   )
 
 

@@ -14,8 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax import errors
+from zofo_jax.models.hf import config as config_lib
 
-KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+# The kinds, and the fields that each must have.
+_NEEDED: dict[str, tuple[str, ...]] = {
+  "default": (),
+  "linear": ("factor",),
+  "dynamic": ("factor",),
+  "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+  "yarn": ("factor",),
+}
+KINDS = tuple(_NEEDED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +61,24 @@ class Rope:
   truncate: bool = True
 
 
+_NUMBERS = (
+  "attention_factor",
+  "beta_fast",
+  "beta_slow",
+  "factor",
+  "high_freq_factor",
+  "low_freq_factor",
+  "mscale",
+  "mscale_all_dim",
+)
+_POSITIVE = _NUMBERS[:-2]
+# `finetuned` only records how a model was made.
+_FIELDS = frozenset(
+  "finetuned original_max_position_embeddings partial_rotary_factor rope_theta"
+  " rope_type truncate type".split()
+).union(_NUMBERS)
+
+
 def from_hf(config: Mapping[str, Any], max_length: int) -> Rope:
   """Reads RoPE's parameters from config.json.
 
@@ -66,46 +93,47 @@ def from_hf(config: Mapping[str, Any], max_length: int) -> Rope:
   Raises:
     UserError: a kind or a field is not supported, or a field is missing.
   """
-  scaling = config.get("rope_scaling") or config.get("rope_parameters") or {}
   name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+  scaling = config.get(name) or {}
+  where = f"config.json's {name}"
+  if not isinstance(scaling, Mapping):
+    raise errors.UserError(f"{where} is {scaling!r}; expected an object.")
+  config_lib.check_fields(scaling, _FIELDS, where)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
-  if kind not in KINDS:
-    raise errors.UserError(
-      f"config.json has {name} of type '{kind}'; supported are "
-      f"{', '.join(KINDS)}.{errors.nearest(str(kind), KINDS)}"
-    )
-  partial = scaling.get(
-    "partial_rotary_factor", config.get("partial_rotary_factor")
-  )
-  if partial not in (None, 1.0):
-    raise errors.UserError(
-      f"config.json has partial_rotary_factor = {partial}; only 1.0 is "
-      "supported."
-    )
-  needed = {
-    "linear": ("factor",),
-    "dynamic": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
-  }
-  for field in needed.get(kind, ()):
-    if scaling.get(field) is None:
+  config_lib.check_kind(kind, KINDS, f"{where} has type")
+  for fields, place in ((scaling, where), (config, config_lib.FILE)):
+    partial = config_lib.number(fields, "partial_rotary_factor", 1.0, place)
+    if partial != 1.0:
       raise errors.UserError(
-        f"config.json has {name} of type '{kind}' without '{field}'."
+        f"{place} has partial_rotary_factor = {partial}; only 1.0 is supported."
       )
-  theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
-  values: dict[str, Any] = {"kind": kind, "theta": float(theta)}
-  for option in dataclasses.fields(Rope)[2:]:
-    if kind != "default" and scaling.get(option.name) is not None:
-      values[option.name] = scaling[option.name]
-  values["original_length"] = max_length
-  if kind in ("llama3", "yarn"):
-    values["original_length"] = (
-      config.get("original_max_position_embeddings")
-      or scaling.get("original_max_position_embeddings")
-      or max_length
+  for field in _NEEDED[kind]:
+    if scaling.get(field) is None:
+      raise errors.UserError(f"{where} is of type '{kind}' without '{field}'.")
+  theta = config_lib.number(config, "rope_theta", 10000.0)
+  theta = config_lib.number(scaling, "rope_theta", theta, where)
+  values: dict[str, Any] = {}
+  if kind != "default":
+    for option in _NUMBERS:
+      if scaling.get(option) is not None:
+        values[option] = config_lib.number(scaling, option, 0.0, where)
+    values["truncate"] = config_lib.flag(scaling, "truncate", True, where)
+  bad = theta <= 1 or values.get("factor", 1.0) < 1
+  bad |= any(values.get(name, 1.0) <= 0 for name in _POSITIVE)
+  if kind == "llama3":
+    bad |= values["low_freq_factor"] >= values["high_freq_factor"]
+  if bad:
+    raise errors.UserError(
+      f"{where} has rope_theta = {theta} and {values}; expected a theta above "
+      "1, a factor of at least 1, and positive numbers (low_freq_factor below "
+      "high_freq_factor)."
     )
-  return Rope(**values)
+  values["original_length"] = max_length
+  original = "original_max_position_embeddings"
+  for fields, place in ((scaling, where), (config, config_lib.FILE)):
+    if kind in ("llama3", "yarn") and fields.get(original) is not None:
+      values["original_length"] = config_lib.integer(fields, original, place)
+  return Rope(kind, theta, **values)
 
 
 def _llama3(rope: Rope, frequency: np.ndarray) -> np.ndarray:

@@ -293,9 +293,37 @@ def test_ignores_buffers_and_the_tied_head(checkpoint):
   checkpoint.tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(
     1
   )
-  checkpoint.tensors["lm_head.weight"] = np.ones((17, 8), np.float32)
+  embedding = checkpoint.tensors["model.embed_tokens.weight"]
+  checkpoint.tensors["lm_head.weight"] = embedding.copy()
   checkpoint.write(checkpoint.tensors)
   assert_same(checkpoint.load(), checkpoint.base)
+
+
+def test_a_tied_matrix_may_be_stored_as_the_head(checkpoint):
+  embedding = checkpoint.tensors.pop("model.embed_tokens.weight")
+  checkpoint.tensors["lm_head.weight"] = embedding
+  checkpoint.write(checkpoint.tensors)
+  assert_same(checkpoint.load(), checkpoint.base)
+
+
+@pytest.mark.parametrize("rows", [weights._ROWS, 5])
+def test_a_head_that_differs_from_the_tied_embedding(
+  checkpoint, rows, monkeypatch
+):
+  monkeypatch.setattr(weights, "_ROWS", rows)
+  config = llama.config_from_hf(LLAMA)
+  has_own_head = lambda: weights.has_own_head(checkpoint.folder, llama, config)
+  head = checkpoint.tensors["model.embed_tokens.weight"].copy()
+  checkpoint.write(checkpoint.tensors)
+  assert not has_own_head()
+  checkpoint.tensors["lm_head.weight"] = head
+  checkpoint.write(checkpoint.tensors)
+  assert not has_own_head()
+  head[-1, -1] += 1e-3
+  checkpoint.write(checkpoint.tensors)
+  assert has_own_head()
+  text = error_of(checkpoint.load)
+  assert "ties the head" in text and "lm_head.weight" in text
 
 
 @pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])

@@ -1,35 +1,177 @@
-"""Reads config.json; missing or unsupported fields raise a `UserError`."""
+"""Reads config.json by what is known of its fields.
 
-from collections.abc import Mapping
+A field is read by the family of the model, or listed here as one that does not
+change a model's outputs. Any other field must be unset; `check_fields` refuses
+it by name otherwise. The same rule is used for PEFT's adapter_config.json.
+"""
+
+import json
+import math
+import pathlib
+import reprlib
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from zofo_jax import errors
 from zofo_jax.models import layers
 
+FILE = "config.json"
 
-def field(config: Mapping[str, Any], name: str) -> Any:
-  """Reads a required field of config.json."""
-  if config.get(name) is None:
-    raise errors.UserError(f"config.json has no field '{name}'.")
-  return config[name]
+# Fields that do not change a decoder's outputs, by the reason.
+_HARMLESS = {
+  "names, versions, and the dtype of the file": """
+    _commit_hash _name_or_path architectures auto_map dtype is_llama_config
+    keys_to_ignore_at_inference model_type name_or_path processor_class
+    tokenizer_class torch_dtype transformers.js_config transformers_version
+    unsloth_fixed unsloth_training_staged unsloth_version""",
+  "initial weights": "_fast_init init_std initializer_range",
+  "dropout, which the backbone does not use": """
+    activation_dropout attention_dropout attn_pdrop classifier_dropout dropout
+    embd_pdrop layerdrop resid_pdrop""",
+  "token ids and defaults of generated text, which has its own config": """
+    bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id
+    diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    eos_token_id exponential_decay_length_penalty forced_bos_token_id
+    forced_eos_token_id length_penalty max_length max_new_tokens min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences
+    output_scores pad_token_id prefix remove_invalid_values repetition_penalty
+    return_dict_in_generate sep_token_id suppress_tokens temperature top_k top_p
+    typical_p unk_token_id""",
+  "how PyTorch computes the same function": """
+    _attn_implementation _attn_implementation_autoset
+    _attn_implementation_internal _flash_attn_2_enabled attn_implementation
+    cache_implementation chunk_size_feed_forward gradient_checkpointing
+    pretraining_tp tf_legacy_loss torchscript use_bfloat16 use_cache""",
+  "what is returned beside the logits": """
+    output_attentions output_hidden_states output_past return_dict
+    use_return_dict""",
+  "heads of other tasks": """
+    finetuning_task id2label is_decoder label2id num_labels problem_type
+    task_specific_params""",
+  "the context length, in old files in addition to max_position_embeddings": """
+    max_seq_len max_sequence_length model_max_length seq_length""",
+}
+HARMLESS = frozenset(" ".join(_HARMLESS.values()).split())
+
+# No model is larger; a larger number would only exhaust the memory.
+_MAX_SIZE = 2**24
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+  """Reads a JSON file that holds one object.
+
+  Raises:
+    UserError: there is no such file, or it holds something else.
+  """
+  try:
+    fields = json.loads(path.read_text("utf-8-sig"))
+  except (OSError, ValueError, RecursionError) as error:
+    reason = errors.first_line(error)
+    raise errors.UserError(f"{path}: not a JSON file ({reason}).") from error
+  if not isinstance(fields, dict):
+    raise errors.UserError(
+      f"{path} holds a {type(fields).__name__}; expected one JSON object."
+    )
+  return fields
+
+
+def check_fields(
+  fields: Mapping[str, Any],
+  known: Collection[str],
+  where: str | pathlib.Path,
+  unset: Sequence[Any] = ("", [], {}),
+) -> None:
+  """Raises a `UserError` if a field that is not known is set.
+
+  Args:
+    fields: of the file.
+    known: names that are read, or do not matter.
+    where: the file, for the message.
+    unset: values, in addition to null and false, that stand for an unset field.
+  """
+  for name, value in fields.items():
+    is_unset = value is None or value is False or value in unset
+    if name not in known and not is_unset:
+      raise errors.UserError(
+        f"{where} has {name} = {reprlib.repr(value)}, which is not supported; "
+        "a field on which no output depends can be removed from the file."
+      )
+
+
+def check_kind(value: Any, names: Iterable[str], where: str) -> None:
+  """Raises a `UserError` if a value is not one of several names."""
+  names = list(names)
+  if not isinstance(value, str) or value not in names:
+    raise errors.UserError(
+      f"{where} '{value}'; supported are {', '.join(names)}."
+      f"{errors.nearest(str(value), names)}"
+    )
+
+
+def integer(
+  config: Mapping[str, Any], name: str, where: str | pathlib.Path = FILE
+) -> int:
+  """Reads a required field that holds a positive integer."""
+  value = config.get(name)
+  if value is None:
+    raise errors.UserError(f"{where} has no field '{name}'.")
+  if type(value) is not int or not 1 <= value <= _MAX_SIZE:
+    raise errors.UserError(
+      f"{where} has {name} = {reprlib.repr(value)}; expected an integer from 1 "
+      f"to {_MAX_SIZE}."
+    )
+  return value
+
+
+def number(
+  config: Mapping[str, Any],
+  name: str,
+  default: float,
+  where: str | pathlib.Path = FILE,
+) -> float:
+  """Reads a field that holds a finite number; null stands for the default."""
+  value = config.get(name)
+  if value is None:
+    return default
+  if type(value) not in (int, float) or not math.isfinite(value):
+    raise errors.UserError(
+      f"{where} has {name} = {reprlib.repr(value)}; expected a number."
+    )
+  return float(value)
+
+
+def flag(
+  config: Mapping[str, Any],
+  name: str,
+  default: bool = False,
+  where: str | pathlib.Path = FILE,
+) -> bool:
+  """Reads a field that holds true or false; null is false."""
+  value = config.get(name, default)
+  if value is not None and not isinstance(value, bool):
+    raise errors.UserError(
+      f"{where} has {name} = {reprlib.repr(value)}; expected true or false."
+    )
+  return bool(value)
 
 
 def activation(config: Mapping[str, Any], name: str, default: str) -> str:
   """Reads and checks the name of an activation function."""
   value = config.get(name, default)
-  if value not in layers.ACTIVATIONS:
-    raise errors.UserError(
-      f"config.json has {name} '{value}'; supported are "
-      f"{', '.join(layers.ACTIVATIONS)}."
-      f"{errors.nearest(str(value), layers.ACTIVATIONS)}"
-    )
+  check_kind(value, layers.ACTIVATIONS, f"{FILE} has {name}")
   return value
 
 
-def check(config: Mapping[str, Any], name: str, expected: Any) -> None:
-  """Raises a `UserError` if a field has an unsupported value."""
-  if name in config and config[name] not in (None, expected):
+def check_decoder(config: Mapping[str, Any], fields: Collection[str]) -> None:
+  """Raises a `UserError` if config.json has fields that are not known.
+
+  Args:
+    config: the file as a dict.
+    fields: names of the fields that this family reads.
+  """
+  check_fields(config, HARMLESS.union(fields, ("is_causal",)), FILE)
+  # Unlike other fields, this one is true unless it is given.
+  if config.get("is_causal", True) is not True:
     raise errors.UserError(
-      f"config.json has {name} = {config[name]!r}; only {expected!r} is "
-      "supported."
+      f"{FILE} has is_causal = {config['is_causal']!r}; only true is supported."
     )

@@ -5,10 +5,11 @@ kind of adapter. An adapter of several kinds is a folder with a PEFT folder for
 each kind.
 """
 
+import collections
 import json
-import math
 import pathlib
 import re
+import reprlib
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from zofo_jax import adapters, errors
-from zofo_jax.models.hf import tensor_files, weights
+from zofo_jax.models.hf import config as config_lib
+from zofo_jax.models.hf import peft_config, tensor_files, weights
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 KINDS = {"lora": "LORA", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
@@ -24,7 +26,7 @@ KINDS = {"lora": "LORA", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
 _LORA_TENSOR = re.compile(
   r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
 )
-# Values of optional PEFT fields that mean plain LoRA, the only supported form.
+# Values of optional PEFT fields that mean plain LoRA, as it is written.
 _PLAIN: dict[str, Any] = {
   "alpha_pattern": {},
   "bias": "none",
@@ -114,12 +116,7 @@ def load(
         *(load(folder / kind, family, config) for kind in kinds)
       )
     raise errors.UserError(f"{folder} holds no adapter: it has no {CONFIG}.")
-  try:
-    fields = dict(json.loads((folder / CONFIG).read_text("utf-8")))
-  except (ValueError, TypeError) as error:
-    raise errors.UserError(
-      f"{folder / CONFIG}: not a JSON file ({error})."
-    ) from error
+  fields = config_lib.read(folder / CONFIG)
   if not (folder / WEIGHTS).is_file():
     raise errors.UserError(f"{folder} holds no weights: it has no {WEIGHTS}.")
   tensors = {
@@ -131,12 +128,8 @@ def load(
     "PREFIX_TUNING": _read_prefix,
     "PROMPT_TUNING": _read_prompt,
   }
-  kind = fields.get("peft_type")
-  if kind not in read:
-    raise errors.UserError(
-      f"{folder / CONFIG} has peft_type '{kind}'; supported are "
-      f"{', '.join(read)}.{errors.nearest(str(kind), read)}"
-    )
+  kind: Any = fields.get("peft_type")
+  config_lib.check_kind(kind, read, f"{folder / CONFIG} has peft_type")
   return read[kind](folder, family, config, fields, tensors)
 
 
@@ -190,15 +183,9 @@ def _write_lora(family, config, nodes):
 
 
 def _read_lora(folder, family, config, fields, tensors):
-  for name, plain in _PLAIN.items():
-    if fields.get(name) and fields[name] != plain:
-      raise errors.UserError(
-        f"{folder / CONFIG} has {name} = {fields[name]!r}; only {plain!r} is "
-        "supported."
-      )
-  for name in ("r", "lora_alpha"):
-    if not fields.get(name):
-      raise errors.UserError(f"{folder / CONFIG} has no '{name}'.")
+  path = folder / CONFIG
+  peft_config.check(path, "LORA", fields)
+  dropout = peft_config.dropout(path, fields)
   shapes = weights.shapes(family, config)
   module_of, depths = {}, {}
   for module, name in _modules(family, config).items():
@@ -206,7 +193,7 @@ def _read_lora(folder, family, config, fields, tensors):
     for layer in range(depths[module] or 1):
       module_of[name.format(layer=layer)] = (module, layer)
 
-  by_module: dict[str, dict[tuple[str, int], np.ndarray]] = {}
+  matrices: dict[tuple[str, str], np.ndarray] = {}
   for name, tensor in tensors.items():
     match = _LORA_TENSOR.fullmatch(name)
     if not match or match[1] not in module_of:
@@ -214,38 +201,56 @@ def _read_lora(folder, family, config, fields, tensors):
         f"{folder / WEIGHTS} has a tensor {name} that this model has no place "
         f"for.{errors.nearest(match[1], module_of) if match else ''}"
       )
-    module, layer = module_of[match[1]]
-    by_module.setdefault(module, {})[match[2], layer] = tensor
-
-  parts, rank = [], fields["r"]
-  root = math.sqrt(rank) if fields.get("use_rslora") else rank
-  for module, matrices in by_module.items():
+    matrices[match[1], match[2]] = tensor
+  others = {
+    name.rpartition(".")[0].format(layer=layer)
+    for name, _ in family.hf_parameters(config).values()
+    for layer in range(config.num_layers)
+  }
+  names = peft_config.targets(path, fields, list(module_of), others)
+  for name in sorted(names ^ {name for name, _ in matrices}):
+    raise errors.UserError(
+      f"{path} {'targets' if name in names else 'does not target'} {name}, "
+      f"which has {'no tensor' if name in names else 'tensors'} in {WEIGHTS}."
+    )
+  sizes = {}
+  for name in sorted(names):
+    module, layer = module_of[name]
+    rank, scale = peft_config.rank_and_scale(path, fields, name)
     *_, features_in, features_out = shapes[f"{module}/kernel"]
-    stacks: list[Any] = []
     for which, shape in (
       ("A", (rank, features_in)),
       ("B", (features_out, rank)),
     ):
-      stack = []
-      for layer in range(depths[module] or 1):
-        matrix = matrices.get((which, layer))
-        if matrix is None or matrix.shape != shape:
-          raise errors.UserError(
-            f"{folder / WEIGHTS}: lora_{which} of {module}, layer {layer}, has "
-            f"shape {None if matrix is None else matrix.shape}; expected "
-            f"{shape}."
-          )
-        stack.append(matrix.T)
-      stacks.append(np.stack(stack) if depths[module] else stack[0])
-    a, b = stacks
-    node = adapters.Lora(
-      a,
-      b,
-      scale=fields["lora_alpha"] / root,
-      dropout=fields.get("lora_dropout") or 0.0,
-    )
-    parts.append(_nest(f"{module}/lora", node))
-  return adapters.join(*parts)
+      matrix = matrices.get((name, which))
+      if matrix is None or matrix.shape != shape:
+        raise errors.UserError(
+          f"{folder / WEIGHTS}: lora_{which} of {module}, layer {layer}, has "
+          f"shape {None if matrix is None else matrix.shape}; expected "
+          f"{shape}, by r and rank_pattern."
+        )
+    sizes[name] = rank, scale
+
+  # A LoRA has one rank and one scale: lower ranks are padded with zeros, and
+  # B takes the ratio of the scales.
+  max_rank = max(rank for rank, _ in sizes.values())
+  scales = collections.Counter(scale for _, scale in sizes.values())
+  ((common, _),) = scales.most_common(1)
+  nodes: dict[str, Any] = {}
+  for name, (rank, scale) in sizes.items():
+    module, layer = module_of[name]
+    if module not in nodes:
+      *_, features_in, features_out = shapes[f"{module}/kernel"]
+      stack = (depths[module],) if depths[module] else ()
+      a: Any = np.zeros((*stack, features_in, max_rank), np.float32)
+      b: Any = np.zeros((*stack, max_rank, features_out), np.float32)
+      nodes[module] = adapters.Lora(a, b, scale=common, dropout=dropout)
+    index = layer if depths[module] else ...
+    nodes[module].a[index][:, :rank] = matrices[name, "A"].T
+    nodes[module].b[index][:rank] = matrices[name, "B"].T * (scale / common)
+  return adapters.join(
+    *(_nest(f"{module}/lora", node) for module, node in nodes.items())
+  )
 
 
 def _write_prefix(family, config, nodes):
@@ -264,7 +269,12 @@ def _read_prefix(folder, family, config, fields, tensors):
   ((path, shape),) = adapters.parts(shapes).items()
   layers, _, heads, features = shape.key.shape
   width = layers * 2 * heads * features
+  # PEFT replaces heads and width of a model with fewer heads of keys.
+  size = heads * features if heads == config.num_heads else None
+  expected = {"num_layers": layers, "token_dim": size}
+  expected["num_attention_heads"] = size and heads
   both = _embeddings(folder, fields, tensors, width)
+  _check_virtual(folder, fields, expected)
   both = both.reshape(-1, layers, 2, heads, features)
   return _nest(path, adapters.Prefix(*np.einsum("plckf->clpkf", both)))
 
@@ -282,6 +292,7 @@ def _write_prompt(family, config, nodes):
 def _read_prompt(folder, family, config, fields, tensors):
   width = weights.shapes(family, config)["embed/embedding"][1]
   embedding = _embeddings(folder, fields, tensors, width)
+  _check_virtual(folder, fields, {"token_dim": width})
   return _nest("embed/prompt", adapters.Prompt(embedding))
 
 
@@ -294,6 +305,17 @@ def _virtual(length: int, width: int, heads: int, layers: int) -> dict:
     "num_layers": layers,
     "num_transformer_submodules": 1,
   }
+
+
+def _check_virtual(folder, fields, expected: Mapping[str, int | None]) -> None:
+  """Raises a `UserError` if fields are set to other values than expected."""
+  peft_config.check(folder / CONFIG, fields["peft_type"], fields)
+  for name, value in {"num_transformer_submodules": 1, **expected}.items():
+    if value is not None and fields.get(name) not in (None, value):
+      raise errors.UserError(
+        f"{folder / CONFIG} has {name} = {reprlib.repr(fields[name])}; this "
+        f"model expects {value}."
+      )
 
 
 def _embeddings(folder, fields, tensors, width: int) -> Any:

@@ -25,7 +25,9 @@ from zofo_jax.models.hf import hub, tensor_files
 _BUFFERS = re.compile(
   r"(rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|position_ids)$"
 )
-
+# The output embedding, and how many of its rows are compared at a time.
+_HEAD = "lm_head.weight"
+_ROWS = 4096
 
 # index -> that part of a weight.
 ReadFn = Callable[[tensor_files.Index], np.ndarray]
@@ -65,10 +67,17 @@ def load(
   """
   folder = pathlib.Path(folder)
   expected = shapes(family, config)
-  stored = {
-    _short(name): (name, tensor)
-    for name, tensor in tensor_files.open_folder(folder, pickle=pickle).items()
-  }
+  stored = _open(folder, pickle)
+  if config.tied_head:
+    if _differ(*_embeddings(stored, family, config)):
+      raise errors.UserError(
+        f"config.json ties the head to the embedding, but {_HEAD} in {folder} "
+        "differs from it; expected tie_word_embeddings to be false."
+      )
+    # A tied matrix may be stored under either name.
+    head = stored.pop(_HEAD, None)
+    if head is not None:
+      stored.setdefault(_short(_embedding_name(family, config)), head)
   layout = list(_layout(family, config, expected))
   required = {_short(name) for _, parts in layout for _, name, _, _ in parts}
   leftover = [
@@ -101,6 +110,67 @@ def load(
     read = functools.partial(_read, tensors, shape, dtype)
     flat[path] = make(path, shape, read)
   return flax.traverse_util.unflatten_dict(flat, sep="/")
+
+
+def has_own_head(
+  folder: str | pathlib.Path,
+  family: ModuleType,
+  config: Any,
+  *,
+  pickle: bool = False,
+) -> bool:
+  """Returns whether a checkpoint's head differs from its embedding.
+
+  The tensors decide, as in transformers 5, even if config.json ties the two.
+
+  Args:
+    folder: folder with weights.
+    family: module with `hf_parameters`, such as `models.opt`.
+    config: the model's hyperparameters.
+    pickle: whether PyTorch's .bin, which is a pickle, may be opened.
+
+  Raises:
+    UserError: a file is missing or corrupt.
+  """
+  stored = _open(pathlib.Path(folder), pickle)
+  return _differ(*_embeddings(stored, family, config))
+
+
+# (the name in the file, the tensor) by the shortened name.
+_Stored = dict[str, tuple[str, tensor_files.LazyTensor]]
+
+
+def _open(folder: pathlib.Path, pickle: bool) -> _Stored:
+  """Opens the tensors of a folder."""
+  tensors = tensor_files.open_folder(folder, pickle=pickle)
+  return {_short(name): (name, tensor) for name, tensor in tensors.items()}
+
+
+def _embedding_name(family: ModuleType, config: Any) -> str:
+  return family.hf_parameters(config)["embed/embedding"][0]
+
+
+def _embeddings(
+  stored: _Stored, family: ModuleType, config: Any
+) -> list[tensor_files.LazyTensor]:
+  """Returns the input and the output embedding, those that there are."""
+  names = (_short(_embedding_name(family, config)), _HEAD)
+  return [stored[name][1] for name in names if name in stored]
+
+
+def _differ(*tensors: tensor_files.LazyTensor) -> bool:
+  """Returns whether two matrices, if there are two, have other values."""
+  if len(tensors) < 2:
+    return False
+  embed, head = tensors
+  if embed.shape != head.shape:
+    return True
+  size = embed.shape[0]
+  for start in range(0, size, _ROWS):
+    rows = (slice(start, min(start + _ROWS, size)),)
+    if not np.array_equal(embed.part(rows), head.part(rows)):
+      return True
+  return False
 
 
 def _read(
@@ -216,8 +286,7 @@ def _layout(
 
 def _check_leftover(folder: pathlib.Path, names: list[str]) -> None:
   """Raises a `UserError` if there are tensors that the model does not have."""
-  # A tied head is often saved in addition to the embedding.
-  names = [n for n in names if not _BUFFERS.search(n) and n != "lm_head.weight"]
+  names = [n for n in names if not _BUFFERS.search(n)]
   if names:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     raise errors.UserError(
