@@ -318,10 +318,10 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
       f"config.json has num_attention_heads = {num_heads}, which "
       f"num_key_value_heads = {num_kv_heads} does not divide."
     )
-  head_dim, rest = divmod(hidden_size, num_heads)
+  head_dim, remainder = divmod(hidden_size, num_heads)
   if config.get("head_dim") is not None:
-    head_dim, rest = config_lib.integer(config, "head_dim"), 0
-  if head_dim % 2 or rest:
+    head_dim, remainder = config_lib.integer(config, "head_dim"), 0
+  if head_dim % 2 or remainder:
     raise errors.UserError(
       f"config.json has hidden_size = {hidden_size} and num_attention_heads "
       f"= {num_heads}; expected heads of an even width."

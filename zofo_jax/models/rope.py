@@ -95,13 +95,13 @@ def from_hf(config: Mapping[str, Any], max_length: int) -> Rope:
   """
   name = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
   scaling = config.get(name) or {}
-  where = f"config.json's {name}"
+  file = f"config.json's {name}"
   if not isinstance(scaling, Mapping):
-    raise errors.UserError(f"{where} is {scaling!r}; expected an object.")
-  config_lib.check_fields(scaling, _FIELDS, where)
+    raise errors.UserError(f"{file} is {scaling!r}; expected an object.")
+  config_lib.check_fields(scaling, _FIELDS, file)
   kind = scaling.get("rope_type", scaling.get("type", "default"))
-  config_lib.check_kind(kind, KINDS, f"{where} has type")
-  for fields, place in ((scaling, where), (config, config_lib.FILE)):
+  config_lib.check_kind(kind, KINDS, f"{file} has type")
+  for fields, place in ((scaling, file), (config, config_lib.FILE)):
     partial = config_lib.number(fields, "partial_rotary_factor", 1.0, place)
     if partial != 1.0:
       raise errors.UserError(
@@ -109,28 +109,28 @@ def from_hf(config: Mapping[str, Any], max_length: int) -> Rope:
       )
   for field in _NEEDED[kind]:
     if scaling.get(field) is None:
-      raise errors.UserError(f"{where} is of type '{kind}' without '{field}'.")
+      raise errors.UserError(f"{file} is of type '{kind}' without '{field}'.")
   theta = config_lib.number(config, "rope_theta", 10000.0)
-  theta = config_lib.number(scaling, "rope_theta", theta, where)
+  theta = config_lib.number(scaling, "rope_theta", theta, file)
   values: dict[str, Any] = {}
   if kind != "default":
     for option in _NUMBERS:
       if scaling.get(option) is not None:
-        values[option] = config_lib.number(scaling, option, 0.0, where)
-    values["truncate"] = config_lib.flag(scaling, "truncate", True, where)
+        values[option] = config_lib.number(scaling, option, 0.0, file)
+    values["truncate"] = config_lib.flag(scaling, "truncate", True, file)
   bad = theta <= 1 or values.get("factor", 1.0) < 1
   bad |= any(values.get(name, 1.0) <= 0 for name in _POSITIVE)
   if kind == "llama3":
     bad |= values["low_freq_factor"] >= values["high_freq_factor"]
   if bad:
     raise errors.UserError(
-      f"{where} has rope_theta = {theta} and {values}; expected a theta above "
+      f"{file} has rope_theta = {theta} and {values}; expected a theta above "
       "1, a factor of at least 1, and positive numbers (low_freq_factor below "
       "high_freq_factor)."
     )
   values["original_length"] = max_length
   original = "original_max_position_embeddings"
-  for fields, place in ((scaling, where), (config, config_lib.FILE)):
+  for fields, place in ((scaling, file), (config, config_lib.FILE)):
     if kind in ("llama3", "yarn") and fields.get(original) is not None:
       values["original_length"] = config_lib.integer(fields, original, place)
   return Rope(kind, theta, **values)

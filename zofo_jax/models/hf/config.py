@@ -77,47 +77,53 @@ def read(path: pathlib.Path) -> dict[str, Any]:
 
 def check_fields(
   fields: Mapping[str, Any],
-  known: Collection[str],
-  where: str | pathlib.Path,
+  names: Collection[str],
+  file: str | pathlib.Path,
   unset: Sequence[Any] = ("", [], {}),
 ) -> None:
   """Raises a `UserError` if a field that is not known is set.
 
   Args:
     fields: of the file.
-    known: names that are read, or do not matter.
-    where: the file, for the message.
+    names: of fields that are read, or do not matter.
+    file: its name, for the message.
     unset: values, in addition to null and false, that stand for an unset field.
   """
   for name, value in fields.items():
     is_unset = value is None or value is False or value in unset
-    if name not in known and not is_unset:
+    if name not in names and not is_unset:
       raise errors.UserError(
-        f"{where} has {name} = {reprlib.repr(value)}, which is not supported; "
+        f"{file} has {name} = {reprlib.repr(value)}, which is not supported; "
         "a field on which no output depends can be removed from the file."
       )
 
 
-def check_kind(value: Any, names: Iterable[str], where: str) -> None:
-  """Raises a `UserError` if a value is not one of several names."""
+def check_kind(value: Any, names: Iterable[str], subject: str) -> None:
+  """Raises a `UserError` if a value is not one of several names.
+
+  Args:
+    value: of the field.
+    names: the valid values.
+    subject: file and field, for the message: "config.json has model_type".
+  """
   names = list(names)
   if not isinstance(value, str) or value not in names:
     raise errors.UserError(
-      f"{where} '{value}'; supported are {', '.join(names)}."
+      f"{subject} '{value}'; supported are {', '.join(names)}."
       f"{errors.nearest(str(value), names)}"
     )
 
 
 def integer(
-  config: Mapping[str, Any], name: str, where: str | pathlib.Path = FILE
+  config: Mapping[str, Any], name: str, file: str | pathlib.Path = FILE
 ) -> int:
   """Reads a required field that holds a positive integer."""
   value = config.get(name)
   if value is None:
-    raise errors.UserError(f"{where} has no field '{name}'.")
+    raise errors.UserError(f"{file} has no field '{name}'.")
   if type(value) is not int or not 1 <= value <= _MAX_SIZE:
     raise errors.UserError(
-      f"{where} has {name} = {reprlib.repr(value)}; expected an integer from 1 "
+      f"{file} has {name} = {reprlib.repr(value)}; expected an integer from 1 "
       f"to {_MAX_SIZE}."
     )
   return value
@@ -127,7 +133,7 @@ def number(
   config: Mapping[str, Any],
   name: str,
   default: float,
-  where: str | pathlib.Path = FILE,
+  file: str | pathlib.Path = FILE,
 ) -> float:
   """Reads a field that holds a finite number; null stands for the default."""
   value = config.get(name)
@@ -135,7 +141,7 @@ def number(
     return default
   if type(value) not in (int, float) or not math.isfinite(value):
     raise errors.UserError(
-      f"{where} has {name} = {reprlib.repr(value)}; expected a number."
+      f"{file} has {name} = {reprlib.repr(value)}; expected a number."
     )
   return float(value)
 
@@ -144,13 +150,13 @@ def flag(
   config: Mapping[str, Any],
   name: str,
   default: bool = False,
-  where: str | pathlib.Path = FILE,
+  file: str | pathlib.Path = FILE,
 ) -> bool:
   """Reads a field that holds true or false; null is false."""
   value = config.get(name, default)
   if value is not None and not isinstance(value, bool):
     raise errors.UserError(
-      f"{where} has {name} = {reprlib.repr(value)}; expected true or false."
+      f"{file} has {name} = {reprlib.repr(value)}; expected true or false."
     )
   return bool(value)
 

@@ -26,7 +26,7 @@ KINDS = {"lora": "LORA", "prefix": "PREFIX_TUNING", "prompt": "PROMPT_TUNING"}
 _LORA_TENSOR = re.compile(
   r"base_model\.model\.(.+)\.lora_([AB])(?:\.default)?\.weight"
 )
-# Values of optional PEFT fields that mean plain LoRA, as it is written.
+# Values of optional PEFT fields that mean plain LoRA; `save` writes them.
 _PLAIN: dict[str, Any] = {
   "alpha_pattern": {},
   "bias": "none",

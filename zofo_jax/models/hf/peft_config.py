@@ -69,11 +69,11 @@ def check(path: pathlib.Path, kind: str, fields: Mapping[str, Any]) -> None:
         f"{path} has {name} = {reprlib.repr(value)}; supported are "
         f"{', '.join(map(repr, values))}."
       )
-  known = [*_VALUES, *_READ[kind].split()]
+  names_read = [*_VALUES, *_READ[kind].split()]
   for names in _HARMLESS.values():
-    known += names.split()
+    names_read += names.split()
   # PEFT reads {} as the default config of a method, which turns it on.
-  config_lib.check_fields(fields, known, path, unset=("", []))
+  config_lib.check_fields(fields, names_read, path, unset=("", []))
 
 
 def dropout(path: pathlib.Path, fields: Mapping[str, Any]) -> float:
