@@ -115,7 +115,6 @@ def test_tokens_that_the_model_does_not_have_matter_only_in_texts(folder):
   calls = {
     "train": lambda rows: encoder.encode_train(task, rows),
     "eval": lambda rows: encoder.encode_eval(task, rows),
-    "unlabelled": lambda rows: encoder.encode_unlabelled(task, rows),
     "prompt": lambda rows: encoder.encode_prompt(
       task, rows[-1], rows[-1].fields["text"]
     ),
@@ -128,6 +127,9 @@ def test_tokens_that_the_model_does_not_have_matter_only_in_texts(folder):
     text = str(caught.value)
     assert "rows.jsonl, row 2: the text has the token '<pad1>'" in text
     assert f"id is {size + 1}; the model has {size} tokens" in text
+  kept, refused = encoder.encode_unlabelled(task, rows)
+  assert kept.source == rows[0].source
+  assert isinstance(refused, errors.RowError) and "<pad1>" in str(refused)
   # Options too.
   task = tasks.custom("own", prompt="{text}", options=(" bad", "<pad1>"))
   with pytest.raises(errors.UserError, match="row 1: the text has"):

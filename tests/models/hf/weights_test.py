@@ -385,10 +385,10 @@ def test_leftover_tensors(checkpoint):
     ('{"weight_map": {"a": ".."}}', "not a plain file name"),
     ('{"weight_map": {"a": "C:\\\\x"}}', "not a plain file name"),
     ('{"weight_map": {"a": 3}}', "not a plain file name"),
-    ('{"weight_map": {"a": ["b"]}}', "no index of weights"),
-    ('{"weight_map": ["a"]}', "no index of weights"),
-    ("[]", "no index of weights"),
-    ("{", "no index of weights"),
+    ('{"weight_map": {"a": ["b"]}}', "not an index of weights"),
+    ('{"weight_map": ["a"]}', "not an index of weights"),
+    ("[]", "not an index of weights"),
+    ("{", "not an index of weights"),
   ],
 )
 def test_bad_index(checkpoint, content, complaint):
