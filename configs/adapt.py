@@ -11,7 +11,7 @@ run.
 from etils import epath
 
 from zofo_jax.builders import run
-from zofo_jax.config import defaults, files
+from zofo_jax.config import defaults, files, paths
 
 
 def get_config(arg: str = ""):
@@ -19,7 +19,8 @@ def get_config(arg: str = ""):
   args = files.parse_arg(
     arg, run="", task="", start="mean", model="facebook/opt-1.3b"
   )
-  folders = tuple(filter(None, args["run"].split("+")))
+  runs = filter(None, args["run"].split("+"))
+  folders = tuple(map(paths.expand, runs))
   config = defaults.base_config()
   config.model.name = args["model"]
   # The command reports a run that does not exist.

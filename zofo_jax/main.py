@@ -7,6 +7,7 @@ resumes it.
 
 import importlib
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -68,6 +69,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
   except (errors.UserError, errors.InterruptedRun) as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return getattr(error, "code", 2)
+  except KeyboardInterrupt:  # before or after the steps of a run
+    print("zofo_jax: stopped by SIGINT.", file=sys.stderr)
+    return 128 + signal.SIGINT
   except BrokenPipeError:  # such as of `--print_config | head`
     sys.stdout = None
     return 0

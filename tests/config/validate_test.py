@@ -32,7 +32,7 @@ def test_every_number_is_checked():
   }
   numbers = {name for name in numbers if not name.startswith("mesh.")}
   assert numbers - set(NUMBERS) == {
-    "seed",
+    "seed",  # a range: see test_seeds
     "data.seed",
     "data.template",
     "lora.alpha",
@@ -116,3 +116,48 @@ def test_positions_that_adapters_take(config):
     taken[config.adapter.kind] = defaults.num_virtual(config)
   assert list(taken.values()) == [0, 5, 10, 15]
   assert defaults.adapter_kinds(config) == ("lora", "prefix", "prompt")
+
+
+@pytest.mark.parametrize(
+  "name, valid, wrong",
+  [
+    # The largest of the three streams' seeds, 3 * seed + 2, has 32 bits.
+    ("seed", (0, 1431655764), (-1, 1431655765, 99999999999)),
+    ("data.seed", (0, 2**32 - 1), (-1, 2**32)),
+  ],
+)
+def test_seeds(config, name, valid, wrong):
+  for seed in valid:
+    config.update_from_flattened_dict({name: seed})
+    validate.check(config)
+  for seed in wrong:
+    config.update_from_flattened_dict({name: seed})
+    with pytest.raises(errors.UserError, match=rf"{name}: .* from 0 .*{seed}"):
+      validate.check(config)
+
+
+@pytest.mark.parametrize(
+  "name, value",
+  [
+    ("zo.layers", ("first",)),
+    ("zo.layers", (1.5,)),
+    ("data.options", (" bad", 3)),
+    ("data.labels", (None, "good")),
+    ("train.trackers", (1,)),
+    ("meta.train", (1,)),
+    ("adapt.runs", (None,)),
+    ("generate.stop", (10,)),
+    ("ckpt.may_change", (0,)),
+  ],
+)
+def test_items_of_tuples(config, name, value):
+  config.update_from_flattened_dict({name: value})
+  defaults.replace_paths(config, str.upper)  # leaves the complaint to the check
+  with pytest.raises(errors.UserError, match=rf"config\.{name}: expected"):
+    validate.check(config)
+
+
+def test_every_tuple_is_checked():
+  for name, value in DEFAULTS.items():
+    if isinstance(value, tuple):
+      assert not defaults.FIELDS[name].check.accepts((object(),)), name

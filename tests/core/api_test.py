@@ -531,3 +531,14 @@ def test_a_list_called_layers_is_no_stack():
   np.testing.assert_allclose(
     halved["layers"]["kernel"], params["layers"]["kernel"] / 2, rtol=1e-6
   )
+
+
+def test_a_loss_of_low_precision_is_warned_of():
+  def loss(base, adapter, batch, key):
+    return jnp.mean((base + adapter - batch) ** 2).astype(jnp.bfloat16)
+
+  checked = checks.checked_loss(loss, "upper_loss_fn")
+  with pytest.warns(
+    UserWarning, match=r"upper_loss_fn .*bfloat16\[\]; expected"
+  ):
+    checked(jnp.zeros(2), jnp.zeros(2), jnp.ones(2), None)

@@ -133,7 +133,7 @@ def _published_config(name: str) -> dict[str, Any]:
   if name in published.CONFIGS:
     return published.CONFIGS[name]
   assets.make(name)
-  path = pathlib.Path(name).expanduser() / config_lib.FILE
+  path = pathlib.Path(name) / config_lib.FILE
   if not path.exists():
     raise errors.UserError(
       f"config.model.name: expected a folder with config.json or one of "

@@ -1,7 +1,9 @@
 """A run: its model, task, algorithm and mesh, shared by all commands."""
 
+import functools
 import json
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +20,7 @@ from zofo_jax.builders import budget as budget_lib
 from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import task as task_lib
-from zofo_jax.config import defaults, methods, validate
+from zofo_jax.config import defaults, methods, paths, validate
 from zofo_jax.core.types import (
   BilevelAlgorithm,
   BilevelBatch,
@@ -325,6 +327,11 @@ def check_mesh(
   mesh_lib.check_directions(mesh, num_directions)
 
 
+def saved_config(fields: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns a config and the folder from which its relative paths lead."""
+  return {**fields, "current_folder": os.getcwd()}
+
+
 def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
   """Reads the config of a saved run.
 
@@ -338,10 +345,15 @@ def read_config(folder: epath.Path) -> ml_collections.ConfigDict:
     )
   config = defaults.base_config()
   try:
+    fields = json.loads(path.read_text())
+    start = fields.pop("current_folder", "")
     with config.unlocked():
-      config.update(json.loads(path.read_text()))
+      config.update(fields)
   except (ValueError, TypeError, AttributeError) as error:
     raise errors.UserError(
       f"{path}: not a run's config ({errors.first_line(error)})."
     ) from error
+  defaults.replace_paths(config, paths.expand)  # of an earlier version
+  if start != os.getcwd():
+    defaults.replace_paths(config, functools.partial(paths.from_folder, start))
   return config

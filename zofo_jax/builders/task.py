@@ -1,6 +1,7 @@
 """The task of a run: a registered one, or one that the config declares."""
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ import ml_collections
 
 from zofo_jax import errors, tasks
 from zofo_jax.evaluation import metrics
+
+_log = logging.getLogger("zofo_jax")
 
 
 def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
@@ -71,7 +74,7 @@ def _declared_task(
       "config.data.prompt: declares a task of your own; expected a new name "
       f"in config.data.task; found '{name}', which is taken."
     )
-  return tasks.custom(
+  task = tasks.custom(
     name,
     prompt=prompt,
     options=options,
@@ -79,3 +82,28 @@ def _declared_task(
     labels=labels,
     metric=metric,
   )
+  for option in options:
+    if _ends_in_word(prompt) and _in_word(option[:1]):
+      _log.warning(
+        "config.data.options: %r follows the prompt, which ends in %r, without "
+        "a space; expected %r if it is a word of its own.",
+        option,
+        prompt[-8:],
+        f" {option}",
+      )
+      break
+  return task
+
+
+def _ends_in_word(prompt: str) -> bool:
+  """Whether a pattern ends in a word, or in a column, which mostly does."""
+  column = prompt.endswith("}") and not prompt.endswith("}}")
+  return column or _in_word(prompt[-1:])
+
+
+def _in_word(character: str) -> bool:
+  """Whether it is a digit or a letter of a script that has upper case.
+
+  Scripts without it may write words without spaces.
+  """
+  return character.isdigit() or character.islower() or character.isupper()

@@ -16,7 +16,7 @@ _log = logging.getLogger("zofo_jax")
 
 def absolute(folder: str | epath.Path) -> epath.Path:
   """Returns an absolute path; names are relative to the current folder."""
-  path = epath.Path(folder).expanduser()
+  path = epath.Path(folder)
   # `resolve` would take "gs://..." for a relative path.
   return path if path.is_absolute() else path.resolve()
 

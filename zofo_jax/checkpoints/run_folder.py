@@ -3,31 +3,23 @@
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
 
 from zofo_jax import errors
 from zofo_jax.builders import run as run_lib
-from zofo_jax.config import defaults
+from zofo_jax.config import defaults, paths
 from zofo_jax.config import fields as fields_lib
 
 
-def make(folder: epath.Path) -> None:
-  """Makes a folder, unless it exists, and checks that it can be written to.
-
-  Raises:
-    UserError: it cannot be made or written to.
-  """
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-    probe = folder / f".probe-{jax.process_index()}"
-    probe.write_text("")
-    probe.unlink()
-  except OSError as error:
+def _check_no_checkpoints(folder: epath.Path) -> None:
+  """Raises if a folder without a config has checkpoints."""
+  place = folder / "checkpoints"
+  steps = place.iterdir() if place.is_dir() else ()
+  if any(step.name.isdigit() for step in steps):
     raise errors.UserError(
-      f"--workdir: {folder} cannot be written to ({error.strerror}); expected "
-      "a folder to write into."
-    ) from error
+      f"--workdir: {place} has checkpoints, but their config is missing; "
+      f"expected {folder / 'config.json'}, or a new folder."
+    )
 
 
 def check_config(fields: Mapping[str, Any], folder: epath.Path) -> None:
@@ -45,8 +37,13 @@ def check_config(fields: Mapping[str, Any], folder: epath.Path) -> None:
   """
   path = folder / "config.json"
   if not path.exists():
+    _check_no_checkpoints(folder)
     return
   saved = defaults.flat(run_lib.read_config(folder))
+  # Two names of one folder are the same.
+  saved, fields = (
+    defaults.map_paths(paths.resolve, part) for part in (saved, fields)
+  )
   requested = set(fields["ckpt.may_change"])
   allowed, never = requested | {"ckpt.may_change"}, set()
   for field in defaults.FIELDS.values():

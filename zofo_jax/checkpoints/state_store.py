@@ -265,7 +265,7 @@ def open_store(
   config = run.config
   return Store(
     folder,
-    config.to_dict(),
+    run_lib.saved_config(config.to_dict()),
     abstract_state or run.abstract_state,
     lambda: model_lib.load_base(run.model, run.mesh),
     base_is_trained=methods.METHODS[config.method].updates_base,

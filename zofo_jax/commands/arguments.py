@@ -5,6 +5,8 @@ are typed and set by `ml_collections`.
 """
 
 import argparse
+import ast
+import contextlib
 import importlib
 import re
 from collections.abc import Sequence
@@ -12,10 +14,12 @@ from typing import Any, NoReturn, TypeVar
 
 import ml_collections
 from absl import flags
+from etils import epath
 from ml_collections import config_flags
 
 from zofo_jax import errors
-from zofo_jax.config import defaults, files, show
+from zofo_jax.checkpoints import lock
+from zofo_jax.config import defaults, files, paths, show
 from zofo_jax.sharding import multihost
 
 T = TypeVar("T")
@@ -91,7 +95,10 @@ def add_config(parser: Parser) -> None:
 def add_run(parser: Parser) -> None:
   """Adds the flags for the folder of a run and for several processes."""
   parser.add_argument(
-    "--workdir", metavar="DIR", help="folder of the run; local or gs://"
+    "--workdir",
+    metavar="DIR",
+    type=paths.expand,
+    help="folder of the run; local or gs://",
   )
   group = parser.add_argument_group(
     "several processes", "The same command is started in each of them."
@@ -175,7 +182,7 @@ def set_fields(
     errors.UserError: a value is not of its field's type.
   """
   others = [a for a in arguments if re.match(r"-+(?!(no)?config\.)[a-z]", a)]
-  argv = ["zofo", *(a for a in arguments if a not in others)]
+  argv = ["zofo", *_unescape_texts([a for a in arguments if a not in others])]
   values = flags.FlagValues()
   try:
     config_flags.DEFINE_config_dict(
@@ -187,7 +194,32 @@ def set_fields(
     raise errors.UserError(f"--config: {errors.first_line(error)}.") from error
   except flags.Error as error:
     raise errors.UserError(f"{errors.first_line(error)}.") from error
+  defaults.replace_paths(values["config"].value, paths.expand)
   return values["config"].value, others
+
+
+def _unescape_texts(arguments: Sequence[str]) -> list[str]:
+  r"""Interprets escapes such as \n, which a shell leaves in values of texts."""
+  result, name = [], ""
+  for argument in arguments:
+    flag = re.match(r"-+config\.([\w.]+)=?", argument)
+    start = 0
+    if flag:
+      name, start = flag[1], flag.end()
+    result.append(argument[:start] + _unescape(name, argument[start:]))
+  return result
+
+
+def _unescape(name: str, text: str) -> str:
+  """Interprets the escapes in a field's value, unless it is a literal."""
+  field = defaults.FIELDS.get(name)
+  if field is None or not field.check.is_text:
+    return text
+  if isinstance(field.default, tuple):
+    with contextlib.suppress(SyntaxError, ValueError):
+      ast.literal_eval(text)  # as in Python, with its own escapes
+      return text
+  return paths.unescape(text)
 
 
 def start_processes(
@@ -269,4 +301,5 @@ def run_config(
   start_processes(options, command, defaults.flat(config))
   # Imports that take seconds: only once the arguments are right.
   module, _, function = _RUNNERS[command].partition(":")
-  getattr(importlib.import_module(module), function)(config, workdir)
+  with lock.hold(epath.Path(workdir)):
+    getattr(importlib.import_module(module), function)(config, workdir)

@@ -63,6 +63,7 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
   folder = epath.Path(workdir)
   with multihost.raise_on_all_processes():
     run = load_run(folder)
+    report.make_folder(folder)
     examples = run.load_examples().test
   state = restore(run, folder)
   result = run.evaluate(

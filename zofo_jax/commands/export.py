@@ -11,10 +11,11 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from zofo_jax import adapters, errors
+from zofo_jax import adapters, errors, report
 from zofo_jax.builders import model
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import evaluate
+from zofo_jax.config import paths
 from zofo_jax.models.hf import peft
 
 WHAT = ("merged", "base", "adapter")
@@ -41,6 +42,7 @@ def export(run_folder: str, folder: str, what: str) -> None:
   place = pathlib.Path(folder)
   if place.is_dir() and any(place.iterdir()):
     raise errors.UserError(f"{folder} is not empty; expected a new folder.")
+  report.make_folder(epath.Path(folder), "zofo export")
   run = evaluate.load_run(epath.Path(run_folder))
   state = evaluate.restore(run, epath.Path(run_folder))
   try:
@@ -67,8 +69,10 @@ def export(run_folder: str, folder: str, what: str) -> None:
 def main(arguments: Sequence[str]) -> None:
   """Runs the command."""
   parser = arguments_lib.make_parser("export", __doc__)
-  parser.add_argument("run", help="folder of the run")
-  parser.add_argument("folder", help="a new folder to write to")
+  parser.add_argument("run", type=paths.expand, help="folder of the run")
+  parser.add_argument(
+    "folder", type=paths.expand, help="a new folder to write to"
+  )
   parser.add_argument("--what", required=True, help=", ".join(WHAT))
   options = parser.parse(arguments)
   export(options.run, options.folder, options.what)

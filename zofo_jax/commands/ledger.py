@@ -17,14 +17,14 @@ import jax
 import numpy as np
 from etils import epath
 
-from zofo_jax import errors
+from zofo_jax import errors, report
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import manager
 from zofo_jax.checkpoints.ledger import format as ledger_format
 from zofo_jax.checkpoints.ledger import replay as replay_lib
 from zofo_jax.commands import arguments as arguments_lib
-from zofo_jax.config import methods
+from zofo_jax.config import methods, paths
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -37,21 +37,30 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     ("diff", "find where two ledgers start to differ"),
   ):
     command = commands.add_parser(name, help=text)
-    command.add_argument("--ledger", required=True, help="the file")
+    command.add_argument(
+      "--ledger", required=True, type=paths.expand, help="the file"
+    )
     if name == "diff":
-      command.add_argument("other", help="the file to compare with")
+      command.add_argument(
+        "other", type=paths.expand, help="the file to compare with"
+      )
     if name in ("replay", "verify"):
       command.add_argument(
         "--base",
+        type=paths.expand,
         help="hub id or folder of the initial theta",
       )
       command.add_argument(
         "--to", type=int, help="step; else the last, or the checkpoint's"
       )
     if name == "replay":
-      command.add_argument("--out", help="folder to write the model to")
+      command.add_argument(
+        "--out", type=paths.expand, help="folder to write the model to"
+      )
     if name == "verify":
-      command.add_argument("--run", required=True, help="folder of the run")
+      command.add_argument(
+        "--run", required=True, type=paths.expand, help="folder of the run"
+      )
   return parser.parse(arguments)
 
 
@@ -114,6 +123,8 @@ def replay(
   path: str, base: str | None, to: int | None, out: str | None
 ) -> None:
   """Rebuilds theta, and writes it as a checkpoint folder if `out` is given."""
+  if out:
+    report.make_folder(epath.Path(out), "--out")
   theta, (step, model) = rebuild(path, base, to)
   print(f"theta at step {step}: SHA-256 {replay_lib.fingerprint(theta)}")
   if out:

@@ -7,9 +7,9 @@ Needs neither the devices nor the weights.
 
 from collections.abc import Sequence
 
-from zofo_jax import errors
+from zofo_jax import errors, report
 from zofo_jax.commands import arguments as arguments_lib
-from zofo_jax.config import show
+from zofo_jax.config import paths, show
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -17,7 +17,12 @@ def main(arguments: Sequence[str]) -> None:
   parser = arguments_lib.make_parser("plan", __doc__)
   arguments_lib.add_config(parser)
   parser.add_argument("--topology", help="devices, such as v5e:4x4 or h100:8")
-  parser.add_argument("--json", metavar="FILE", help="file to write figures to")
+  parser.add_argument(
+    "--json",
+    metavar="FILE",
+    type=paths.expand,
+    help="file to write figures to",
+  )
   options, config = arguments_lib.parse_config(parser, arguments)
   config = arguments_lib.require(config, *arguments_lib.NEEDED_CONFIG)
   if options.print_config:
@@ -28,6 +33,8 @@ def main(arguments: Sequence[str]) -> None:
       "--topology: expected devices such as v5e:4x4, cpu:8 or h100:8; found "
       "nothing."
     )
+  if options.json:
+    report.check_output(options.json, "--json")
   from zofo_jax.plan import planner  # takes seconds
 
   planner.plan(config, options.topology, options.json)

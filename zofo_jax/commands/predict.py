@@ -12,6 +12,7 @@ from zofo_jax import errors, report, tasks
 from zofo_jax.builders import run as run_lib
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import evaluate
+from zofo_jax.config import paths
 from zofo_jax.data import files, sources
 from zofo_jax.evaluation import results
 from zofo_jax.sharding import multihost
@@ -35,8 +36,10 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   if not source:
     raise errors.UserError("--input: expected a file of rows; found nothing.")
   folder = epath.Path(workdir)
+  path = epath.Path(target) if target else folder / "answers.jsonl"
   with multihost.raise_on_all_processes():
     run = evaluate.load_run(folder)
+    report.check_output(path, "--output" if target else "--workdir")
     items = sources.read(run.task, source, "train", labelled=False)
     encoded = _encode(run, items)
     examples = [e for e in encoded if not isinstance(e, errors.RowError)]
@@ -49,8 +52,6 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
     state.base, run.selected_adapter(state), examples, "predict"
   )
   answers = iter(_answers(run, items, result))
-  path = epath.Path(target) if target else folder / "answers.jsonl"
-  path.parent.mkdir(parents=True, exist_ok=True)
   report.write_lines(
     path,
     [
@@ -106,7 +107,10 @@ def main(arguments: Sequence[str]) -> None:
     help="rows: JSON, CSV, TSV or Parquet; labels unread",
   )
   parser.add_argument(
-    "--output", metavar="FILE", help="JSONL; else WORKDIR/answers.jsonl"
+    "--output",
+    metavar="FILE",
+    type=paths.expand,
+    help="JSONL; else WORKDIR/answers.jsonl",
   )
   arguments_lib.add_run(parser)
   options = parser.parse(arguments)

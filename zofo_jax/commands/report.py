@@ -7,24 +7,30 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from zofo_jax import errors
+from zofo_jax import report
 from zofo_jax.commands import arguments as arguments_lib
+from zofo_jax.config import paths
 from zofo_jax.report import html
 
 
 def main(arguments: Sequence[str]) -> None:
   """Runs the command."""
   parser = arguments_lib.make_parser("report", __doc__)
-  parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs")
-  parser.add_argument("--out", default="report.html", help="file to write")
+  parser.add_argument(
+    "runs",
+    nargs="+",
+    metavar="RUN",
+    type=paths.expand,
+    help="folders of runs",
+  )
+  parser.add_argument(
+    "--out",
+    default="report.html",
+    type=paths.expand,
+    help="file to write",
+  )
   options = parser.parse(arguments)
-  text = html.page(html.find(options.runs))
-  path = epath.Path(options.out)
-  try:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-  except OSError as error:
-    raise errors.UserError(
-      f"--out: '{options.out}' cannot be written ({error.strerror})."
-    ) from error
+  runs = html.find(options.runs)
+  report.check_output(options.out, "--out")
+  epath.Path(options.out).write_text(html.page(runs))
   print(f"Wrote {options.out}.")

@@ -18,9 +18,12 @@ from collections.abc import Mapping, Sequence
 from concurrent import futures
 from typing import Any, NamedTuple
 
+from etils import epath
+
 from zofo_jax import errors, report
+from zofo_jax.checkpoints import lock
 from zofo_jax.commands import arguments as arguments_lib
-from zofo_jax.config import defaults, files
+from zofo_jax.config import defaults, files, paths
 from zofo_jax.report import progress as progress_lib
 
 
@@ -146,7 +149,12 @@ def main(arguments: Sequence[str]) -> int:
   """Runs the command; returns 2 if a run failed."""
   parser = arguments_lib.make_parser("sweep", __doc__)
   parser.add_argument("--sweep", required=True, help="Python file of the sweep")
-  parser.add_argument("--workdir", required=True, help="folder for the runs")
+  parser.add_argument(
+    "--workdir",
+    required=True,
+    type=paths.expand,
+    help="folder for the runs",
+  )
   parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
   parser.add_argument(
     "--print",
@@ -164,8 +172,10 @@ def main(arguments: Sequence[str]) -> int:
     for sweep_run in sweep_runs:
       print(shlex.join(["python", *sweep_run.command[1:]]))
     return 0
-  rows = run(sweep_runs, options.jobs)
-  report.write_json(pathlib.Path(options.workdir) / "sweep.json", rows)
+  folder = epath.Path(options.workdir)
+  with lock.hold(folder):
+    rows = run(sweep_runs, options.jobs)
+    report.write_json(folder / "sweep.json", rows)
   columns = ("test_accuracy", "test_token_f1", "train_seconds", "failed")
   report.results_table(
     [

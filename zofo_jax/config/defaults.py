@@ -7,6 +7,7 @@ T = `lower.num_steps` steps, `upper` trains p, `zo` updates theta, `penalty` is
 lambda.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ml_collections
@@ -17,10 +18,18 @@ from zofo_jax.config import methods
 from zofo_jax.config.fields import (
   ALWAYS,
   ANY,
+  INTEGERS,
+  LABELS,
+  NAMES,
   NEVER,
   NOT_NEGATIVE,
+  PATH,
+  PATHS,
   POSITIVE,
+  TEXT,
+  TEXTS,
   Field,
+  integer,
   one_of,
 )
 
@@ -37,6 +46,9 @@ RANDOM_DIRECTIONS = (
 )
 ZO_DIRECTIONS = (*RANDOM_DIRECTIONS, "guided")
 ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
+
+# NumPy's generators take 32 bits; a run has three streams, up to 3 * seed + 2.
+_LARGEST_SEED = (2**32 - 3) // 3
 
 # The sections, in the order in which they are printed.
 SECTIONS = {
@@ -69,7 +81,8 @@ SECTIONS = {
 _ROWS: tuple[tuple[Any, ...], ...] = (
   ("command", "train", one_of(*COMMANDS), "command to run if none is given"),
   ("method", "bilevel", one_of(*methods.METHODS), "training method"),
-  ("seed", 0, ANY, "of training: batches, directions, adapters", NEVER),
+  ("seed", 0, integer(0, _LARGEST_SEED),
+   "of training: batches, directions, adapters", NEVER),
   ("penalty", 100.0, NOT_NEGATIVE, "lambda, weight of L(p) - L(s) on D_p"),
   ("penalty_schedule", "constant", one_of("constant", "linear"),
    "constant, or linear: rises to `penalty` over the run"),
@@ -78,7 +91,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("loss", "likelihood", one_of("likelihood", "classification"),
    "of the right option's tokens, or a softmax over the options"),
   # The language model.
-  ("model.name", str, ANY, "hub id or local folder", NEVER),
+  ("model.name", str, PATH, "hub id or local folder", NEVER),
   ("model.revision", str, ANY, "branch, tag or commit of the hub id", NEVER),
   ("model.dtype", "float32", one_of("float32", "bfloat16"),
    "of weights and activations", NEVER),
@@ -93,7 +106,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   # Adapters.
   ("adapter.kind", "lora", ANY,
    "lora, prefix or prompt; several are joined by +, as lora+prefix"),
-  ("adapter.init_from", str, ANY, "PEFT folder to start from"),
+  ("adapter.init_from", str, PATH, "PEFT folder to start from"),
   ("lora.rank", 8, POSITIVE, "rank of the two factors"),
   ("lora.alpha", 16.0, ANY, "their product is scaled by alpha / rank"),
   ("lora.targets", r"attention/(query|value)$", ANY,
@@ -109,7 +122,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "virtual tokens, taken from the model's context"),
   ("prompt.init", "tokens", one_of("tokens", "random", "text"),
    "embeddings of random tokens, random numbers, or prompt.text"),
-  ("prompt.text", "", ANY, "repeated or cut to the length"),
+  ("prompt.text", "", TEXT, "repeated or cut to the length"),
   # Lower level.
   ("lower.num_steps", 10, POSITIVE, "T, steps on s in each iteration"),
   ("lower.optimizer", "adam", one_of(*OPTIMIZERS), "optimizer of s"),
@@ -140,7 +153,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("zo.select", "", ANY,
    "regular expression for the paths of the weights to update; empty: all",
    NEVER),
-  ("zo.layers", (), ANY, "indices of the layers to update; (): all", NEVER),
+  ("zo.layers", (), INTEGERS,
+   "indices of the layers to update; (): all", NEVER),
   ("zo.num_directions", 1, POSITIVE,
    "directions of an estimate; per_example has one for each row instead"),
   ("zo.eps", 1e-3, POSITIVE, "radius of the finite difference"),
@@ -175,9 +189,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("data.task", "sst2", ANY,
    "a task that `zofo tasks` lists, or a new name"),
   ("data.template", 0, ANY, "version of the task's prompt"),
-  ("data.dir", str, ANY,
+  ("data.dir", str, PATH,
    "folder with JSON, CSV, TSV or Parquet files, or one file; else the hub"),
-  ("data.seed", 0, ANY, "of the draw of rows"),
+  ("data.seed", 0, integer(0, 2**32 - 1), "of the draw of rows"),
   ("data.num_lower", 666, POSITIVE, "rows of D_p"),
   ("data.num_upper", 334, POSITIVE, "rows of D_f"),
   ("data.pooled", False, ANY, "use all of these rows as both D_p and D_f"),
@@ -196,12 +210,12 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "rows of each label in D_p and in D_f, instead of their numbers; 0: unused"),
   ("data.metric", "", one_of("", *METRICS),
    "metric to select by; empty: the task's"),
-  ("data.prompt", "", ANY,
+  ("data.prompt", "", TEXT,
    "prompt of a new task, such as '{review} It was'; braces name columns"),
-  ("data.options", (), ANY,
+  ("data.options", (), TEXTS,
    "its options, such as (' bad', ' good'); (): text is generated"),
   ("data.label", "label", ANY, "its column of labels or answers"),
-  ("data.labels", (), ANY,
+  ("data.labels", (), LABELS,
    "its labels in the order of the options; (): 0, 1 and so on"),
   # The loop.
   ("train.num_steps", 500, POSITIVE, "iterations of the run"),
@@ -209,7 +223,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "iterations of the first stage of a method with _then_"),
   ("train.eval_every_steps", 50, POSITIVE,
    "iterations between evaluations, each with a checkpoint"),
-  ("train.trackers", (), ANY, "some of tensorboard, wandb, mlflow", ALWAYS),
+  ("train.trackers", (), NAMES, "some of tensorboard, wandb, mlflow", ALWAYS),
   ("train.profile_steps", 0, NOT_NEGATIVE,
    "iterations to trace into WORKDIR/profile", ALWAYS),
   ("train.max_nonfinite", 10, NOT_NEGATIVE,
@@ -217,9 +231,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("train.max_loss_ratio", 0.0, NOT_NEGATIVE,
    "stop once the mean loss on D_f is this multiple of its start; 0: never"),
   # Many tasks.
-  ("meta.train", ("sentiment",), ANY,
+  ("meta.train", ("sentiment",), PATHS,
    "groups or tasks to train on, or MetaICL's .json lists"),
-  ("meta.target", ("sentiment",), ANY,
+  ("meta.target", ("sentiment",), PATHS,
    "groups or tasks that are held out, for the command adapt"),
   ("meta.num_tasks", 4, POSITIVE, "M, tasks drawn in each iteration"),
   ("meta.size_power", 0.0, NOT_NEGATIVE,
@@ -229,9 +243,10 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("meta.on_host", False, ANY,
    "keep the adapters of tasks that are not drawn in host memory"),
   ("meta.metaicl", "16384_100", ANY, "k and seed in MetaICL's file names"),
-  ("adapt.runs", (), ANY,
+  ("adapt.runs", (), PATHS,
    "folders of metatrain runs; the bare model is always evaluated as well"),
-  ("adapt.tasks", (), ANY, "as meta.target; (): those of the run"),
+  ("adapt.tasks", (), PATHS,
+   "as meta.target; (): those of the run"),
   ("adapt.start", "mean", one_of("mean", "fresh"),
    "the run's p (mean over tasks), or a new adapter"),
   ("adapt.shots", 16, POSITIVE,
@@ -243,7 +258,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("adapt.batch_size", 8, POSITIVE, "rows a step"),
   ("icl.num_shots", 32, NOT_NEGATIVE, "demonstrations; 0: zero-shot"),
   ("icl.balanced", True, ANY, "equally many of each label"),
-  ("icl.separator", "\n\n", ANY, "after each demonstration"),
+  ("icl.separator", "\n\n", TEXT, "after each demonstration"),
   ("icl.num_sets", 1, POSITIVE, "draws of demonstrations to average over"),
   ("icl.calibration", "none", one_of("none", "contextual", "domain"),
    "scores of options relative to a prompt without content"),
@@ -263,14 +278,14 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "sample among the likeliest tokens of this total probability"),
   ("generate.num_beams", 1, POSITIVE, "more than 1 for beam search"),
   ("generate.length_penalty", 1.0, ANY, "exponent of beam search"),
-  ("generate.stop", ("\n",), ANY, "texts that end an answer"),
+  ("generate.stop", ("\n",), TEXTS, "texts that end an answer"),
   # Checkpoints.
   ("ckpt.keep", 1, POSITIVE,
    "latest checkpoints to keep, besides the best on the selection rows"),
   ("ckpt.base_every_steps", 0, NOT_NEGATIVE,
    "save theta only this often and replay the ledger from there; 0: always",
    NEVER),
-  ("ckpt.may_change", (), ANY,
+  ("ckpt.may_change", (), NAMES,
    "fields that may differ when a run resumes"),
 )
 # fmt: on
@@ -301,6 +316,30 @@ def base_config() -> ml_collections.ConfigDict:
 def flat(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Returns all fields of a config as {"zo.eps": 1e-3, ...}."""
   return traverse_util.flatten_dict(config.to_dict(), sep=".")
+
+
+def map_paths(
+  fn: Callable[[str], str], fields: Mapping[str, Any]
+) -> dict[str, Any]:
+  """Returns fields with a function applied to every path.
+
+  Args:
+    fn: path -> path; also called with names, where a field may be either.
+    fields: {"data.dir": "~/rows", ...}; unknown ones are unchanged.
+  """
+  return {
+    name: FIELDS[name].map_paths(fn, value) if name in FIELDS else value
+    for name, value in fields.items()
+  }
+
+
+def replace_paths(
+  config: ml_collections.ConfigDict, fn: Callable[[str], str]
+) -> None:
+  """Applies a function to every path of a config, in place."""
+  fields = flat(config)
+  changed = map_paths(fn, fields).items() - fields.items()
+  config.update_from_flattened_dict(dict(changed))
 
 
 def adapter_kinds(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -7,17 +7,21 @@ from zofo_jax import errors
 
 
 class Check(NamedTuple):
-  """A condition on the value of one field.
+  """What a value of one field may be, and how it is read.
 
   Attributes:
     expected: what completes "expected ..." in an error, "" if anything goes.
     accepts: whether a value meets the condition.
     choices: all valid values, where they can be listed.
+    is_path: whether it is a path, or several, or may be one.
+    is_text: whether a command line may have escapes for line breaks in it.
   """
 
   expected: str
   accepts: Callable[[Any], bool]
   choices: tuple[str, ...] = ()
+  is_path: bool = False
+  is_text: bool = False
 
 
 # Whether a resumed run may have another value of a field.
@@ -44,6 +48,12 @@ class Field(NamedTuple):
   help: str
   may_change: str = ON_REQUEST
 
+  def map_paths(self, fn: Callable[[str], str], value: Any) -> Any:
+    """Returns a value with `fn` applied to its paths, if it is valid."""
+    if not self.check.is_path or not value or not self.check.accepts(value):
+      return value
+    return fn(value) if isinstance(value, str) else tuple(map(fn, value))
+
   def validate(self, value: Any) -> None:
     """Raises a UserError if the value does not meet the field's check."""
     check = self.check
@@ -57,7 +67,21 @@ class Field(NamedTuple):
     )
 
 
+def _tuple_of(kind: Any, expected: str) -> Check:
+  """Returns the check of a field whose items have a type."""
+  return Check(
+    expected, lambda value: all(isinstance(item, kind) for item in value)
+  )
+
+
 ANY = Check("", lambda _: True)
+TEXT = ANY._replace(is_text=True)
+NAMES = _tuple_of(str, "texts, as ('a', 'b')")
+TEXTS = NAMES._replace(is_text=True)
+LABELS = _tuple_of(str | int | float, "texts or numbers, as ('a', 'b')")
+INTEGERS = _tuple_of(int, "whole numbers, as (0, 1)")
+PATH = ANY._replace(is_path=True)
+PATHS = NAMES._replace(is_path=True)
 # Written so that NaN fails.
 POSITIVE = Check("more than 0", lambda value: value > 0)
 NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
@@ -66,3 +90,11 @@ NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
 def one_of(*choices: str) -> Check:
   """Returns the check of a field that takes one of several names."""
   return Check(f"one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+def integer(smallest: int, largest: int) -> Check:
+  """Returns the check of a field that takes a whole number of a range."""
+  return Check(
+    f"a whole number from {smallest} to {largest}",
+    lambda value: smallest <= value <= largest,
+  )

@@ -15,6 +15,7 @@ from typing import TypeVar
 import ml_collections
 
 from zofo_jax import errors
+from zofo_jax.config import paths
 
 _T = TypeVar("_T")
 
@@ -41,7 +42,7 @@ def find(name: str, flag: str = "--config") -> pathlib.Path:
   Raises:
     errors.UserError: there is neither such a file nor such a name.
   """
-  path = pathlib.Path(name).expanduser()
+  path = pathlib.Path(paths.expand(name))
   if path.is_file():
     return path
   stem = name.removeprefix("configs/").removesuffix(".py")

@@ -6,7 +6,7 @@ from typing import Any
 
 import ml_collections
 
-from zofo_jax.config import defaults, validate
+from zofo_jax.config import defaults, paths, validate
 
 
 def _section(name: str) -> str:
@@ -27,7 +27,7 @@ def as_arguments(config: ml_collections.ConfigDict) -> str:
       help_ = defaults.FIELDS[name].help
       if values[name] != initial[name]:
         help_ = f"[default {initial[name]!r}] {help_}"
-      argument = f"--config.{name}={_quoted(values[name])}"
+      argument = f"--config.{name}={_quoted(name, values[name])}"
       lines.append(f"{argument:<44}  # {help_}")
   return "\n".join(lines)
 
@@ -38,11 +38,12 @@ def print_config(config: ml_collections.ConfigDict) -> None:
   validate.check(config)
 
 
-def _quoted(value: Any) -> str:
-  """Returns a value as a shell reads it."""
+def _quoted(name: str, value: Any) -> str:
+  """Returns a field's value as a shell and `arguments.set_fields` read it."""
   text = "" if value is None else str(value)
-  # Line breaks as bash and zsh write them.
-  return f"${text!r}" if "\n" in text else shlex.quote(text)
+  if isinstance(value, str) and defaults.FIELDS[name].check.is_text:
+    text = paths.escape(text)
+  return shlex.quote(text)
 
 
 def as_markdown() -> str:

@@ -8,6 +8,7 @@ of one sentence: the name, what was found, what was expected.
 import functools
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -185,9 +186,24 @@ def checked_loss(
 
   Returns:
     A function like `fn`, which raises a ValueError where the loss is not a
-    floating-point scalar.
+    floating-point scalar, and warns where it is of low precision.
   """
-  return _checked(fn, name, has_aux, jnp.floating, "a floating-point scalar")
+  checked = _checked(fn, name, has_aux, jnp.floating, "a floating-point scalar")
+
+  @functools.wraps(fn)
+  def call(*args: Any) -> Any:
+    result = checked(*args)
+    value = result[0] if has_aux else result
+    if jnp.finfo(jnp.result_type(value)).bits < 32:
+      warnings.warn(
+        f"{name} returned {_describe(value)}; expected float32, since "
+        "differences of losses that are rounded to so few digits are mostly "
+        "rounding.",
+        stacklevel=2,
+      )
+    return result
+
+  return call
 
 
 def checked_score(

@@ -6,6 +6,8 @@
 from zofo_jax.report.curves import plot_curves
 from zofo_jax.report.jsonl import (
   JsonlWriter,
+  check_output,
+  make_folder,
   read_jsonl,
   write_json,
   write_lines,
@@ -15,6 +17,8 @@ from zofo_jax.report.tables import results_table
 
 __all__ = [
   "JsonlWriter",
+  "check_output",
+  "make_folder",
   "plot_curves",
   "read_jsonl",
   "results_table",

@@ -5,6 +5,7 @@ Of several processes only the first writes anything.
 
 import json
 import math
+import uuid
 from collections.abc import Iterable, Mapping
 from typing import IO, Any, Self
 
@@ -61,6 +62,46 @@ class JsonlWriter:
     if self._file is not None:
       self._file.close()
       self._file = None
+
+
+def make_folder(folder: epath.Path, flag: str = "--workdir") -> None:
+  """Makes a folder, unless it exists, and checks that it can be written to.
+
+  Args:
+    folder: of all processes.
+    flag: the flag that it was given with, for the error.
+
+  Raises:
+    UserError: it cannot be made or written to.
+  """
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    probe.write_text("")
+    probe.unlink()
+  except OSError as error:
+    raise errors.UserError(
+      f"{flag}: {folder} cannot be written to ({error.strerror}); expected "
+      "a folder to write into."
+    ) from error
+
+
+def check_output(path: epath.PathLike, flag: str) -> None:
+  """Checks that a file can be written, before the work that it is of.
+
+  Args:
+    path: of the file; its folder is made if need be.
+    flag: the flag that it was given with.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  path = epath.Path(path)
+  make_folder(path.parent, flag)
+  if path.is_dir():
+    raise errors.UserError(
+      f"{flag}: {path} is a folder; expected a file to write."
+    )
 
 
 def read_jsonl(path: epath.PathLike) -> list[dict[str, Any]]:

@@ -54,6 +54,24 @@ def resolve(sizes: Mapping[str, int], num_devices: int) -> dict[str, int]:
   return {n: num_devices // taken if n in free else sizes[n] for n in AXES}
 
 
+def all_devices() -> list[jax.Device]:
+  """Returns the devices of all processes.
+
+  Raises:
+    UserError: JAX finds none of the platform that it is to use.
+  """
+  try:
+    return jax.devices()
+  except (AssertionError, RuntimeError) as error:
+    platforms = jax.config.values["jax_platforms"]
+    valid = ("cpu", "cuda", "rocm", "tpu")
+    raise errors.UserError(
+      f"JAX_PLATFORMS: expected some of {', '.join(valid)} that this machine "
+      f"and this jaxlib have, or nothing; found '{platforms or ''}' "
+      f"({errors.first_line(error)}).{errors.nearest(str(platforms), valid)}"
+    ) from error
+
+
 def make(
   sizes: Mapping[str, int], devices: Sequence[Any] | None = None
 ) -> jax.sharding.Mesh:
@@ -67,9 +85,10 @@ def make(
     The mesh, over which XLA partitions programs (`AxisType.Auto`).
 
   Raises:
-    UserError: the sizes do not fit the devices, or leave a process without any.
+    UserError: the sizes do not fit the devices, or leave a process without any,
+      or there are no devices.
   """
-  devices = jax.devices() if devices is None else list(devices)
+  devices = all_devices() if devices is None else list(devices)
   full = resolve(sizes, len(devices))
   shape = tuple(full[name] for name in AXES)
   size = math.prod(shape)

@@ -11,6 +11,7 @@ import ml_collections
 from etils import epath
 
 from zofo_jax import errors, report
+from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import state_store
 from zofo_jax.config import defaults
 from zofo_jax.core.types import BilevelState
@@ -94,7 +95,8 @@ def fit(
     state, run_metadata = resumed
     writer.truncate_after(int(state.step))
   start, stop = int(state.step), options.num_steps
-  report.write_json(folder / "config.json", config.to_dict())
+  saved_config = run_lib.saved_config(config.to_dict())
+  report.write_json(folder / "config.json", saved_config)
   guard = guards.Guard(
     run_metadata["guard"],
     max_nonfinite=options.max_nonfinite,

@@ -2,6 +2,7 @@
 
 import math
 import signal
+import time
 from collections.abc import Sequence
 from types import FrameType
 from typing import Any, Self
@@ -10,12 +11,18 @@ import jax
 from jax.experimental import multihost_utils
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Signals that follow the first one within this time are the same request.
+SAME_SECONDS = 1.0
 # Losses whose mean is that of the start, and the time constant of the average.
 _WINDOW = 10
 
 
 class Signals:
-  """Records SIGTERM and SIGINT in a `with` statement; a second one kills.
+  """Records SIGTERM and SIGINT in a `with` statement; another one kills.
+
+  A second one within a second of the first is ignored: programs that start
+  others, such as `uv run`, pass on a Ctrl-C that the terminal has sent to all
+  of them. A third kills in any case.
 
   Several processes must stop at the same step, which JAX's preemption service
   finds; it handles SIGTERM itself.
@@ -24,6 +31,7 @@ class Signals:
   def __init__(self) -> None:
     """Initializes; handlers are installed by the `with` statement."""
     self._number: int | None = None
+    self._first_time = 0.0
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> Self:
@@ -38,14 +46,24 @@ class Signals:
     return self
 
   def __exit__(self, *unused: object) -> None:
-    """Restores the previous handlers."""
+    """Restores the previous handlers, once a second signal would be new."""
+    if self._number is not None:
+      passed = time.monotonic() - self._first_time
+      time.sleep(max(0.0, SAME_SECONDS - passed))
     for number, handler in self._before.items():
       signal.signal(number, handler)
 
   def _note(self, number: int, frame: FrameType | None) -> None:
     del frame
-    self._number = number
-    signal.signal(number, signal.SIG_DFL)
+    now = time.monotonic()
+    if self._number is None:
+      self._number, self._first_time = number, now
+      return
+    # Not left to Python, which handles a signal only between two instructions.
+    for other in SIGNALS:
+      signal.signal(other, signal.SIG_DFL)
+    if now - self._first_time > SAME_SECONDS:
+      signal.raise_signal(number)
 
   def preemption_requested(self, step: int) -> int | None:
     """Returns the signal because of which a run should end now, if any.

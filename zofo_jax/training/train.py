@@ -10,6 +10,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
+from zofo_jax import report
 from zofo_jax.builders import adapter as adapter_lib
 from zofo_jax.builders import budget, data
 from zofo_jax.builders import model as model_lib
@@ -82,7 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     run = run_lib.make_run(config)
     run_folder.check_config(defaults.flat(config), folder)
     examples = run.load_examples()
-    run_folder.make(folder / "checkpoints")
+    report.make_folder(folder / "checkpoints")
     run.write_dropped(folder)
   shape = data.train_shape(examples)
   flops_per_row = row_flops(run, examples, shape)

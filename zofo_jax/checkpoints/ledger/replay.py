@@ -23,6 +23,7 @@ from zofo_jax.checkpoints.ledger import format as ledger_format
 from zofo_jax.config import defaults, validate
 from zofo_jax.core import outer
 from zofo_jax.core import tree as tree_lib
+from zofo_jax.sharding import mesh
 
 
 def fingerprint(tree: Any) -> str:
@@ -70,7 +71,7 @@ def versions() -> dict[str, str]:
   return {
     "zofo_jax": version,
     "jax": jax.__version__,
-    "device": jax.devices()[0].device_kind,
+    "device": mesh.all_devices()[0].device_kind,
   }
 
 

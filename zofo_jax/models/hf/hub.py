@@ -49,7 +49,7 @@ def locate(
     UserError: the folder is not a checkpoint, or the download failed.
   """
   name = str(name_or_folder)
-  folder = pathlib.Path(name).expanduser()
+  folder = pathlib.Path(name)
   if folder.exists():
     return _checked(folder)
   path_like = name.startswith((".", "~", "/")) or "\\" in name

@@ -7,7 +7,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from zofo_jax import errors
+from zofo_jax import errors, report
 from zofo_jax.builders import algorithm, data, model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import run_folder, state_store
@@ -151,18 +151,18 @@ def metatrain(
   Raises:
     UserError: something in the config, the files or `workdir` is wrong.
   """
+  family = make_run(config)
   if jax.process_count() > 1:
     raise errors.UserError(
       f"--distributed: '{config.command}' runs in one process, on all devices "
       f"of it; found {jax.process_count()}."
     )
-  family = make_run(config)
   folder = epath.Path(workdir)
   run_folder.check_config(defaults.flat(config), folder)
   examples = task_sets.load_examples(
     family.sources, family.run.row_source, family.run.encoder
   )
-  run_folder.make(folder / "checkpoints")
+  report.make_folder(folder / "checkpoints")
   family.run.write_dropped(folder)
   sampler = _TaskSampler(family, examples)
   flops_per_row = train_lib.row_flops(family.run, examples[0], sampler.shape)
