@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from zofo_jax import errors
 from zofo_jax.commands import arguments as arguments_lib
+from zofo_jax.config import jax_flags
 
 # Modules of `zofo_jax.commands`; their main(arguments) may return an exit code.
 COMMANDS = {
@@ -65,7 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   # Not to the root logger, to which absl adds a handler.
   logger.handlers, logger.propagate = [handler], False
   try:
-    return _run(list(sys.argv[1:] if arguments is None else arguments)) or 0
+    with jax_flags.fixed():
+      return _run(list(sys.argv[1:] if arguments is None else arguments)) or 0
   except (errors.UserError, errors.InterruptedRun) as error:
     print(f"zofo_jax: {error}", file=sys.stderr)
     return getattr(error, "code", 2)

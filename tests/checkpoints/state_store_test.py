@@ -10,6 +10,8 @@ import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -17,10 +19,17 @@ import pytest
 import safetensors
 from etils import epath
 
+import zofo_jax
 from tests import tiny
 from zofo_jax import errors, main, report
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import ledger, manager, run_folder, state_store
+from zofo_jax.checkpoints import (
+  inputs,
+  ledger,
+  manager,
+  run_folder,
+  state_store,
+)
 from zofo_jax.commands import export
 from zofo_jax.config import defaults
 from zofo_jax.training import guards, train
@@ -137,6 +146,91 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
   other.write_text(parsed.serialize())
   assert main.main(["ledger", "verify", f"--ledger={other}", arguments[1]]) == 2
   assert "differ in ['" in capsys.readouterr().err
+
+
+# Of variables of a shell: what a command is told by jax, what jax would
+# compute with, and what other libraries read.
+SHELL = {
+  "JAX_DEFAULT_PRNG_IMPL": "rbg",
+  "JAX_DISABLE_JIT": "1",
+  "JAX_ENABLE_CUSTOM_PRNG": "1",
+  "JAX_ENABLE_X64": "1",
+  "JAX_HIGH_DYNAMIC_RANGE_GUMBEL": "1",
+  "JAX_LEGACY_PRNG_KEY": "error",
+  "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+  "JAX_RANDOM_SEED_OFFSET": "7",
+  "JAX_SOFTMAX_CUSTOM_JVP": "1",
+  "JAX_THREEFRY_PARTITIONABLE": "0",
+  "LC_ALL": "C",
+  "OMP_NUM_THREADS": "1",
+  "PYTHONHASHSEED": "5",
+  "TZ": "Asia/Tokyo",
+}
+
+
+def test_a_shell_changes_no_bit(done, config, tmp_path):
+  """Another process, with all of these variables at once, in another folder."""
+  text = json.dumps(config.to_dict())
+  (tmp_path / "config.py").write_text(
+    "import json\n"
+    "from zofo_jax.config import defaults\n"
+    "def get_config():\n"
+    "  config = defaults.base_config()\n"
+    f"  config.update(json.loads({text!r}))\n"
+    "  return config\n"
+  )
+  # As `conftest.py` sets it here; another one is another computation.
+  shell = SHELL | {"JAX_DEFAULT_MATMUL_PRECISION": "highest"}
+  package = pathlib.Path(zofo_jax.__file__).parents[1]
+  process = subprocess.run(
+    [
+      *(sys.executable, "-m", "zofo_jax.main", "train"),
+      *("--config=config.py", "--workdir=run"),
+    ],
+    env={**os.environ, **shell, "PYTHONPATH": str(package)},
+    cwd=tmp_path,
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr
+  for name in ("JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE"):
+    assert f"zofo_jax: {name} is " in process.stderr
+  assert states(tmp_path / "run") == states(done)
+  assert steady(tmp_path / "run") == steady(done)
+  lines = [
+    (folder / "ledger.txt").read_text().splitlines()[1:]
+    for folder in (tmp_path / "run", done)
+  ]
+  assert lines[0] == lines[1]
+
+
+def test_a_checkpoint_and_the_ledger_say_what_the_run_rests_on(done):
+  described = json.loads((done / inputs.FILE).read_text())
+  assert described["rows"]["test"]["count"] == 16
+  assert ledger.read(done / "ledger.txt").header["inputs"] == described
+  with manager.Checkpoints(done / "checkpoints") as checkpoints:
+    text = checkpoints.restore_extra()["ledger"]
+  assert ledger.parse(text.encode(), "").header["inputs"] == described
+
+
+def test_rows_that_changed_end_a_resumption(done, config, tmp_path, tiny_rows):
+  folder = shutil.copytree(done, tmp_path / "run")
+  rows = shutil.copytree(tiny_rows, tmp_path / "rows")
+  with (rows / "train.jsonl").open("a") as file:
+    for number in range(40):
+      row = {"text": f"a new film number {number}", "label": number % 2}
+      file.write(json.dumps(row) + "\n")
+  changed = config.copy_and_resolve_references()
+  changed.data.dir = str(rows)
+  changed.ckpt.may_change = ("data.dir",)
+  message = r"other rows in lower \(118 then, 144 now\), other rows in upper"
+  with pytest.raises(errors.UserError, match=message):
+    train.train(changed, str(folder))
+  assert states(folder) == states(done)
+  changed.ckpt.may_change = ("data.dir", "rows")
+  train.train(changed, str(folder))  # it was at its end
+  described = json.loads((folder / inputs.FILE).read_text())
+  assert described["rows"]["lower"]["count"] == 144
 
 
 def test_a_signal_and_damage_lose_nothing(

@@ -9,6 +9,7 @@ import ml_collections
 from zofo_jax import adapters, errors
 from zofo_jax.builders import model as model_lib
 from zofo_jax.config import defaults
+from zofo_jax.core import keys
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.models.hf import peft
@@ -87,7 +88,7 @@ def load_adapter(
     return None
   loaded = peft.load(folder, model.family, model.module.config)
   expected = jax.eval_shape(
-    lambda base: init_fn(jax.random.key(0), base),
+    lambda base: init_fn(keys.seed_key(0), base),
     model_lib.abstract_base(model),
   )
   actual_shapes, expected_shapes = _shapes(loaded), _shapes(expected)

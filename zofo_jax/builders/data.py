@@ -4,7 +4,9 @@ What is cheap and can fail comes first: names, files, rows and lengths are
 checked before any weight is read or anything is compiled.
 """
 
-from typing import NamedTuple
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -12,7 +14,12 @@ from zofo_jax import tasks
 from zofo_jax.builders import assets
 from zofo_jax.builders import encoder as encoder_lib
 from zofo_jax.data import bad_rows as bad_rows_lib
-from zofo_jax.data import batching, encode_options, encode_prompts
+from zofo_jax.data import (
+  batching,
+  encode_options,
+  encode_prompts,
+  fingerprints,
+)
 from zofo_jax.data import splits as splits_lib
 
 
@@ -76,12 +83,22 @@ def make_row_source(config: ml_collections.ConfigDict) -> RowSource:
 
 
 class Examples(NamedTuple):
-  """Encoded rows: D_p, D_f, those that choose a checkpoint, and the test's."""
+  """Encoded rows: D_p, D_f, those that choose a checkpoint, and the test's.
+
+  Attributes:
+    lower: D_p.
+    upper: D_f.
+    selection: rows that choose a checkpoint.
+    test: rows of the final test.
+    fingerprints: of the rows before they were encoded; see
+      `fingerprints.of_splits`.
+  """
 
   lower: list[encode_options.Example]
   upper: list[encode_options.Example]
   selection: list[encode_options.Example] | list[encode_prompts.Question]
   test: list[encode_options.Example] | list[encode_prompts.Question]
+  fingerprints: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def load_examples(
@@ -110,6 +127,7 @@ def load_examples(
     upper=upper,
     selection=encoder.encode_eval(task, splits.selection),
     test=encoder.encode_eval(task, splits.test),
+    fingerprints=fingerprints.of_splits(splits),
   )
 
 

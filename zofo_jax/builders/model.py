@@ -3,6 +3,8 @@
 The configuration and the tokenizer are read before any weight.
 """
 
+import hashlib
+import json
 import logging
 import pathlib
 import reprlib
@@ -33,6 +35,8 @@ LOSSES = {
   "likelihood": losses.likelihood,
   "classification": losses.classification,
 }
+# Files of a model's folder on which no token of a row depends.
+_NO_TOKENS = ("config.json", "generation_config.json", "chat_template")
 
 
 class Model(NamedTuple):
@@ -193,6 +197,27 @@ def abstract_base(model: Model) -> Any:
   return jax.tree.map(
     lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables["params"]
   )
+
+
+def tokenizer_digests(model: Model) -> dict[str, str]:
+  """Returns a digest of each file on which the tokens of a text depend."""
+  return {
+    path.name: hashlib.blake2b(_content(path), digest_size=16).hexdigest()
+    for path in hub.text_files(model.folder)
+    if not path.name.startswith(_NO_TOKENS)
+  }
+
+
+def _content(path: pathlib.Path) -> bytes:
+  """Returns a file's bytes; a JSON file's without layout and chat template."""
+  content = path.read_bytes()
+  try:
+    fields = json.loads(content)
+  except ValueError:
+    return content
+  if isinstance(fields, dict):
+    fields.pop("chat_template", None)
+  return json.dumps(fields, sort_keys=True).encode()
 
 
 def save_base(folder: str | pathlib.Path, model: Model, base: Any) -> None:

@@ -20,7 +20,8 @@ from zofo_jax.builders import budget as budget_lib
 from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import task as task_lib
-from zofo_jax.config import defaults, methods, paths, validate
+from zofo_jax.config import defaults, jax_flags, methods, paths, validate
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core.types import (
   BilevelAlgorithm,
   BilevelBatch,
@@ -119,7 +120,7 @@ class Run(NamedTuple):
 
   def _init(self, base: Any, adapter: Any = None) -> BilevelState:
     upper_key, lower_key, step_key = jax.random.split(
-      jax.random.key(self.seed), 3
+      keys_lib.seed_key(self.seed), 3
     )
 
     def start(adapter_key: jax.Array) -> Any:
@@ -249,9 +250,10 @@ def make_run(
       tokenizer the run can be planned, but reads no rows.
 
   Raises:
-    UserError: something in the config or the files is wrong.
+    UserError: something in the config, the files or jax's flags is wrong.
   """
   validate.check(config)
+  jax_flags.check()
   mesh = mesh or mesh_lib.make(config.mesh)
   batch_sizes = BatchSizes(
     config.lower.batch_size,

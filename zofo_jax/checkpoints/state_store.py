@@ -31,6 +31,7 @@ class Store:
 
   Attributes:
     checkpoints: of the whole state, or of all but the backbone.
+    inputs: what the run rests on besides its config.
   """
 
   def __init__(
@@ -40,6 +41,7 @@ class Store:
     abstract_state: Callable[[], BilevelState],
     load_base: Callable[[], Any],
     *,
+    inputs: Mapping[str, Any] | None = None,
     base_is_trained: bool = True,
     base_every_steps: int = 0,
     keep: int | None = None,
@@ -51,6 +53,8 @@ class Store:
       config: the run's config, which is saved with each state.
       abstract_state: () -> shapes and shardings of a state.
       load_base: () -> the model's own weights: θ before the first step.
+      inputs: what else the run rests on, which is saved with it; see
+        `checkpoints.inputs`.
       base_is_trained: whether the backbone changes at all.
       base_every_steps: how often it is written; 0 with every checkpoint.
       keep: how many checkpoints to keep; None if the folder is only read.
@@ -59,6 +63,7 @@ class Store:
       UserError: there are no checkpoints, or none can be made.
     """
     self._folder, self._config = folder, config
+    self.inputs = dict(inputs or {})
     self._abstract_state, self._load_base = abstract_state, load_base
     self._base_every_steps = base_every_steps
     self._base_stored_separately = bool(base_every_steps) or not base_is_trained
@@ -85,7 +90,11 @@ class Store:
   def start_ledger(self, state: BilevelState) -> None:
     """Starts the ledger of a run at its first state."""
     header = ledger.make_header(
-      self._config["model"], self._config["zo"], state.base, state.key
+      self._config["model"],
+      self._config["zo"],
+      state.base,
+      state.key,
+      self.inputs,
     )
     self._write_ledger(ledger.start(header))
 
@@ -248,6 +257,7 @@ def open_store(
   folder: epath.Path,
   *,
   abstract_state: Callable[[], BilevelState] | None = None,
+  inputs: Mapping[str, Any] | None = None,
   write: bool = False,
 ) -> Store:
   """Opens the states of a run as its config says.
@@ -257,6 +267,7 @@ def open_store(
     folder: its folder.
     abstract_state: () -> shapes and shardings of a state; None for those of a
       run over one task.
+    inputs: as of `inputs.check`, of a run that is trained.
     write: whether to train it; else the folder is only read.
 
   Raises:
@@ -268,6 +279,7 @@ def open_store(
     run_lib.saved_config(config.to_dict()),
     abstract_state or run.abstract_state,
     lambda: model_lib.load_base(run.model, run.mesh),
+    inputs=inputs,
     base_is_trained=methods.METHODS[config.method].updates_base,
     base_every_steps=config.ckpt.base_every_steps,
     keep=config.ckpt.keep if write else None,

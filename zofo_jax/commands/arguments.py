@@ -19,7 +19,7 @@ from ml_collections import config_flags
 
 from zofo_jax import errors
 from zofo_jax.checkpoints import lock
-from zofo_jax.config import defaults, files, paths, show
+from zofo_jax.config import defaults, files, paths, show, validate
 from zofo_jax.sharding import multihost
 
 T = TypeVar("T")
@@ -118,6 +118,29 @@ def add_run(parser: Parser) -> None:
     default=300,
     help="seconds that processes wait for each other at the start",
   )
+
+
+def add_may_change(parser: Parser) -> None:
+  """Adds the flag for inputs that may differ from those a run began with."""
+  parser.add_argument(
+    "--may_change",
+    metavar="NAME,...",
+    type=_inputs,
+    default=(),
+    help=f"use other {', '.join(validate.INPUTS)} than the run began with",
+  )
+
+
+def _inputs(text: str) -> tuple[str, ...]:
+  """Parses the names of inputs."""
+  names = tuple(filter(None, text.split(",")))
+  for name in names:
+    if name not in validate.INPUTS:
+      raise argparse.ArgumentTypeError(
+        f"expected some of {', '.join(validate.INPUTS)}, joined by commas; "
+        f"found '{name}'"
+      )
+  return names
 
 
 def parse_config(

@@ -3,14 +3,14 @@
 zofo evaluate --workdir=runs/opt
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from etils import epath
 
 from zofo_jax import errors, report
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import state_store
+from zofo_jax.checkpoints import inputs, state_store
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.core.types import BilevelState
 from zofo_jax.sharding import multihost
@@ -44,7 +44,9 @@ def restore(run: run_lib.Run, folder: epath.Path) -> BilevelState:
   return state
 
 
-def evaluate_run(workdir: str) -> dict[str, Any]:
+def evaluate_run(
+  workdir: str, may_change: Collection[str] = ()
+) -> dict[str, Any]:
   """Scores a trained run on its test rows.
 
   Writes `evaluation.json` (accuracy and the task's metric, or token F1 and
@@ -53,26 +55,28 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
 
   Args:
     workdir: folder of the run.
+    may_change: see `inputs.check`.
 
   Returns:
     The content of `evaluation.json`.
 
   Raises:
-    UserError: there is no run, or its rows cannot be read.
+    UserError: there is no run, or its rows cannot be read or have changed.
   """
   folder = epath.Path(workdir)
   with multihost.raise_on_all_processes():
     run = load_run(folder)
     report.make_folder(folder)
-    examples = run.load_examples().test
+    examples = run.load_examples()
+    inputs.check(run, folder, examples.fingerprints, may_change)
   state = restore(run, folder)
   result = run.evaluate(
-    state.base, run.selected_adapter(state), examples, "test"
+    state.base, run.selected_adapter(state), examples.test, "test"
   )
   evaluation: dict[str, Any] = {
     "task": run.task.name,
     "step": int(state.step),
-    "num_test_rows": len(examples),
+    "num_test_rows": len(examples.test),
     **result.metrics(),
     **result.intervals(),
   }
@@ -85,8 +89,9 @@ def evaluate_run(workdir: str) -> dict[str, Any]:
 def main(arguments: Sequence[str]) -> None:
   """Runs the command."""
   parser = arguments_lib.make_parser("evaluate", __doc__)
+  arguments_lib.add_may_change(parser)
   arguments_lib.add_run(parser)
   options = parser.parse(arguments)
   workdir = arguments_lib.require_workdir(options)
   arguments_lib.start_processes(options, "evaluate", {})
-  evaluate_run(workdir)
+  evaluate_run(workdir, options.may_change)

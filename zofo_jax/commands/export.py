@@ -7,12 +7,13 @@ folded in, if p is a LoRA.
 """
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from etils import epath
 
 from zofo_jax import adapters, errors, report
 from zofo_jax.builders import model
+from zofo_jax.checkpoints import inputs
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import evaluate
 from zofo_jax.config import paths
@@ -21,7 +22,9 @@ from zofo_jax.models.hf import peft
 WHAT = ("merged", "base", "adapter")
 
 
-def export(run_folder: str, folder: str, what: str) -> None:
+def export(
+  run_folder: str, folder: str, what: str, may_change: Collection[str] = ()
+) -> None:
   """Writes the result of a run, at its best checkpoint.
 
   Args:
@@ -30,6 +33,7 @@ def export(run_folder: str, folder: str, what: str) -> None:
     what: "base": theta, with the configuration and the tokenizer, for
       transformers. "adapter": p, or s if `config.keep` selects it, for PEFT on
       that base. "merged": theta with the adapter folded in, for transformers.
+    may_change: see `inputs.check`.
 
   Raises:
     UserError: there is no run, p cannot be merged, or nothing can be written.
@@ -44,6 +48,7 @@ def export(run_folder: str, folder: str, what: str) -> None:
     raise errors.UserError(f"{folder} is not empty; expected a new folder.")
   report.make_folder(epath.Path(folder), "zofo export")
   run = evaluate.load_run(epath.Path(run_folder))
+  inputs.check(run, epath.Path(run_folder), may_change=may_change)
   state = evaluate.restore(run, epath.Path(run_folder))
   try:
     if what == "adapter":
@@ -74,5 +79,6 @@ def main(arguments: Sequence[str]) -> None:
     "folder", type=paths.expand, help="a new folder to write to"
   )
   parser.add_argument("--what", required=True, help=", ".join(WHAT))
+  arguments_lib.add_may_change(parser)
   options = parser.parse(arguments)
-  export(options.run, options.folder, options.what)
+  export(options.run, options.folder, options.what, options.may_change)

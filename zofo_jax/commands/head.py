@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
+from etils import epath
 
 from zofo_jax import errors
 from zofo_jax.builders import model, optimizers
 from zofo_jax.builders import run as run_lib
+from zofo_jax.checkpoints import inputs
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results
 from zofo_jax.evaluation import head_tuning, linear_probe, scoring
@@ -42,6 +44,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       "is answered by generating text."
     )
   examples = run.load_examples()
+  inputs.check(run, epath.Path(workdir), examples.fingerprints)
   train = [*examples.lower, *examples.upper]
   base = model.load_base(run.model, run.mesh)
   module = run.model.module

@@ -12,13 +12,15 @@ from typing import Any
 
 import ml_collections
 import numpy as np
+from etils import epath
 
 from zofo_jax import errors, tasks
 from zofo_jax.builders import demonstrations, model
 from zofo_jax.builders import run as run_lib
+from zofo_jax.checkpoints import inputs
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results as results_lib
-from zofo_jax.data import encode_options
+from zofo_jax.data import encode_options, fingerprints
 from zofo_jax.evaluation import calibration, in_context
 
 
@@ -45,6 +47,7 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       f"text; expected 'none', found '{config.icl.calibration}'."
     )
   splits = run.row_source.load(run.task)
+  inputs.check(run, epath.Path(workdir), fingerprints.of_splits(splits))
   pool = [*splits.lower, *splits.upper]
   queries = encode_options.rows_of(
     splits.test, run.encoder.encode_eval(run.task, splits.test)

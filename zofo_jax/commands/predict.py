@@ -3,13 +3,14 @@
 zofo predict --workdir=runs/opt --input=ROWS.jsonl --output=ANSWERS.jsonl
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from etils import epath
 
 from zofo_jax import errors, report, tasks
 from zofo_jax.builders import run as run_lib
+from zofo_jax.checkpoints import inputs
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import evaluate
 from zofo_jax.config import paths
@@ -18,7 +19,12 @@ from zofo_jax.evaluation import results
 from zofo_jax.sharding import multihost
 
 
-def predict(workdir: str, source: str | None, target: str | None) -> None:
+def predict(
+  workdir: str,
+  source: str | None,
+  target: str | None,
+  may_change: Collection[str] = (),
+) -> None:
   """Answers the rows of a file, which need no labels.
 
   Args:
@@ -29,6 +35,7 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
       option's text or the generated one), with `scores` where there are
       options. A row that cannot be answered has the prediction null and an
       `error` instead. Columns of these names are replaced.
+    may_change: see `inputs.check`.
 
   Raises:
     UserError: there is no run or no file, or no row can be answered.
@@ -40,6 +47,7 @@ def predict(workdir: str, source: str | None, target: str | None) -> None:
   with multihost.raise_on_all_processes():
     run = evaluate.load_run(folder)
     report.check_output(path, "--output" if target else "--workdir")
+    inputs.check(run, folder, may_change=may_change)
     items = sources.read(run.task, source, "train", labelled=False)
     encoded = _encode(run, items)
     examples = [e for e in encoded if not isinstance(e, errors.RowError)]
@@ -112,8 +120,9 @@ def main(arguments: Sequence[str]) -> None:
     type=paths.expand,
     help="JSONL; else WORKDIR/answers.jsonl",
   )
+  arguments_lib.add_may_change(parser)
   arguments_lib.add_run(parser)
   options = parser.parse(arguments)
   workdir = arguments_lib.require_workdir(options)
   arguments_lib.start_processes(options, "predict", {})
-  predict(workdir, options.input, options.output)
+  predict(workdir, options.input, options.output, options.may_change)

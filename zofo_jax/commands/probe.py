@@ -7,10 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import ml_collections
+from etils import epath
 
 from zofo_jax import errors
 from zofo_jax.builders import model
 from zofo_jax.builders import run as run_lib
+from zofo_jax.checkpoints import inputs
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results
 from zofo_jax.evaluation import linear_probe as linear_probe_lib
@@ -43,6 +45,7 @@ def linear_probe(
       f"row; task {run.task.name} is {run.task.kind}."
     )
   examples = run.load_examples()
+  inputs.check(run, epath.Path(workdir), examples.fingerprints)
   train = [*examples.lower, *examples.upper]
   labels = [example.label for example in train]
   if len(set(labels)) < 2:

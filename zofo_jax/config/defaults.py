@@ -286,7 +286,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "save theta only this often and replay the ledger from there; 0: always",
    NEVER),
   ("ckpt.may_change", (), NAMES,
-   "fields that may differ when a run resumes"),
+   "fields that may differ when a run resumes, and rows, tokenizer or "
+   "model_config if these may"),
 )
 # fmt: on
 FIELDS = {row[0]: Field(*row) for row in _ROWS}

@@ -18,6 +18,8 @@ _Fields = Mapping[str, Any]  # dotted names and values
 IN_PLACE = ("sgd", "conservative")
 # The estimators that evaluate one point on the line of a direction.
 ONE_POINT = ("forward", "exact")
+# What a run rests on besides its config, as `ckpt.may_change` names it.
+INPUTS = ("rows", "tokenizer", "model_config")
 OBJECTIVES = ("loss", "accuracy", "token_f1")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
@@ -258,10 +260,10 @@ def _check_ckpt(fields: _Fields) -> None:
       f"with '{optimizer}'; found {rarely}."
     )
   for name in fields["ckpt.may_change"]:
-    if name not in fields:
+    if name not in fields and name not in INPUTS:
       raise errors.UserError(
         f"config.ckpt.may_change: there is no field '{name}'."
-        f"{errors.nearest(str(name), fields)}"
+        f"{errors.nearest(str(name), [*fields, *INPUTS])}"
       )
 
 

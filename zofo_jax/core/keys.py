@@ -24,6 +24,9 @@ import numpy as np
 from zofo_jax.core import prng
 from zofo_jax.core import tree as tree_lib
 
+# The generator of all keys, whatever jax's default.
+IMPL = "threefry2x32"
+
 
 class StepKeys(NamedTuple):
   """Keys of one outer iteration; typed PRNG keys, shape [].
@@ -74,6 +77,36 @@ class LeafKey(NamedTuple):
   subspace: jax.Array
 
 
+def seed_key(seed: jax.typing.ArrayLike) -> jax.Array:
+  """Returns the typed threefry key of a seed, shape []."""
+  return jax.random.key(seed, impl=IMPL)
+
+
+def check_generator(*keys: jax.Array) -> None:
+  """Checks that keys give the same numbers in every program.
+
+  Args:
+    *keys: typed PRNG keys, shape [].
+
+  Raises:
+    ValueError: a key is not threefry, or jax is set to split keys in another
+      way. Other generators give different numbers under vmap and in a loop, so
+      that z could not be regenerated.
+  """
+  for key in keys:
+    shape = jax.eval_shape(jax.random.key_data, key).shape
+    if shape != (2,):
+      raise ValueError(
+        "directions need one threefry key (jax.random.key(seed, "
+        f"impl='{IMPL}')); got key data of shape {shape}."
+      )
+  if not getattr(jax.config, "jax_threefry_partitionable", True):
+    raise ValueError(
+      "directions are drawn with jax_threefry_partitionable=True; it is False, "
+      "which splits keys in another way."
+    )
+
+
 def step_keys(
   key: jax.Array, step: jax.typing.ArrayLike, subspace_steps: int = 1
 ) -> StepKeys:
@@ -86,7 +119,11 @@ def step_keys(
 
   Returns:
     The keys of the iteration.
+
+  Raises:
+    ValueError: the key is not threefry; see `check_generator`.
   """
+  check_generator(key)
   lower, upper, direction, rounding = jax.random.split(
     jax.random.fold_in(key, step), 4
   )
@@ -131,17 +168,10 @@ def leaf_keys(key: DirectionKey, tree: Any, stacked: str | None = None) -> Any:
     A tree like `tree` of `LeafKey`.
 
   Raises:
-    ValueError: a key is not threefry. Other generators give different numbers
-      under vmap and in a loop, so that z could not be regenerated.
+    ValueError: a key is not threefry; see `check_generator`.
   """
+  check_generator(*key)
   data = [jax.random.key_data(part) for part in key]
-  for words in data:
-    if words.shape != (2,):
-      raise ValueError(
-        "directions need one threefry key (jax.random.key(seed)); got key data "
-        f"of shape {words.shape}"
-      )
-
   leaves = jax.tree.leaves_with_path(tree)
   names = [tree_lib.path_name(path) for path, _ in leaves]
   crcs = np.array([zlib.crc32(name.encode()) for name in names], np.uint32)

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax.core import directions, prng, xla
+from zofo_jax.core import directions, keys, prng, xla
 from zofo_jax.core.array_like import ArrayLike
 
 # Number of rows that exist at a time of a table that is perturbed or updated.
@@ -290,7 +290,7 @@ def reads_arrays_only(fn: Callable[[Any], Any], tree: Any) -> bool:
     fn: a function of a tree like `tree`.
     tree: pytree with `Perturbed` nodes, of arrays or of their shapes.
   """
-  key_dtype = jax.eval_shape(jax.random.key, 0).dtype
+  key_dtype = jax.eval_shape(keys.seed_key, 0).dtype
 
   def stand_ins(value_dtype, scale_dtype):
     def replace(node):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.data import batching
 from zofo_jax.evaluation import beam_search
 from zofo_jax.report import progress as progress_lib
@@ -278,7 +279,7 @@ def generate_texts(
     The texts, in the order of the prompts.
   """
   texts = [""] * len(prompts)
-  key = jax.random.key(seed)
+  key = keys_lib.seed_key(seed)
   start_time, done, count = time.monotonic(), 0, 0
   with progress_lib.Progress(len(prompts), label, unit="rows") as progress:
     for batch in batching.prompt_batches(prompts, batch_size, pad=pad):

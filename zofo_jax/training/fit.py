@@ -12,7 +12,7 @@ from etils import epath
 
 from zofo_jax import errors, report
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import state_store
+from zofo_jax.checkpoints import inputs, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core.types import BilevelState
 from zofo_jax.report import memory, trackers
@@ -81,7 +81,8 @@ def fit(
   # 1. The store reads the latest valid checkpoint, puts corrupt ones aside,
   #    and cuts the ledger back to it.
   # 2. metrics.jsonl loses the rows of later steps, which are done again.
-  # 3. The config is written, and trackers are opened at the checkpoint's step.
+  # 3. The config and the inputs are written, and trackers are opened at the
+  #    checkpoint's step.
   # 4. The clock and the guard continue from the checkpoint's metadata.
   # 5. The step is compiled; batches are a function of the step's number.
   writer = report.JsonlWriter(folder / "metrics.jsonl")
@@ -97,6 +98,7 @@ def fit(
   start, stop = int(state.step), options.num_steps
   saved_config = run_lib.saved_config(config.to_dict())
   report.write_json(folder / "config.json", saved_config)
+  report.write_json(folder / inputs.FILE, store.inputs)
   guard = guards.Guard(
     run_metadata["guard"],
     max_nonfinite=options.max_nonfinite,

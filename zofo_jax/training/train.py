@@ -15,9 +15,9 @@ from zofo_jax.builders import adapter as adapter_lib
 from zofo_jax.builders import budget, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import run_folder, state_store
+from zofo_jax.checkpoints import inputs, run_folder, state_store
 from zofo_jax.config import defaults
-from zofo_jax.core import baselines
+from zofo_jax.core import baselines, keys
 from zofo_jax.core.types import BilevelBatch, BilevelInfo
 from zofo_jax.data import batching
 from zofo_jax.sharding import multihost
@@ -83,6 +83,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     run = run_lib.make_run(config)
     run_folder.check_config(defaults.flat(config), folder)
     examples = run.load_examples()
+    rests_on = inputs.check(run, folder, examples.fingerprints)
     report.make_folder(folder / "checkpoints")
     run.write_dropped(folder)
   shape = data.train_shape(examples)
@@ -112,7 +113,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
 
   with (
     fit.write_errors(folder),
-    state_store.open_store(run, folder, write=True) as store,
+    state_store.open_store(run, folder, inputs=rests_on, write=True) as store,
   ):
     state, run_metadata = fit.fit(
       config,
@@ -140,7 +141,7 @@ def row_flops(
   """Counts the operations of a row's forward pass with the run's adapter."""
   base, adapter = model_lib.abstract_base(run.model), {}
   if run.trains_adapter:
-    adapter = jax.eval_shape(run.init_adapter, jax.random.key(0), base)
+    adapter = jax.eval_shape(run.init_adapter, keys.seed_key(0), base)
   return budget.flops(
     lambda *trees: run.loss_fn(trees[0], trees[1], trees[2], None),
     base,

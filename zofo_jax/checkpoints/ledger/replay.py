@@ -20,10 +20,13 @@ from jax.experimental import multihost_utils
 from zofo_jax import errors
 from zofo_jax.builders import base_update
 from zofo_jax.checkpoints.ledger import format as ledger_format
-from zofo_jax.config import defaults, validate
-from zofo_jax.core import outer
+from zofo_jax.config import defaults, jax_flags, validate
+from zofo_jax.core import keys, outer
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.sharding import mesh
+
+# How keys are made and split, on which all directions depend.
+RANDOM = {"impl": keys.IMPL, "threefry_partitionable": True}
 
 
 def fingerprint(tree: Any) -> str:
@@ -40,7 +43,11 @@ def fingerprint(tree: Any) -> str:
 
 
 def make_header(
-  model: Mapping[str, Any], zo: Mapping[str, Any], base: Any, key: jax.Array
+  model: Mapping[str, Any],
+  zo: Mapping[str, Any],
+  base: Any,
+  key: jax.Array,
+  inputs: Mapping[str, Any],
 ) -> dict[str, Any]:
   """Returns the header of a run's ledger: what its entries depend on.
 
@@ -49,6 +56,7 @@ def make_header(
     zo: the section `zo`.
     base: θ before the first step.
     key: the run's typed PRNG key.
+    inputs: what else the run rests on; see `checkpoints.inputs`.
 
   Returns:
     A dictionary of JSON.
@@ -59,6 +67,7 @@ def make_header(
     "base_sha256": fingerprint(base),
     "key": np.asarray(jax.random.key_data(key)).tolist(),
     "versions": versions(),
+    "inputs": dict(inputs),
   }
 
 
@@ -133,13 +142,23 @@ def advance(
     θ after the last of them.
 
   Raises:
-    UserError: the updates of these lines cannot be replayed.
+    UserError: the updates of these lines cannot be replayed, or keys are now
+      split in another way than when they were written.
   """
   if not lines:
     return base
+  jax_flags.check()
+  random = header.get("inputs", {}).get("random", RANDOM)
+  if random != RANDOM:
+    raise errors.UserError(
+      f"'{source}' was written with the random numbers {random}, and this "
+      f"version draws {RANDOM}; its updates cannot be replayed."
+    )
   config = config_of(header, source)
   check_replayable(config.zo.optimizer, config.zo.direction)
-  key = jax.random.wrap_key_data(jnp.asarray(header["key"], jnp.uint32))
+  key = jax.random.wrap_key_data(
+    jnp.asarray(header["key"], jnp.uint32), impl=keys.IMPL
+  )
   step_fn = _step_fn(json.dumps(header["zo"], sort_keys=True))
   for line in lines:
     move = jax.tree.map(jnp.asarray, line.move)

@@ -18,7 +18,7 @@ from zofo_jax.builders import demonstrations as demonstrations_lib
 from zofo_jax.builders import encoder as encoder_lib
 from zofo_jax.builders import model, optimizers
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import state_store
+from zofo_jax.checkpoints import inputs, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core.types import BilevelState
 from zofo_jax.data import batching, encode_options
@@ -272,6 +272,8 @@ def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     )
     task_sets.check_held_out(trained_sources, sources)
   run = run_lib.make_run(config, sources[0].task)
+  for folder in options.runs:
+    inputs.check(run, epath.Path(folder))
   targets = few_shot.load_targets(
     sources,
     run.row_source,

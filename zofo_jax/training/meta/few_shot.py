@@ -15,6 +15,7 @@ from zofo_jax.builders import data as data_lib
 from zofo_jax.builders import encoder as encoder_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.core import inner
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import batching, encode_options
 from zofo_jax.data import splits as splits_lib
@@ -109,7 +110,7 @@ def _initial_adapters(
   run: run_lib.Run, backbone: Backbone, num_targets: int, num_seeds: int
 ) -> Any:
   """Returns adapters to start from, leaves [targets * seeds, ...]."""
-  key = jax.random.key(run.seed)
+  key = keys_lib.seed_key(run.seed)
   of_seeds = [
     backbone.start
     or run.init_adapter(jax.random.fold_in(key, seed), backbone.base)
@@ -166,7 +167,7 @@ def tune(
   )
   tuned = _initial_adapters(run, backbone, len(targets), num_seeds)
   opt_state = jax.vmap(tx.init)(tuned)
-  key = jax.random.key(run.seed)
+  key = keys_lib.seed_key(run.seed)
   with progress_lib.Progress(num_steps, f"tune {backbone.name}") as bar:
     for number in range(num_steps):
       batches = [draw_batch(rows, number) for rows in supports]

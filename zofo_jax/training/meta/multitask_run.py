@@ -14,6 +14,7 @@ import numpy as np
 
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core.types import PER_TASK_FIELDS, BilevelState
 from zofo_jax.data import batching
 from zofo_jax.sharding import mesh as mesh_lib
@@ -56,7 +57,7 @@ class MultitaskRun(NamedTuple):
     """Initializes a state; every p and s is drawn independently."""
     init = self.run.algorithm.init
     upper_key, lower_key, step_key = jax.random.split(
-      jax.random.key(self.run.seed), 3
+      keys_lib.seed_key(self.run.seed), 3
     )
 
     def adapter(key, i):

@@ -10,7 +10,7 @@ from etils import epath
 from zofo_jax import errors, report
 from zofo_jax.builders import algorithm, data, model
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import run_folder, state_store
+from zofo_jax.checkpoints import inputs, run_folder, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core import multitask
 from zofo_jax.evaluation import objectives
@@ -162,6 +162,12 @@ def metatrain(
   examples = task_sets.load_examples(
     family.sources, family.run.row_source, family.run.encoder
   )
+  rows = {
+    f"{source.task.name}/{name}": fingerprint
+    for source, of_task in zip(family.sources, examples, strict=True)
+    for name, fingerprint in of_task.fingerprints.items()
+  }
+  rests_on = inputs.check(family.run, folder, rows)
   report.make_folder(folder / "checkpoints")
   family.run.write_dropped(folder)
   sampler = _TaskSampler(family, examples)
@@ -204,7 +210,11 @@ def metatrain(
   with (
     fit.write_errors(folder),
     state_store.open_store(
-      family.run, folder, abstract_state=family.abstract_state, write=True
+      family.run,
+      folder,
+      abstract_state=family.abstract_state,
+      inputs=rests_on,
+      write=True,
     ) as store,
   ):
     state, run_metadata = fit.fit(
