@@ -65,6 +65,12 @@ RATES = {
   "bilevel_pooled": (4e-3, 1e-6, 1e-3),
   "bilevel_still": (4e-3, 0.0, 1e-3),  # theta stays fixed
   "bilevel_scaled": (4e-3, 1e-3, 1e-3),  # steps of one length
+  # Theta follows s; see GUIDED.
+  "bilevel_guided": (4e-3, 0.0, 1e-3),
+  "bilevel_all": (4e-3, 0.0, 1e-3),
+  "bilevel_matrices": (4e-3, 0.0, 1e-3),
+  "bilevel_metric": (4e-3, 0.0, 1e-3),
+  "bilevel_mixed": (4e-3, 1e-6, 1e-3),
   "peft": (4e-3, 0.0, 1e-3),
   "full": (2e-5, 0.0, 1e-3),
   "mezo": (0.0, 3e-5, 1e-3),
@@ -74,7 +80,26 @@ RATES = {
   "mezo_then_peft": (4e-3, 3e-5, 1e-3),
 }
 
-VARIANTS = ("pooled", "still", "scaled")  # of methods of the trainer
+# Steps of theta along what s has learnt: the length by a parabola, and its
+# controls: always all of it, a length for each matrix, by accuracy instead of
+# the loss, and a random direction in addition.
+_PARABOLA = {"guided.lengths": "parabola", "guided.penalty": True}
+_ALL = {"guided.lengths": "all"}
+GUIDED = {
+  "guided": _PARABOLA,
+  "all": _ALL,
+  "matrices": {
+    "guided.lengths": "descend",
+    "guided.largest": 2.0,
+    "guided.num_updates": 1,
+    "guided.batch_size": 16,
+    "zo.num_directions": 2,
+  },
+  "metric": _PARABOLA | {"zo.objective": "accuracy"},
+  "mixed": _ALL | {"guided.random": "rademacher"},
+}
+
+VARIANTS = ("pooled", "still", "scaled", *GUIDED)  # of methods of the trainer
 
 
 def get_config(arg: str = ""):
@@ -105,6 +130,9 @@ def get_config(arg: str = ""):
   config.data.template = int(args["template"])
   config.data.pooled = variant == "pooled"
   config.zo.scaling = "running_rms" if variant == "scaled" else "none"
+  if variant in GUIDED:
+    config.zo.direction = "guided"
+    config.update_from_flattened_dict(GUIDED[variant])
   for name, count in zip(
     ("lower", "upper", "selection", "test"), size.counts, strict=True
   ):

@@ -160,6 +160,70 @@ def nan(case: Case) -> None:
   case.folder.rename(f"{case.folder}.stopped")
 
 
+def second_writer(case: Case) -> None:
+  """Starts a second process in the folder of a run."""
+  first = case.start()
+  code = trial.wait(first, case.draw.uniform(0.1, case.seconds))
+  second = trial.wait(case.start())
+  # Either is refused while the other holds the folder, and says who does; the
+  # last to come finds the run ended.
+  codes = {second, trial.wait(first) if code is None else code}
+  assert codes in ({0}, {0, 2}), codes
+  assert (2 in codes) == ("in use" in case.output()), case.output()
+
+
+def changed_inputs(case: Case) -> None:
+  """Changes rows or weights between a run's start and its resumption."""
+  process = case.start()
+  if trial.wait(process, case.draw.uniform(0.5, 1.0) * case.seconds) is None:
+    os.kill(process, signal.SIGKILL)
+    trial.wait(process)
+  if not any((case.folder / "checkpoints").glob("*/checksums.json")):
+    return  # nothing to resume: a new run would begin
+  path = case.draw.choice(
+    [
+      case.home / "rows" / "train.jsonl",
+      case.home / "rows" / "validation.jsonl",
+      case.home / "model" / "model.safetensors",
+      case.home / "model" / "tokenizer.json",
+    ]
+  )
+  content = path.read_bytes()
+  try:
+    if path.suffix == ".jsonl":  # a row less
+      path.write_bytes(content[: content[:-1].rindex(b"\n") + 1])
+    elif path.suffix == ".safetensors":  # another weight
+      path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    else:  # two tokens change places
+      path.write_bytes(_swap_tokens(content))
+    code = trial.wait(case.start())
+  finally:
+    path.write_bytes(content)
+  assert code == 2 and "changed" in case.output(), (path.name, code)
+
+
+def _swap_tokens(content: bytes) -> bytes:
+  fields = json.loads(content)
+  vocabulary = fields["model"]["vocab"]
+  first, second = sorted(vocabulary)[100:102]
+  vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+  return json.dumps(fields).encode()
+
+
+def kill_twice(case: Case) -> None:
+  """Kills the process, and then that which resumes it, or its last save."""
+  if case.draw.random() < 0.5:
+    kill(case)
+    kill(case)
+    return
+  process = case.start()
+  if trial.wait(process, case.draw.uniform(0.1, case.seconds)) is None:
+    os.kill(process, signal.SIGTERM)
+    if trial.wait(process, case.draw.uniform(0.0, 0.3)) is None:
+      os.kill(process, signal.SIGKILL)
+      trial.wait(process)
+
+
 FAULTS: dict[str, Callable[[Case], None]] = {
   "kill -9": kill,
   "SIGTERM": sigterm,
@@ -168,6 +232,9 @@ FAULTS: dict[str, Callable[[Case], None]] = {
   "truncated or missing file": truncate,
   "torn ledger": truncate_ledger,
   "NaN batches": nan,
+  "second writer": second_writer,
+  "changed inputs": changed_inputs,
+  "killed twice": kill_twice,
 }
 
 
