@@ -13,7 +13,6 @@ theta descends the mean of their G along one estimate.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,24 +34,6 @@ from zofo_jax.core.types import (
 from zofo_jax.core.zeroth_order import ZerothOrder
 
 
-def _over_tasks(fn: Callable[..., Any], num_tasks: int | None) -> Any:
-  """Maps a function over the tasks' axis of its arguments, if there is one.
-
-  A single task is computed without the axis, so that the results are those of a
-  step without it, bit for bit.
-  """
-  if num_tasks is None:
-    return fn
-  if num_tasks > 1:
-    return jax.vmap(fn)
-
-  def call(*args):
-    result = fn(*jax.tree.map(lambda leaf: leaf[0], args))
-    return jax.tree.map(lambda leaf: leaf[None], result)
-
-  return call
-
-
 def _checked_losses(
   lower_loss_fn: LossFn, upper_loss_fn: LossFn, has_aux: bool
 ) -> tuple[LossFn, LossFn]:
@@ -61,16 +42,6 @@ def _checked_losses(
   if upper_loss_fn == lower_loss_fn:
     return lower_fn, lower_fn
   return lower_fn, checks.checked_loss(upper_loss_fn, "upper_loss_fn", has_aux)
-
-
-def _without_aux(
-  lower_loss_fn: Callable[..., Any], upper_loss_fn: Callable[..., Any]
-) -> tuple[LossFn, LossFn]:
-  """Drops the aux of the losses; equal functions remain equal."""
-  lower_fn = lambda *args: lower_loss_fn(*args)[0]
-  if upper_loss_fn == lower_loss_fn:
-    return lower_fn, lower_fn
-  return lower_fn, lambda *args: upper_loss_fn(*args)[0]
 
 
 def _copy_shared(tree: Params, other: Params) -> Params:
@@ -149,7 +120,9 @@ def bilevel_step(
   )
   lower_value_fn, upper_value_fn = lower_loss_fn, upper_loss_fn
   if has_aux:
-    lower_value_fn, upper_value_fn = _without_aux(lower_loss_fn, upper_loss_fn)
+    lower_value_fn, upper_value_fn = loss_terms.without_aux(
+      lower_loss_fn, upper_loss_fn
+    )
   keys = keys_lib.step_keys(state.key, state.step, zo.subspace_steps)
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
@@ -190,7 +163,7 @@ def bilevel_step(
     metrics = (lower_loss, losses[0], losses[1], norm, aux[0])
     return upper, upper_opt, lower, lower_opt, metrics
 
-  upper, upper_opt, lower, lower_opt, adapter_metrics = _over_tasks(
+  upper, upper_opt, lower, lower_opt, adapter_metrics = loss_terms.over_tasks(
     move_adapters, num_tasks
   )(
     state.upper,
@@ -202,28 +175,13 @@ def bilevel_step(
   )
   lower_loss, upper_loss, penalty_loss, upper_grad_norm, aux = adapter_metrics
 
-  # The objective of theta, and that of the lengths of `guide`: what s gives up,
-  # theta takes, so that the term of s does not change.
-  def penalized(base, lower, rows, with_penalty=True):
-    upper_fn = probe_loss_fn or upper_value_fn
-    lower_fn = probe_loss_fn or lower_value_fn
-
-    def of_task(upper, lower, rows, penalty_rows):
-      terms = [(upper_fn, upper, rows)]
-      if with_penalty:
-        terms.append((lower_fn, upper, penalty_rows))
-      if lower is not None:
-        terms.append((lower_fn, lower, penalty_rows))
-      losses = loss_terms.evaluate_losses(tuple(terms), base, None)
-      if len(losses) == 1:
-        return losses[0]
-      difference = losses[1] - losses[2] if len(losses) == 3 else losses[1]
-      return losses[0] + penalty * difference
-
-    # Within the tasks' axis theta has none: a weight is perturbed once for all.
-    values = _over_tasks(of_task, num_tasks)(state.upper, lower, *rows)
-    return jnp.average(values, weights=batch.weights) if over_tasks else values
-
+  penalized = loss_terms.make_objective(
+    probe_loss_fn or upper_value_fn,
+    probe_loss_fn or lower_value_fn,
+    penalty,
+    num_tasks,
+    batch.weights,
+  )
   rows = (batch.upper, batch.penalty)
   # If p's gradient is not finite, theta does not move either. This data
   # dependency also lets XLA update theta in place: without it, it copies all
@@ -234,7 +192,7 @@ def bilevel_step(
   num_nonfinite = jnp.zeros([], jnp.int32)
   if guide is None or guide.random:
     estimate = zo_lib.estimate_on_batch(
-      lambda base, rows: penalized(base, lower, rows),
+      lambda base, rows: penalized(base, state.upper, lower, rows),
       state.base,
       rows,
       keys.direction,
@@ -249,7 +207,7 @@ def bilevel_step(
       state.base_opt,
       estimate,
       zo.sampler,
-      lambda base: penalized(base, lower, rows),
+      lambda base: penalized(base, state.upper, lower, rows),
       keys.rounding,
     )
     values, coefficients = estimate.values, estimate.coefficients
@@ -264,7 +222,9 @@ def bilevel_step(
         probe = jax.tree.map(
           lambda leaf: jnp.take(leaf, index, axis=int(over_tasks)), batch.probe
         )
-      return penalized(base, None, (probe, batch.penalty), guide.penalty)
+      return penalized(
+        base, state.upper, None, (probe, batch.penalty), guide.penalty
+      )
 
     shares = None
     if over_tasks:

@@ -1,6 +1,6 @@
 """Several losses at one backbone; equal functions are one batched call."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -94,3 +94,74 @@ def loss_gradients(
     parts = [(grads, aux) for _, grads, aux in triples]
   all_grads, all_aux = map(list, zip(*parts, strict=True))
   return losses.astype(jnp.float32), all_grads, all_aux
+
+
+def over_tasks(fn: Callable[..., Any], num_tasks: int | None) -> Any:
+  """Maps a function over the tasks' axis of its arguments, if there is one.
+
+  A single task is computed without the axis, so that the results are those of a
+  step without it, bit for bit.
+  """
+  if num_tasks is None:
+    return fn
+  if num_tasks > 1:
+    return jax.vmap(fn)
+
+  def call(*args):
+    result = fn(*jax.tree.map(lambda leaf: leaf[0], args))
+    return jax.tree.map(lambda leaf: leaf[None], result)
+
+  return call
+
+
+def without_aux(
+  lower_loss_fn: Callable[..., Any], upper_loss_fn: Callable[..., Any]
+) -> tuple[LossFn, LossFn]:
+  """Drops the aux of the losses; equal functions remain equal."""
+  lower_fn = lambda *args: lower_loss_fn(*args)[0]
+  if upper_loss_fn == lower_loss_fn:
+    return lower_fn, lower_fn
+  return lower_fn, lambda *args: upper_loss_fn(*args)[0]
+
+
+def make_objective(
+  upper_fn: LossFn,
+  lower_fn: LossFn,
+  penalty: jax.Array,
+  num_tasks: int | None,
+  weights: jax.Array | None,
+) -> Callable[..., jax.Array]:
+  """Returns the objective G of theta, or the mean of the tasks'.
+
+  Args:
+    upper_fn: L on D_f, without aux.
+    lower_fn: L on D_p, without aux.
+    penalty: lam, float32, shape [].
+    num_tasks: M, of the leading axis of adapters and rows; None: there is none.
+    weights: of the tasks, float32 [M]; None for equal ones.
+
+  Returns:
+    (theta, p, s, rows of D_f and D_p, with_penalty=True) -> float32, shape [].
+    With s None its term is left out, without the penalty both of D_p are.
+  """
+
+  def objective(base, upper, lower, rows, with_penalty=True):
+    def of_task(upper, lower, rows, penalty_rows):
+      terms = [(upper_fn, upper, rows)]
+      if with_penalty:
+        terms.append((lower_fn, upper, penalty_rows))
+      if lower is not None:
+        terms.append((lower_fn, lower, penalty_rows))
+      losses = evaluate_losses(terms, base, None)
+      if len(losses) == 1:
+        return losses[0]
+      difference = losses[1] - losses[2] if len(losses) == 3 else losses[1]
+      return losses[0] + penalty * difference
+
+    # Within the tasks' axis theta has none: a weight is perturbed once for all.
+    values = over_tasks(of_task, num_tasks)(upper, lower, *rows)
+    if num_tasks is None:
+      return values
+    return jnp.average(values, weights=weights)
+
+  return objective
