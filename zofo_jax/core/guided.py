@@ -193,7 +193,32 @@ class Guide:
     penalty: whether the objective has lam L(theta', p; D_p) besides
       L(theta', p; D_f).
     random: whether theta also takes the ordinary zeroth-order step.
-    reset: whether the optimizer of s starts anew after each step.
+    reset: whether the moments of the optimizer of s are set to 0 after each
+      step.
+
+  Examples:
+    >>> import jax, jax.numpy as jnp, optax
+    >>> import zofo_jax as zofo
+    >>> from zofo_jax.core.factors import Factors
+    >>> def loss(base, adapter, batch, key):
+    ...   weight = base["w"] + adapter["a"] @ adapter["b"]
+    ...   return jnp.mean((batch @ weight - 1.0) ** 2)
+    >>> guide = zofo.guided.Guide(
+    ...     lambda adapter: {"w": Factors(adapter["a"], adapter["b"])},
+    ...     zofo.guided.parabola())
+    >>> algorithm = zofo.make_bilevel_step(
+    ...     loss, lower_tx=optax.adam(0.1), upper_tx=optax.adam(0.1),
+    ...     base_tx=zofo.outer.sgd(0.0), guide=guide)
+    >>> adapter = {"a": jnp.ones((3, 1)), "b": jnp.zeros((1, 2))}
+    >>> state = algorithm.init(
+    ...     jax.random.key(0), {"w": jnp.zeros((3, 2))}, adapter)
+    >>> x = jnp.eye(3)
+    >>> batch = zofo.BilevelBatch(
+    ...     lower=jnp.stack([x] * 5), penalty=x, upper=x)
+    >>> state, info = jax.jit(algorithm.step)(state, batch)
+    >>> zeros = jax.tree.map(jnp.zeros_like, adapter)
+    >>> bool(loss(state.base, zeros, x, None) < 0.5)  # theta alone; 1 before
+    True
   """
 
   fold: FoldFn
