@@ -5,6 +5,7 @@ random weights, a folder of rows whose label one word decides, and the command
 line as a function.
 """
 
+import gc
 import os
 import platform
 import re
@@ -65,6 +66,14 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.get_closest_marker("many_devices"):
       item.add_marker(skip)
+
+
+def pytest_collection_finish():
+  """Makes the garbage collector rare, which is a tenth of the tests' time."""
+  # What is imported by now stays: it need not be looked through again.
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000)
 
 
 def pytest_unconfigure():
