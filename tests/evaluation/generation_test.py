@@ -135,10 +135,14 @@ def bare_tokens(name, lengths):
   return new_tokens(name, prompts(lengths=lengths), max_new_tokens=4).tokens
 
 
+# Every kind in one model, and all kinds in every model.
 @pytest.mark.parametrize(
-  "kinds", ["prefix", "projected", "prompt", "lora+prefix+prompt"]
+  "name, kinds",
+  [
+    *(("llama", kind) for kind in ("prefix", "projected", "prompt")),
+    *((name, "lora+prefix+prompt") for name in ("llama", "opt", "mistral")),
+  ],
 )
-@pytest.mark.parametrize("name", ["llama", "opt", "mistral"])
 def test_adapters_generate_as_in_full_forwards(name, kinds):
   """Rows padded left with a cache, against whole texts without one."""
   module, base, _, _ = recorded(name)
@@ -227,19 +231,20 @@ def test_dynamic_rope_grows_as_in_transformers():
 
 
 @parity
-@pytest.mark.parametrize("length_penalty", [1.0, 3.0, -2.0])
-@pytest.mark.parametrize("name", ["llama", "opt"])
-def test_beams_are_those_of_transformers(name, length_penalty):
+@pytest.mark.parametrize(
+  "name, length_penalty, num_beams",
+  [("llama", 1.0, 3), ("llama", -2.0, 2), ("opt", 3.0, 3)],
+)
+def test_beams_are_those_of_transformers(name, length_penalty, num_beams):
   """Rows end early, late and not at all; some stop being improved."""
   texts = prompts(lengths=(9, 5, 8, 1, 7, 3, 6, 4))
   ends = list(range(10, 18))
   same = {"max_new_tokens": 10, "length_penalty": length_penalty}
   greedy = new_tokens(name, texts, max_new_tokens=10, stops=stops_at(ends))
-  for num_beams in (2, 3):
-    same["num_beams"] = num_beams
-    actual = new_tokens(name, texts, stops=stops_at(ends), **same)
-    expected = hf_tokens(name, texts, eos_token_id=ends, **same)
-    assert_same_tokens(actual, expected)
+  same["num_beams"] = num_beams
+  actual = new_tokens(name, texts, stops=stops_at(ends), **same)
+  expected = hf_tokens(name, texts, eos_token_id=ends, **same)
+  assert_same_tokens(actual, expected)
   assert (actual.tokens != greedy.tokens).any()
 
 
