@@ -112,6 +112,23 @@ def test_predict_needs_rows(complaint, tmp_path):
   parts(text, "--input", "expected a file")
 
 
+def test_predict_reads_one_file_and_writes_another(
+  complaint, tmp_path, monkeypatch
+):
+  monkeypatch.setenv("HOME", str(tmp_path))
+  text = complaint("predict", f"--workdir={tmp_path}", "--input=~/")
+  parts(text, f"--input: {tmp_path} is a folder; expected a file")
+  rows = tmp_path / "answers.jsonl"
+  rows.write_text('{"text": "a film"}')
+  (tmp_path / "link.jsonl").symlink_to(rows)
+  for output in ([], [f"--output={rows}"], ["--output=~/link.jsonl"]):
+    text = complaint(
+      "predict", f"--workdir={tmp_path}", "--input=~/answers.jsonl", *output
+    )
+    parts(text, "--output", "is the file of --input", "another file")
+  assert rows.read_text() == '{"text": "a film"}'
+
+
 def test_compiling_is_noticed(complaint, monkeypatch):
   from zofo_jax import errors, main
 

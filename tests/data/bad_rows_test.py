@@ -40,7 +40,7 @@ BAD = [
   ('{"text": "\\ud83d", "label": 0}', "half of a surrogate pair"),
   ('{"text": "a"}', "no column 'label'"),
   ('{"text": ', "broken JSON"),
-  ("3", "found a int"),
+  ("3", "found 3; expected a JSON object"),
 ]
 
 

@@ -213,7 +213,28 @@ def test_long_cells(tmp_path):
       "row 1: .*'label' occ",
     ),
     ("a.json", '[{"text": "a"}, 3]', "row 1: no column 'label'"),
-    ("a.json", '[{"text": "a", "label": 0}, 3]', "row 2: found a int"),
+    ("a.json", '[{"text": "a", "label": 0}, 3]', "row 2: found 3; exp"),
+    ("a.jsonl", "null", "row 1: found null; expected a JSON object"),
+    (
+      "a.jsonl",
+      '{"text": "a", "label": 0, "tree": ' + "[" * 600 + "]" * 600 + "}",
+      r"row 1: .*nested more than 100 deep",
+    ),
+    (
+      "a.csv",
+      "text,label\na,0\ntext,label\nb,1\n",
+      r"row 2 \(line 3\): repeats the header",
+    ),
+    (
+      "a.csv",
+      "text,label\na,0\n\ufefftext,label\nb,1\n",
+      r"row 2 \(line 3\): starts with a byte-order mark",
+    ),
+    (  # as GLUE's files, which have no quoted cells
+      "a.tsv",
+      'text\tlabel\nc\t1\n"a film\t1\nfine\t0\nb"\t0\n',
+      r"row 2 \(line 5\): a quoted cell spans 3 lines, each of which",
+    ),
     ("a.json", '[{"text": "a",', r"a\.json: broken JSON.*one array of objects"),
     ("a.json", "[" * 100_000, r"a\.json: broken JSON"),
     (
@@ -223,6 +244,7 @@ def test_long_cells(tmp_path):
     ),
     ("a.csv", "text,label\na,0\nb\n", r"row 2 \(line 3\): found 1 cells; .* 2"),
     ("a.csv.gz", None, "a.csv.gz: cannot be read"),
+    ("a.csv", None, "a.csv: cannot be read"),
   ],
 )
 def test_broken_files(tmp_path, name, text, sentence):
@@ -233,6 +255,44 @@ def test_broken_files(tmp_path, name, text, sentence):
     path.write_text(text)
   with pytest.raises(errors.UserError, match=sentence):
     rows_of(path)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-be"])
+def test_utf_16_without_a_mark(tmp_path, name, encoding):
+  text = "text,label\na,0\n" if name == "a.csv" else '{"text": "a"}'
+  path = write(tmp_path / name, text, encoding)
+  with pytest.raises(errors.UserError, match=f"{name}: .*byte-order mark"):
+    rows_of(path)
+
+
+def test_compressed_text_without_the_ending(tmp_path):
+  text = csv_text([{"text": "good", "label": 1}])
+  (tmp_path / "a.csv").write_bytes(gzip.compress(text.encode()))
+  assert rows_of(tmp_path / "a.csv") == [("good", 1)]
+
+
+@pytest.mark.parametrize("kind", ["new_file", "new_stream"])
+def test_arrow_files_and_streams(tmp_path, kind):
+  arrow = pytest.importorskip("pyarrow")
+  ipc = pytest.importorskip("pyarrow.ipc")
+  table = arrow.table({"text": ["good"], "label": [1]})
+  with getattr(ipc, kind)(tmp_path / "a.arrow", table.schema) as writer:
+    writer.write_table(table)
+  assert rows_of(tmp_path / "a.arrow") == [("good", 1)]
+
+
+@pytest.mark.parametrize(
+  "number, kind", [(2**55, ("us",)), (0, ("us", "Mars/Base"))]
+)
+def test_a_column_that_python_has_no_values_for(tmp_path, caplog, number, kind):
+  arrow = pytest.importorskip("pyarrow")
+  parquet = pytest.importorskip("pyarrow.parquet")
+  when = arrow.array([number * 8], arrow.timestamp(*kind))
+  table = arrow.table({"text": ["good"], "label": [1], "when": when})
+  parquet.write_table(table, tmp_path / "a.parquet")
+  assert rows_of(tmp_path / "a.parquet") == [("good", 1)]
+  assert "a.parquet: column 'when' is left out" in caplog.text
 
 
 def test_parquet_with_a_repeated_name(tmp_path):
@@ -327,6 +387,26 @@ def test_splits_are_of_one_folder(tmp_path):
     (
       ["train.csv", "train.parquet"],
       "and train.parquet; expected one file",
+    ),
+    (
+      ["train.parquet", "data/train-00000-of-00001.parquet"],
+      r"holds train\.parquet and data/train-00000-of-00001\.parquet; expected",
+    ),
+    (
+      ["train.csv", "train-00000-of-00001.csv"],
+      r"holds train\.csv and train-00000-of-00001\.csv; expected one file",
+    ),
+    (
+      ["train.parquet", "train/0000.parquet"],
+      r"holds train\.parquet and train/0000\.parquet; expected one file",
+    ),
+    (
+      ["train.parquet", "dev.parquet", "validation.parquet"],
+      r"holds validation\.parquet and dev\.parquet; .* split 'validation'",
+    ),
+    (
+      ["train.parquet", "test.parquet", "rotten_tomatoes/test.parquet"],
+      r"holds test\.parquet and rotten_tomatoes/test\.parquet; expected",
     ),
   ],
 )

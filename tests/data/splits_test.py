@@ -95,7 +95,7 @@ def test_one_file_is_train(tmp_path):
   "text, sentence",
   [
     ('{"text": "a", "label": 0}\n{"text": \n', "row 2: broken JSON"),
-    ('{"text": "a", "label": 0}\n\n[1]\n', "row 3: found a list"),
+    ('{"text": "a", "label": 0}\n\n[1]\n', r"row 3: found \[1\]; expected"),
     ("", "split 'train' has no rows"),
     ('{"txt": "a", "label": 0}', "row 1: no column 'text'.*'txt'"),
     ('{"text": "a", "label": 7}', "row 1: label column 'label' holds 7"),

@@ -488,6 +488,11 @@ def test_unknown_names_suggest_the_nearest():
       {"title": "t", "context": "c", "question": "q", "answers": {}},
       "no entry 'text'",
     ),
+    (  # as in SQuAD 2
+      "squad",
+      {**tasks.get("squad").example, "answers": {"text": []}},
+      "column 'answers' has no answer",
+    ),
   ],
 )
 def test_broken_rows_name_file_and_row(name, fields, sentence):
@@ -532,7 +537,7 @@ def test_custom_generation():
   assert task.right(many) == (0, 1)
   with pytest.raises(errors.UserError, match=r"row 1: .*not of the kind"):
     task.check(_row({"q": "Where?", "a": None}))
-  with pytest.raises(errors.UserError, match=r"row 1: .*no right option"):
+  with pytest.raises(errors.UnusableRowError, match=r"row 1: .*has no answer"):
     task.check(_row({"q": "Where?", "a": []}))
 
 
@@ -643,6 +648,14 @@ def test_custom_multiple_choice():
     (
       {"prompt": "{a}", "options": ["x", "y"], "labels": ["p"]},
       "labels has 1 entries and options 2",
+    ),
+    (
+      {"prompt": "{a}", "options": ["x", "y"], "labels": ["p", "p "]},
+      "labels are 'p', 'p '; expected values that differ",
+    ),
+    (
+      {"prompt": "{a}", "options": ["x", "y"], "labels": ["", "p"]},
+      "labels are '', 'p'; .*none of them blank",
     ),
     (
       {"prompt": "{a}", "options": ["x", "y"], "metric": "acuracy"},

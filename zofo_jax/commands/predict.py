@@ -38,13 +38,15 @@ def predict(
     may_change: see `inputs.check`.
 
   Raises:
-    UserError: there is no run or no file, or no row can be answered.
+    UserError: there is no run or no file, the output is the input, or no row
+      can be answered.
   """
   if not source:
     raise errors.UserError("--input: expected a file of rows; found nothing.")
   folder = epath.Path(workdir)
   path = epath.Path(target) if target else folder / "answers.jsonl"
   with multihost.raise_on_all_processes():
+    _check_input(source, path)
     run = evaluate.load_run(folder)
     report.check_output(path, "--output" if target else "--workdir")
     inputs.check(run, folder, may_change=may_change)
@@ -75,6 +77,20 @@ def predict(
       print(
         f"{num_errors} of {len(items)} rows have no answer; 'error' says why."
       )
+
+
+def _check_input(source: str, target: epath.Path) -> None:
+  """Checks that the input is no folder, nor the file to be written."""
+  path = epath.Path(source)
+  if path.is_dir():
+    raise errors.UserError(
+      f"--input: {path} is a folder; expected a file of rows."
+    )
+  if path.exists() and paths.resolve(source) == paths.resolve(str(target)):
+    raise errors.UserError(
+      f"--output: {target} is the file of --input, which would be replaced; "
+      "expected another file."
+    )
 
 
 def _encode(run: run_lib.Run, items: Sequence[files.Item]) -> list[Any]:
@@ -112,6 +128,7 @@ def main(arguments: Sequence[str]) -> None:
   parser.add_argument(
     "--input",
     metavar="FILE",
+    type=paths.expand,
     help="rows: JSON, CSV, TSV or Parquet; labels unread",
   )
   parser.add_argument(

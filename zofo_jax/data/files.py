@@ -11,6 +11,7 @@ import gzip
 import importlib
 import io
 import json
+import logging
 import pathlib
 import re
 import zlib
@@ -29,7 +30,10 @@ _BYTE_ORDER_MARKS = {
   codecs.BOM_UTF16_LE: "utf-16",
   codecs.BOM_UTF16_BE: "utf-16",
 }
+_GZIP_MARK = b"\x1f\x8b"
 _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
+# Far above what rows have, far below where Python's recursion ends.
+_MAX_DEPTH = 100
 
 
 def ending(path: pathlib.Path) -> str:
@@ -72,13 +76,18 @@ def read(path: pathlib.Path) -> list[Item]:
 
 
 def _read_text(path: pathlib.Path) -> str:
-  """Reads UTF-8, or what a byte-order mark says."""
+  """Reads UTF-8, or what a byte-order mark says; compressed or not."""
   content = path.read_bytes()
-  if path.name.lower().endswith(".gz"):
+  if path.name.lower().endswith(".gz") or content.startswith(_GZIP_MARK):
     content = gzip.decompress(content)
   for mark, encoding in _BYTE_ORDER_MARKS.items():
     if content.startswith(mark):
       return content.decode(encoding)
+  if b"\0" in content[:4]:
+    raise errors.UserError(
+      f"{path}: starts with null bytes, as UTF-16 does; expected UTF-8, or a "
+      "byte-order mark."
+    )
   return content.decode("utf-8")
 
 
@@ -132,12 +141,25 @@ def _repeated(names: Sequence[str]) -> str | None:
 
 
 def _json_row(value: Any, source: str) -> Item:
+  if _is_deeper(value, _MAX_DEPTH):
+    return errors.RowError(
+      source,
+      f"lists and objects are nested more than {_MAX_DEPTH} deep; expected "
+      "columns.",
+    )
   if isinstance(value, dict):
     return tasks.Row(value, source)
   return errors.RowError(
     source,
-    f"found a {type(value).__name__}; expected a JSON object of columns.",
+    f"found {json.dumps(value)[:40]}; expected a JSON object of columns.",
   )
+
+
+def _is_deeper(value: Any, depth: int) -> bool:
+  if not isinstance(value, dict | list):
+    return False
+  items = value.values() if isinstance(value, dict) else value
+  return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
 
 
 def _read_csv(path: pathlib.Path) -> Iterator[Item]:
@@ -183,18 +205,43 @@ def _csv_rows(path: pathlib.Path, records: Any) -> Iterator[Item]:
     )
   for number, cells in enumerate(filled, 1):
     source = f"{path} row {number}"
-    if len(cells) == len(header):
-      yield tasks.Row(dict(zip(header, cells, strict=True)), source)
+    if reason := _broken(cells, header, records.dialect.delimiter):
+      yield errors.RowError(f"{source} (line {records.line_num})", reason)
     else:
-      yield errors.RowError(
-        f"{source} (line {records.line_num})",
-        f"found {len(cells)} cells; expected the {len(header)} cells of the "
-        "header.",
+      yield tasks.Row(dict(zip(header, cells, strict=True)), source)
+
+
+def _broken(cells: list[str], header: list[str], delimiter: str) -> str | None:
+  """Returns why the cells are no row, or None."""
+  if len(cells) != len(header):
+    return (
+      f"found {len(cells)} cells; expected the {len(header)} cells of the "
+      "header."
+    )
+  if cells[0].startswith("\ufeff"):
+    return (
+      "starts with a byte-order mark, as where files were joined; expected one "
+      "only at the start of the file."
+    )
+  if [cell.strip() for cell in cells] == header:
+    return "repeats the header; expected it only in the first line."
+  if delimiter == "\t" and len(header) > 1:
+    # Most programs write tabs without quoting: two cells that merely begin and
+    # end with a quote would swallow the rows from one to the other.
+    lines = re.split(r"\r\n|\r|\n", delimiter.join(cells))
+    if len(lines) > 1 and all(
+      line.count(delimiter) + 1 == len(header) for line in lines
+    ):
+      return (
+        f"a quoted cell spans {len(lines)} lines, each of which has the "
+        f"{len(header)} cells of the header; expected quotes that are "
+        "part of a text to be doubled, within a quoted cell."
       )
+  return None
 
 
 def _read_table(path: pathlib.Path) -> Iterator[Item]:
-  """Reads Parquet, or Arrow as `datasets` saves it to disk."""
+  """Reads Parquet, or Arrow: a file, or a stream as `datasets` saves it."""
   try:
     parquet = importlib.import_module("pyarrow.parquet")
     ipc = importlib.import_module("pyarrow.ipc")
@@ -206,13 +253,13 @@ def _read_table(path: pathlib.Path) -> Iterator[Item]:
   try:
     if is_arrow:
       with path.open("rb") as stream:
-        table = ipc.open_stream(stream).read_all()
+        is_file = stream.peek(6).startswith(b"ARROW1")
+        table = (ipc.open_file if is_file else ipc.open_stream)(
+          stream
+        ).read_all()
     else:
       # One file, whatever the names of its folders ("label=1") suggest.
       table = parquet.ParquetFile(path).read()
-    records = table.to_pylist()
-  except UnicodeDecodeError:
-    raise
   except (OSError, ValueError, NotImplementedError) as error:
     raise errors.UserError(
       f"{path}: not {'an Arrow' if is_arrow else 'a Parquet'} file "
@@ -222,8 +269,21 @@ def _read_table(path: pathlib.Path) -> Iterator[Item]:
     raise errors.UserError(
       f"{path}: two columns have the name '{twice}'; expected each once."
     )
-  for number, fields in enumerate(records, 1):
-    yield tasks.Row(fields, f"{path} row {number}")
+  columns = {}
+  for name, column in zip(table.column_names, table.columns, strict=True):
+    try:
+      columns[name] = column.to_pylist()
+    except UnicodeDecodeError:
+      raise
+    except (ArithmeticError, ValueError, NotImplementedError) as error:
+      # Such as a time that Python has no value for; tasks seldom read it.
+      logging.getLogger("zofo_jax").warning(
+        "%s: column '%s' is left out, as it cannot be converted from %s (%s)",
+        *(path, name, column.type, errors.first_line(error)),
+      )
+  for i in range(table.num_rows):
+    fields = {name: values[i] for name, values in columns.items()}
+    yield tasks.Row(fields, f"{path} row {i + 1}")
 
 
 # Reader of each ending.

@@ -26,8 +26,7 @@ def find(
   """Returns the files of a split, in order; [] if there are none.
 
   All splits are in the same folder: `source`, the folder of the task's name in
-  it or that of its configuration on the hub, or one of their subfolders; the
-  first that has any split.
+  it or that of its configuration on the hub, or one of their subfolders.
 
   Args:
     source: the folder, or the common prefix of the files' names.
@@ -35,43 +34,55 @@ def find(
     split: "train", "validation" or "test".
 
   Raises:
-    UserError: two files have the same split, or a shard is missing.
+    UserError: two files or folders have the same split, or a shard is missing.
   """
   if not source.is_dir():
     return _in_folder(source.parent, task, split, f"{source.name}_")
   names = ("", task.name, *filter(None, (task.hub or ())[1:]))
-  for name in names:
-    for subfolder in _SUBFOLDERS:
-      folder = source / name / subfolder
-      if any(_in_folder(folder, task, s) for s in SPLITS):
-        return _in_folder(folder, task, split)
-  return []
+  folders = dict.fromkeys(source / n / s for n in names for s in _SUBFOLDERS)
+  chosen: dict[str, list[pathlib.Path]] = {}
+  for folder in folders:
+    splits = {s: _in_folder(folder, task, s) for s in SPLITS}
+    for name, paths in splits.items():
+      if paths and chosen.get(name):
+        raise _several(source, [chosen[name], paths], name)
+    if not chosen and any(splits.values()):
+      chosen = splits
+  return chosen.get(split, [])
 
 
 def _in_folder(
   folder: pathlib.Path, task: tasks.Task, split: str, prefix: str = ""
 ) -> list[pathlib.Path]:
-  """Returns the files of the first of a split's names that a folder has."""
+  """Returns the files of a split, under any of its names."""
   if not folder.is_dir():
     return []
-  hub_name = task.hub_splits.get(split, split)
   listed = sorted(folder.iterdir())
-  for name in dict.fromkeys((split, *_ALIASES.get(split, ()), hub_name)):
+
+  def candidates(name):
     stem = re.escape(prefix + name)
-    single = list(_matching(listed, stem))
-    if len(single) > 1:
-      raise errors.UserError(
-        f"{folder} holds {' and '.join(p.name for p in single)}; expected one "
-        f"file of the split '{split}'."
-      )
-    paths = (
-      single
-      or _shards(listed, rf"{stem}-(?=\d+-of-){_SHARD}")
-      or (_shards_in(folder / name) if not prefix else [])
-    )
-    if paths:
-      return paths
-  return []
+    yield from ([path] for path in _matching(listed, stem))
+    yield _shards(listed, rf"{stem}-(?=\d+-of-){_SHARD}")
+    if not prefix:
+      yield _shards_in(folder / name)
+
+  names = (split, *_ALIASES.get(split, ()))
+  matches = [*filter(None, (c for name in names for c in candidates(name)))]
+  if not matches and split in task.hub_splits:
+    matches = [*filter(None, candidates(task.hub_splits[split]))]
+  if len(matches) > 1:
+    raise _several(folder, matches, split)
+  return matches[0] if matches else []
+
+
+def _several(
+  folder: pathlib.Path, matches: Sequence[Sequence[pathlib.Path]], split: str
+) -> errors.UserError:
+  names = " and ".join(str(paths[0].relative_to(folder)) for paths in matches)
+  return errors.UserError(
+    f"{folder} holds {names}; expected one file of the split '{split}', or "
+    "one set of numbered files."
+  )
 
 
 def _shards_in(folder: pathlib.Path) -> list[pathlib.Path]:

@@ -137,9 +137,12 @@ class Task:
       except errors.RowError as error:
         raise error_class(error.source, error.reason) from error
       if not right:
-        raise error_class(
-          row.source, f"task {self.name} finds no right option in this row."
+        reason = (
+          f"column '{self.other[0]}' has no answer."
+          if self.kind == "generation"
+          else f"task {self.name} finds no right option in this row."
         )
+        raise error_class(row.source, reason)
       return right
     value = row.fields[self.label]
     count = len(self.labels or self.options(row))
@@ -217,7 +220,7 @@ def texts(values: Any, column: str) -> list[str]:
   if not isinstance(values, list | tuple):
     raise ValueError(
       f"column '{column}' is not of the kind this task reads: found "
-      f"{type(values).__name__}; expected a list of texts."
+      f"{json.dumps(values, default=str)[:60]}; expected a list of texts."
     )
   for value in values:
     if is_missing(value) or not isinstance(value, str | int | float):
@@ -290,7 +293,7 @@ def _label_index(
   Files write the same label as 1, "1", "1.0" or " 1", and as true or "True".
   """
   names = [str(i) for i in range(count)] if labels is None else list(labels)
-  if is_missing(value) and value not in names:
+  if is_missing(value):
     return None
   if str(value) in names:
     return names.index(str(value))

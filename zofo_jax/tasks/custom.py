@@ -45,7 +45,8 @@ def custom(
 
   Raises:
     UserError: a pattern is malformed, the metric does not fit the kind of
-      task, there is only one option, or not one label per option.
+      task, there is only one option, or not one label per option, all
+      different.
 
   Examples:
     >>> from zofo_jax import tasks
@@ -64,6 +65,12 @@ def custom(
     raise errors.UserError(
       f"Task {name}: labels has {len(labels)} entries and options "
       f"{len(options)}; one label per option expected."
+    )
+  stripped = [str(value).strip() for value in labels or ()]
+  if not all(stripped) or len({*stripped}) < len(stripped):
+    raise errors.UserError(
+      f"Task {name}: labels are {', '.join(map(repr, labels or ()))}; expected "
+      "values that differ, none of them blank."
     )
   metrics = get_args(OptionMetric if options else TextMetric)
   metric = metric or ("accuracy" if options else "token_f1")
