@@ -106,11 +106,16 @@ def command_line():
 
   def run(*arguments):
     arguments = [*map(str, arguments)]
-    # A run uses all eight devices unless it is given a mesh.
-    if any(a.startswith("--config=") for a in arguments) and not any(
-      a.startswith("--config.mesh.") for a in arguments
-    ):
-      arguments.append("--config.mesh.data=1")
+    given = lambda start: any(a.startswith(start) for a in arguments)
+    if given("--config="):
+      # A run uses all eight devices unless it is given a mesh.
+      if not given("--config.mesh."):
+        arguments.append("--config.mesh.data=1")
+      # Every weight that moves is more to compile. With these, an adapter moves
+      # or says what does.
+      by_adapter = any("mezo_peft" in a or "guided" in a for a in arguments)
+      if not given("--config.zo.select=") and not by_adapter:
+        arguments.append(f"--config.zo.select={tiny.MOVED}")
     return main.main(arguments)
 
   return run

@@ -6,6 +6,10 @@ import random
 import flax.traverse_util
 import numpy as np
 
+# Weights that the runs of most tests move: a table, a stack of matrices and one
+# of vectors.
+MOVED = "embed|query|attention_norm"
+
 _WORDS = ("a dull and cold", "a bright and warm")
 _NOUNS = ("film", "story", "comedy", "ending", "cast", "score", "plot", "tale")
 _PLACES = ("by the sea", "of two friends", "in the hills", "about a dog")

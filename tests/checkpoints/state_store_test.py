@@ -56,6 +56,7 @@ def config(tiny_model, tiny_rows):
   config.lower.num_steps = 1
   config.upper.learning_rate = 1e-2
   config.zo.learning_rate = 1e-3
+  config.zo.select = tiny.MOVED
   config.train.num_steps = STEPS
   config.train.eval_every_steps = 2
   config.train.max_nonfinite = 2

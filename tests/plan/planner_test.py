@@ -157,7 +157,7 @@ def test_a_plan_says_what_was_refused(monkeypatch, tmp_path, capsys):
 
 
 def test_a_compiled_plan(tmp_path, monkeypatch):
-  tiny = {
+  model = {
     **published.CONFIGS["TinyLlama/TinyLlama_v1.1"],
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -165,9 +165,13 @@ def test_a_compiled_plan(tmp_path, monkeypatch):
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
   }
-  monkeypatch.setitem(published.CONFIGS, "tiny", tiny)
+  monkeypatch.setitem(published.CONFIGS, "tiny", model)
   plan = planner.plan(
-    config_of("tiny", **{"mesh.data": 2, "lower.num_steps": 2}), "cpu:2"
+    config_of(
+      "tiny",
+      **{"mesh.data": 2, "lower.num_steps": 2, "zo.select": tiny.MOVED},
+    ),
+    "cpu:2",
   )
   sizes = plan["per_chip_bytes"]
   assert sizes.keys() == KEYS | {"total"}

@@ -29,8 +29,7 @@ def _base():
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
   return {
     "embed": draw(64, 32),
-    "layers": {"kernel": draw(2, 32, 32) / 6, "bias": draw(2, 32)},
-    "head": draw(64, 32),
+    "layers": {"kernel": draw(2, 32, 32) / 6},
   }
 
 
@@ -47,14 +46,12 @@ def _losses(base, batch):
   hidden = perturbed.take(base["embed"], batch["ids"]).mean(axis=-2)
 
   def layer(hidden, weights):
-    bias = perturbed.read(weights["bias"])
-    hidden = perturbed.dot(hidden, weights["kernel"])
-    return jnp.tanh(hidden + jnp.broadcast_to(bias, hidden.shape)), None
+    return jnp.tanh(perturbed.dot(hidden, weights["kernel"])), None
 
   hidden, _ = jax.lax.scan(layer, hidden, base["layers"])
-  rows = perturbed.take(base["head"], batch["label"])
+  rows = perturbed.take(base["embed"], batch["label"])
   picked = jnp.sum(hidden * rows, axis=-1)
-  return perturbed.log_normalizer(hidden, base["head"]) - picked
+  return perturbed.log_normalizer(hidden, base["embed"]) - picked
 
 
 def _loss(base, batch):

@@ -16,6 +16,7 @@ import time
 import numpy as np
 import pytest
 
+from tests import tiny
 from zofo_jax import errors, report
 from zofo_jax.sharding import multihost
 
@@ -89,6 +90,7 @@ def command_of(folder, model, rows):
     "--config.eval.batch_size=8",
     "--config.lower.num_steps=1",
     "--config.zo.learning_rate=1e-4",
+    f"--config.zo.select={tiny.MOVED}",
     "--config.mesh.fsdp=2",
     "--config.mesh.model=2",
     "--config.train.num_steps=4",

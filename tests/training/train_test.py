@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from tests import tiny
 from zofo_jax import report
 from zofo_jax.builders import data
 from zofo_jax.builders import model as model_lib
@@ -64,6 +65,7 @@ def start(command_line, workdir, model, rows, *more):
     "--config.zo.learning_rate=1e-4",
     f"--config.train.num_steps={STEPS}",
     f"--config.train.eval_every_steps={EVAL_EVERY}",
+    "--config.zo.select=",  # all weights
     *more,
   )
 
@@ -201,6 +203,7 @@ def test_a_linear_penalty_rises_to_its_value(
 ):
   more = "--config.train.num_steps=2", "--config.penalty=4"
   more += ("--config.penalty_schedule=linear",)
+  more += (f"--config.zo.select={tiny.MOVED}",)
   assert start(command_line, tmp_path, tiny_model, tiny_rows, *more) == 0
   config = run_lib.read_config(epath.Path(tmp_path))
   run = run_lib.make_run(config)

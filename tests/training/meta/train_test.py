@@ -294,6 +294,7 @@ def config(tiny_model, family_rows):
   fields = tiny.base_config()
   fields.command = "adapt"
   fields.model.name = str(tiny_model)
+  fields.zo.select = tiny.MOVED
   fields.data.dir = str(family_rows)
   fields.data.num_test = 8
   fields.data.num_selection = 8
