@@ -1,11 +1,14 @@
 """One writer: who holds a folder, and whom a second process meets there."""
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent import futures
 
 import pytest
 from etils import epath
@@ -127,14 +130,77 @@ def test_nothing_is_left(folder):
   assert not list(folder.iterdir())
 
 
+def acquire_at_once(folder, count):
+  """Returns the locks of those of `count` threads that get one."""
+  barrier = threading.Barrier(count)
+
+  def acquire(_):
+    barrier.wait()
+    with contextlib.suppress(errors.UserError):
+      return lock._acquire(folder)
+
+  with futures.ThreadPoolExecutor(count) as pool:
+    return [held for held in pool.map(acquire, range(count)) if held]
+
+
 def test_only_one_of_many_takes_a_dead_one_over(folder):
-  path = left_by(folder, 1e4, system="far")
-  first = json.loads(path.read_text())
-  lock._remove_dead(path)
+  switch_interval = sys.getswitchinterval()
+  sys.setswitchinterval(1e-5)
+  try:
+    for _ in range(20):
+      path = left_by(folder, started="1")
+      (held,) = acquire_at_once(folder, 8)
+      assert [p.name for p in folder.iterdir()] == [lock.NAME]
+      assert json.loads(path.read_text()) == held._owner
+      held.release()
+  finally:
+    sys.setswitchinterval(switch_interval)
+
+
+def test_one_that_comes_late_to_a_takeover(folder, monkeypatch):
+  left_by(folder, started="1")
+  create, locks = lock._create, []
+
+  def be_late(path, owner):
+    if path.name != lock.NAME and not locks:  # the first claim
+      monkeypatch.setattr(lock, "_create", create)
+      locks.append(lock._acquire(folder))
+    return create(path, owner)
+
+  monkeypatch.setattr(lock, "_create", be_late)
+  with pytest.raises(errors.UserError, match="in use by process"):
+    lock._acquire(folder)
+  assert [p.name for p in folder.iterdir()] == [lock.NAME]
+  locks[0].release()
+  assert not list(folder.iterdir())
+
+
+def test_one_that_was_killed_in_a_takeover(folder):
+  path = left_by(folder, started="1")
+  claim = path.with_name(lock._claim_name(path))
+  claim.write_text(path.read_text())
+  assert len(acquire_at_once(folder, 3)) == 1
+  assert [p.name for p in folder.iterdir()] == [lock.NAME]
+
+
+def test_an_unknown_start(folder):
+  left_by(folder, started="", pid=2**22 + 1)  # beyond Linux' largest
   with lock.hold(folder):
-    assert json.loads(path.read_text()) != first
-    with pytest.raises(errors.UserError, match="in use"):
-      lock._remove_dead(path)
+    pass
+  left_by(folder, started="")
+  with pytest.raises(errors.UserError, match="in use by process"):
+    with lock.hold(folder):
+      pass
+
+
+@pytest.mark.parametrize("kind", ["a folder", "a link to no file"])
+def test_what_is_no_lock(folder, kind):
+  folder.mkdir()
+  path = folder / lock.NAME
+  path.mkdir() if kind == "a folder" else os.symlink("nothing", path)
+  with pytest.raises(errors.UserError, match=f"lock.json is {kind}; expected"):
+    with lock.hold(folder):
+      pass
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):

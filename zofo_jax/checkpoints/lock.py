@@ -7,6 +7,7 @@ file system are not used, since network file systems may lack them.
 """
 
 import contextlib
+import hashlib
 import json
 import logging
 import os
@@ -122,10 +123,16 @@ def _acquire(folder: epath.Path) -> _Lock:
     "token": uuid.uuid4().hex,
   }
   report.make_folder(folder)
+  if path.is_dir() or (os.path.islink(path) and not path.exists()):
+    kind = "a folder" if path.is_dir() else "a link to no file"
+    raise errors.UserError(
+      f"--workdir: {path} is {kind}; expected a file that zofo_jax made, or "
+      "nothing."
+    )
   for _ in range(3):
-    if _create(path, owner):
-      return _Lock(path, owner)
-    _remove_dead(path)
+    if _create(path, owner) or _take_over(path, owner):
+      if (_read(path) or {}).get("token") == owner["token"]:
+        return _Lock(path, owner)
   raise errors.UserError(
     f"--workdir: {folder} is in use by processes that start at this moment; "
     "expected another folder."
@@ -161,19 +168,52 @@ def _create(path: epath.Path, owner: dict[str, Any]) -> bool:
     unique.unlink(missing_ok=True)
 
 
-def _remove_dead(path: epath.Path) -> None:
-  """Removes the file of a dead process.
+def _take_over(path: epath.Path, owner: dict[str, Any]) -> bool:
+  """Replaces the file of a dead process; returns whether it did.
+
+  Only the process that makes a second file, the claim, may replace the first,
+  which therefore exists all the time. The claim's name depends on the content
+  of the first. If its process, too, is dead, there is a claim on the claim.
+
+  Raises:
+    UserError: the process, or the one with the claim, is or may be alive.
+  """
+  first = name = _name_if_dead(path)
+  who = _describe(_read(path))
+  claims = []
+  while name is not None:
+    claims.append(path.with_name(name))
+    if _create(claims[-1], owner):
+      break
+    name = _name_if_dead(claims[-1])
+  else:
+    return False
+  # Another process may have replaced the file before this one made its claim.
+  replaces = _claim_name(path) == first
+  if replaces:
+    new = path.with_name(f"{NAME}.{owner['token']}")
+    new.write_text(json.dumps(owner))
+    new.replace(path)
+    _log.info("%s was left by %s, which has ended.", path, who)
+  for claim in claims if replaces else claims[-1:]:
+    claim.unlink(missing_ok=True)
+  return replaces
+
+
+def _name_if_dead(path: epath.Path) -> str | None:
+  """Returns the name of a claim on a dead process's file; None without a file.
 
   Raises:
     UserError: the process is, or may be, alive.
   """
+  name = _claim_name(path)
   owner = _read(path)
   age = _age(path)
   if age is None:  # has been removed just now
-    return
-  who = "another process" if owner is None else _describe(owner)
+    return None
   if owner is not None and owner["system"] == _system():
-    alive = _started(owner["pid"]) == owner["started"]
+    started = _started(owner["pid"])
+    alive = started != "" and owner["started"] in ("", started)
     advice = "expected another --workdir, or that it has ended"
   else:
     alive = age < STALE_SECONDS
@@ -184,17 +224,20 @@ def _remove_dead(path: epath.Path) -> None:
     )
   if alive:
     raise errors.UserError(
-      f"--workdir: {path.parent} is in use by {who}; {advice}."
+      f"--workdir: {path.parent} is in use by {_describe(owner)}; {advice}."
     )
-  # Renamed, since of two processes that find it only one may remove it.
-  aside = path.with_name(f"{NAME}.{uuid.uuid4().hex}")
-  with contextlib.suppress(FileNotFoundError, FileExistsError):
-    path.rename(aside)
-    if _read(aside) != owner:  # that of a process which was faster
-      aside.rename(path)
-      return
-    aside.unlink()
-    _log.info("%s was left by %s, which has ended.", path, who)
+  return name
+
+
+def _claim_name(path: epath.Path) -> str | None:
+  """Returns the name of the file that claims another one, if that exists."""
+  try:
+    content = path.read_bytes()
+  except OSError:
+    if not path.exists():
+      return None
+    content = b""
+  return f"{NAME}.{hashlib.sha256(path.name.encode() + content).hexdigest()}"
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
@@ -219,7 +262,9 @@ def _age(path: epath.Path) -> float | None:
     probe.unlink()
 
 
-def _describe(owner: dict[str, Any]) -> str:
+def _describe(owner: dict[str, Any] | None) -> str:
+  if owner is None:
+    return "another process"
   return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
 
 
