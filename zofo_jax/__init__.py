@@ -1,5 +1,13 @@
 """Bilevel-ZOFO in JAX: zeroth-order backbones, first-order adapters."""
 
+try:
+  import jax as _jax  # noqa: F401
+except ValueError as error:  # of a variable such as JAX_ENABLE_X64=banana
+  from zofo_jax import errors as _errors
+
+  _errors.exit_if_command(error)
+  raise
+
 from zofo_jax import adapters, errors
 from zofo_jax.core import (
   baselines,

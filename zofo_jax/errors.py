@@ -1,7 +1,9 @@
 """Errors that a user can correct, each described in one sentence."""
 
 import difflib
+import os
 import signal
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -71,3 +73,21 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
   """Returns the first line of an error's message, or the error's type."""
   return (str(error) or type(error).__name__).splitlines()[0].rstrip(". ")
+
+
+def exit_if_command(error: ValueError) -> None:
+  """Prints why jax cannot be imported and exits, in commands of this package.
+
+  Args:
+    error: what `import jax` raised, as it does if a variable of the shell, such
+      as JAX_ENABLE_X64, has no valid value.
+  """
+  # "-m" stands for a module that is still being looked for.
+  if os.path.basename((*sys.argv, "")[0]) not in ("-m", "zofo"):
+    return
+  problem = first_line(error)
+  for name, value in os.environ.items():
+    if name.startswith("JAX_") and name.lower() in problem.lower():
+      problem = f"{name}: expected a value that jax knows; found '{value}'"
+  print(f"zofo_jax: {UserError(problem)}.", file=sys.stderr)
+  sys.exit(2)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import shutil
 from typing import Any, NamedTuple
 
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 
 from zofo_jax import errors
-from zofo_jax.checkpoints import folders, manager
+from zofo_jax.checkpoints import folders, lock, manager
 
 
 @functools.partial(
@@ -196,6 +198,20 @@ def test_paths_of_other_file_systems_stay_as_they_are(tmp_path, monkeypatch):
   absolute = folders.absolute
   assert str(absolute("gs://bucket/run/c")) == "gs://bucket/run/c"
   assert str(absolute("run/c")) == str(tmp_path / "run/c")
+
+
+def test_a_name_that_is_no_text(tmp_path, monkeypatch):
+  folder = tmp_path / os.fsdecode(b"caf\xe9")
+  for opened in (
+    lambda: manager.Checkpoints(folder, keep=1),
+    lambda: lock.hold(epath.Path(folder)).__enter__(),
+  ):
+    with pytest.raises(errors.UserError, match="expected a name in UTF-8"):
+      opened()
+  assert not folder.exists()
+  monkeypatch.setattr(os, "fsencode", lambda text: text.encode("ascii"))
+  with pytest.raises(errors.UserError, match=r"such as C\.UTF-8"):
+    folders.absolute("café")
 
 
 def test_reading_makes_no_folder(tmp_path):

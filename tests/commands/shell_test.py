@@ -13,6 +13,7 @@ import pytest
 from etils import epath
 
 from tests import tiny
+from zofo_jax import errors
 from zofo_jax.builders import model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import run_folder, state_store
@@ -230,6 +231,42 @@ def test_escapes(argument, name, expected):
   assert defaults.flat(config)[name] == expected
 
 
+@pytest.mark.parametrize(
+  "name, value, expected",
+  [
+    ("generate.stop", r"(a\nb,", "texts, as ('a', 'b')"),
+    ("zo.layers", "(1,", "whole numbers, as (0, 1)"),
+    ("zo.eps", "small", "a number"),
+    ("zo.num_directions", "2.5", "a whole number"),
+    ("data.pooled", "maybe", "true or false"),
+  ],
+)
+def test_a_value_of_another_type(name, value, expected):
+  text = f"--config.{name}: expected {expected}; found '{value}'."
+  for given in ([f"--config.{name}={value}"], [f"--config.{name}", value]):
+    if name == "data.pooled" and len(given) == 2:
+      continue  # `--config.data.pooled` alone is true
+    with pytest.raises(errors.UserError) as caught:
+      arguments.set_fields(defaults.base_config(), given)
+    assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+  "name", ["JAX_ENABLE_X64", "JAX_DEFAULT_PRNG_IMPL", "JAX_RANDOM_SEED_OFFSET"]
+)
+def test_a_variable_that_jax_cannot_read(name):
+  done = subprocess.run(
+    [sys.executable, "-m", "zofo_jax.main", "--help"],
+    env={**os.environ, name: "banana"},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert done.stderr == (
+    f"zofo_jax: {name}: expected a value that jax knows; found 'banana'.\n"
+  )
+
+
 @pytest.mark.parametrize("platform", ["cuda", "cpuu"])
 def test_a_platform_that_is_not_there(platform):
   """In a process of its own: JAX looks for devices once."""
@@ -249,6 +286,7 @@ except errors.UserError as error:
   )
   assert "JAX_PLATFORMS: expected some of cpu" in done.stdout
   assert f"found '{platform}'" in done.stdout
+  assert ("Did you mean" in done.stdout) == (platform == "cpuu")
   assert done.stdout.count("\n") == 1 and "Traceback" not in done.stderr
 
 

@@ -49,6 +49,31 @@ def test_check_names_the_field(config, name):
     validate.check(config)
 
 
+@pytest.mark.parametrize("name", [*NUMBERS, "lora.alpha", "mesh.data"])
+def test_infinite_numbers(config, name):
+  default = DEFAULTS[name]
+  values = [2**31, 10**400] if isinstance(default, int) else [1e400, -1e400]
+  for value in values:
+    config.update_from_flattened_dict({name: value})
+    with pytest.raises(errors.UserError) as caught:
+      validate.check(config)
+    assert f"config.{name}: expected " in str(caught.value)
+    assert str(caught.value).endswith(("is too large.", "is not finite."))
+
+
+@pytest.mark.parametrize("axis", ["data", "fsdp", "model", "pert"])
+def test_sizes_of_the_mesh(config, axis):
+  for size in (-1, 1, 8):
+    config.mesh[axis] = size
+    validate.check(config)
+  for size in (-2, 0):
+    config.mesh[axis] = size
+    with pytest.raises(
+      errors.UserError, match=rf"mesh\.{axis}: .* -1 .*{size}"
+    ):
+      validate.check(config)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_check_names_the_choices(config, name):
   config.update_from_flattened_dict({name: "nothing"})

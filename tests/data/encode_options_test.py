@@ -325,3 +325,25 @@ def test_tokenizer_from_a_folder(tmp_path):
   for folder in ("model", "nothing"):
     with pytest.raises(errors.UserError, match="Cannot load a tokenizer"):
       tokenizer_lib.load_tokenizer(tmp_path / folder)
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama"])
+def test_a_folder_without_a_tokenizer(tmp_path, kind):
+  (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+  with pytest.raises(errors.UserError, match=r"no tokenizer\.json; expected a"):
+    tokenizer_lib.load_tokenizer(tmp_path)
+
+
+def test_dropout_of_bpe_is_not_used(tmp_path, caplog):
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=_byte_level(True, "</s>"), eos_token="</s>"
+  ).save_pretrained(tmp_path)
+  text = "a film by the sea, a film by the sea"
+  expected = tokenizer_lib.load_tokenizer(tmp_path)(text)["input_ids"]
+  path = tmp_path / "tokenizer.json"
+  fields = json.loads(path.read_text())
+  fields["model"]["dropout"] = 0.5
+  path.write_text(json.dumps(fields))
+  tokenizer = tokenizer_lib.load_tokenizer(tmp_path)
+  assert all(tokenizer(text)["input_ids"] == expected for _ in range(10))
+  assert caplog.text.count("has dropout 0.5") == 1

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import os
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -9,16 +11,30 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
+from zofo_jax import errors
 from zofo_jax.checkpoints import checksums
 
 _log = logging.getLogger("zofo_jax")
 
 
 def absolute(folder: str | epath.Path) -> epath.Path:
-  """Returns an absolute path; names are relative to the current folder."""
+  """Returns an absolute path; names are relative to the current folder.
+
+  Raises:
+    UserError: TensorStore, which writes arrays, cannot have this name.
+  """
   path = epath.Path(folder)
   # `resolve` would take "gs://..." for a relative path.
-  return path if path.is_absolute() else path.resolve()
+  path = path if path.is_absolute() else path.resolve()
+  try:
+    str(path).encode()  # not bytes that the locale cannot decode
+    os.fsencode(str(path))
+  except UnicodeEncodeError as error:
+    raise errors.UserError(
+      f"{path}: expected a name in UTF-8, and a locale such as C.UTF-8; found "
+      f"the locale's encoding {sys.getfilesystemencoding()}."
+    ) from error
+  return path
 
 
 def prepare(folder: epath.Path) -> None:
@@ -41,7 +57,7 @@ def prepare(folder: epath.Path) -> None:
           path,
           target.parent,
         )
-  multihost_utils.sync_global_devices(f"{folder} is readable")
+  multihost_utils.sync_global_devices("checkpoints are readable")
 
 
 def read_metric(folder: epath.Path) -> float | None:

@@ -23,6 +23,7 @@ from typing import Any
 from etils import epath
 
 from zofo_jax import errors, report
+from zofo_jax.checkpoints import folders
 from zofo_jax.sharding import multihost
 
 NAME = "lock.json"
@@ -45,9 +46,10 @@ def hold(folder: epath.Path) -> Iterator[None]:
       be let in.
 
   Raises:
-    UserError: another process holds it, or it cannot be written to; on all
-      processes.
+    UserError: another process holds it, it cannot be written to, or checkpoints
+      cannot be in a folder of this name; on all processes.
   """
+  folders.absolute(folder)
   lock: _Lock | None = None
   made = [path for path in (folder, *folder.parents) if not path.exists()]
   with multihost.raise_on_all_processes():

@@ -188,7 +188,7 @@ class Checkpoints:
       return
     if jax.process_index() == 0:
       checksums.quarantine(self.folder / str(step))
-    multihost_utils.sync_global_devices(f"{self.folder} without {step}")
+    multihost_utils.sync_global_devices(f"without {step}")
     self._manager.reload()
     self._corrupt.discard(step)
     self._verified.discard(step)

@@ -8,6 +8,7 @@ import argparse
 import ast
 import contextlib
 import importlib
+import itertools
 import re
 from collections.abc import Sequence
 from typing import Any, NoReturn, TypeVar
@@ -205,7 +206,8 @@ def set_fields(
     errors.UserError: a value is not of its field's type.
   """
   others = [a for a in arguments if re.match(r"-+(?!(no)?config\.)[a-z]", a)]
-  argv = ["zofo", *_unescape_texts([a for a in arguments if a not in others])]
+  given = [a for a in arguments if a not in others]
+  argv = ["zofo", *_unescape_texts(given)]
   values = flags.FlagValues()
   try:
     config_flags.DEFINE_config_dict(
@@ -216,9 +218,35 @@ def set_fields(
     # As ml_collections raises them.
     raise errors.UserError(f"--config: {errors.first_line(error)}.") from error
   except flags.Error as error:
+    _check_values(given, str(error))
     raise errors.UserError(f"{errors.first_line(error)}.") from error
   defaults.replace_paths(values["config"].value, paths.expand)
   return values["config"].value, others
+
+
+# What completes "expected ...", by the type of a field's default.
+_EXPECTED = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _check_values(arguments: Sequence[str], problem: str) -> None:
+  """Raises a `UserError` that names the value of a field with a problem.
+
+  Args:
+    arguments: of fields, as the shell gave them.
+    problem: what absl says, with the value as it was read.
+  """
+  for argument, following in itertools.pairwise([*arguments, ""]):
+    flag = re.match(r"-+config\.([\w.]+)(=?)", argument)
+    field = defaults.FIELDS.get(flag[1]) if flag else None
+    if flag is None or field is None:
+      continue
+    value = argument[flag.end() :] if flag[2] else following
+    read = _unescape(field.name, value)
+    if problem.startswith(f"flag --config.{field.name}={read}: "):
+      expected = _EXPECTED.get(type(field.default), field.check.expected)
+      raise errors.UserError(
+        f"--config.{field.name}: expected {expected}; found '{value}'."
+      )
 
 
 def _unescape_texts(arguments: Sequence[str]) -> list[str]:

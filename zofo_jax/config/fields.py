@@ -1,5 +1,6 @@
 """A field of the config and its check; the table is `defaults._ROWS`."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -61,6 +62,9 @@ class Field(NamedTuple):
       return
     # Names are quoted, numbers are not.
     text = f"'{value}'" if check.choices else f"{value}"
+    if check in _NUMBERS and not _is_usable(value):
+      whole = isinstance(value, int)
+      text += f", which is {'too large' if whole else 'not finite'}"
     raise errors.UserError(
       f"config.{self.name}: expected {check.expected}; found {text}."
       f"{errors.nearest(str(value), check.choices)}"
@@ -82,9 +86,27 @@ LABELS = _tuple_of(str | int | float, "texts or numbers, as ('a', 'b')")
 INTEGERS = _tuple_of(int, "whole numbers, as (0, 1)")
 PATH = ANY._replace(is_path=True)
 PATHS = NAMES._replace(is_path=True)
-# Written so that NaN fails.
-POSITIVE = Check("more than 0", lambda value: value > 0)
-NOT_NEGATIVE = Check("0 or more", lambda value: value >= 0)
+# The largest integer of an array of int32.
+_LARGEST = 2**31 - 1
+
+
+def _is_usable(value: int | float) -> bool:
+  """Returns whether a number is finite and, if whole, an int32."""
+  if isinstance(value, int):
+    return abs(value) <= _LARGEST
+  return math.isfinite(value)
+
+
+FINITE = Check("a finite number", _is_usable)
+POSITIVE = Check("more than 0", lambda value: _is_usable(value) and value > 0)
+NOT_NEGATIVE = Check(
+  "0 or more", lambda value: _is_usable(value) and value >= 0
+)
+MESH_SIZE = Check(
+  "more than 0, or -1 for the rest",
+  lambda value: value == -1 or POSITIVE.accepts(value),
+)
+_NUMBERS = (FINITE, POSITIVE, NOT_NEGATIVE, MESH_SIZE)
 
 
 def one_of(*choices: str) -> Check:

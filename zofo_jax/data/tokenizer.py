@@ -1,11 +1,17 @@
 """Loading fast tokenizers and tokenizing text with character offsets."""
 
+import logging
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from zofo_jax import errors
+
+_FILE = "tokenizer.json"
+_EXPECTED = (
+  "expected a fast tokenizer, which knows its tokens' places in the text"
+)
 
 
 def load_tokenizer(folder: str | pathlib.Path) -> Any:
@@ -15,7 +21,8 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
     folder: folder with tokenizer.json, or a hub id.
 
   Returns:
-    The tokenizer, a `transformers.PreTrainedTokenizerFast`.
+    The tokenizer, a `transformers.PreTrainedTokenizerFast`, without the dropout
+    of BPE, with which each call would give other tokens.
 
   Raises:
     UserError: there is no tokenizer, or only a slow one without offsets.
@@ -30,15 +37,25 @@ def load_tokenizer(folder: str | pathlib.Path) -> Any:
       str(folder), trust_remote_code=False
     )
   except Exception as error:  # Its exceptions share no base class.
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    reason = errors.first_line(error)
+    if os.path.isdir(folder) and not pathlib.Path(folder, _FILE).exists():
+      reason = f"it has no {_FILE}; {_EXPECTED}"
     raise errors.UserError(
-      f"Cannot load a tokenizer from '{folder}': {reason}"
+      f"Cannot load a tokenizer from '{folder}': {reason}."
     ) from error
-  if not tokenizer.is_fast:
+  # Some versions of transformers make an empty one if there are no files.
+  if not tokenizer.is_fast or not tokenizer.vocab_size:
     raise errors.UserError(
-      f"The tokenizer of '{folder}' has no tokenizer.json; expected a fast "
-      "tokenizer, which knows its tokens' places in the text."
+      f"The tokenizer of '{folder}' has no {_FILE}; {_EXPECTED}."
     )
+  model = tokenizer.backend_tokenizer.model
+  if getattr(model, "dropout", None):
+    logging.getLogger("zofo_jax").warning(
+      "%s: %s has dropout %g, which is not used, since the same text would "
+      "have other tokens each time.",
+      *(folder, _FILE, model.dropout),
+    )
+    model.dropout = None
   return tokenizer
 
 

@@ -63,12 +63,15 @@ def all_devices() -> list[jax.Device]:
   try:
     return jax.devices()
   except (AssertionError, RuntimeError) as error:
-    platforms = jax.config.values["jax_platforms"]
+    platforms = str(jax.config.values["jax_platforms"] or "")
     valid = ("cpu", "cuda", "rocm", "tpu")
+    unknown = [name for name in platforms.split(",") if name not in valid]
+    # JAX says nothing if no plugin for the name is installed.
+    reason = errors.first_line(error) if str(error) else "no plugin for it"
     raise errors.UserError(
       f"JAX_PLATFORMS: expected some of {', '.join(valid)} that this machine "
-      f"and this jaxlib have, or nothing; found '{platforms or ''}' "
-      f"({errors.first_line(error)}).{errors.nearest(str(platforms), valid)}"
+      f"and this jaxlib have, or nothing; found '{platforms}' ({reason})."
+      f"{errors.nearest(unknown[0], valid) if unknown else ''}"
     ) from error
 
 

@@ -185,6 +185,10 @@ def test_fields_that_are_unset_do_not_matter(folder, name, value):
     ({"layers_pattern": "h", "layers_to_transform": 1}, "select no module"),
     ({"rank_pattern": {"q_proj": 2}}, r"expected (2, 16), by r and rank"),
     ({"alpha_pattern": {"q_proj": "2"}}, "expected a number"),
+    ({"alpha_pattern": {"q_proj": 0}}, "has lora_alpha = 0 for model.layers"),
+    ({"lora_alpha": 0}, "has lora_alpha = 0 for model.layers"),
+    ({"lora_alpha": None}, "has no 'lora_alpha'"),
+    ({"r": 0}, "has r = 0; expected"),
   ],
 )
 @pytest.mark.parametrize("folder", ["plain"], indirect=True)

@@ -111,10 +111,15 @@ def rank_and_scale(
       if _compile(path, field, rf"(.*\.)?({pattern})$").match(name):
         values[option] = value
         break
-    if not values[option]:
+    if values[option] is None:
       raise errors.UserError(f"{path} has no '{option}'.")
   rank = config_lib.integer(values, "r", path)
   alpha = config_lib.number(values, "lora_alpha", 0.0, path)
+  if not alpha:
+    raise errors.UserError(
+      f"{path} has lora_alpha = 0 for {name}; expected another number, since "
+      "such an adapter changes nothing."
+    )
   stabilized = config_lib.flag(fields, "use_rslora", False, path)
   return rank, alpha / (math.sqrt(rank) if stabilized else rank)
 
