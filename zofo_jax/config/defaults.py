@@ -341,8 +341,10 @@ def replace_paths(
 ) -> None:
   """Applies a function to every path of a config, in place."""
   fields = flat(config)
-  changed = map_paths(fn, fields).items() - fields.items()
-  config.update_from_flattened_dict(dict(changed))
+  changed = map_paths(fn, fields)
+  config.update_from_flattened_dict(
+    {name: path for name, path in changed.items() if path != fields[name]}
+  )
 
 
 def adapter_kinds(config: ml_collections.ConfigDict) -> tuple[str, ...]:

@@ -392,7 +392,10 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
       {"method": "mezo", "zo.direction": "per_example"},
       ["zo.direction", "mezo"],
     ),
-    ({"method": "mezo_peft"}, ["config.method", "many tasks", "peft"]),
+    (
+      {"method": "mezo_peft", "zo.select": ""},
+      ["config.method", "many tasks", "peft"],
+    ),
     ({"meta.size_power": -1.0}, ["meta.size_power", "0 or more"]),
   ],
 )
