@@ -17,7 +17,7 @@ from etils import epath
 from zofo_jax import errors
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import ledger, manager, state_store
+from zofo_jax.checkpoints import ledger, state_store
 from zofo_jax.checkpoints.ledger import replay
 from zofo_jax.config import jax_flags, validate
 
@@ -74,11 +74,19 @@ def read(folder: epath.Path) -> dict[str, Any]:
   try:
     if path.exists():
       return ledger.read(path).header.get("inputs", {})
-    with manager.Checkpoints(folder / "checkpoints") as checkpoints:
-      text = checkpoints.restore_extra()["ledger"]
-    return ledger.parse(text.encode(), str(path)).header.get("inputs", {})
-  except errors.UserError:  # None yet; a corrupt one is reported by the store.
-    return {}
+  except errors.UserError:  # reported by the store
+    pass
+  # Without orbax: of several processes one may see a folder that another has
+  # just made, and orbax would wait for all of them.
+  files = (folder / "checkpoints").glob("*/extra/metadata")
+  steps = {int(f.parts[-3]): f for f in files if f.parts[-3].isdigit()}
+  for _, path in sorted(steps.items(), reverse=True):
+    try:
+      text = json.loads(path.read_text())["ledger"]
+      return ledger.parse(text.encode(), str(path)).header.get("inputs", {})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+      continue  # reported by the store
+  return {}
 
 
 def check(

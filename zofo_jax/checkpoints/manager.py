@@ -193,17 +193,6 @@ class Checkpoints:
     self._corrupt.discard(step)
     self._verified.discard(step)
 
-  def restore_extra(self) -> dict[str, Any]:
-    """Reads only the JSON part of the latest checkpoint.
-
-    Raises:
-      UserError: there is none.
-      CorruptCheckpointError: a file of it differs from what was written.
-    """
-    step = self._existing(None)
-    args = ocp.args.Composite(extra=ocp.args.JsonRestore())
-    return dict(self._read(step, args).extra)
-
   def restore(
     self, abstract_state: Any, step: int | None = None
   ) -> tuple[Any, dict[str, Any]]:
