@@ -34,6 +34,7 @@ WORK = (
 CONFIG = (
   "--config=llama:task=rotten_tomatoes",
   "--config.mesh.data=1",
+  f"--config.zo.select={tiny.MOVED}",
   "--config.data.num_selection=40",
   "--config.loss=classification",
   "--config.penalty=1",
