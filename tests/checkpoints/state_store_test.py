@@ -149,7 +149,7 @@ def test_theta_lies_apart_and_the_ledger_gives_it(done, config, capsys):
   assert "differ in ['" in capsys.readouterr().err
 
 
-# Of variables of a shell: what a command is told by jax, what jax would
+# Of variables of a shell: what jax reports to a command, what jax would
 # compute with, and what other libraries read.
 SHELL = {
   "JAX_DEFAULT_PRNG_IMPL": "rbg",
