@@ -53,10 +53,9 @@ def test_every_method_has_the_same_work(compare, name):
     # Whole iterations, and no more than the work allows.
     assert 0.93 * size.rows < spent <= size.rows, method
     every = config.train.eval_every_steps
-    if every > 1:
-      assert 7 <= -(-config.train.num_steps // every) <= 9
-    else:  # of so few iterations, after each
-      assert config.train.num_steps < 12
+    if method in ("bilevel_all", "bilevel_matrices") and every == 1:
+      continue  # 10 and 6 iterations, an evaluation after each
+    assert 7 <= -(-config.train.num_steps // every) <= 9, method
 
 
 def cell(method, seed, scores, *, test, template=0, seconds=1.0, **more):
