@@ -179,25 +179,6 @@ def test_hub_sets(monkeypatch, caplog):
     sources.load(tasks.get("mpqa"), None, "train")
 
 
-def test_hub_sets_made_by_scripts(monkeypatch):
-  asked = []
-
-  def load_dataset(*hub, **options):
-    asked.append((hub, options))
-    if "revision" not in options:
-      raise RuntimeError("Dataset scripts are no longer supported, but found x")
-    return _records(2)
-
-  hub = types.ModuleType("datasets")
-  monkeypatch.setattr(hub, "load_dataset", load_dataset, raising=False)
-  monkeypatch.setitem(sys.modules, "datasets", hub)
-  assert len(sources.load(TASK, "hub:old/set/part", "train")) == 2
-  assert asked[1] == (
-    ("old/set",),
-    {"data_dir": "part", "revision": "refs/convert/parquet", "split": "train"},
-  )
-
-
 def test_hub_names_of_splits(monkeypatch):
   task = tasks.get("mnli")
   hub = _Hub({"validation_matched": [task.example]})

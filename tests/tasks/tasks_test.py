@@ -9,6 +9,7 @@ import pytest
 
 from zofo_jax import errors, tasks
 from zofo_jax.commands import tasks as tasks_command
+from zofo_jax.data import hub, sources
 
 DATA = pathlib.Path(
   os.environ.get("ZOFO_TEST_DATA")
@@ -674,6 +675,42 @@ def test_listing_shows_every_task(capsys):
   listing = capsys.readouterr().out
   assert all(f"{name}  (" in listing for name in tasks.ALL)
   assert "' terrible'" in listing
+
+
+def test_check_names_the_sets_that_cannot_be_loaded(monkeypatch, capsys):
+  def find_splits(task):
+    if task.name == "sst2":
+      raise errors.UserError("There is no such set.")
+    return ["train", "dev"]
+
+  monkeypatch.setattr(hub, "find_splits", find_splits)
+  with pytest.raises(errors.UserError, match=r"^1 data sets .*: sst2\.$"):
+    tasks_command.main(["--check"])
+  lines = capsys.readouterr().out.splitlines()
+  assert "sst2: FAILS. There is no such set." in lines
+  assert "mpqa: has no hub set" in lines
+  assert "rte: aps/super_glue/rte has train, dev" in lines
+
+
+def test_local_copies_of_mirrors_are_read_too(tmp_path):
+  path = tmp_path / "train.jsonl"
+  for row, text in (
+    ({"text": "Sales rose."}, "Sales rose."),
+    ({"sentence": "Sales fell.", "text": "other"}, "Sales fell."),
+  ):
+    path.write_text(json.dumps({**row, "label": 0}) + "\n")
+    (row,) = sources.load(tasks.get("financial_phrasebank"), tmp_path, "train")
+    assert row.fields["sentence"] == text
+  path.write_text('{"sentense": "Sales rose.", "label": 0}\n')
+  with pytest.raises(errors.UserError, match="no column 'sentence'"):
+    sources.load(tasks.get("financial_phrasebank"), tmp_path, "train")
+
+
+def test_the_only_split_is_trained_on(tmp_path):
+  task = tasks.get("climate_fever")
+  (tmp_path / "test.jsonl").write_text(json.dumps(task.example) + "\n")
+  assert len(sources.load(task, tmp_path, "train")) == 1
+  assert not sources.has_split(task, tmp_path, "test")
 
 
 def test_tasks_import_nothing_heavy():

@@ -1,12 +1,14 @@
 """Lists the tasks: metric, columns, and every prompt of an example.
 
-The right options of the examples have a star.
+The right options of the examples have a star. With --check, looks up on the
+Hugging Face hub which of their data sets can be loaded; reads no rows.
 """
 
 from collections.abc import Sequence
 
-from zofo_jax import tasks
+from zofo_jax import errors, tasks
 from zofo_jax.commands import arguments as arguments_lib
+from zofo_jax.data import hub
 
 
 def describe(task: tasks.Task) -> str:
@@ -29,8 +31,43 @@ def describe(task: tasks.Task) -> str:
   return "\n".join(lines)
 
 
+def check(names: Sequence[str] = tuple(tasks.ALL)) -> list[str]:
+  """Prints which of the tasks' data sets on the hub can be loaded.
+
+  Args:
+    names: of the tasks.
+
+  Returns:
+    The names of those that cannot.
+  """
+  failed = []
+  for task in map(tasks.get, names):
+    if not task.hub:
+      print(f"{task.name}: has no hub set")
+      continue
+    try:
+      splits = ", ".join(hub.find_splits(task))
+      print(f"{task.name}: {'/'.join(filter(None, task.hub))} has {splits}")
+    except errors.UserError as error:
+      print(f"{task.name}: FAILS. {error}")
+      failed.append(task.name)
+  return failed
+
+
 def main(arguments: Sequence[str]) -> None:
   """Runs the command."""
-  arguments_lib.make_parser("tasks", __doc__).parse(arguments)
+  parser = arguments_lib.make_parser("tasks", __doc__)
+  parser.add_argument(
+    "--check",
+    action="store_true",
+    help="look up on the hub which data sets can be loaded",
+  )
+  options = parser.parse(arguments)
+  if options.check:
+    if failed := check():
+      raise errors.UserError(
+        f"{len(failed)} data sets cannot be loaded: {', '.join(failed)}."
+      )
+    return
   for task in tasks.ALL.values():
     print(describe(task), end="\n\n")

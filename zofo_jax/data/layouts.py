@@ -48,7 +48,9 @@ def find(
         raise _several(source, [chosen[name], paths], name)
     if not chosen and any(splits.values()):
       chosen = splits
-  return chosen.get(split, [])
+  paths = chosen.get(split, [])
+  # The only split of some sets is called "test", and is the one to train on.
+  return [] if split != "train" and paths == chosen.get("train") else paths
 
 
 def _in_folder(
@@ -68,7 +70,7 @@ def _in_folder(
 
   names = (split, *_ALIASES.get(split, ()))
   matches = [*filter(None, (c for name in names for c in candidates(name)))]
-  if not matches and split in task.hub_splits:
+  if not matches and task.hub_splits.get(split):
     matches = [*filter(None, candidates(task.hub_splits[split]))]
   if len(matches) > 1:
     raise _several(folder, matches, split)

@@ -3,16 +3,12 @@
 Every row keeps its file and row number, so that error messages can name them.
 """
 
-import importlib
 import pathlib
-import re
-from typing import Any
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import files, layouts
-
-_CONVERTED = "refs/convert/parquet"
+from zofo_jax.data import hub as hub_lib
 
 
 def load(
@@ -47,7 +43,7 @@ def load(
   """
   bad_rows = bad_rows or bad_rows_lib.BadRows()
   items = read(task, source, split, labelled=labelled)
-  hub = _hub_id(task, source)
+  hub = hub_lib.resolve(task, source)
 
   def is_known(error):
     if not isinstance(error, errors.UnusableRowError):
@@ -77,10 +73,10 @@ def read(
   Raises:
     UserError: there is no such data, or a file cannot be read.
   """
-  hub = _hub_id(task, source)
+  hub = hub_lib.resolve(task, source)
   if hub:
     name = "/".join(filter(None, hub))
-    items = _read_hub(task, *hub, split)
+    items = hub_lib.read(task, hub, split)
   else:
     paths = _local_files(task, pathlib.Path(str(source)), split)
     name = str(paths[0])
@@ -91,6 +87,7 @@ def read(
   def checked(item):
     if isinstance(item, errors.RowError):
       return item
+    item = task.from_mirror(item)
     try:
       task.check(item, labelled=labelled)
     except errors.RowError as error:
@@ -105,76 +102,11 @@ def has_split(
   task: tasks.Task, source: str | pathlib.Path | None, split: str
 ) -> bool:
   """Returns whether a source has a split, without reading its rows."""
-  hub = _hub_id(task, source)
+  hub = hub_lib.resolve(task, source)
   if not hub:
     path = pathlib.Path(str(source))
     return not path.is_file() and bool(layouts.find(path, task, split))
-  name = task.hub_splits.get(split, split)
-  return name in _call_datasets(
-    "get_dataset_split_names", hub, f"splits of '{hub[0]}'"
-  )
-
-
-def _hub_id(
-  task: tasks.Task, source: str | pathlib.Path | None
-) -> tuple[str, str | None] | None:
-  """Returns the hub id and configuration, or None for a local source."""
-  if source is None:
-    if task.hub is None:
-      raise errors.UserError(
-        f"Task {task.name} has no hub set; give data.dir a file or folder."
-      )
-    return task.hub
-  if not isinstance(source, str) or not source.startswith("hub:"):
-    return None
-  parts = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", source)
-  if not parts:
-    raise errors.UserError(
-      f"Data source '{source}' is no hub id; expected hub:owner/name or "
-      "hub:owner/name/config."
-    )
-  return parts[1], parts[2]
-
-
-def _call_datasets(
-  name: str, hub: tuple[str, str | None], what: str, **options: str
-) -> Any:
-  """Calls a function of the package `datasets` on a data set of the hub."""
-  try:
-    datasets = importlib.import_module("datasets")
-  except ImportError as error:
-    raise errors.UserError(
-      f"Reading {what} from the hub needs the package datasets; or point "
-      "data.dir at a folder of JSONL files."
-    ) from error
-  function = getattr(datasets, name)
-  try:
-    try:
-      return function(*hub, **options)
-    except RuntimeError as error:
-      if "scripts are no longer supported" not in str(error):
-        raise
-      # The hub keeps a converted copy with a folder for each configuration.
-      return function(hub[0], data_dir=hub[1], revision=_CONVERTED, **options)
-  except Exception as error:  # Its exceptions share no base class.
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise errors.UserError(
-      f"Cannot read {what} from the hub: {reason}"
-    ) from error
-
-
-def _read_hub(
-  task: tasks.Task, hub: str, config: str | None, split: str
-) -> list[files.Item]:
-  """Reads a split from the hub."""
-  name = task.hub_splits.get(split, split)
-  what = f"split '{name}' of '{hub}'"
-  table = _call_datasets("load_dataset", (hub, config), what, split=name)
-  prefix = "/".join(filter(None, (hub, config, name)))
-  return [
-    tasks.Row(dict(fields), f"{prefix} row {number}")
-    for number, fields in enumerate(table, 1)
-  ]
+  return hub_lib.has_split(task, hub, split)
 
 
 def _local_files(

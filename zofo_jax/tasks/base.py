@@ -60,7 +60,12 @@ class Task:
       correct options.
     labels: label values in the options' order; None if they are 0, 1, 2, ...
     hub: id and configuration of the data set on the Hugging Face hub.
-    hub_splits: names of the splits on the hub, where they differ.
+    hub_splits: names of the splits on the hub, where they differ; "" for one
+      that it does not have.
+    hub_script: whether the repository holds a loading script, so that the hub's
+      converted copy is read.
+    mirror_fields: the task's columns from those of a row of `hub`, if `hub` is
+      a mirror whose columns have other names.
     metric: how predictions are scored.
     kind: classification, multiple choice or generation.
     reference: the template of the paper's PyTorch code, where it has a mistake
@@ -76,6 +81,8 @@ class Task:
   labels: tuple[str, ...] | None = None
   hub: tuple[str, str | None] | None = None
   hub_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  hub_script: bool = False
+  mirror_fields: Callable[[Fields], Fields] | None = None
   metric: Metric = "accuracy"
   kind: Kind = "classification"
   reference: Template | None = None
@@ -162,6 +169,16 @@ class Task:
         f"expects {expected}.",
       )
     return (index,)
+
+  def from_mirror(self, row: Row) -> Row:
+    """Returns a row with the task's columns, if it has a mirror's."""
+    named = all(column in row.fields for column in self.text)
+    if self.mirror_fields is None or named:
+      return row
+    try:
+      return row._replace(fields=self.mirror_fields(row.fields))
+    except KeyError:  # not the mirror's columns either
+      return row
 
   def check(self, row: Row, *, labelled: bool = True) -> None:
     """Checks a row's columns, their types and the label.

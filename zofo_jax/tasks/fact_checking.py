@@ -59,6 +59,7 @@ TASKS = (
   Task(
     name="tab_fact",
     hub=("wenhu/tab_fact", "tab_fact"),
+    hub_script=True,
     text=("statement", "table_text"),
     templates=(
       Template(
@@ -75,7 +76,8 @@ TASKS = (
   ),
   Task(
     name="liar",
-    hub=("ucsbnlp/liar", None),
+    hub=("ucsbai/liar", None),
+    hub_script=True,
     text=("statement",),
     templates=(
       Template("{statement}\n" + _label_question(_LIAR), _LIAR),
@@ -95,6 +97,7 @@ TASKS = (
   Task(
     name="health_fact",
     hub=("ImperialCollegeLondon/health_fact", None),
+    hub_script=True,
     text=("claim",),
     templates=(
       Template("{claim}\n" + _label_question(_HEALTH), _HEALTH),
@@ -113,6 +116,7 @@ TASKS = (
   Task(
     name="climate_fever",
     hub=("tdiggelm/climate_fever", None),
+    hub_splits={"train": "test", "test": ""},
     text=("claim",),
     label="claim_label",
     templates=(

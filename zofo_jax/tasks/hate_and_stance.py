@@ -36,10 +36,9 @@ _HATE = (
   ),
   helpers.text_task(
     "ethos",
-    "iamollas/ethos",
+    "SetFit/ethos_binary",
     _NO_YES,
     "{text}\nIs the text offensive? Yes or No?\n",
-    hub_config="binary",
     metric="macro_f1",
   ),
   helpers.text_task(
@@ -47,6 +46,7 @@ _HATE = (
     "odegiber/hate_speech18",
     ("No", "Yes", "skip", "depends"),
     "{text}\nIs the text hate speech? Yes, No, Skip, or Depends?\n",
+    hub_script=True,
     metric="macro_f1",
   ),
   Task(
@@ -66,6 +66,7 @@ _HATE = (
   Task(
     name="hatexplain",
     hub=("Hate-speech-CNERG/hatexplain", None),
+    hub_script=True,
     text=(),
     other=("post_tokens", "annotators"),
     label=_majority_hate,

@@ -212,7 +212,7 @@ TASKS = (
   Task(
     name="piqa",
     kind="multiple choice",
-    hub=("ybisk/piqa", None),
+    hub=("baber/piqa", None),
     text=("goal", "sol1", "sol2"),
     templates=(Template("Question: {goal}\nAnswer:", (" {sol1}", " {sol2}")),),
     example={

@@ -163,6 +163,7 @@ _OTHERS = (
   Task(
     name="sick",
     hub=("RobZamp/sick", None),
+    hub_script=True,
     text=("sentence_A", "sentence_B"),
     templates=(
       Template(
@@ -183,7 +184,7 @@ _OTHERS = (
   ),
   Task(
     name="medical_questions_pairs",
-    hub=("curai/medical_questions_pairs", None),
+    hub=("curaihealth/medical_questions_pairs", None),
     text=("question_1", "question_2"),
     templates=(
       Template(

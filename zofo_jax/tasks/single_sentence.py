@@ -9,7 +9,7 @@ has, asks its question as they do.
 from collections.abc import Sequence
 
 from zofo_jax.tasks import helpers
-from zofo_jax.tasks.base import Task, Template
+from zofo_jax.tasks.base import Fields, Task, Template
 
 _POLARITY = (" terrible", " great")
 
@@ -18,6 +18,12 @@ def _it_was(column: str, words: Sequence[str]) -> tuple[Template, ...]:
   """Returns the templates of reviews; version 1 is the text alone."""
   text = "{" + column + "}"
   return (Template(f"{text} It was", words), Template(text, words))
+
+
+def _joined_turns(fields: Fields) -> Fields:
+  """Returns the text of a conversation whose turns are columns."""
+  turns = [fields[f"turn{i}"] for i in (1, 2, 3)]
+  return {**fields, "text": " ".join(turn for turn in turns if turn)}
 
 
 _REVIEWS = (
@@ -96,7 +102,8 @@ _REVIEWS = (
   ),
   Task(
     name="financial_phrasebank",
-    hub=("takala/financial_phrasebank", "sentences_allagree"),
+    hub=("ghbacct/financial-phrasebank-all-agree-classification", None),
+    mirror_fields=lambda fields: {**fields, "sentence": fields["text"]},
     text=("sentence",),
     templates=(
       Template(
@@ -123,6 +130,7 @@ _TOPICS = (
   Task(
     name="trec",
     hub=("CogComp/trec", None),
+    hub_script=True,
     text=("text",),
     label="coarse_label",
     templates=(
@@ -168,9 +176,10 @@ _EMOTIONS = (
   ),
   helpers.text_task(
     "emo",
-    "SemEvalWorkshop/emo",
+    "oneonlee/cleansed_emocontext",
     (" others", " happy", " sad", " angry"),
     "{text} The emotion was",
+    mirror_fields=_joined_turns,
     metric="macro_f1",
     example={"text": "hi how are you fine you", "label": 0},
   ),

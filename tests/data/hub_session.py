@@ -1,0 +1,31 @@
+"""Loads built-in tasks through a hub; one process of `hub_test`.
+
+Prints what became of each call. `huggingface_hub` reads its settings when it
+is imported, hence a process for each setting.
+
+python -m tests.data.hub_session '[["load", "sst2", null, "train"], ...]'
+"""
+
+import json
+import sys
+
+from zofo_jax import errors, tasks
+from zofo_jax.data import hub, sources
+
+
+def _call(verb, name, source, split):
+  task = tasks.get(name)
+  try:
+    if verb == "find":
+      return hub.find_splits(task)
+    if verb == "has":
+      return sources.has_split(task, source, split)
+    rows = sources.load(task, source, split)
+    return [[row.source, dict(row.fields)] for row in rows]
+  except errors.UserError as error:
+    return str(error)
+
+
+if __name__ == "__main__":
+  calls = json.loads(sys.argv[1])
+  print(json.dumps([_call(*call) for call in calls], default=str))

@@ -1,0 +1,183 @@
+"""Built-in tasks, loaded from a hub on loopback by the real clients."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import standin_hub
+from zofo_jax import tasks
+
+pytest.importorskip("datasets")
+# Columns of mirrors, where they are not the task's.
+RAW = {
+  "emo": {"turn1": "hi", "turn2": None, "turn3": "how are you", "label": 0},
+  "financial_phrasebank": {"text": "Orders doubled .", "label": 2},
+}
+ON_HUB = [task for task in tasks.ALL.values() if task.hub]
+
+
+def _rows(task, split):
+  """Makes up rows; the first text says which split they are of."""
+  row = RAW.get(task.name, task.example)
+  texts = [name for name, value in row.items() if isinstance(value, str)]
+  return [
+    {**row, **{name: f"{row[name]} {split} {i}" for name in texts[:1]}}
+    for i in (1, 2)
+  ]
+
+
+def _repos():
+  configs, scripts = {}, set()
+  for task in ON_HUB:
+    name, config = task.hub
+    splits = ("train", "validation")[
+      : 1 if "" in task.hub_splits.values() else 2
+    ]
+    named = {s: task.hub_splits.get(s, s) for s in splits}
+    configs.setdefault(name, {}).setdefault(config, {}).update(
+      {on_hub: _rows(task, s) for s, on_hub in named.items()}
+    )
+    scripts |= {name} if task.hub_script else set()
+  return {
+    ("datasets", name): (
+      standin_hub.script(name.split("/")[1], sets)
+      if name in scripts
+      else standin_hub.data_set(sets)
+    )
+    for name, sets in configs.items()
+  }
+
+
+@pytest.fixture(scope="module")
+def hub():
+  repos = _repos()
+  repos["datasets", "old/set"] = standin_hub.script(
+    "set", {"part": {"train": _rows(tasks.get("subj"), "train")}}
+  )
+  with standin_hub.serve(repos) as server:
+    yield server
+
+
+def _session(calls, url, cache, **environment):
+  """Runs calls of `hub_session` in a process with a cache of its own."""
+  done = subprocess.run(
+    [sys.executable, "-m", "tests.data.hub_session", json.dumps(calls)],
+    cwd=pathlib.Path(__file__).parents[2],
+    env={
+      **os.environ,
+      "HF_ENDPOINT": url,
+      "HF_HOME": str(cache),
+      **environment,
+    },
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+# A set that holds data, with a configuration and without; a script, with a
+# configuration and without; one whose only split is called "test".
+SOME = ("rte", "subj", "tab_fact", "trec", "climate_fever")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+  return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def first_run(hub, cache):
+  """What became of loading every task for the first time."""
+  calls = [["load", task.name, None, "train"] for task in ON_HUB]
+  return dict(zip((t.name for t in ON_HUB), _session(calls, hub.url, cache)))
+
+
+@pytest.mark.parametrize("task", ON_HUB, ids=lambda task: task.name)
+def test_every_task_loads(first_run, task):
+  rows = first_run[task.name]
+  assert not isinstance(rows, str), rows
+  for (source, fields), made in zip(rows, _rows(task, "train"), strict=True):
+    assert source.startswith("/".join(filter(None, task.hub)))
+    if task.name in RAW:
+      assert all(made[name] == fields[name] for name in made)
+    else:
+      assert fields.items() >= json.loads(json.dumps(made)).items()
+    assert all(fields[column].strip() for column in task.text)
+  (text,) = {fields[c] for c in task.text[:1] for _, fields in rows[:1]} or {""}
+  assert ("train 1" in text) == bool(task.text)
+
+
+def test_turns_are_joined(first_run):
+  assert first_run["emo"][0][1]["text"] == "hi train 1 how are you"
+
+
+def _expected(name):
+  """Returns what the calls of `_calls` give."""
+  only = name == "climate_fever"
+  return [2, "No split" if only else 2, not only, False]
+
+
+def _calls(name):
+  return [
+    ["load", name, None, "train"],
+    ["load", name, None, "validation"],
+    ["has", name, None, "validation"],
+    ["has", name, None, "test"],
+  ]
+
+
+def _check(results):
+  for i, name in enumerate(SOME):
+    for result, expected in zip(results[4 * i :], _expected(name)):
+      if isinstance(expected, int) and not isinstance(expected, bool):
+        assert not isinstance(result, str), result
+        assert len(result) == expected
+      elif isinstance(expected, bool):
+        assert result is expected, (name, result)
+      else:
+        assert result.startswith("Cannot read split 'validation' of"), result
+
+
+def test_later_runs(hub, cache, first_run):
+  calls = [call for name in SOME for call in _calls(name)]
+  find = [["find", name, None, None] for name in SOME]
+  mistakes = [
+    ["load", "subj", "hub:no/where", "train"],
+    ["load", "subj", "hub:nyu-mll/glue/sst", "train"],
+    ["load", "subj", "hub:old/set/part", "train"],
+    ["load", "subj", "hub:old/set", "train"],
+  ]
+  hub.requests.clear()
+  hub.faults[:] = [500, 0]
+  results = _session([*calls, *find, *mistakes], hub.url, cache)
+  _check(results)
+  assert not hub.faults
+  assert not any(
+    "resolve" in path and path.endswith("parquet") and "/old/" not in path
+    for _, path in hub.requests
+  )
+  *names, missing, config, converted, configs = results[len(calls) :]
+  assert [set(n) for n in names] == [{"train", "validation"}] * 4 + [{"test"}]
+  assert missing.startswith("Cannot read split 'train' of 'no/where' from the")
+  assert "BuilderConfig 'sst' not found" in config
+  assert len(converted) == 2
+  assert "branch refs/convert/parquet has no such split" in configs
+
+
+def test_without_a_connection(hub, cache, first_run):
+  calls = [call for name in SOME for call in _calls(name)]
+  hub.requests.clear()
+  *known, new = _session(
+    [*calls, ["load", "subj", "hub:old/set/part2", "train"]],
+    hub.url,
+    cache,
+    HF_HUB_OFFLINE="1",
+  )
+  _check(known)
+  assert not hub.requests
+  assert new.startswith("Cannot read split 'train' of 'old/set' from the hub")

@@ -1,0 +1,195 @@
+"""Reads data sets of the Hugging Face hub.
+
+The package `datasets` reads every repository that holds data. One that holds a
+loading script, which it no longer runs, is read from the hub's converted copy:
+Parquet files in a folder for each configuration, on a branch of their own.
+"""
+
+import importlib
+import pathlib
+import re
+from typing import Any
+
+from zofo_jax import errors, tasks
+from zofo_jax.data import files, layouts
+
+CONVERTED = "refs/convert/parquet"
+# What `datasets` says of scripts; the second once an older call has left a
+# converted copy in its cache.
+_IS_SCRIPT = re.compile(r"scripts are no longer|Couldn't find cache for")
+# Folders of a data set's only configuration on the converted branch.
+_ONLY_CONFIG = ("default", "plain_text")
+
+
+def resolve(
+  task: tasks.Task, source: str | pathlib.Path | None
+) -> tuple[str, str | None] | None:
+  """Returns the id and configuration of a source, or None for a local one.
+
+  Args:
+    task: its default data set is meant if there is no source.
+    source: as for `sources.load`.
+
+  Raises:
+    UserError: the task has no default, or the source is no valid id.
+  """
+  if source is None:
+    if task.hub is None:
+      raise errors.UserError(
+        f"Task {task.name} has no hub set; give data.dir a file or folder."
+      )
+    return task.hub
+  if not isinstance(source, str) or not source.startswith("hub:"):
+    return None
+  parts = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", source)
+  if not parts:
+    raise errors.UserError(
+      f"Data source '{source}' is no hub id; expected hub:owner/name or "
+      "hub:owner/name/config."
+    )
+  return parts[1], parts[2]
+
+
+def read(
+  task: tasks.Task, hub: tuple[str, str | None], split: str
+) -> list[files.Item]:
+  """Reads the rows of a split.
+
+  Args:
+    task: has the split's name on the hub.
+    hub: id and configuration.
+    split: "train", "validation" or "test".
+
+  Raises:
+    UserError: the split cannot be read.
+  """
+  name = task.hub_splits.get(split, split)
+  what = f"split '{name}' of '{hub[0]}'"
+  table = None
+  if not _is_converted(task, hub):
+    table = _call_datasets("load_dataset", hub, what, split=name)
+  if table is None:
+    rows = (dict(row.fields) for row in _converted_rows(task, hub, split, what))
+  else:
+    rows = (dict(fields) for fields in table)
+  prefix = "/".join(filter(None, (*hub, name)))
+  return [
+    tasks.Row(fields, f"{prefix} row {number}")
+    for number, fields in enumerate(rows, 1)
+  ]
+
+
+def has_split(
+  task: tasks.Task, hub: tuple[str, str | None], split: str
+) -> bool:
+  """Returns whether a data set has a split, without reading its rows."""
+  name = task.hub_splits.get(split, split)
+  names = None
+  what = f"splits of '{hub[0]}'"
+  if not _is_converted(task, hub):
+    names = _call_datasets("get_dataset_split_names", hub, what)
+  if names is None:
+    return bool(layouts.find(_converted(hub, what), task, split))
+  return name in names
+
+
+def find_splits(task: tasks.Task) -> list[str]:
+  """Returns the hub's names of the splits of a task's default data set.
+
+  Reads no rows, and of a converted copy only the names of its files.
+
+  Args:
+    task: a task with a data set on the hub.
+
+  Raises:
+    UserError: the data set cannot be loaded, or has no rows to train on.
+  """
+  assert task.hub is not None
+  name, config = task.hub
+  what = f"splits of '{name}'"
+  names = None
+  if not task.hub_script:
+    names = _call_datasets("get_dataset_split_names", task.hub, what)
+  if names is None:
+    import huggingface_hub  # Imported here because it is slow to import.
+
+    try:
+      paths = huggingface_hub.list_repo_files(
+        name, repo_type="dataset", revision=CONVERTED
+      )
+    except Exception as error:  # Network libraries raise many exceptions.
+      raise _unreadable(what, error) from error
+    folders = (config,) if config else _ONLY_CONFIG
+    parts = [path.split("/") for path in paths]
+    names = list(dict.fromkeys(p[1] for p in parts if p[0] in folders))
+  train = task.hub_splits.get("train", "train")
+  if train not in names:
+    raise errors.UserError(
+      f"Cannot read {what} from the hub: there is no '{train}' among "
+      f"{', '.join(names) or 'no splits'}."
+    )
+  return names
+
+
+def _is_converted(task: tasks.Task, hub: tuple[str, str | None]) -> bool:
+  """Returns whether a data set is known to be a script."""
+  return task.hub_script and hub == task.hub
+
+
+def _call_datasets(
+  name: str, hub: tuple[str, str | None], what: str, **options: str
+) -> Any:
+  """Calls a function of the package `datasets`; None if the set is a script."""
+  try:
+    datasets = importlib.import_module("datasets")
+  except ImportError as error:
+    raise errors.UserError(
+      f"Reading {what} from the hub needs the package datasets; or point "
+      "data.dir at a folder of JSONL files."
+    ) from error
+  try:
+    return getattr(datasets, name)(*hub, **options)
+  except Exception as error:  # Its exceptions share no base class.
+    if _IS_SCRIPT.search(str(error)):
+      return None
+    raise _unreadable(what, error) from error
+
+
+def _unreadable(what: str, error: Exception) -> errors.UserError:
+  return errors.UserError(
+    f"Cannot read {what} from the hub: {errors.first_line(error)}"
+  )
+
+
+def _converted_rows(
+  task: tasks.Task, hub: tuple[str, str | None], split: str, what: str
+) -> list[tasks.Row]:
+  """Reads the rows of a split from the converted branch."""
+  paths = layouts.find(_converted(hub, what), task, split)
+  if not paths:
+    raise errors.UserError(
+      f"Cannot read {what} from the hub: its branch {CONVERTED} has no "
+      f"such split of {hub[1] or 'a single configuration'}."
+    )
+  items = [item for path in paths for item in files.read(path)]
+  return [item for item in items if isinstance(item, tasks.Row)]
+
+
+def _converted(hub: tuple[str, str | None], what: str) -> pathlib.Path:
+  """Returns the folder of a converted copy, from the hub or its cache."""
+  import huggingface_hub  # Imported here because it is slow to import.
+
+  name, config = hub
+  folders = (config,) if config else _ONLY_CONFIG
+  try:
+    # Without a connection, this is a complete copy in the cache.
+    place = huggingface_hub.snapshot_download(
+      name,
+      repo_type="dataset",
+      revision=CONVERTED,
+      allow_patterns=[f"{folder}/*.parquet" for folder in folders],
+    )
+  except Exception as error:  # Network libraries raise many exceptions.
+    raise _unreadable(what, error) from error
+  present = [f for f in folders if pathlib.Path(place, f).is_dir()]
+  return pathlib.Path(place, *present[:1])
