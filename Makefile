@@ -50,7 +50,7 @@ demo: $(VENV)/.demo ## Fine-tune a real language model on a real task, here
 	$(BIN)/python -m zofo_jax.main --config=configs/demo.py \
 	  --workdir=$(WORKDIR) $(ARGS)
 
-METHODS := bilevel peft full mezo
+METHODS := bilevel guided peft full mezo
 empty :=
 space := $(empty) $(empty)
 metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones

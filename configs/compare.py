@@ -105,7 +105,8 @@ VARIANTS = ("pooled", "still", "scaled", *GUIDED)  # of methods of the trainer
 def get_config(arg: str = ""):
   """Returns the config of `task=...,method=...,adapter=...,seed=...` and more.
 
-  `template` is the version of the task's prompt.
+  `template` is the version of the task's prompt; `shots`, if not 0, the rows of
+  each label at each level.
   """
   args = files.parse_arg(
     arg,
@@ -115,6 +116,7 @@ def get_config(arg: str = ""):
     adapter="lora",
     seed="0",
     template="0",
+    shots="0",
   )
   for name, table in (("size", SIZES), ("method", RATES)):
     files.choose(name, args[name], dict.fromkeys(table, ""))
@@ -128,11 +130,9 @@ def get_config(arg: str = ""):
   config.seed = config.data.seed = int(args["seed"])
   config.data.task = args["task"]
   config.data.template = int(args["template"])
+  config.data.shots = int(args["shots"])
   config.data.pooled = variant == "pooled"
   config.zo.scaling = "running_rms" if variant == "scaled" else "none"
-  if variant in GUIDED:
-    config.zo.direction = "guided"
-    config.update_from_flattened_dict(GUIDED[variant])
   for name, count in zip(
     ("lower", "upper", "selection", "test"), size.counts, strict=True
   ):
@@ -152,6 +152,9 @@ def get_config(arg: str = ""):
     config.keep = "s"
     config.lower.num_steps = 10
     config.lower.batch_size = config.upper.batch_size = size.batch_size // 2
+    if variant in GUIDED:
+      config.zo.direction = "guided"
+      config.update_from_flattened_dict(GUIDED[variant])
   elif "mezo" in config.method:
     config.upper.batch_size = 2 * size.batch_size
   config.zo.learning_rate = zeroth_order

@@ -10,6 +10,12 @@ from zofo_jax.tasks import get
 
 Cell = dict[str, Any]
 BILEVEL, LORA, MEZO = "bilevel", "peft", "mezo"
+# Theta follows s: all of it, without any zeroth-order step, or by as much as
+# forward passes say. The first is the recommended one.
+ALL = "bilevel_all"
+BY_FORWARD_PASSES = (
+  *("bilevel_guided", "bilevel_matrices", "bilevel_metric", "bilevel_mixed"),
+)
 
 
 def score_name(cell: Cell) -> str:
@@ -17,10 +23,11 @@ def score_name(cell: Cell) -> str:
   return str(get(cell["task"]).metric)
 
 
-def key(cell: Cell) -> tuple[str, str, str, str]:
+def key(cell: Cell) -> tuple[str, ...]:
   """Returns what cells of two methods must share to be comparable."""
-  prompt, processor = cell.get("template", "0"), cell.get("processor", "")
-  return cell["task"], cell["seed"], prompt, processor
+  common = {"size": "", "template": "0", "shots": "0", "processor": ""}
+  others = (str(cell.get(name, value)) for name, value in common.items())
+  return cell["task"], cell["seed"], *others
 
 
 def pairs(
@@ -53,10 +60,22 @@ def time_ratio(bilevel: Cell, mezo: Cell) -> float:
   return mezo_seconds / bilevel_seconds if bilevel_seconds else 0.0
 
 
-def gain(bilevel: Cell, lora: Cell) -> float:
-  """Returns the difference of the test scores."""
-  name = f"test_{score_name(bilevel)}"
-  return bilevel[name] - lora[name]
+def difference(
+  ending: str = "", baseline_ending: str = ""
+) -> Callable[[Cell, Cell], float]:
+  """Returns a function for the difference of two cells' test scores.
+
+  Args:
+    ending: which of the first cell's scores: "" for the adapter that is kept,
+      "_p" for p, "_base" for theta alone.
+    baseline_ending: the same of the other cell.
+  """
+
+  def measure(cell: Cell, baseline: Cell) -> float:
+    name = f"test_{score_name(cell)}"
+    return float(cell[name + ending] - baseline[name + baseline_ending])
+
+  return measure
 
 
 def interval(
@@ -74,20 +93,22 @@ def claim(
   measure: Callable[[Cell, Cell], float],
   target: str,
   average: Callable[[Any], Any] = np.mean,
+  method: str = BILEVEL,
 ) -> dict[str, Any] | None:
-  """Compares Bilevel-ZOFO with a baseline on all cells that both have.
+  """Compares a method with a baseline on all cells that both have.
 
   Args:
     cells: results.
     other: the baseline.
-    measure: (Bilevel-ZOFO's cell, the baseline's cell) -> number.
+    measure: (the method's cell, the baseline's cell) -> number.
     target: the target, such as ">= 4".
     average: average of the numbers.
+    method: the method.
 
   Returns:
     The value, its interval, tasks and seeds; None if there are no pairs.
   """
-  both = pairs(cells, BILEVEL, other)
+  both = pairs(cells, method, other)
   if not both:
     return None
   values = [measure(*pair) for pair in both]
@@ -98,6 +119,7 @@ def claim(
   for (cell, _), number in zip(both, values, strict=True):
     by_task.setdefault(cell["task"], []).append(round(number, 4))
   return {
+    "method": method,
     "value": value,
     "interval": interval(values, average),
     "target": target,
@@ -153,7 +175,7 @@ def answers(cells: Sequence[Cell]) -> dict[str, Any]:
     "time_to_mezo_best_ratio": claim(
       cells, MEZO, time_ratio, ">= 4", np.median
     ),
-    "accuracy_gain_over_lora": claim(cells, LORA, gain, ">= 0.01"),
+    "accuracy_gain_over_lora": claim(cells, LORA, difference(), ">= 0.01"),
     "peak_memory_over_lora": claim(cells, LORA, memory, "<= 1.05", np.median),
     "peak_memory_over_mezo": claim(cells, MEZO, memory, "<= 1.3", np.median),
     "peak_resident_over_lora": claim(
@@ -163,4 +185,33 @@ def answers(cells: Sequence[Cell]) -> dict[str, Any]:
       cells, MEZO, resident, "<= 1.3", np.median
     ),
     "prompt_spread_over_mezo": prompt_spread(cells),
+  }
+
+
+def guided_answers(cells: Sequence[Cell]) -> dict[str, Any]:
+  """Checks the claims about steps of theta along what s has learnt.
+
+  What zeroth order adds is compared for every way of choosing lengths by
+  forward passes; the value is that of the best of them.
+  """
+
+  def compare(other: str, ending: str, target: str) -> dict[str, Any] | None:
+    return claim(cells, other, difference(ending), target, method=ALL)
+
+  both = difference("_base", "_base")
+  added = [
+    found
+    for method in BY_FORWARD_PASSES
+    if (found := claim(cells, ALL, both, ">= 0.01", method=method))
+  ]
+  best = max(added, key=lambda found: found["value"], default=None)
+  if best:
+    means = {c["method"]: [c["value"], c["interval"]] for c in added}
+    best |= {"met": best["met"] and best["interval"][0] > 0, "tried": means}
+  return {
+    "theta_alone_over_mezo": compare(MEZO, "_base", ">= 0.15"),
+    "theta_alone_over_lora": compare(LORA, "_base", ">= -0.02"),
+    "p_over_lora": compare(LORA, "_p", ">= -0.02"),
+    "accuracy_gain_over_lora": compare(LORA, "", ">= 0"),
+    "zeroth_order_over_all_of_it": best,
   }

@@ -3,7 +3,8 @@
   python experiments/report.py [--results experiments/results]
 
 Reads `single_task.jsonl` and writes `table.md`, `curves.png`, `memory.png` and
-`claims.json` to the same folder.
+`claims.json` to the same folder. Of `guided.jsonl`, if it is there, `guided.md`
+and further claims.
 """
 
 import argparse
@@ -26,6 +27,8 @@ BUDGETS = {
   "seconds": "seconds of training",
   "forward_equivalents": "forward-equivalents (rows)",
 }
+# Endings of scores besides that of the adapter that is kept.
+OTHERS = {"p": "p", "s": "s", "base": "θ alone"}
 
 
 def _names(cells: Iterable[Cell], name: str) -> list[str]:
@@ -85,9 +88,9 @@ def tables(cells: Sequence[Cell]) -> str:
 def table(cells: Sequence[Cell]) -> str:
   """Returns test scores as Markdown: mean ± spread over seeds, by method.
 
-  The row of Bilevel-ZOFO is for the adapter that is kept; the other one has a
-  separate row. Seconds and memory are from the machine on which most cells of a
-  task ran.
+  The row of Bilevel-ZOFO is for the adapter that is kept; the other one, and
+  theta without an adapter, have separate rows. Seconds and memory are from the
+  machine on which most cells of a task ran.
   """
   timed = _timed(cells)
   tasks = _names(cells, "task")
@@ -100,9 +103,9 @@ def table(cells: Sequence[Cell]) -> str:
     rows.append((method, method, "test_{}"))
     group = [cell for cell in cells if cell["method"] == method]
     rows += [
-      (f"{method}, {letter}", method, "test_{}_" + letter)
-      for letter in ("p", "s")
-      if any(f"test_accuracy_{letter}" in cell for cell in group)
+      (f"{method}, {text}", method, "test_{}_" + ending)
+      for ending, text in OTHERS.items()
+      if any(f"test_accuracy_{ending}" in cell for cell in group)
     ]
   for text, method, pattern in rows:
     texts, means, used = [], [], []
@@ -196,6 +199,11 @@ def main() -> None:
   if not cells:
     raise SystemExit(f"report.py: {folder}/single_task.jsonl has no cells.")
   answers = claims.answers(cells)
+  if (path := folder / "guided.jsonl").exists():
+    guided = read(path)
+    (folder / "guided.md").write_text(tables(guided))
+    answers["published_gain_over_lora"] = answers["accuracy_gain_over_lora"]
+    answers |= claims.guided_answers(guided)
   report.write_json(folder / "claims.json", answers)
   (folder / "table.md").write_text(tables(cells))
   timed = _timed(_complete(cells))

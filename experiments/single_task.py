@@ -37,6 +37,22 @@ def _both(rate: float) -> dict[str, float]:
   return {"lower.learning_rate": rate, "upper.learning_rate": rate}
 
 
+def _guided(passes: int) -> list[dict[str, float]]:
+  """Returns trials of steps of theta along s; `passes`: besides s's."""
+  trials = []
+  for rate, inner in (
+    *((2e-3, 10), (4e-3, 10), (8e-3, 10), (4e-3, 5), (4e-3, 20)),
+    *((2e-3, 5), (8e-3, 5), (2e-3, 20), (8e-3, 20)),
+  ):
+    steps = 960 // (8 * inner + passes)
+    trials.append(
+      _both(rate)
+      | {"lower.num_steps": inner, "train.num_steps": steps}
+      | {"train.eval_every_steps": -(-steps // 2)}
+    )
+  return trials
+
+
 # Trials of the search. The first five of each method are of a batch of 8 rows,
 # T = 1 and p kept; the others have s kept, small batches, or both.
 _FIRST = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
@@ -80,6 +96,8 @@ SEARCH: dict[str, list[dict[str, float]]] = {
     {"zo.learning_rate": 1e-4, "zo.num_directions": 4, "upper.batch_size": 8}
     | {"train.num_steps": 15, "train.eval_every_steps": 8},
   ],
+  "bilevel_guided": _guided(40),
+  "bilevel_all": _guided(16),
   # Of steps of one length, whose rate should need no search.
   "mezo_scaled": [{"zo.learning_rate": rate} for rate in (3e-4, 1e-3, 3e-3)],
 }
@@ -135,6 +153,8 @@ def of_table(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
         choice = {"size": given.size, "task": task, "method": method}
         choice |= {"adapter": given.adapter, "seed": seed}
         choice |= {"template": given.template}
+        if given.shots:
+          choice |= {"shots": given.shots}
         yield make_cell(given.out, given.data, choice)
 
 
@@ -149,7 +169,8 @@ def of_search(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
           continue
         choice = {"size": given.size, "task": task, "method": method}
         choice |= {"adapter": given.adapter, "seed": SEARCH_SEED}
-        if number >= 5:  # Chosen by more rows, and tested on hardly any.
+        # Later ones are chosen by more rows, and tested on hardly any.
+        if number >= 5 or "lower.num_steps" in fields:
           fields = fields | {"data.num_selection": 128, "data.num_test": 16}
         yield make_cell(given.out, given.data, choice, fields)
 
@@ -251,6 +272,7 @@ def main() -> None:
   parser.add_argument("--search", action="store_true")
   parser.add_argument("--trials", nargs="+", type=int, help="of the search")
   parser.add_argument("--template", type=int, default=0)
+  parser.add_argument("--shots", type=int, help="rows of a label, each level")
   parser.add_argument("--tasks", nargs="+", default=TASKS)
   parser.add_argument("--methods", nargs="+", default=METHODS)
   given = parser.parse_args()

@@ -432,6 +432,41 @@ def test_a_step_that_is_not_finite_moves_neither_theta_nor_s():
   assert float(info.lengths) == 0.0 and int(info.num_nonfinite) == 3
 
 
+@pytest.mark.many_devices
+def test_a_mesh_changes_nothing():
+  base, upper, lower, batch = toy(updates=1)
+  guide = guided.Guide(
+    toy_fold, guided.parabola(largest=9.0), penalty=True, random=True
+  )
+  algorithm = toy_step(guide)
+  mesh = jax.make_mesh((4, 2), ("data", "model"))
+
+  def place(tree, *axes):
+    spec = jax.sharding.PartitionSpec(*axes)
+    return jax.device_put(tree, jax.NamedSharding(mesh, spec))
+
+  step = jax.jit(algorithm.step)
+  start = algorithm.init(jax.random.key(3), base, upper, lower)
+  expected, info = step(start, batch)
+  sharded = {**base, "w": place(base["w"], None, "model")}
+  start = place(start)._replace(base=sharded)
+  rows = batch._replace(
+    lower=place(batch.lower, None, "data"),
+    penalty=place(batch.penalty, "data"),
+    upper=place(batch.upper, "data"),
+    probe=place(batch.probe, None, "data"),
+  )
+  actual, other = step(start, rows)
+  close = functools.partial(np.testing.assert_allclose, atol=5e-5, rtol=1e-4)
+  expected, actual = (
+    state._replace(key=jax.random.key_data(state.key))
+    for state in (expected, actual)
+  )
+  jax.tree.map(close, actual, expected)
+  close(other.lengths, info.lengths)
+  assert 0 < info.lengths < 9
+
+
 def test_moments_start_anew():
   base, upper, lower, batch = toy()
   algorithm = toy_step(guided.Guide(toy_fold, reset=True))

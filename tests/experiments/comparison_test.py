@@ -105,6 +105,27 @@ def test_claims(claimed, cells):
   assert spread["value"] == pytest.approx(0.3) and spread["met"]
 
 
+def test_claims_of_steps_along_s(cells):
+  scores = {"test_accuracy_base": 0.8, "test_accuracy_p": 0.7}
+  for seed in (0, 1):
+    cells += [
+      cell("bilevel_all", seed, [0.9], test=0.9) | scores,
+      cell("bilevel_guided", seed, [0.9], test=0.9)
+      | {"test_accuracy_base": 0.75 + 0.1 * seed},
+      cell("bilevel_metric", seed, [0.9], test=0.9)
+      | {"test_accuracy_base": 0.82},
+    ]
+  verdicts = claims.guided_answers(cells)
+  assert verdicts["theta_alone_over_mezo"]["value"] == pytest.approx(0.15)
+  assert verdicts["theta_alone_over_lora"]["value"] == pytest.approx(-0.05)
+  assert verdicts["p_over_lora"]["value"] == pytest.approx(-0.15)
+  assert verdicts["accuracy_gain_over_lora"]["value"] == pytest.approx(0.05)
+  # The better of two, +0.02 for both seeds; the other is +0.0 [-0.05, 0.05].
+  added = verdicts["zeroth_order_over_all_of_it"]
+  assert added["method"] == "bilevel_metric" and added["met"]
+  assert added["tried"]["bilevel_guided"][0] == pytest.approx(0.0)
+
+
 def test_what_was_not_run_is_not_claimed(claimed, cells):
   verdicts = claims.answers([c for c in cells if c["method"] == "bilevel"])
   assert set(verdicts.values()) == {None}
@@ -279,12 +300,3 @@ def test_ablations_cost_what_the_table_costs(compare, tmp_path):
   ]
   ablations["draw"](cells, tmp_path / "ablations.png")
   assert (tmp_path / "ablations.png").stat().st_size > 0
-
-
-@pytest.mark.parametrize("best", [-0.8, 0.0, 0.3])
-def test_the_least_of_a_parabola(best):
-  least = runpy.run_path(str(EXPERIMENTS / "guided.py"))["least"]
-  bowl = [2 * (x - best) ** 2 + 1 for x in (-0.5, 0.0, 0.5)]
-  assert least(bowl) == pytest.approx(best)
-  assert least([0.0, 5.0, 10.0]) == -1.0  # a line: as far as one may
-  assert least([-value - x for value, x in zip(bowl, (0, 0, 9))]) == 1.0

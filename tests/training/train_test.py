@@ -276,6 +276,41 @@ def test_resumed_run_is_the_uninterrupted_one(
   }
 
 
+def test_a_resumed_run_whose_theta_follows_s(
+  command_line, tmp_path, tiny_model, tiny_rows, monkeypatch, capsys
+):
+  def run(name, *more):
+    return start(
+      *(command_line, tmp_path / name, tiny_model, tiny_rows),
+      *("--config.zo.direction=guided", "--config.guided.lengths=parabola"),
+      *("--config.train.num_steps=4", "--config.train.eval_every_steps=2"),
+      *more,
+    )
+
+  assert run("whole") == 0
+  make_batch = train.iteration_batch
+
+  def stop(config, examples, shape, pad, step):
+    if step == 3:
+      raise KeyboardInterrupt
+    return make_batch(config, examples, shape, pad, step)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(train, "iteration_batch", stop)
+    assert run("stopped") == 130
+  assert run("stopped") == 0
+  whole, resumed = (Done(tmp_path / x, 1) for x in ("whole", "stopped"))
+  assert steady(resumed.metrics) == steady(whole.metrics)
+  assert "test_accuracy_base" in whole.summary
+  for step, expected in arrays(whole.folder).items():
+    jax.tree.map(
+      np.testing.assert_array_equal, arrays(resumed.folder)[step], expected
+    )
+  capsys.readouterr()
+  assert run("prompt", "--config.adapter.kind=prompt") == 1
+  assert "adapter.kind" in capsys.readouterr().err
+
+
 def test_finished_run_is_not_trained_again(
   done, command_line, tmp_path, tiny_model, tiny_rows, monkeypatch
 ):

@@ -170,7 +170,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("zo.weight_decay", 0.0, NOT_NEGATIVE,
    "of matrices, times the learning rate; sgd only"),
   # Steps along what s has learnt.
-  ("guided.lengths", "descend", one_of("all", "parabola", "descend"),
+  ("guided.lengths", "all", one_of("all", "parabola", "descend"),
    "how far theta follows: all of it, the least of a parabola, or descent"),
   ("guided.per_matrix", True, ANY,
    "descend: a length for each matrix and layer; else one for all"),
