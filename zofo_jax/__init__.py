@@ -18,6 +18,7 @@ from zofo_jax.core import (
   multitask,
   outer,
   perturbed,
+  quantized,
   zo,
 )
 from zofo_jax.core.bilevel import bilevel_step, make_bilevel_step
@@ -69,6 +70,7 @@ __all__ = [
   "multitask",
   "outer",
   "perturbed",
+  "quantized",
   "zo",
 ]
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from zofo_jax import errors
 from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.array_like import is_array_like
 from zofo_jax.core.factors import Factors
 
 QUERY_VALUE = r"attention/(query|value)$"
@@ -107,7 +108,7 @@ def init_lora(
     )
   adapter: dict[str, Any] = {}
   modules = []
-  for name, leaf in tree_lib.named_leaves(base).items():
+  for name, leaf in tree_lib.named_leaves(base, is_array_like).items():
     module, _, leaf_name = name.rpartition("/")
     if leaf_name != "kernel":
       continue

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax import errors
+from zofo_jax.core import perturbed
 
 INITS = ("tokens", "random", "text")
 
@@ -78,5 +79,5 @@ def init_prompt(
       raise errors.UserError("The prompt's text is empty; expected some words.")
     else:
       ids = jnp.asarray(np.resize(np.asarray(tokens, np.int32), length))
-    embedding = jnp.take(table, ids, axis=0).astype(jnp.float32)
+    embedding = perturbed.take(table, ids).astype(jnp.float32)
   return {"embed": {"prompt": Prompt(embedding)}}

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import pathlib
+import re
 import reprlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -17,14 +18,17 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zofo_jax import errors, models, report
 from zofo_jax.builders import assets
-from zofo_jax.core import losses
+from zofo_jax.core import losses, perturbed, quantized
+from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.types import LossFn
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
+from zofo_jax.models.decoder import SUMMED_AXES
 from zofo_jax.models.hf import config as config_lib
 from zofo_jax.models.hf import hub, published, weights
 from zofo_jax.sharding import dispatch, rules
@@ -49,6 +53,7 @@ class Model(NamedTuple):
     tokenizer: its fast tokenizer; None for a model that is only planned.
     name: hub id or folder, as the config gives it.
     dtype: name of the dtype of its weights on the devices.
+    quantize: kind of integers that its matrices are stored as; "" for none.
     pickle: whether `pytorch_model.bin` may be opened.
   """
 
@@ -58,6 +63,7 @@ class Model(NamedTuple):
   tokenizer: Any
   name: str
   dtype: str = "float32"
+  quantize: str = ""
   pickle: bool = False
 
   @property
@@ -71,6 +77,7 @@ def load_model(
   revision: str | None = None,
   *,
   dtype: str = "float32",
+  quantize: str = "",
   remat: bool = False,
   pickle: bool = False,
   mesh: mesh_lib.AnyMesh | None = None,
@@ -83,6 +90,7 @@ def load_model(
     name: hub id or local folder.
     revision: of the hub id; None for the latest.
     dtype: name of the dtype of the weights on the devices.
+    quantize: kind of integers that matrices are stored as; "" for none.
     remat: whether the backward pass recomputes each layer's activations.
     pickle: whether `pytorch_model.bin` may be opened.
     mesh: the mesh of devices; None for one device.
@@ -108,11 +116,16 @@ def load_model(
     )
     untied = dict(hf_config, tie_word_embeddings=False)
     module, family = _make_module(untied, remat, mesh)
-  return Model(module, family, folder, tokenizer, name, dtype, pickle)
+  return Model(module, family, folder, tokenizer, name, dtype, quantize, pickle)
 
 
 def published_model(
-  name: str, *, dtype: str, remat: bool, mesh: mesh_lib.AnyMesh
+  name: str,
+  *,
+  dtype: str,
+  remat: bool,
+  mesh: mesh_lib.AnyMesh,
+  quantize: str = "",
 ) -> Model:
   """Makes a model that needs neither weights nor a tokenizer, to be planned.
 
@@ -121,6 +134,7 @@ def published_model(
     dtype: name of the dtype of the weights.
     remat: whether the backward pass recomputes each layer's activations.
     mesh: of real devices, of those of a topology, or of shapes alone.
+    quantize: kind of integers that matrices are stored as; "" for none.
 
   Returns:
     The model, without a folder or a tokenizer.
@@ -129,7 +143,7 @@ def published_model(
     UserError: the shapes of this model are not known.
   """
   module, family = _make_module(_published_config(name), remat, mesh)
-  return Model(module, family, pathlib.Path(), None, name, dtype)
+  return Model(module, family, pathlib.Path(), None, name, dtype, quantize)
 
 
 def _published_config(name: str) -> dict[str, Any]:
@@ -162,41 +176,91 @@ def _make_module(
 def load_base(model: Model, mesh: mesh_lib.AnyMesh | None = None) -> Any:
   """Reads the backbone's weights to the devices, in the model's dtype.
 
+  Matrices are quantized, if they are to be, a layer at a time.
+
   Args:
     model: gives the checkpoint.
-    mesh: the mesh of devices; each process reads its own shards. None for one
-      device.
+    mesh: the mesh of devices; each process reads its own shards, and all of a
+      matrix that is to be quantized. None for one device.
 
   Returns:
     The weights, sharded by the rules of the model's family.
   """
   mesh = mesh or mesh_lib.make(dict.fromkeys(mesh_lib.AXES, 1))
-  shardings = rules.shardings(
-    mesh, abstract_base(model), model.family.SHARDINGS
+  abstract = abstract_base(model)
+  shardings = rules.shardings(mesh, abstract, model.family.SHARDINGS)
+  flat, flat_shardings = (
+    flax.traverse_util.flatten_dict(tree, sep="/")
+    for tree in (abstract, shardings)
   )
-  flat = flax.traverse_util.flatten_dict(shardings, sep="/")
+
+  def make(path, shape, read):
+    if isinstance(flat[path], quantized.Quantized):
+      return jax.tree.map(
+        lambda part, sharding: dispatch.make_sharded_array(
+          part.shape, sharding, part.__getitem__
+        ),
+        _quantized_parts(flat[path], _summed_axis(path), read),
+        flat_shardings[path],
+      )
+    return dispatch.make_sharded_array(
+      shape,
+      flat_shardings[path],
+      lambda index: read(index).astype(model.dtype, copy=False),
+    )
+
   return weights.load(
     model.folder,
     model.family,
     model.module.config,
-    jnp.dtype(model.dtype),
-    lambda path, shape, read: dispatch.make_sharded_array(
-      shape, flat[path], read
-    ),
+    # Not rounded twice.
+    jnp.dtype("float32" if model.quantize else model.dtype),
+    make,
     pickle=model.pickle,
   )
 
 
+def _summed_axis(path: str) -> int | None:
+  """Returns the axis over which products with a weight sum; None: no matrix."""
+  axes = [axis for pattern, axis in SUMMED_AXES if re.search(pattern, path)]
+  return axes[0] if axes else None
+
+
+def _quantized_parts(
+  abstract: quantized.Quantized, axis: Any, read: weights.ReadFn
+) -> quantized.Quantized:
+  """Reads and quantizes a weight, a layer or a block of rows at a time."""
+  parts = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), abstract)
+  length, *lengths = abstract.shape
+  size = 1 if lengths[1:] else perturbed.ROWS_PER_BLOCK
+  if not abstract.rows_have_scales:
+    size = length
+  for start in range(0, length, size):
+    rows = slice(start, min(start + size, length))
+    block = quantized.quantize(
+      read((rows, *(slice(None) for _ in lengths))),
+      abstract.kind,
+      axis=axis,
+      dtype=abstract.dtype,
+    )
+    parts.values[rows], parts.scales[rows] = block.values, block.scales
+  return parts
+
+
 def abstract_base(model: Model) -> Any:
   """Returns the shapes and dtypes of the backbone, without its weights."""
+
+  def stored(path, leaf):
+    axis = _summed_axis(tree_lib.path_name(path))
+    if model.quantize and axis is not None:
+      return quantized.shape_of(leaf.shape, model.quantize, axis, model.dtype)
+    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(model.dtype))
+
   ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
   variables = jax.eval_shape(
     model.module.init, jax.random.key(0), ids, ids, ids, ids, ids
   )
-  dtype = jnp.dtype(model.dtype)
-  return jax.tree.map(
-    lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), variables["params"]
-  )
+  return jax.tree.map_with_path(stored, variables["params"])
 
 
 def tokenizer_digests(model: Model) -> dict[str, str]:

@@ -47,6 +47,7 @@ RANDOM_DIRECTIONS = (
   *("gaussian", "rademacher", "low_rank", "per_example", "sparse"),
 )
 ZO_DIRECTIONS = (*RANDOM_DIRECTIONS, "guided")
+QUANTIZED = ("int8", "int4", "nf4")
 ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
 
 # NumPy's generators take 32 bits; a run has three streams, up to 3 * seed + 2.
@@ -97,6 +98,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("model.revision", str, ANY, "branch, tag or commit of the hub id", NEVER),
   ("model.dtype", "float32", one_of("float32", "bfloat16"),
    "of weights and activations", NEVER),
+  ("model.quantize", "", one_of("", *QUANTIZED),
+   "matrices as integers of eight or four bits with scales; empty: as dtype",
+   NEVER),
   ("model.pickle", False, ANY, "allow pytorch_model.bin, weights only"),
   ("model.remat", False, ANY, "recompute activations in backward passes"),
   # Devices.

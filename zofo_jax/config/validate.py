@@ -37,6 +37,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_method(fields)
   _check_trackers(fields)
   _check_guided(fields)
+  _check_quantize(fields)
   _check_own_task(fields)
   _check_adapter(fields)
   _check_generate(fields)
@@ -152,6 +153,31 @@ def _check_guided(fields: _Fields) -> None:
     raise errors.UserError(
       "config.guided.batch_size: guided.lengths 'all' evaluates nothing; "
       f"expected 0; found {fields['guided.batch_size']}."
+    )
+
+
+def _check_quantize(fields: _Fields) -> None:
+  """Checks that nothing is to move integers."""
+  kind, method = fields["model.quantize"], methods.METHODS[fields["method"]]
+  if not kind:
+    return
+  if method.updates_base and not method.zeroth_order:
+    raise errors.UserError(
+      f"config.model.quantize: method '{fields['method']}' needs gradients of "
+      "all weights, and integers have none; expected '' or another method, "
+      f"such as 'bilevel', 'mezo' or 'peft'; found '{kind}'."
+    )
+  if fields["zo.direction"] == "guided":
+    raise errors.UserError(
+      "config.model.quantize: 'guided' folds an adapter into the weights, and "
+      "integers would round it off; expected '' or another zo.direction; found "
+      f"'{kind}'."
+    )
+  if method.updates_base and fields["zo.optimizer"] not in IN_PLACE:
+    raise errors.UserError(
+      "config.model.quantize: only scales move, by zo.optimizer "
+      f"{' or '.join(IN_PLACE)}; found '{kind}' with "
+      f"'{fields['zo.optimizer']}'."
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 _BINARY = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge")
@@ -53,6 +54,16 @@ class ArrayLike:
       size *= length
     return size
 
+  @property
+  def nbytes(self) -> int:
+    """Bytes of the array, not of what is stored."""
+    return self.size * self.dtype.itemsize
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+    """Returns the array as a NumPy array."""
+    del copy
+    return np.asarray(self.__jax_array__(), dtype)
+
   def __len__(self) -> int:
     """Returns the length of axis 0."""
     if not self.shape:
@@ -74,6 +85,11 @@ class ArrayLike:
     raise AttributeError(
       f"'{type(self).__name__}' object has no attribute '{name}'"
     )
+
+
+def is_array_like(node: Any) -> bool:
+  """Returns whether a node of a tree stands for one array."""
+  return isinstance(node, ArrayLike)
 
 
 def _left(fn: Callable[..., Any]) -> Callable[..., Any]:

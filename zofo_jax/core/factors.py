@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from zofo_jax.core import directions, perturbed, prng, rounding
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.array_like import is_array_like
 from zofo_jax.core.types import Params
 
 
@@ -122,7 +123,7 @@ def displace(base: Params, factors: dict[str, Factors]) -> Params:
     scale = jnp.ones(leaf.shape[:-2], jnp.float32)
     return perturbed.Perturbed(leaf, pair, scale, _Product())
 
-  return jax.tree.map_with_path(node, base)
+  return jax.tree.map_with_path(node, base, is_leaf=is_array_like)
 
 
 def add_in_place(
@@ -140,6 +141,13 @@ def add_in_place(
     A tree like `base`. The temporaries are one layer in float32.
   """
   _check_factors(base, factors)
+  leaves = tree_lib.named_leaves(base, is_array_like)
+  for path in factors:
+    if is_array_like(leaves[path]):
+      raise ValueError(
+        f"Guide.fold: '{path}' is quantized, and its integers would round the "
+        "change off; expected an array."
+      )
   pair = keys_lib.DirectionKey(rounding_key, rounding_key)
 
   def add(stored, factors, key):
@@ -173,7 +181,7 @@ def add_in_place(
 
 def _check_factors(base: Params, factors: dict[str, Factors]) -> None:
   """Raises ValueError unless every factor has a matrix of its shape."""
-  leaves = tree_lib.named_leaves(base)
+  leaves = tree_lib.named_leaves(base, is_array_like)
   for path, (left, right) in factors.items():
     shape = (*left.shape[:-1], right.shape[-1])
     if path not in leaves:

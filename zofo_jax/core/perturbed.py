@@ -20,6 +20,7 @@ import numpy as np
 
 from zofo_jax.core import directions, keys, prng, xla
 from zofo_jax.core.array_like import ArrayLike
+from zofo_jax.core.quantized import Quantized
 
 # Number of rows that exist at a time of a table that is perturbed or updated.
 ROWS_PER_BLOCK = 4096
@@ -40,7 +41,8 @@ class Perturbed(ArrayLike):
   to say `is_leaf=is_perturbed`.
 
   Attributes:
-    value: the stored weight, shape [...] or, stacked, [layers, ...].
+    value: the stored weight, shape [...] or, stacked, [layers, ...]; an array
+      or a `Quantized` node.
     key: key of z, a `keys.LeafKey`; of a kind that is given, what it is.
     scale: signed step along z, float32, shape [] or [layers].
     direction: the kind of z.
@@ -113,32 +115,40 @@ def is_perturbed(weight: Any) -> bool:
 
 
 def read(weight: Any) -> jax.Array:
-  """Returns a whole weight: the array itself, or value + scale * z."""
+  """Returns a whole weight: the array itself, or what a node stands for."""
+  if isinstance(weight, Quantized):
+    return weight.__jax_array__()
   if not is_perturbed(weight):
     return weight
   if weight.scale.ndim:  # stacked layers, not sliced by a scan
     return jax.vmap(read)(weight)
-  return weight.add(_draw(weight), weight.value)
+  return weight.add(_draw(weight), read(weight.value))
 
 
 def take(weight: Any, rows: jax.Array) -> jax.Array:
   """Returns rows of axis 0 (an embedding look-up), drawing z for these only.
 
   Args:
-    weight: [V, ...], perturbed or not.
+    weight: [V, ...], perturbed, quantized or neither.
     rows: indices, int, any shape.
   """
+  if isinstance(weight, Quantized) and weight.rows_have_scales:
+    values = jnp.take(weight.values, rows, axis=0)
+    return weight.dequantize(values, take(weight.scales, rows))
   if not is_perturbed(weight):
-    return jnp.take(weight, rows, axis=0)
+    return jnp.take(read(weight), rows, axis=0)
   z = _draw(weight, rows)
-  return weight.add(z, jnp.take(weight.value, rows, axis=0))
+  return weight.add(z, take(weight.value, rows))
 
 
 def read_rows(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
   """Returns `size` rows of axis 0 from `start`, a multiple of 64."""
+  if isinstance(weight, Quantized) and weight.rows_have_scales:
+    values = jax.lax.dynamic_slice_in_dim(weight.values, start, size)
+    return weight.dequantize(values, read_rows(weight.scales, start, size))
   if not is_perturbed(weight):
-    return jax.lax.dynamic_slice_in_dim(weight, start, size)
-  stored = jax.lax.dynamic_slice_in_dim(weight.value, start, size)
+    return jax.lax.dynamic_slice_in_dim(read(weight), start, size)
+  stored = read_rows(weight.value, start, size)
   return weight.add(_draw(weight, prng.RowRange(start, size)), stored)
 
 
@@ -153,7 +163,7 @@ def _materialize_after(
   weight = dataclasses.replace(weight, key=xla.depends_on(weight.key, before))
   if not keep_dtype:
     return read(weight)
-  stored, z = weight.value, _draw(weight)
+  stored, z = read(weight.value), _draw(weight)
   if weight.direction.exact_in_low_precision:
     z = z.astype(stored.dtype)
   stored, z = xla.no_fusion((stored, z))
@@ -167,10 +177,12 @@ def dot(
 
   Args:
     x: [..., in].
-    weight: [in, out], perturbed or not.
+    weight: [in, out], perturbed, quantized or neither.
     depends_on: a value that must be computed, as x must, before the weight is
       materialised: an ordering hint for XLA.
   """
+  if isinstance(weight, Quantized):
+    return weight.matmul(x)
   if not is_perturbed(weight):
     return x @ weight
   product = weight.direction.matmul(x, weight.key, weight.shape)
@@ -184,7 +196,7 @@ def dot(
     )
   # In float32: the difference is divided by eps, not by its bfloat16 rounding.
   shift = weight.scale * product.astype(jnp.float32)
-  return ((x @ weight.value).astype(jnp.float32) + shift).astype(x.dtype)
+  return (dot(x, weight.value).astype(jnp.float32) + shift).astype(x.dtype)
 
 
 def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
@@ -192,7 +204,7 @@ def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
 
   Args:
     x: [..., D].
-    weight: [V, D], perturbed or not.
+    weight: [V, D], perturbed, quantized or neither.
   """
 
   def times(rows):
@@ -201,28 +213,33 @@ def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
     )
 
   if not is_perturbed(weight):
-    return times(weight)
+    return times(read(weight))
   product = weight.direction.matmul(
     x, weight.key, weight.shape, transposed=True
   )
   if product is None:
     return times(read(weight))
-  return times(weight.value) + weight.scale * product.astype(jnp.float32)
+  stored = dot_transposed(x, weight.value)
+  return stored + weight.scale * product.astype(jnp.float32)
 
 
 def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
   """Returns log sum_v exp(x w_v) over the rows of a table; float32 [...].
 
   A perturbed table is read in blocks of rows, since it would exist whole for
-  both signs, unless its direction has a product without z.
+  both signs, unless its direction has a product without z. A quantized one is,
+  too, in the backward pass as well.
 
   Args:
     x: [..., D].
-    weight: [V, D], perturbed or not.
+    weight: [V, D], perturbed, quantized or neither.
   """
   size = weight.shape[0]
-  if not is_perturbed(weight) or (
-    weight.direction.matmul(x, weight.key, weight.shape, transposed=True)
+  stored = weight.value if is_perturbed(weight) else weight
+  quantized = isinstance(stored, Quantized)
+  if not quantized and (
+    not is_perturbed(weight)
+    or weight.direction.matmul(x, weight.key, weight.shape, transposed=True)
     is not None
   ):
     return jax.nn.logsumexp(dot_transposed(x, weight), axis=-1)
@@ -231,6 +248,8 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
     logits = dot_transposed(x, read_rows(weight, start, rows))
     return jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
 
+  if quantized:
+    add_block = jax.checkpoint(add_block, static_argnums=2)
   num_blocks, remainder = divmod(size, ROWS_PER_BLOCK)
   total = jnp.full(x.shape[:-1], -jnp.inf)
   if num_blocks:  # a loop without iterations is still traced

@@ -20,6 +20,9 @@ from zofo_jax.models.layers import token_positions
 
 # Paths of the weights that `stack_layers` stacks: axis 0 counts layers.
 STACKED = r"(^|/)layers/"
+# (pattern of the paths of matrices and tables, the axis over which a product
+# with them sums).
+SUMMED_AXES = ((r"kernel$", -2), (r"embedding$", -1))
 
 
 def stack_layers(

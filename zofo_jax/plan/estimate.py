@@ -5,10 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from zofo_jax.builders import budget
 from zofo_jax.builders import run as run_lib
 from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.array_like import is_array_like
 from zofo_jax.core.types import BilevelBatch, BilevelHParams, BilevelState
 from zofo_jax.data import batching, encode_options
 from zofo_jax.sharding import mesh as mesh_lib
@@ -58,10 +60,17 @@ def _local_bytes(tree: Any) -> int:
   """Counts the bytes of a tree of shapes with shardings on one device."""
 
   def local_bytes(leaf):
-    shape = leaf.sharding.shard_shape(leaf.shape)
-    return math.prod(shape) * leaf.dtype.itemsize  # of a key: of its data
+    size = math.prod(leaf.sharding.shard_shape(leaf.shape))
+    if jnp.issubdtype(leaf.dtype, jnp.integer):
+      return size * jnp.iinfo(leaf.dtype).bits // 8
+    return size * leaf.dtype.itemsize  # of a key: of its data
 
   return sum(map(local_bytes, jax.tree.leaves(tree)))
+
+
+def _stored(leaf: Any) -> Any:
+  """Returns the array that has the shape of a weight: of a node, its values."""
+  return jax.tree.leaves(leaf)[0]
 
 
 def estimate(
@@ -87,7 +96,9 @@ def estimate(
   stored, base = state_bytes(state), state.base
   kernels = [
     leaf
-    for name, leaf in tree_lib.named_leaves(base["layers"]).items()
+    for name, leaf in tree_lib.named_leaves(
+      base["layers"], is_array_like
+    ).items()
     if name.endswith("kernel")
   ]
   width = kernels[0].dtype.itemsize
@@ -98,7 +109,8 @@ def estimate(
   layer = rows * length * products * width
   layer += 2 * rows * heads // mesh.shape["model"] * length**2 * 4
   one_layer = sum(
-    math.prod(leaf.sharding.shard_shape(leaf.shape)[1:]) for leaf in kernels
+    math.prod(_stored(leaf).sharding.shard_shape(leaf.shape)[1:])
+    for leaf in kernels
   )
   depth = kernels[0].shape[0]
   perturbed_layer = one_layer * mesh.shape["fsdp"] * (2 * width + 4)

@@ -140,6 +140,7 @@ def make_run(
   model = model_lib.published_model(
     config.model.name,
     dtype=config.model.dtype,
+    quantize=config.model.quantize,
     remat=config.model.remat,
     mesh=mesh,
   )

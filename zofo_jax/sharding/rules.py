@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
 from zofo_jax.core import tree as tree_lib
+from zofo_jax.core.array_like import is_array_like
 from zofo_jax.sharding.mesh import ROW_AXES, AnyMesh
 
 # (pattern searched in a leaf's path, its sharding); the first match wins.
@@ -34,6 +35,9 @@ def batch_sharding(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
 
 def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
   """Returns the sharding of each leaf of a tree; scalars are replicated.
+
+  The parts of a quantized weight are sharded as the weight would be. An axis of
+  too few blocks is not divided.
 
   Args:
     mesh: the devices.
@@ -57,17 +61,37 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
         f"config.mesh: no rule says how the weight {name} is sharded."
       )
     for axis, names in enumerate(specs[0]):
-      names = (names,) if isinstance(names, str) else names or ()
-      parts = math.prod(mesh.shape[n] for n in names)
-      if leaf.shape[axis] % parts:
+      if leaf.shape[axis] % _num_shards(mesh, names):
+        names = (names,) if isinstance(names, str) else names
         text = " times ".join(f"mesh.{n}={mesh.shape[n]}" for n in names)
         raise errors.UserError(
           f"config.mesh: the weight {name} has {leaf.shape[axis]} on axis "
           f"{axis}, which {text} does not divide."
         )
-    return NamedSharding(mesh, specs[0])
+    if not is_array_like(leaf):
+      return NamedSharding(mesh, specs[0])
+    return jax.tree.map(
+      lambda part: NamedSharding(mesh, _divisible(mesh, specs[0], part.shape)),
+      leaf,
+    )
 
-  return jax.tree.map_with_path(sharding_of, tree)
+  return jax.tree.map_with_path(sharding_of, tree, is_leaf=is_array_like)
+
+
+def _num_shards(mesh: AnyMesh, names: Any) -> int:
+  """Returns into how many parts an entry of a sharding divides an axis."""
+  names = (names,) if isinstance(names, str) else names or ()
+  return math.prod(mesh.shape[name] for name in names)
+
+
+def _divisible(mesh: AnyMesh, spec: P, shape: tuple[int, ...]) -> P:
+  """Returns a sharding without the axes that it does not divide."""
+  return P(
+    *(
+      None if shape[axis] % _num_shards(mesh, names) else names
+      for axis, names in enumerate(spec)
+    )
+  )
 
 
 def state_shardings(mesh: AnyMesh, state: Any, rules: Rules) -> Any:

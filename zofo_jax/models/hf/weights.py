@@ -210,7 +210,8 @@ def save(
     folder: output folder; created if it does not exist.
     family: module with `Model` and `hf_parameters`, such as `models.opt`.
     config: the model's hyperparameters.
-    base: nested dict of arrays, layers stacked on axis 0.
+    base: nested dict of arrays, layers stacked on axis 0; quantized ones are
+      written as the floats that they are read as.
     shard_bytes: maximum size of a file; larger weights are split into several
       files with an index.
   """
