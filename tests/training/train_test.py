@@ -307,7 +307,7 @@ def test_a_resumed_run_whose_theta_follows_s(
       np.testing.assert_array_equal, arrays(resumed.folder)[step], expected
     )
   capsys.readouterr()
-  assert run("prompt", "--config.adapter.kind=prompt") == 1
+  assert run("prompt", "--config.adapter.kind=prompt") == 2
   assert "adapter.kind" in capsys.readouterr().err
 
 
