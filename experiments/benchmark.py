@@ -49,6 +49,7 @@ FIELDS = {
   "torch_bilevel_over_ours.outer": Field("bilevel", 5.0, False, True),
   "torch_bilevel_over_ours.iteration": Field("bilevel", 3.0, False, True),
   "metatrain_over_single": Field("metatrain", 1.25),
+  "guided_over_published": Field("guided", 1.05),
   "rss_over_params.bilevel": Field("rss", 2.0),
   "rss_over_params.torch": Field("rss_torch", None, torch=True),
   "evaluate_over_torch": Field("evaluate", 1.5, False, True),
@@ -160,6 +161,19 @@ def metatrain(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   }
 
 
+def guided(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
+  """Times an iteration whose theta follows s against the published one."""
+  from bench import ours
+
+  sides = ours.make_guided(work)._asdict()
+  seconds = timing.timed_in_turn(sides, wanted.repeats)
+  yield {
+    "guided_over_published": timing.ratio(
+      seconds["guided"], seconds["published"]
+    )
+  }
+
+
 def _resident(side: str, work: workload.Work) -> dict[str, Any]:
   """Returns a run's peak minus a toy model's, and the backbone's bytes."""
   name = next(n for n, other in workload.WORKS.items() if other is work)
@@ -206,6 +220,7 @@ GROUPS = {
   "zeroth_order": zeroth_order,
   "bilevel": bilevel,
   "metatrain": metatrain,
+  "guided": guided,
   "rss": rss,
   "rss_torch": rss_torch,
   "evaluate": evaluate,

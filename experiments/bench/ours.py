@@ -232,7 +232,11 @@ def make_bilevel(work: workload.Work) -> Bilevel:
 
 
 def _iterate(
-  work: workload.Work, module: Any, base: Any, num_tasks: int = 0
+  work: workload.Work,
+  module: Any,
+  base: Any,
+  num_tasks: int = 0,
+  guide: zofo.guided.Guide | None = None,
 ) -> Callable[[zofo.BilevelBatch], None]:
   """Returns an iteration with its own state; the weights are donated to it.
 
@@ -255,6 +259,7 @@ def _iterate(
       zofo.Sampler(zofo.directions.Rademacher(), stacked=STACKED, lazy=True)
     ),
     over_tasks=bool(num_tasks),
+    guide=guide,
   )
   buffers = {
     "state": algorithm.init(
@@ -319,6 +324,32 @@ def make_metatrain(work: workload.Work) -> Metatrain:
     for num_tasks in (count, 0)
   )
   return Metatrain(lambda: over_tasks(parts), lambda: single(whole))
+
+
+class Guided(NamedTuple):
+  """An iteration whose theta follows s, and the published one."""
+
+  guided: Callable[[], Any]
+  published: Callable[[], Any]
+
+
+def make_guided(work: workload.Work) -> Guided:
+  """Prepares both iterations, on separate weights.
+
+  Both evaluate six losses for theta: two on each of three points, and three on
+  each of two.
+
+  Args:
+    work: the sizes.
+  """
+  module = _opt(work.opt)
+  rows = _iteration_rows(work, work.opt_rows, work.num_inner_steps)
+  guide = zofo.guided.Guide(adapters.fold_lora, zofo.guided.parabola())
+  guided, published = (
+    _iterate(work, module, _random_base(module, work.dtype), guide=each)
+    for each in (guide, None)
+  )
+  return Guided(lambda: guided(rows), lambda: published(rows))
 
 
 def make_evaluation(work: workload.Work) -> Callable[[], Any]:
