@@ -18,10 +18,12 @@ from zofo_jax.core import (
   multitask,
   outer,
   perturbed,
+  population,
   quantized,
   zo,
 )
 from zofo_jax.core.bilevel import bilevel_step, make_bilevel_step
+from zofo_jax.core.es import EsAlgorithm, es_step, make_es_step
 from zofo_jax.core.mezo import (
   MezoAlgorithm,
   MezoInfo,
@@ -49,6 +51,7 @@ __all__ = [
   "BilevelHParams",
   "BilevelInfo",
   "BilevelState",
+  "EsAlgorithm",
   "LossFn",
   "MezoAlgorithm",
   "MezoInfo",
@@ -61,15 +64,18 @@ __all__ = [
   "bilevel_step",
   "directions",
   "errors",
+  "es_step",
   "guided",
   "keys",
   "losses",
   "make_bilevel_step",
+  "make_es_step",
   "make_mezo_step",
   "mezo_step",
   "multitask",
   "outer",
   "perturbed",
+  "population",
   "quantized",
   "zo",
 ]

@@ -129,7 +129,16 @@ def test_adapt_is_of_its_first_run(tmp_path):
 
 def test_files():
   assert [path.stem for path in FILES] == [
-    *("adapt", "compare", "demo", "llama", "metademo", "metatrain", "opt")
+    *(
+      "adapt",
+      "compare",
+      "demo",
+      "llama",
+      "metademo",
+      "metatrain",
+      "opt",
+      "reward",
+    )
   ]
 
 

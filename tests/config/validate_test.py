@@ -186,3 +186,51 @@ def test_every_tuple_is_checked():
   for name, value in DEFAULTS.items():
     if isinstance(value, tuple):
       assert not defaults.FIELDS[name].check.accepts((object(),)), name
+
+
+BY_REWARD = {"method": "es", "reward.functions": ("exact_match",)}
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"reward.functions": ()}, r"reward\.functions: .*found nothing"),
+    (
+      {"reward.functions": ("exact",)},
+      r"reward\.functions: .*found 'exact'.*mean 'exact_match'",
+    ),
+    ({"reward.functions": ("regex",)}, r"reward\.pattern: .*'regex'"),
+    ({"reward.functions": ("length",)}, r"reward\.max_words: .*'length'"),
+    ({"reward.pattern": "("}, r"reward\.pattern: .*regular expression"),
+    ({"reward.weights": (1.0, 2.0)}, r"reward\.weights: .*1 .*found 2"),
+    ({"reward.weights": (float("nan"),)}, r"reward\.weights: .*finite"),
+    ({"zo.estimator": "forward"}, r"zo\.estimator: .*'central'.*'forward'"),
+    ({"zo.optimizer": "conservative"}, r"zo\.optimizer: 'conservative'"),
+    ({"zo.direction": "per_example"}, r"zo\.direction: .*'per_example'"),
+    ({"zo.objective": "accuracy"}, r"zo\.objective: .*'reward'; found 'acc"),
+    ({"method": "mezo"}, r"reward\.functions: only methods 'es'"),
+    (
+      {"method": "mezo", "zo.objective": "reward"},
+      r"zo\.objective: .*expected method 'es'.*found 'mezo'",
+    ),
+    (
+      {"method": "bilevel", "zo.objective": "reward", "command": "metatrain"},
+      r"zo\.objective: .*'metatrain'",
+    ),
+    (
+      {
+        "method": "bilevel",
+        "zo.objective": "reward",
+        "zo.direction": "guided",
+      },
+      r"guided\.random: .*'low_rank'",
+    ),
+    ({"method": "es_peft", "zo.select": "mlp"}, r"zo\.select: .*'es_peft'"),
+  ],
+)
+def test_rewards_have_what_they_need(config, changes, words):
+  config.update_from_flattened_dict(BY_REWARD)
+  validate.check(config)
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(errors.UserError, match=rf"^config\.{words}"):
+    validate.check(config)

@@ -152,7 +152,12 @@ def test_one_after_the_other_is_each_in_its_time(adapter_first):
   assert int(state.step) == 4
 
 
-METHODS = [method for method in methods.METHODS if method != "bilevel"]
+# Of those by rewards, which need a task without options: tests/training.
+METHODS = [
+  name
+  for name, method in methods.METHODS.items()
+  if name != "bilevel" and not method.by_reward
+]
 
 
 def start(command_line, folder, model, rows, method, *more):

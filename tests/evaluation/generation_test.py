@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import zofo_jax as zofo
 from tests.models.recorded import load
 from tests.models.reference import make_logits as hf
 from zofo_jax import adapters, models
-from zofo_jax.core import directions, perturbed, sampler
+from zofo_jax.core import directions, perturbed, population, sampler
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.data import batching
 from zofo_jax.data import tokenizer as tokenizer_lib
@@ -391,3 +392,86 @@ def test_texts_do_not_depend_on_the_batch_size(tiny_model):
   assert not any("e" in text for text in actual)
   # The stop string ended them on the device; only the host cuts it off.
   assert any(text.count("e") == 1 for text in write(3, stop=()))
+
+
+# A population: several perturbed models in one program.
+
+SAMPLED = {
+  "max_new_tokens": 5,
+  "temperature": 0.8,
+  "stops": stops_at(range(4, 20)),
+  "pad": PAD,
+}
+
+
+@functools.cache
+def sampled():
+  """Writes after prompts of several lengths; (weights, key) -> Generated."""
+  module, _, _, _ = recorded("llama")
+  generate_fn = generation.make_generate_fn(module, **SAMPLED)
+  rows = left(prompts())
+
+  def write(base, key):
+    return generate_fn(base, {}, *rows, jax.random.split(key, 4))
+
+  return write, jax.jit(write)
+
+
+@pytest.mark.parametrize(
+  "direction",
+  [directions.Gaussian(), directions.LowRank(2), directions.Sparse()],
+  ids=lambda kind: type(kind).__name__,
+)
+def test_a_population_writes_as_each_of_its_members(direction):
+  """Members that end early wait for the others, and are not changed by that."""
+  _, base, _, _ = recorded("llama")
+  write, alone = sampled()
+  zo = zofo.ZerothOrder(
+    sampler.Sampler(direction, stacked=STACKED, lazy=True),
+    num_directions=2,
+    map_fn=functools.partial(jax.lax.map, batch_size=2),
+  )
+  step_keys = keys_lib.step_keys(keys_lib.seed_key(1), 0)
+  answers = jax.jit(
+    lambda base: population.evaluate(write, base, step_keys, 0.1, zo)
+  )(base)
+  assert answers.tokens.shape == (2, 2, 4, 5)
+  estimate = population.estimate(np.zeros((2, 2)), step_keys, 0.1)
+  written_out = jax.jit(
+    lambda weights: zo.sampler.apply_directions(base, estimate.keys, weights)
+  )
+  key = population.sampling_key(step_keys)
+  for q in range(2):
+    for side, sign in enumerate((0.1, -0.1)):
+      weights = jnp.zeros(2).at[q].set(sign)
+      expected = alone(written_out(weights), key)
+      np.testing.assert_array_equal(answers.tokens[q, side], expected.tokens)
+      np.testing.assert_array_equal(answers.lengths[q, side], expected.lengths)
+  assert np.ptp(answers.lengths) > 0
+  assert len(np.unique(answers.tokens.reshape(4, -1), axis=0)) > 1
+
+
+def test_a_loop_over_members_copies_no_cache():
+  """Its condition is one for all: vmap would select between old and new."""
+  module, base, _, _ = recorded("llama")
+  generate_fn = generation.make_generate_fn(
+    module, max_new_tokens=5, stops=stops_at([7]), pad=PAD
+  )
+  rows = left(prompts())
+  keys = jax.random.split(jax.random.key(0), 4)
+  program = jax.make_jaxpr(
+    jax.vmap(
+      lambda scale: generate_fn(
+        jax.tree.map(lambda leaf: leaf * scale, base), {}, *rows, keys
+      )
+    )
+  )(jnp.ones(3))
+  (loop,) = [e for e in program.eqns if e.primitive.name == "while"]
+  (condition,) = loop.params["cond_jaxpr"].out_avals
+  assert condition.shape == ()
+  selected = [
+    e.outvars[0].aval.ndim
+    for e in loop.params["body_jaxpr"].eqns
+    if e.primitive.name == "select_n"
+  ]
+  assert max(selected) <= 2

@@ -21,7 +21,7 @@ from zofo_jax.builders import task as task_lib
 from zofo_jax.core import losses
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import batching
-from zofo_jax.evaluation import objectives
+from zofo_jax.evaluation import objectives, user_function
 from zofo_jax.models import apply
 from zofo_jax.training import train
 
@@ -135,7 +135,7 @@ def test_python_score_sees_what_the_model_would_write(tiny, monkeypatch):
 )
 def test_scores_that_are_not_there(name, sentence):
   with pytest.raises(errors.UserError, match=f"zo.objective: {sentence}"):
-    objectives.find_score(name)
+    user_function.load(name, "config.zo.objective")
 
 
 def test_step_measures_the_probe_s_loss_alone():

@@ -8,9 +8,10 @@ import ml_collections
 
 from zofo_jax.builders import base_update as base_update_lib
 from zofo_jax.builders import optimizers
-from zofo_jax.core import baselines, bilevel, sampler, zeroth_order
+from zofo_jax.builders import reward as reward_lib
+from zofo_jax.config import methods
+from zofo_jax.core import baselines, bilevel, zeroth_order
 from zofo_jax.core.types import BilevelAlgorithm, BilevelHParams, LossFn
-from zofo_jax.models.decoder import STACKED
 
 
 def make_hparams_fn(
@@ -51,6 +52,7 @@ def make_algorithm(
     map_fn: maps over the directions of an estimate.
   """
   base_update = base_update_lib.make_base_update(config, map_fn)
+  shaping = reward_lib.SHAPINGS[config.reward.shaping]
   num_steps = config.train.num_steps
 
   def level_tx(level, num_updates):
@@ -74,6 +76,7 @@ def make_algorithm(
         in (config.zo.direction, config.guided.random),
       ),
       guide=base_update.guide,
+      shaping=shaping,
       over_tasks=over_tasks,
     )
 
@@ -86,19 +89,16 @@ def make_algorithm(
     )
 
   def mezo(train_base: bool = True) -> BilevelAlgorithm:
-    zo = base_update.zo
-    if not train_base:
-      # Adapters are small, and their code reads plain arrays.
-      adapter_sampler = sampler.Sampler(
-        zo.sampler.direction, stacked=STACKED, lazy=False
-      )
-      zo = dataclasses.replace(zo, sampler=adapter_sampler)
+    by_reward = methods.METHODS[config.method].by_reward
     return baselines.make_zeroth_order_step(
-      probe_loss_fn or loss_fn,
+      None if by_reward else probe_loss_fn or loss_fn,
       base_update.tx,
-      zo,
+      base_update.zo
+      if train_base
+      else base_update_lib.of_adapter(base_update.zo),
       train_base=train_base,
       over_tasks=over_tasks,
+      shaping=shaping,
     )
 
   num_first = config.train.num_first_steps
@@ -107,6 +107,8 @@ def make_algorithm(
     "full": lambda: peft(train_base=True),
     "mezo": mezo,
     "mezo_peft": lambda: mezo(train_base=False),
+    "es": mezo,
+    "es_peft": lambda: mezo(train_base=False),
     "peft_then_mezo": lambda: baselines.two_stage(peft(), mezo(), num_first),
     "mezo_then_peft": lambda: baselines.two_stage(mezo(), peft(), num_first),
   }

@@ -1,5 +1,6 @@
 """How a run moves theta: directions, estimate, update, and what it follows."""
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -235,3 +236,17 @@ def make_base_update(
   if follows:
     update = update._replace(guide=make_guide(zo=update.zo, **config.guided))
   return update
+
+
+def of_adapter(zo: zeroth_order.ZerothOrder) -> zeroth_order.ZerothOrder:
+  """Returns the estimate along the same directions of an adapter.
+
+  Adapters are small, and their code reads plain arrays.
+
+  Args:
+    zo: the estimate of theta.
+  """
+  adapter_sampler = sampler.Sampler(
+    zo.sampler.direction, stacked=STACKED, lazy=False
+  )
+  return dataclasses.replace(zo, sampler=adapter_sampler)

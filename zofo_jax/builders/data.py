@@ -5,7 +5,7 @@ checked before any weight is read or anything is compiled.
 """
 
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -92,6 +92,7 @@ class Examples(NamedTuple):
     test: rows of the final test.
     fingerprints: of the rows before they were encoded; see
       `fingerprints.of_splits`.
+    questions: prompts of D_f, where answers to them are scored by rewards.
   """
 
   lower: list[encode_options.Example]
@@ -99,10 +100,15 @@ class Examples(NamedTuple):
   selection: list[encode_options.Example] | list[encode_prompts.Question]
   test: list[encode_options.Example] | list[encode_prompts.Question]
   fingerprints: Mapping[str, Any] = types.MappingProxyType({})
+  questions: Sequence[encode_prompts.Question] = ()
 
 
 def load_examples(
-  task: tasks.Task, source: RowSource, encoder: encoder_lib.Encoder
+  task: tasks.Task,
+  source: RowSource,
+  encoder: encoder_lib.Encoder,
+  *,
+  with_questions: bool = False,
 ) -> Examples:
   """Reads, divides and encodes the rows of a task.
 
@@ -113,6 +119,8 @@ def load_examples(
     task: the task.
     source: where its rows are.
     encoder: encodes them.
+    with_questions: whether the prompts of D_f are encoded as well, of a task
+      that is answered by generating text.
 
   Raises:
     UserError: names the file and row that is wrong.
@@ -128,6 +136,11 @@ def load_examples(
     selection=encoder.encode_eval(task, splits.selection),
     test=encoder.encode_eval(task, splits.test),
     fingerprints=fingerprints.of_splits(splits),
+    questions=encoder.encode_eval(
+      task, [*splits.lower, *splits.upper] if source.pooled else splits.upper
+    )
+    if with_questions
+    else (),
   )
 
 

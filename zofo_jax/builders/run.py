@@ -19,6 +19,7 @@ from zofo_jax.builders import base_update as base_update_lib
 from zofo_jax.builders import budget as budget_lib
 from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import reward as reward_lib
 from zofo_jax.builders import task as task_lib
 from zofo_jax.config import defaults, jax_flags, methods, paths, validate
 from zofo_jax.core import keys as keys_lib
@@ -78,6 +79,7 @@ class Run(NamedTuple):
     batch_sizes: rows at a time.
     generate_fn: jitted text after prompts; None where the task has options.
     stop: strings that end a generated answer.
+    reward: what the run is trained by, if it is trained by rewards.
   """
 
   config: ml_collections.ConfigDict
@@ -100,6 +102,12 @@ class Run(NamedTuple):
   batch_sizes: BatchSizes
   generate_fn: generation.GenerateFn | None = None
   stop: tuple[str, ...] = ()
+  reward: reward_lib.Reward | None = None
+
+  @property
+  def selection_metric(self) -> str:
+    """The metric by which a checkpoint is selected."""
+    return "reward" if self.reward else self.task.metric
 
   def init(self, base: Any, adapter: Any = None) -> BilevelState:
     """Initializes a state; p and s are drawn independently.
@@ -158,7 +166,12 @@ class Run(NamedTuple):
 
   def load_examples(self) -> data.Examples:
     """Reads, divides and encodes the rows; see `data.load_examples`."""
-    return data.load_examples(self.task, self.row_source, self.encoder)
+    return data.load_examples(
+      self.task,
+      self.row_source,
+      self.encoder,
+      with_questions=self.reward is not None,
+    )
 
   def write_dropped(self, folder: epath.Path) -> None:
     """Writes which rows were left out, and why, to `dropped.jsonl`."""
@@ -218,7 +231,9 @@ class Run(NamedTuple):
         label=label,
       )
       return results.GeneratedAnswers(
-        examples, [text.strip() for text in texts]
+        examples,
+        [text.strip() for text in texts],
+        self.reward and self.reward.functions,
       )
     scores = scoring.score_options(
       score_fn or self.score_fn,
@@ -273,6 +288,20 @@ def make_run(
       model_lib.make_generate_fn(model, **config.generate), mesh, 2
     )
   map_fn = dispatch.map_directions(mesh)
+  base_update = base_update_lib.make_base_update(config, map_fn)
+  reward, method = None, methods.METHODS[config.method]
+  if methods.uses_reward(config.method, config.zo.objective):
+    task_lib.check_generated(task)
+    if model.tokenizer is not None:
+      reward = reward_lib.make_reward(
+        model,
+        base_update.zo,
+        mesh,
+        train_base=method.updates_base,
+        max_new_tokens=config.generate.max_new_tokens,
+        stop=config.generate.stop,
+        **config.reward,
+      )
   run = Run(
     config=config,
     model=model,
@@ -287,7 +316,7 @@ def make_run(
       ),
       map_fn=map_fn,
     ),
-    base_update=base_update_lib.make_base_update(config, map_fn),
+    base_update=base_update,
     hparams_fn=algorithm_lib.make_hparams_fn(
       eps=config.zo.eps,
       penalty=config.penalty,
@@ -296,7 +325,7 @@ def make_run(
     ),
     loss_fn=loss_fn,
     init_adapter=adapter_lib.make_init_fn(config, model),
-    trains_adapter=methods.METHODS[config.method].updates_adapter,
+    trains_adapter=method.updates_adapter,
     score_fn=dispatch.jit_on_batches(
       scoring.make_score_fn(apply.make_log_probs_fn(module)), mesh, 2
     ),
@@ -308,6 +337,7 @@ def make_run(
     batch_sizes=batch_sizes,
     generate_fn=generate_fn,
     stop=tuple(config.generate.stop),
+    reward=reward,
   )
   base = model_lib.abstract_base(model)
   base_update_lib.check_selected(config.zo.select, config.zo.layers, base)

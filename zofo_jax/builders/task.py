@@ -44,6 +44,20 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
   return task
 
 
+def check_generated(task: tasks.Task) -> None:
+  """Checks that a task is answered by generating text, which rewards score.
+
+  Raises:
+    UserError: it has options.
+  """
+  if task.kind != "generation":
+    raise errors.UserError(
+      f"config.data.task: rewards score generated text, and '{task.name}' has "
+      "options; expected a task without, as 'squad', or one of your own with "
+      "data.prompt and no data.options."
+    )
+
+
 def _registered_task(name: str, metric: Any) -> tasks.Task:
   """Looks a task up; a metric that is not empty replaces the task's own."""
   task = tasks.get(name)

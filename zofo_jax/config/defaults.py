@@ -25,6 +25,7 @@ from zofo_jax.config.fields import (
   NAMES,
   NEVER,
   NOT_NEGATIVE,
+  NUMBERS,
   PATH,
   PATHS,
   POSITIVE,
@@ -66,6 +67,8 @@ SECTIONS = {
   "upper": "upper level: p, by first-order steps on D_f and D_p",
   "zo": "upper level: theta, by zeroth-order steps on D_f and D_p",
   "guided": "zo.direction guided: theta follows what lower steps change in s",
+  "reward": "rewards of generated text: methods es and es_peft, zo.objective "
+  "reward",
   "data": "the task and its rows",
   "train": "the training loop",
   "meta": "command metatrain: training on many tasks",
@@ -155,7 +158,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("zo.threshold", 0.67, POSITIVE,
    "sparse: moves weights up to this multiple of their row's rms", NEVER),
   ("zo.objective", "loss", ANY,
-   "what steps on theta improve: loss, accuracy, token_f1, or MODULE:SCORE"),
+   "what steps on theta improve: loss, accuracy, token_f1, reward, or "
+   "MODULE:SCORE"),
   ("zo.select", "", ANY,
    "regular expression for the paths of the weights to update; empty: all",
    NEVER),
@@ -191,6 +195,27 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "set the moments of s to 0 when it stands back"),
   ("guided.random", "", one_of("", *RANDOM_DIRECTIONS),
    "theta also takes a step along these directions; empty: none"),
+  # Rewards of generated text.
+  ("reward.functions", (), NAMES,
+   "what answers are scored by: exact_match, token_f1, number, regex, json, "
+   "length, rouge_l, or MODULE:FUNCTION, called as reward(completions, "
+   "**columns)"),
+  ("reward.weights", (), NUMBERS, "of the functions in their sum; (): 1 each"),
+  ("reward.shaping", "z_score", one_of("none", "ranks", "z_score"),
+   "of the members' rewards, before they become coefficients"),
+  ("reward.temperature", 0.0, NOT_NEGATIVE,
+   "of the answers that are scored in training; 0: the most likely token"),
+  ("reward.directions_at_once", 0, NOT_NEGATIVE,
+   "directions whose members write at the same time; 0: all of low_rank and "
+   "of an adapter, one of the others"),
+  ("reward.pattern", "", ANY,
+   "regex: regular expression, searched in the answer"),
+  ("reward.keys", (), NAMES, "json: keys that the object must have"),
+  ("reward.max_words", 0, NOT_NEGATIVE,
+   "length: words of an answer that cost nothing"),
+  ("reward.num_samples", 2, NOT_NEGATIVE,
+   "prompts of each step whose best and worst answers go to "
+   "WORKDIR/samples.jsonl", ALWAYS),
   # The task.
   ("data.task", "sst2", ANY,
    "a task that `zofo tasks` lists, or a new name"),

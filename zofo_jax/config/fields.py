@@ -84,6 +84,12 @@ NAMES = _tuple_of(str, "texts, as ('a', 'b')")
 TEXTS = NAMES._replace(is_text=True)
 LABELS = _tuple_of(str | int | float, "texts or numbers, as ('a', 'b')")
 INTEGERS = _tuple_of(int, "whole numbers, as (0, 1)")
+NUMBERS = Check(
+  "finite numbers, as (1.0, 0.5)",
+  lambda value: all(
+    isinstance(item, int | float) and math.isfinite(item) for item in value
+  ),
+)
 PATH = ANY._replace(is_path=True)
 PATHS = NAMES._replace(is_path=True)
 # The largest integer of an array of int32.

@@ -10,7 +10,7 @@ from typing import Any
 import ml_collections
 
 from zofo_jax import errors
-from zofo_jax.config import defaults, methods
+from zofo_jax.config import defaults, methods, validate_reward
 
 _Fields = Mapping[str, Any]  # dotted names and values
 
@@ -20,7 +20,7 @@ IN_PLACE = ("sgd", "conservative")
 ONE_POINT = ("forward", "exact")
 # What a run rests on besides its config, as `ckpt.may_change` names it.
 INPUTS = ("rows", "tokenizer", "model_config")
-OBJECTIVES = ("loss", "accuracy", "token_f1")
+OBJECTIVES = ("loss", "accuracy", "token_f1", "reward")
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
@@ -42,7 +42,9 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_adapter(fields)
   _check_generate(fields)
   _check_ckpt(fields)
+  validate_reward.check(fields)
   _check_pattern(fields, "lora.targets")
+  _check_pattern(fields, "reward.pattern")
   if not fields["model.name"]:
     raise errors.UserError(
       "config.model.name: expected a hub id or a local folder; found nothing."
@@ -74,18 +76,24 @@ def _check_trackers(fields: _Fields) -> None:
 def _check_method(fields: _Fields) -> None:
   """Checks for fields that the method would ignore."""
   method = fields["method"]
-  if "mezo" in method and fields["zo.direction"] == "per_example":
+  zeroth_order = methods.METHODS[method].zeroth_order
+  if (
+    zeroth_order
+    and method != "bilevel"
+    and fields["zo.direction"] == "per_example"
+  ):
     raise errors.UserError(
       "config.zo.direction: 'per_example' goes with method 'bilevel'; expected "
       f"another with '{method}'."
     )
-  if method == "mezo_peft" and (fields["zo.select"] or fields["zo.layers"]):
+  of_adapter = zeroth_order and not methods.METHODS[method].updates_base
+  if of_adapter and (fields["zo.select"] or fields["zo.layers"]):
     raise errors.UserError(
       "config.zo.select: names weights of theta, as zo.layers does; expected "
-      "neither with method 'mezo_peft', which moves an adapter."
+      f"neither with method '{method}', which moves an adapter."
     )
   if (
-    method == "mezo_peft"
+    of_adapter
     and fields["zo.direction"] == "low_rank"
     and fields["adapter.kind"] == "prefix"
     and not fields["prefix.projection"]

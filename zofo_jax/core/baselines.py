@@ -2,8 +2,9 @@
 
 First order: an adapter, or all weights (over tasks: as MetaICL). Zeroth order:
 all weights (MeZO, arXiv 2305.17333, Algorithm 1), or an adapter. Two stages:
-one of them after the other. All minimise the loss L(theta, p) itself, on one
+one of them after the other. These minimise the loss L(theta, p) itself, on one
 set of rows; over many tasks the mean of their losses, with one adapter for all.
+Evolution strategies: all weights, or an adapter, by scores from outside.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import checks, inner, mezo, outer
+from zofo_jax.core import checks, es, inner, mezo, outer, population
 from zofo_jax.core.types import (
   BilevelAlgorithm,
   BilevelState,
@@ -160,25 +161,28 @@ def make_first_order_step(
 
 
 def make_zeroth_order_step(
-  loss_fn: LossFn,
+  loss_fn: LossFn | None,
   tx: outer.OuterTransform | optax.GradientTransformation,
   zo: ZerothOrder = ZerothOrder(),
   *,
   train_base: bool = True,
   over_tasks: bool = False,
+  shaping: population.Shaping = population.unshaped,
 ) -> BilevelAlgorithm:
   """Returns MeZO on the backbone, or on an adapter; see `mezo.make_mezo_step`.
 
-  An iteration takes one step, on the batch `batch.upper`.
+  An iteration takes one step, on the batch `batch.upper`; or, without a loss,
+  by `batch.scores` (see `es.es_step`).
 
   Args:
-    loss_fn: loss of a batch; over tasks, of one task's.
+    loss_fn: loss of a batch; over tasks, of one task's; None for scores.
     tx: transformation of the trained parameters: `outer.sgd` (in place), or any
       optax one.
     zo: how the gradient is estimated.
     train_base: update the backbone and keep the adapter fixed; otherwise update
       the adapter.
     over_tasks: the batch has a leading axis of M tasks.
+    shaping: of the scores; see `population.estimate`.
 
   Returns:
     The algorithm: init(key, base, adapter), and step.
@@ -187,28 +191,36 @@ def make_zeroth_order_step(
     ValueError: `zo.per_example` over tasks; in `init`, the parameters do not
       fit the sampler.
   """
-  checks.check_arguments(loss_fn, "loss_fn", _LOSS_ARGUMENTS)
+  if loss_fn is not None:
+    checks.check_arguments(loss_fn, "loss_fn", _LOSS_ARGUMENTS)
   if over_tasks and zo.per_example:
     raise ValueError(
       "make_zeroth_order_step: expected no per_example over tasks."
     )
   transform = outer.to_outer_transform(tx)
 
-  def step(state, batch, hparams):
+  def take_step(state, other, batch, hparams):
+    """Moves the parameters of a state; `other` are those that stay."""
+    if loss_fn is None:
+      return es.es_step(
+        state, batch.scores, hparams, tx=transform, zo=zo, shaping=shaping
+      )
     loss = mean_loss(loss_fn, batch.weights) if over_tasks else loss_fn
-    if train_base:
-      objective = lambda base, rows: loss(base, state.upper, rows, None)
-      trained = (state.base, state.base_opt)
-    else:
-      objective = lambda adapter, rows: loss(state.base, adapter, rows, None)
-      trained = (state.upper, state.upper_opt)
-    after, metrics = mezo.mezo_step(
-      mezo.MezoState(state.step, *trained, state.key),
-      batch.upper,
-      hparams,
-      loss_fn=objective,
-      tx=transform,
-      zo=zo,
+
+    def objective(params, rows):
+      trees = (params, other) if train_base else (other, params)
+      return loss(*trees, rows, None)
+
+    return mezo.mezo_step(
+      state, batch.upper, hparams, loss_fn=objective, tx=transform, zo=zo
+    )
+
+  def step(state, batch, hparams):
+    trained, other = (state.base, state.base_opt), state.upper
+    if not train_base:
+      trained, other = (state.upper, state.upper_opt), state.base
+    after, metrics = take_step(
+      mezo.MezoState(state.step, *trained, state.key), other, batch, hparams
     )
     info = BaselineInfo(jnp.mean(metrics.values, axis=-1), metrics.coefficients)
     if train_base:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import checks, guided, inner, loss_terms, outer
+from zofo_jax.core import checks, guided, inner, loss_terms, outer, population
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import zo as zo_lib
 from zofo_jax.core.types import (
@@ -73,6 +73,7 @@ def bilevel_step(
   base_tx: outer.OuterTransform | optax.GradientTransformation,
   zo: ZerothOrder = ZerothOrder(),
   guide: guided.Guide | None = None,
+  shaping: population.Shaping = population.unshaped,
   has_aux: bool = False,
   over_tasks: bool = False,
 ) -> tuple[BilevelState, BilevelInfo]:
@@ -98,6 +99,7 @@ def bilevel_step(
     guide: how theta follows what the inner steps have changed in s, in place of
       the zeroth-order step along `zo`, or besides; see `guided`. None: it does
       not, as in the paper.
+    shaping: of `batch.scores`, if there are any; see `population.estimate`.
     has_aux: whether the lower and the upper loss return (scalar, aux). The aux
       of L(theta, p; D_f), from the step on p, is returned in the info.
     over_tasks: p, s, their optimizer states and the batch have a leading axis
@@ -112,7 +114,7 @@ def bilevel_step(
   Raises:
     ValueError: a loss is not a floating-point scalar, `batch.lower` lacks the
       axis of the inner steps, or the batches differ in size with
-      `zo.per_example`.
+      `zo.per_example`; there are scores, and `base_tx` evaluates an objective.
   """
   checks.check_lower_batch(batch, axis=int(over_tasks))
   lower_loss_fn, upper_loss_fn = _checked_losses(
@@ -170,7 +172,7 @@ def bilevel_step(
     state.upper_opt,
     state.lower,
     state.lower_opt,
-    batch._replace(weights=None, probe=None),
+    batch._replace(weights=None, probe=None, scores=None),
     adapter_keys,
   )
   lower_loss, upper_loss, penalty_loss, upper_grad_norm, aux = adapter_metrics
@@ -191,23 +193,31 @@ def bilevel_step(
   values, coefficients = jnp.zeros([0]), jnp.zeros([0])
   num_nonfinite = jnp.zeros([], jnp.int32)
   if guide is None or guide.random:
-    estimate = zo_lib.estimate_on_batch(
-      lambda base, rows: penalized(base, state.upper, lower, rows),
-      state.base,
-      rows,
-      keys.direction,
-      hparams.zo_eps,
-      zo,
-      axis=int(over_tasks),
-      subspace_key=keys.subspace,
-    ).mask_nonfinite(may_move)
+    if batch.scores is None:
+      objective_of_base = lambda base: penalized(base, state.upper, lower, rows)
+      estimate = zo_lib.estimate_on_batch(
+        lambda base, rows: penalized(base, state.upper, lower, rows),
+        state.base,
+        rows,
+        keys.direction,
+        hparams.zo_eps,
+        zo,
+        axis=int(over_tasks),
+        subspace_key=keys.subspace,
+      )
+    else:
+      objective_of_base = population.no_objective
+      estimate = population.estimate(
+        batch.scores, keys, hparams.zo_eps, shaping
+      )
+    estimate = estimate.mask_nonfinite(may_move)
     base, base_opt, move = outer.apply_transform(
       outer.to_outer_transform(base_tx),
       state.base,
       state.base_opt,
       estimate,
       zo.sampler,
-      lambda base: penalized(base, state.upper, lower, rows),
+      objective_of_base,
       keys.rounding,
     )
     values, coefficients = estimate.values, estimate.coefficients
@@ -284,6 +294,7 @@ def make_bilevel_step(
   base_tx: outer.OuterTransform | optax.GradientTransformation,
   zo: ZerothOrder = ZerothOrder(),
   guide: guided.Guide | None = None,
+  shaping: population.Shaping = population.unshaped,
   has_aux: bool = False,
   over_tasks: bool = False,
 ) -> BilevelAlgorithm:
@@ -355,6 +366,7 @@ def make_bilevel_step(
     base_tx=base_transform,
     zo=zo,
     guide=guide,
+    shaping=shaping,
     has_aux=has_aux,
     over_tasks=over_tasks,
   )

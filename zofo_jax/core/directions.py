@@ -50,6 +50,14 @@ class Direction(Protocol):
     """Whether every float dtype represents z exactly. Default: False."""
     return False
 
+  @property
+  def has_factors(self) -> bool:
+    """Whether z of a matrix is a product of two thin ones. Default: False.
+
+    A population then shares the products with theta; see `factors.draw`.
+    """
+    return False
+
   def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
@@ -192,6 +200,11 @@ class LowRank(Direction):
     """True for a small rank: an element depends on 2 * rank numbers."""
     return self.rank <= 8
 
+  @property
+  def has_factors(self) -> bool:
+    """True: U and V."""
+    return True
+
   def _scale(self) -> np.float32:
     return np.float32(self.rank**-0.5)
 
@@ -222,6 +235,16 @@ class LowRank(Direction):
     columns = v.T.reshape(self.rank, *(1,) * (u.ndim - 1), -1)
     terms = [u[..., r, None] * columns[r] for r in range(self.rank)]
     return functools.reduce(jnp.add, terms) * self._scale()
+
+  def factors(self, key: LeafKey, shape: Shape) -> tuple[jax.Array, jax.Array]:
+    """Returns left [in, rank] and right [rank, out], whose product is z.
+
+    Args:
+      key: key of a matrix.
+      shape: (in, out).
+    """
+    u, v = self._factors(key, shape)
+    return u, v.T * self._scale()
 
   def matmul(
     self, x: jax.Array, key: LeafKey, shape: Shape, *, transposed: bool = False

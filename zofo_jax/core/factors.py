@@ -101,6 +101,49 @@ class _Product(directions.Direction):
     return (x.astype(jnp.float32) @ left) @ right
 
 
+@dataclasses.dataclass(frozen=True)
+class _Given(directions.Direction):
+  """A direction that is given: z itself takes the place of its key."""
+
+  def sample(self, key: Any, shape: Any, rows: Any = None) -> jax.Array:
+    """Returns z, float32; a vector is never read by rows."""
+    del shape, rows
+    return key
+
+
+def draw(tree: Params) -> Params:
+  """Draws the low-rank directions of a tree for many readings of its weights.
+
+  Without it, each reading draws the factors of z, as one forward pass needs
+  them once. Drawn, they are kept: for a matrix, rank numbers for each row and
+  column; for a vector all of z.
+
+  Args:
+    tree: pytree with `Perturbed` nodes, of which those along
+      `directions.LowRank` are replaced.
+
+  Returns:
+    A tree of the same weights up to rounding.
+  """
+
+  def replace(node):
+    if not perturbed.is_perturbed(node) or not isinstance(
+      node.direction, directions.LowRank
+    ):
+      return node
+    num_layers = node.scale.ndim  # axes of layers, 0 or 1
+    shape = node.shape[num_layers:]
+    if len(shape) == 2:
+      kind: directions.Direction = _Product()
+      key_fn = lambda key: Factors(*node.direction.factors(key, shape))
+    else:
+      kind, key_fn = _Given(), lambda key: node.direction.sample(key, shape)
+    drawn = (jax.vmap(key_fn) if num_layers else key_fn)(node.key)
+    return perturbed.Perturbed(node.value, drawn, node.scale, kind)
+
+  return jax.tree.map(replace, tree, is_leaf=perturbed.is_perturbed)
+
+
 def displace(base: Params, factors: dict[str, Factors]) -> Params:
   """Returns base + left right, formed only where a weight is read.
 

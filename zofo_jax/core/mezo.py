@@ -114,6 +114,30 @@ def mezo_step(
   def objective(params):
     return loss_fn(params, batch)[0] if has_aux else loss_fn(params, batch)
 
+  return apply_estimate(state, estimate, objective, step_keys, tx, zo)
+
+
+def apply_estimate(
+  state: MezoState,
+  estimate: zo_lib.Estimate,
+  objective: Callable[[types.Params], jax.Array],
+  step_keys: keys.StepKeys,
+  tx: outer.OuterTransform | optax.GradientTransformation,
+  zo: ZerothOrder,
+) -> tuple[MezoState, MezoInfo]:
+  """Moves the parameters of a state along an estimate at them.
+
+  Args:
+    state: before the step.
+    estimate: at its parameters.
+    objective: function whose gradient was estimated.
+    step_keys: of the step.
+    tx: update of the parameters.
+    zo: how the gradient was estimated.
+
+  Returns:
+    The new state and the metrics of the step.
+  """
   params, opt_state, move = outer.apply_transform(
     outer.to_outer_transform(tx),
     state.params,
@@ -168,17 +192,30 @@ def make_mezo_step(
   checks.check_arguments(loss_fn, "loss_fn", ("params", "batch"))
   transform = outer.to_outer_transform(tx)
 
+  step = functools.partial(
+    mezo_step, loss_fn=loss_fn, tx=transform, zo=zo, has_aux=has_aux
+  )
+  return MezoAlgorithm(make_init(transform, zo), step)
+
+
+def make_init(
+  tx: outer.OuterTransform, zo: ZerothOrder
+) -> Callable[[jax.Array, types.Params], MezoState]:
+  """Returns the function (key, params) -> state before the first step.
+
+  Args:
+    tx: update of the parameters.
+    zo: how the gradient is estimated; its sampler is checked against them.
+  """
+
   def init(key, params):
     checks.check_arrays(params, "params")
     checks.check_sampler(zo.sampler, params, "params")
     return MezoState(
       step=jnp.zeros([], jnp.int32),
       params=params,
-      opt_state=transform.init(params),
+      opt_state=tx.init(params),
       key=key,
     )
 
-  step = functools.partial(
-    mezo_step, loss_fn=loss_fn, tx=transform, zo=zo, has_aux=has_aux
-  )
-  return MezoAlgorithm(init, step)
+  return init

@@ -68,6 +68,9 @@ class BilevelBatch(NamedTuple):
       ones.
     probe: batches from D_f for the updates of `guided` lengths; leaves
       [updates, ...], over tasks [M, updates, ...]. None: `upper` for all.
+    scores: of the members of `population.evaluate`, the higher the better,
+      float32 [Q, 2]; then the step on theta follows them alone. None: it
+      follows the losses.
   """
 
   lower: Any
@@ -75,6 +78,7 @@ class BilevelBatch(NamedTuple):
   upper: Any
   weights: jax.Array | None = None
   probe: Any = None
+  scores: Any = None
 
 
 class BilevelHParams(NamedTuple):

@@ -214,13 +214,29 @@ def prompt_batches(
     Batches with the indices of their prompts.
   """
   for indices, length in _by_length([len(p) for p in prompts], batch_size):
-    tokens = np.full((batch_size, length), pad, np.int32)
-    mask = np.zeros((batch_size, length), bool)
-    for row, index in enumerate(indices):
-      prompt = prompts[index if index >= 0 else indices[0]]
-      tokens[row, length - len(prompt) :] = prompt
-      mask[row, length - len(prompt) :] = True
-    yield PromptBatch(tokens, mask, indices)
+    chosen = [prompts[i if i >= 0 else indices[0]] for i in indices]
+    yield PromptBatch(*collate_prompts(chosen, length, pad=pad), indices)
+
+
+def collate_prompts(
+  prompts: Sequence[Sequence[int]], length: int, *, pad: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Stacks prompts, padded on the left.
+
+  Args:
+    prompts: token ids of each prompt.
+    length: L, at least that of the longest.
+    pad: padding token id.
+
+  Returns:
+    Tokens, int32 [B, L], and the mask of real ones, bool [B, L].
+  """
+  tokens = np.full((len(prompts), length), pad, np.int32)
+  mask = np.zeros((len(prompts), length), bool)
+  for row, prompt in enumerate(prompts):
+    tokens[row, length - len(prompt) :] = prompt
+    mask[row, length - len(prompt) :] = True
+  return tokens, mask
 
 
 def _by_length(

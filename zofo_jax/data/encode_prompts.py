@@ -2,7 +2,8 @@
 
 import functools
 import logging
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zofo_jax import errors, tasks
@@ -17,11 +18,15 @@ class Question(NamedTuple):
     tokens: token ids of the prompt.
     answers: the accepted answers; empty if the label was not read.
     source: file and row of the data.
+    prompt: its text, before any truncation.
+    columns: of the row.
   """
 
   tokens: tuple[int, ...]
   answers: tuple[str, ...]
   source: str
+  prompt: str = ""
+  columns: Mapping[str, Any] = types.MappingProxyType({})
 
 
 def encode_question(
@@ -72,7 +77,7 @@ def encode_question(
   if labelled:
     options = task.options(row, version)
     answers = tuple(options[i].strip() for i in task.right(row))
-  return Question(tokens, answers, row.source)
+  return Question(tokens, answers, row.source, prompt, row.fields)
 
 
 def encode_questions(

@@ -38,6 +38,22 @@ class Generated(NamedTuple):
 GenerateFn = Callable[[Any, Any, Any, Any, jax.Array], Generated]
 
 
+@jax.custom_batching.custom_vmap
+def _any_unfinished(done: jax.Array) -> jax.Array:
+  """Returns whether a row is not done; under vmap, a row of any member.
+
+  A condition of each member would have vmap copy its cache in every step, to
+  keep that of the members that are done.
+  """
+  return ~jnp.all(done)
+
+
+@_any_unfinished.def_vmap
+def _any_unfinished_member(axis_size, in_batched, done):
+  del axis_size, in_batched
+  return _any_unfinished(done), False
+
+
 def candidates(
   logits: jax.Array, *, temperature: float, top_k: int = 0, top_p: float = 1.0
 ) -> tuple[jax.Array, jax.Array]:
@@ -186,7 +202,7 @@ def make_generate_fn(
 
     def is_unfinished(carry):
       step, _, _, done, _ = carry
-      return (step < max_new_tokens) & ~jnp.all(done)
+      return (step < max_new_tokens) & _any_unfinished(done)
 
     def body(carry):
       step, out, token, done, cache = carry
@@ -247,6 +263,24 @@ def cut(text: str, stop: Sequence[str]) -> str:
   return text[: min(places, default=len(text))]
 
 
+def to_text(
+  tokenizer: Any, tokens: np.ndarray, stop: Sequence[str] = ()
+) -> str:
+  """Decodes generated tokens, up to the first stop string.
+
+  Args:
+    tokenizer: turns tokens into text.
+    tokens: of one text, without padding; int32, one axis.
+    stop: strings that end a text; they are removed.
+  """
+  text = tokenizer.decode(
+    tokens.tolist(),
+    skip_special_tokens=True,
+    clean_up_tokenization_spaces=False,
+  )
+  return cut(text, stop)
+
+
 def generate_texts(
   generate_fn: GenerateFn,
   base: Any,
@@ -294,12 +328,7 @@ def generate_texts(
       ):
         if index < 0:
           continue
-        text = tokenizer.decode(
-          row[:length].tolist(),
-          skip_special_tokens=True,
-          clean_up_tokenization_spaces=False,
-        )
-        texts[index] = cut(text, stop)
+        texts[index] = to_text(tokenizer, row[:length], stop)
         done, count = done + 1, count + int(length)
       rate = count / (time.monotonic() - start_time)
       progress.update(done, **{"tokens/s": rate})

@@ -6,7 +6,6 @@ error, 1 minus a score.
 """
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax import errors
 from zofo_jax.core import losses
 from zofo_jax.core.types import LossFn
+from zofo_jax.evaluation import user_function
 from zofo_jax.models import apply
 
 # (predicted text, correct answer) -> score, the higher the better.
@@ -99,29 +98,6 @@ def python_score(
   )
 
 
-def find_score(name: str) -> Score:
-  """Imports the function that `MODULE:SCORE` names.
-
-  Raises:
-    UserError: the module or the function does not exist.
-  """
-  module_name, _, function_name = name.partition(":")
-  try:
-    module = importlib.import_module(module_name)
-  except (ImportError, ValueError) as error:
-    raise errors.UserError(
-      f"config.zo.objective: cannot import the module of '{name}' "
-      f"({errors.first_line(error)})."
-    ) from error
-  function = getattr(module, function_name, None)
-  if not callable(function):
-    raise errors.UserError(
-      f"config.zo.objective: module '{module_name}' has no function "
-      f"'{function_name}'.{errors.nearest(function_name, dir(module))}"
-    )
-  return function
-
-
 def make_probe_loss_fn(
   name: str, module: nn.Module, tokenizer: Any
 ) -> LossFn | None:
@@ -129,17 +105,19 @@ def make_probe_loss_fn(
 
   Args:
     name: "loss", "accuracy", "token_f1" or "MODULE:SCORE", a function of
-      (predicted text, correct answer).
+      (predicted text, correct answer); or "reward", which is computed outside
+      of the step.
     module: a decoder of `zofo_jax.models`.
     tokenizer: decodes texts for a SCORE.
 
   Returns:
-    (base, adapter, batch, key) -> float32 []; None for the loss.
+    (base, adapter, batch, key) -> float32 []; None for the loss
+    and for rewards.
 
   Raises:
     UserError: the function does not exist.
   """
-  if name == "loss":
+  if name in ("loss", "reward"):
     return None
   if name == "accuracy":
     return losses.make_loss_fn(
@@ -148,7 +126,11 @@ def make_probe_loss_fn(
   score = (
     token_f1
     if name == "token_f1"
-    else functools.partial(python_score, find_score(name), tokenizer)
+    else functools.partial(
+      python_score,
+      user_function.load(name, "config.zo.objective"),
+      tokenizer,
+    )
   )
 
   def probe_loss_fn(base, adapter, batch, key):

@@ -7,6 +7,7 @@ import numpy as np
 
 from zofo_jax.data import encode_options, encode_prompts
 from zofo_jax.evaluation import metrics
+from zofo_jax.evaluation import rewards as rewards_lib
 
 
 class OptionPredictions(NamedTuple):
@@ -71,14 +72,19 @@ class GeneratedAnswers(NamedTuple):
   Attributes:
     examples: the encoded questions, [N].
     texts: the answers, up to the first stop string.
+    rewards: by which the answers are scored as well; None for no rewards.
   """
 
   examples: Sequence[encode_prompts.Question]
   texts: list[str]
+  rewards: rewards_lib.Rewards | None = None
 
   def _values(self) -> dict[str, np.ndarray]:
     """Returns each metric of each answer, the best over accepted answers."""
-    return {
+    values = {}
+    if self.rewards is not None:
+      values["reward"] = self.rewards(self.texts, self.examples)
+    return values | {
       name: np.array(
         [
           score(text, question.answers)

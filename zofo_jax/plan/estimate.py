@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from zofo_jax.builders import budget
 from zofo_jax.builders import run as run_lib
+from zofo_jax.config import methods
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.array_like import is_array_like
 from zofo_jax.core.types import BilevelBatch, BilevelHParams, BilevelState
@@ -46,6 +47,11 @@ def abstract_batch(run: run_lib.Run) -> BilevelBatch:
     upper=rows(run.batch_sizes.upper),
     probe=rows(num_probe, guide.rule.num_updates)
     if guide and num_probe
+    else None,
+    scores=jax.ShapeDtypeStruct(
+      (run.base_update.zo.num_directions, 2), "float32"
+    )
+    if methods.uses_reward(run.config.method, run.config.zo.objective)
     else None,
   )
 

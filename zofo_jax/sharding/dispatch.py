@@ -1,5 +1,6 @@
 """Host arrays to the devices of a mesh, and functions jitted for it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -113,23 +114,27 @@ def jit_on_batches(
 
 
 def map_directions(
-  mesh: AnyMesh,
+  mesh: AnyMesh, at_once: int = 1
 ) -> Callable[[Callable[[Any], Any], Any], Any]:
   """Returns the map over directions of `zo.estimate`: in groups along `pert`.
 
   Args:
     mesh: the devices; its `pert` divides the number of directions.
+    at_once: how many directions of a group are evaluated at a time.
 
   Returns:
-    map(fn, keys) like `jax.lax.map`. Groups exchange what fn returns, scalars,
-    and nothing else.
+    map(fn, keys) like `jax.lax.map`. Groups exchange what fn returns, and
+    nothing else.
   """
+  serial = jax.lax.map
+  if at_once > 1:
+    serial = functools.partial(jax.lax.map, batch_size=at_once)
   if mesh.shape["pert"] == 1:
-    return jax.lax.map
+    return serial
 
   def parallel(fn, keys):
     def group(keys):
-      return jax.lax.map(fn, keys)
+      return serial(fn, keys)
 
     split = jax.shard_map(
       group,

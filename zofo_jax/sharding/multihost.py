@@ -135,6 +135,18 @@ def assert_same_inputs(fields: Mapping[str, Any]) -> None:
       )
 
 
+def own_share(count: int) -> range:
+  """Returns which of some items this process deals with."""
+  if not _is_multiprocess():
+    return range(count)
+  return range(jax.process_index(), count, jax.process_count())
+
+
+def sum_over_processes(array: np.ndarray) -> np.ndarray:
+  """Returns the sum of every process's array, the same in each of them."""
+  return _gather(array).sum(axis=0) if _is_multiprocess() else array
+
+
 def _is_multiprocess() -> bool:
   return jax.distributed.is_initialized() and jax.process_count() > 1
 

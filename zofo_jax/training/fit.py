@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -54,6 +54,7 @@ def fit(
   metrics_row: Callable[[int, Any], dict[str, Any]],
   budget: Callable[[int], dict[str, float]],
   validate: Callable[[BilevelState], tuple[dict[str, float], float]],
+  logs: Sequence[report.JsonlWriter] = (),
 ) -> tuple[BilevelState, dict[str, Any]]:
   """Trains from the latest checkpoint, if there is one, to the end.
 
@@ -67,6 +68,7 @@ def fit(
     budget: (steps done) -> the compute that they used.
     validate: (state) -> scores on the selection rows, and that by which the
       best checkpoint is chosen.
+    logs: other files whose rows have a step.
 
   Returns:
     The best state on the selection rows, and the run's metadata: the figures of
@@ -80,21 +82,22 @@ def fit(
   # A run resumes in this order:
   # 1. The store reads the latest valid checkpoint, puts corrupt ones aside,
   #    and cuts the ledger back to it.
-  # 2. metrics.jsonl loses the rows of later steps, which are done again.
+  # 2. metrics.jsonl and other logs lose the rows of later steps, which are
+  #    done again.
   # 3. The config and the inputs are written, and trackers are opened at the
   #    checkpoint's step.
   # 4. The clock and the guard continue from the checkpoint's metadata.
   # 5. The step is compiled; batches are a function of the step's number.
   writer = report.JsonlWriter(folder / "metrics.jsonl")
   resumed = store.resume()
+  for log in (writer, *logs):
+    log.truncate_after(-1 if resumed is None else int(resumed[0].step))
   if resumed is None:
-    writer.truncate_after(-1)
     state, figures = init()
     run_metadata = {**figures, "seconds": 0.0, "guard": {}}
     store.start_ledger(state)
   else:
     state, run_metadata = resumed
-    writer.truncate_after(int(state.step))
   start, stop = int(state.step), options.num_steps
   saved_config = run_lib.saved_config(config.to_dict())
   report.write_json(folder / "config.json", saved_config)

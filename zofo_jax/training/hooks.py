@@ -68,7 +68,7 @@ class WriteMetrics(loop.Hook):
     Args:
       write: gets the rows.
       metrics_row: (steps done before, info) -> metrics of the step; of these
-        `lower_loss` and `upper_loss` are shown.
+        `reward` is shown, or `lower_loss` and `upper_loss`.
       budget: (steps done) -> the compute that they used.
       clock: of the training.
       progress: the display.
@@ -88,9 +88,11 @@ class WriteMetrics(loop.Hook):
         **memory.usage(),
       }
     )
-    losses = {name: row.get(f"{name}_loss") for name in ("lower", "upper")}
+    displayed = {name: row.get(f"{name}_loss") for name in ("lower", "upper")}
+    if "reward" in row:
+      displayed = {"reward": row["reward"]}
     self._progress.update(
-      step, **{name: float(x) for name, x in losses.items() if x is not None}
+      step, **{name: float(x) for name, x in displayed.items() if x is not None}
     )
 
 

@@ -60,7 +60,7 @@ def summarize(
       for k, v in scores.get(f"test_{name}", {}).items()
     },
     **best_selection(folder),
-    "selection_metric": run.task.metric,
+    "selection_metric": run.selection_metric,
     "num_test_rows": len(examples),
     "best_step": int(state.step),
     "num_outer_steps": num_steps,

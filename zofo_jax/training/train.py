@@ -3,6 +3,7 @@
 The one program of an outer iteration is jitted here.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -19,9 +20,9 @@ from zofo_jax.checkpoints import inputs, run_folder, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core import baselines, keys
 from zofo_jax.core.types import BilevelBatch, BilevelInfo
-from zofo_jax.data import batching
+from zofo_jax.data import batching, encode_prompts
 from zofo_jax.sharding import multihost
-from zofo_jax.training import fit, summary
+from zofo_jax.training import fit, population, summary
 
 
 def iteration_batch(
@@ -88,10 +89,18 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     run.write_dropped(folder)
   shape = data.train_shape(examples)
   flops_per_row = row_flops(run, examples, shape)
+  samples = report.JsonlWriter(folder / "samples.jsonl")
+  scorer = make_scorer(run, examples.questions, samples.write)
 
   def arguments(state, step):
     batch = iteration_batch(config, examples, shape, run.model.pad, step)
+    if scorer is not None:
+      batch = batch._replace(scores=scorer.scores(state, step))
     return state, run.shard_batch(batch), run.hparams_fn(step)
+
+  def row_of_metrics(step, info):
+    rewards = {} if scorer is None else scorer.metrics(step)
+    return {**metrics_row(info), **rewards}
 
   def init():
     base = model_lib.load_base(run.model, run.mesh)
@@ -109,11 +118,12 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     adapter = run.selected_adapter(state)
     result = run.evaluate(state.base, adapter, examples.selection, "selection")
     scores = result.metrics()
-    return scores, scores[run.task.metric]
+    return scores, scores[run.selection_metric]
 
   with (
     fit.write_errors(folder),
     state_store.open_store(run, folder, inputs=rests_on, write=True) as store,
+    samples,
   ):
     state, run_metadata = fit.fit(
       config,
@@ -121,7 +131,8 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       store,
       fit.Step(run.jit_step(), arguments),
       init=init,
-      metrics_row=lambda _, info: metrics_row(info),
+      metrics_row=row_of_metrics,
+      logs=() if scorer is None else (samples,),
       budget=compute_used,
       validate=validate,
     )
@@ -132,6 +143,39 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     folder,
     run_metadata,
     compute_used(config.train.num_steps),
+  )
+
+
+def make_scorer(
+  run: run_lib.Run,
+  questions: Sequence[encode_prompts.Question],
+  write_sample: Callable[[dict[str, Any]], None],
+) -> population.Scorer | None:
+  """Makes what scores the answers of a run's population.
+
+  Args:
+    run: the run.
+    questions: rows of D_f.
+    write_sample: gets some answers.
+
+  Returns:
+    The scorer; None if the run is not trained by rewards.
+  """
+  reward = run.reward
+  if reward is None:
+    return None
+  eps = run.hparams_fn(0).zo_eps
+  return population.Scorer(
+    reward.functions,
+    lambda state, *rows: reward.answer(state, eps, *rows),
+    questions,
+    tokenizer=run.model.tokenizer,
+    pad=run.model.pad,
+    stop=run.stop,
+    seed=3 * run.seed + 2,
+    batch_size=run.batch_sizes.upper,
+    num_samples=reward.num_samples,
+    write_sample=write_sample,
   )
 
 

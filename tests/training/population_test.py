@@ -1,0 +1,229 @@
+"""Training by rewards: the host's part of a step, and whole runs."""
+
+import json
+import logging
+import pathlib
+import sys
+import types
+
+import numpy as np
+import pytest
+from etils import epath
+
+from tests import tiny
+from zofo_jax import errors, report
+from zofo_jax.builders import run as run_lib
+from zofo_jax.checkpoints import state_store
+from zofo_jax.data import encode_prompts
+from zofo_jax.evaluation import generation, rewards
+from zofo_jax.training import population, train
+
+LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
+QUESTIONS = [
+  encode_prompts.Question((5,) * n, ("x",), f"row {n}", f"prompt {n}")
+  for n in (1, 2, 9, 4)
+]
+
+
+class Letters:
+  """A tokenizer of one letter a token."""
+
+  def decode(self, tokens, **options):
+    del options
+    return "".join(chr(97 + token) for token in tokens)
+
+
+def scorer(answers, **options):
+  """A scorer of given answers [Q, 2, B, T], whose reward is the share of a."""
+  seen = []
+
+  def answer_fn(state, tokens, mask, numbers):
+    seen.append((state, tokens, mask, numbers))
+    lengths = np.full(answers.shape[:-1], answers.shape[-1], np.int32)
+    return generation.Generated(answers, lengths)
+
+  module = types.ModuleType("share_of_a")
+  module.reward = lambda completions, **columns: [
+    text.count("a") / len(text) for text in completions
+  ]
+  sys.modules["share_of_a"] = module
+  made = population.Scorer(
+    rewards.Rewards(
+      ("share_of_a:reward", "length"), (2.0, 1.0), rewards.Options(max_words=9)
+    ),
+    answer_fn,
+    QUESTIONS,
+    tokenizer=Letters(),
+    pad=0,
+    stop=("z",),
+    seed=0,
+    batch_size=2,
+    **options,
+  )
+  return made, seen
+
+
+def test_scores_are_means_over_prompts():
+  # Two directions, two sides, two prompts, two letters.
+  answers = np.array(
+    [
+      [[[0, 0], [0, 1]], [[0, 1], [1, 1]]],
+      [[[1, 1], [0, 1]], [[0, 25], [0, 1]]],
+    ]
+  )
+  samples = []
+  made, seen = scorer(answers, num_samples=1, write_sample=samples.append)
+  expected = 2 * np.array([[0.75, 0.25], [0.25, 0.75]])
+  np.testing.assert_allclose(made.scores("state", 4), expected)
+  assert made.scores("state", 4).dtype == np.float32
+  assert len(seen) == 1, "the program asks twice for one step"
+  state, tokens, mask, numbers = seen[0]
+  assert state == "state" and tokens.shape == mask.shape == (2, 16)
+  assert sorted(mask.sum(axis=1)) and numbers.tolist() == [0, 1]
+  row = made.metrics(4)
+  assert row["reward"] == pytest.approx(1.0)
+  assert row["reward_best"] == pytest.approx(1.5)
+  assert row["reward_std"] == pytest.approx(0.5)
+  assert row["zero_spread"] == 0 and row["answer_tokens"] == 2
+  assert row["reward_share_of_a:reward"] == pytest.approx(0.5)
+  (sample,) = samples
+  assert sample["step"] == 5 and sample["where"].startswith("row ")
+  assert sample["best"] in ("aa", "a") and sample["best_reward"] == 2
+  assert sample["worst"] == "bb" and sample["worst_reward"] == 0
+
+
+def test_rewards_that_never_differ_are_told(caplog):
+  made, _ = scorer(np.zeros((2, 2, 2, 3), int))
+  with caplog.at_level(logging.WARNING, "zofo_jax"):
+    for step in range(12):
+      assert np.ptp(made.scores(None, step)) == 0
+      assert made.metrics(step)["zero_spread"] == 1
+  assert caplog.text.count("has changed the reward for 10 steps") == 1
+
+
+# Whole runs.
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+  """A folder of made-up questions."""
+  folder = tmp_path_factory.mktemp("questions")
+  made = [
+    {"name": name, "pet": pet}
+    for name in ("Ann", "Bob", "Cy", "Di", "Ed", "Flo")
+    for pet in ("cat", "dog", "hen", "cow")
+  ]
+  for split, some in (("train", made[:16]), ("validation", made[16:])):
+    text = "".join(json.dumps(row) + "\n" for row in some)
+    (folder / f"{split}.jsonl").write_text(text)
+  return folder
+
+
+def config(model, rows, **changes):
+  config = tiny.base_config()
+  config.update_from_flattened_dict(
+    {
+      "method": "es",
+      "model.name": str(model),
+      "data.dir": str(rows),
+      "data.task": "pets",
+      "data.prompt": "{name} has a",
+      "data.label": "pet",
+      "data.num_lower": 8,
+      "data.num_upper": 8,
+      "data.num_selection": 4,
+      "data.num_test": 4,
+      "lower.num_steps": 1,
+      "upper.batch_size": 4,
+      "zo.direction": "low_rank",
+      "zo.rank": 1,
+      "zo.num_directions": 3,
+      "zo.eps": 0.1,
+      "zo.learning_rate": 1e-3,
+      "zo.select": tiny.MOVED,
+      "reward.functions": ("vowels:reward",),
+      "reward.temperature": 1.0,
+      "train.num_steps": 4,
+      "train.eval_every_steps": 2,
+      "generate.max_new_tokens": 3,
+      **changes,
+    }
+  )
+  return config
+
+
+@pytest.fixture
+def vowels(monkeypatch):
+  module = types.ModuleType("vowels")
+  module.reward = lambda completions, pet, **columns: [
+    sum(letter in "aeiou" for letter in text) / 4 for text in completions
+  ]
+  monkeypatch.setitem(sys.modules, "vowels", module)
+  return module
+
+
+def last_base(config, folder):
+  run = run_lib.make_run(config)
+  with state_store.open_store(run, epath.Path(folder)) as store:
+    return store.restore(4)[0].base
+
+
+def test_a_run_by_rewards_resumes_as_if_never_stopped(
+  tiny_model, rows, vowels, tmp_path
+):
+  whole, parts = tmp_path / "whole", tmp_path / "parts"
+  made = config(tiny_model, rows)
+  summary = train.train(made, str(whole))
+  lines = report.read_jsonl(whole / "metrics.jsonl")
+  steps = [line for line in lines if "reward" in line]
+  assert [line["step"] for line in steps] == [1, 2, 3, 4]
+  for line in steps:
+    assert line["upper_loss"] == pytest.approx(-line["reward"], abs=1e-5)
+    assert line["forward_passes"] == 6 * line["step"]
+    assert 0 < line["reward_best"] and 1 <= line["answer_tokens"] <= 3
+  assert any(np.any(line["coefficients"]) for line in steps)
+  assert summary["selection_metric"] == "reward"
+  assert 0 <= summary["test_reward"] <= 3
+  samples = report.read_jsonl(whole / "samples.jsonl")
+  assert [s["step"] for s in samples] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+  calls = []
+
+  def raise_at_step_4(completions, pet, **columns):
+    calls.append(completions)
+    if len(calls) > 4 + 2:  # three steps, and evaluations at the start and at 2
+      raise RuntimeError("no such luck")
+    return reward(completions, pet)
+
+  reward, vowels.reward = vowels.reward, raise_at_step_4
+  with pytest.raises(errors.UserError, match=r"raised RuntimeError.*such luck"):
+    train.train(made, str(parts))
+  vowels.reward = reward
+  train.train(made, str(parts))
+  bases = [last_base(made, folder) for folder in (whole, parts)]
+  import jax
+
+  jax.tree.map(np.testing.assert_array_equal, *bases)
+  assert report.read_jsonl(parts / "samples.jsonl") == samples
+
+
+@pytest.mark.parametrize(
+  "changes",
+  [
+    {"method": "es_peft", "zo.select": "", "lora.rank": 2},
+    {
+      "method": "bilevel",
+      "zo.objective": "reward",
+      "zo.direction": "rademacher",
+      "zo.num_directions": 2,
+    },
+  ],
+  ids=["es_peft", "bilevel"],
+)
+def test_other_runs_by_rewards(tiny_model, rows, vowels, tmp_path, changes):
+  made = config(tiny_model, rows, **{"train.num_steps": 2, **changes})
+  train.train(made, str(tmp_path))
+  lines = report.read_jsonl(tmp_path / "metrics.jsonl")
+  steps = [line for line in lines if "reward" in line]
+  assert len(steps) == 2 and any(np.any(s["coefficients"]) for s in steps)
+  assert ("lower_loss" in steps[0]) == (changes["method"] == "bilevel")
