@@ -6,6 +6,7 @@ The configuration and the tokenizer are read before any weight.
 import hashlib
 import json
 import logging
+import math
 import pathlib
 import re
 import reprlib
@@ -22,15 +23,16 @@ import numpy as np
 
 from zofo_jax import errors, models, report
 from zofo_jax.builders import assets
-from zofo_jax.core import losses, perturbed, quantized
+from zofo_jax.core import losses, offload, perturbed, quantized
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.types import LossFn
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
-from zofo_jax.models.decoder import SUMMED_AXES
+from zofo_jax.models.decoder import STACKED, SUMMED_AXES
 from zofo_jax.models.hf import config as config_lib
 from zofo_jax.models.hf import hub, published, weights
+from zofo_jax.report import memory
 from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
 
@@ -54,6 +56,7 @@ class Model(NamedTuple):
     name: hub id or folder, as the config gives it.
     dtype: name of the dtype of its weights on the devices.
     quantize: kind of integers that its matrices are stored as; "" for none.
+    offload: "host" if the layers' matrices are in the host's memory, else "".
     pickle: whether `pytorch_model.bin` may be opened.
   """
 
@@ -64,7 +67,13 @@ class Model(NamedTuple):
   name: str
   dtype: str = "float32"
   quantize: str = ""
+  offload: str = ""
   pickle: bool = False
+
+  @property
+  def on_host(self) -> str | None:
+    """Pattern of the paths of weights in the host's memory; None: none."""
+    return f"{STACKED}.*kernel$" if self.offload else None
 
   @property
   def pad(self) -> int:
@@ -78,6 +87,7 @@ def load_model(
   *,
   dtype: str = "float32",
   quantize: str = "",
+  offload: str = "",
   remat: bool = False,
   pickle: bool = False,
   mesh: mesh_lib.AnyMesh | None = None,
@@ -91,6 +101,7 @@ def load_model(
     revision: of the hub id; None for the latest.
     dtype: name of the dtype of the weights on the devices.
     quantize: kind of integers that matrices are stored as; "" for none.
+    offload: "host": the layers' matrices are in the host's memory; or "".
     remat: whether the backward pass recomputes each layer's activations.
     pickle: whether `pytorch_model.bin` may be opened.
     mesh: the mesh of devices; None for one device.
@@ -116,7 +127,17 @@ def load_model(
     )
     untied = dict(hf_config, tie_word_embeddings=False)
     module, family = _make_module(untied, remat, mesh)
-  return Model(module, family, folder, tokenizer, name, dtype, quantize, pickle)
+  return Model(
+    module,
+    family,
+    folder,
+    tokenizer,
+    name,
+    dtype,
+    quantize=quantize,
+    offload=offload,
+    pickle=pickle,
+  )
 
 
 def published_model(
@@ -126,6 +147,7 @@ def published_model(
   remat: bool,
   mesh: mesh_lib.AnyMesh,
   quantize: str = "",
+  offload: str = "",
 ) -> Model:
   """Makes a model that needs neither weights nor a tokenizer, to be planned.
 
@@ -135,6 +157,7 @@ def published_model(
     remat: whether the backward pass recomputes each layer's activations.
     mesh: of real devices, of those of a topology, or of shapes alone.
     quantize: kind of integers that matrices are stored as; "" for none.
+    offload: "host": the layers' matrices are in the host's memory; or "".
 
   Returns:
     The model, without a folder or a tokenizer.
@@ -143,7 +166,16 @@ def published_model(
     UserError: the shapes of this model are not known.
   """
   module, family = _make_module(_published_config(name), remat, mesh)
-  return Model(module, family, pathlib.Path(), None, name, dtype, quantize)
+  return Model(
+    module,
+    family,
+    pathlib.Path(),
+    None,
+    name,
+    dtype,
+    quantize=quantize,
+    offload=offload,
+  )
 
 
 def _published_config(name: str) -> dict[str, Any]:
@@ -188,7 +220,11 @@ def load_base(model: Model, mesh: mesh_lib.AnyMesh | None = None) -> Any:
   """
   mesh = mesh or mesh_lib.make(dict.fromkeys(mesh_lib.AXES, 1))
   abstract = abstract_base(model)
-  shardings = rules.shardings(mesh, abstract, model.family.SHARDINGS)
+  if model.offload:
+    _check_host_memory(mesh, abstract)
+  shardings = rules.shardings(
+    mesh, abstract, model.family.SHARDINGS, model.on_host
+  )
   flat, flat_shardings = (
     flax.traverse_util.flatten_dict(tree, sep="/")
     for tree in (abstract, shardings)
@@ -218,6 +254,45 @@ def load_base(model: Model, mesh: mesh_lib.AnyMesh | None = None) -> Any:
     make,
     pickle=model.pickle,
   )
+
+
+def _check_host_memory(mesh: mesh_lib.AnyMesh, abstract: Any) -> None:
+  """Checks that weights can be in the host's memory.
+
+  Raises:
+    UserError: jax knows no such memory of these devices, or it is too small.
+  """
+  device = mesh.local_devices[0]
+  kinds = [space.kind for space in device.addressable_memories()]
+  if offload.MEMORY_KIND not in kinds:
+    raise errors.UserError(
+      f"config.model.offload: expected devices with the memory "
+      f"'{offload.MEMORY_KIND}'; those of {device.device_kind} have "
+      f"{', '.join(kinds)}."
+    )
+  needed = num_bytes(abstract) // jax.process_count()
+  available = memory.available_host_bytes()
+  if available is not None and needed > available:
+    raise errors.UserError(
+      f"config.model.offload: the weights take {needed / 1e9:.1f} GB of host "
+      f"memory, and {available / 1e9:.1f} GB are available; expected more, or "
+      "model.quantize, or a smaller model.dtype."
+    )
+
+
+def num_bytes(tree: Any) -> int:
+  """Returns the bytes of a tree of arrays or shapes; four bits are half one."""
+  return sum(
+    array_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)
+  )
+
+
+def array_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+  """Returns the bytes of an array; of PRNG keys, those of their data."""
+  size = math.prod(shape)
+  if jnp.issubdtype(dtype, jnp.integer):
+    return size * int(jnp.iinfo(dtype).bits) // 8
+  return size * dtype.itemsize
 
 
 def _summed_axis(path: str) -> int | None:

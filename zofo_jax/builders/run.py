@@ -146,7 +146,7 @@ class Run(NamedTuple):
     """Returns the shapes and shardings of a state; reads no weights."""
     state = jax.eval_shape(self._init, model_lib.abstract_base(self.model))
     shardings = rules.state_shardings(
-      self.mesh, state, self.model.family.SHARDINGS
+      *(self.mesh, state, self.model.family.SHARDINGS, self.model.on_host)
     )
     return rules.with_shardings(state, shardings)
 

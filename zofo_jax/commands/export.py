@@ -17,6 +17,7 @@ from zofo_jax.checkpoints import inputs
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import evaluate
 from zofo_jax.config import paths
+from zofo_jax.core import factors
 from zofo_jax.models.hf import peft
 
 WHAT = ("merged", "base", "adapter")
@@ -62,7 +63,8 @@ def export(
     else:
       base = state.base
       if what == "merged":
-        base = adapters.merge_lora(base, run.selected_adapter(state))
+        folded = adapters.fold_lora(run.selected_adapter(state))
+        base = factors.displace(base, folded)
       model.save_base(place, run.model, base)
   except OSError as error:
     raise errors.UserError(

@@ -104,6 +104,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("model.quantize", "", one_of("", *QUANTIZED),
    "matrices as integers of eight or four bits with scales; empty: as dtype",
    NEVER),
+  ("model.offload", "", one_of("", "host"),
+   "host: the layers' matrices stay in the host's memory and are copied to the "
+   "device one after another"),
   ("model.pickle", False, ANY, "allow pytorch_model.bin, weights only"),
   ("model.remat", False, ANY, "recompute activations in backward passes"),
   # Devices.

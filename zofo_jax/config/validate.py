@@ -38,6 +38,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_trackers(fields)
   _check_guided(fields)
   _check_quantize(fields)
+  _check_offload(fields)
   _check_own_task(fields)
   _check_adapter(fields)
   _check_generate(fields)
@@ -186,6 +187,25 @@ def _check_quantize(fields: _Fields) -> None:
       "config.model.quantize: only scales move, by zo.optimizer "
       f"{' or '.join(IN_PLACE)}; found '{kind}' with "
       f"'{fields['zo.optimizer']}'."
+    )
+
+
+def _check_offload(fields: _Fields) -> None:
+  """Checks that nothing of the size of all weights is to be on a device."""
+  method = methods.METHODS[fields["method"]]
+  if not fields["model.offload"] or not method.updates_base:
+    return
+  if not method.zeroth_order:
+    raise errors.UserError(
+      f"config.model.offload: method '{fields['method']}' needs gradients of "
+      "all weights on the device; expected '' or another method, such as "
+      "'bilevel', 'mezo' or 'peft'; found 'host'."
+    )
+  if fields["zo.optimizer"] not in IN_PLACE:
+    raise errors.UserError(
+      f"config.model.offload: zo.optimizer '{fields['zo.optimizer']}' needs "
+      "trees of the size of all weights on the device; expected '' or "
+      f"{' or '.join(IN_PLACE)}; found 'host'."
     )
 
 

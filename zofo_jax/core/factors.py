@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from zofo_jax.core import directions, perturbed, prng, rounding
+from zofo_jax.core import directions, offload, perturbed, prng, rounding
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.array_like import is_array_like
@@ -200,7 +200,9 @@ def add_in_place(
   def add_layers(stack, factors, keys):
     def write_layer(i, stack):
       at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-      layer = add(at(stack), jax.tree.map(at, factors), at(keys))
+      stored = offload.fetch(at(stack))
+      layer = add(stored, jax.tree.map(at, factors), at(keys))
+      layer = offload.move_like(layer, stack)
       return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
 
     return jax.lax.fori_loop(0, stack.shape[0], write_layer, stack)

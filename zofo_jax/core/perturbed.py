@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax.core import directions, keys, prng, xla
+from zofo_jax.core import directions, keys, offload, prng, xla
 from zofo_jax.core.array_like import ArrayLike
 from zofo_jax.core.quantized import Quantized
 
@@ -115,11 +115,11 @@ def is_perturbed(weight: Any) -> bool:
 
 
 def read(weight: Any) -> jax.Array:
-  """Returns a whole weight: the array itself, or what a node stands for."""
+  """Returns a whole weight on the device: the array, or what a node is."""
   if isinstance(weight, Quantized):
     return weight.__jax_array__()
   if not is_perturbed(weight):
-    return weight
+    return offload.fetch(weight)
   if weight.scale.ndim:  # stacked layers, not sliced by a scan
     return jax.vmap(read)(weight)
   return weight.add(_draw(weight), read(weight.value))
@@ -133,7 +133,7 @@ def take(weight: Any, rows: jax.Array) -> jax.Array:
     rows: indices, int, any shape.
   """
   if isinstance(weight, Quantized) and weight.rows_have_scales:
-    values = jnp.take(weight.values, rows, axis=0)
+    values = jnp.take(offload.fetch(weight.values), rows, axis=0)
     return weight.dequantize(values, take(weight.scales, rows))
   if not is_perturbed(weight):
     return jnp.take(read(weight), rows, axis=0)
@@ -144,7 +144,9 @@ def take(weight: Any, rows: jax.Array) -> jax.Array:
 def read_rows(weight: Any, start: jax.typing.ArrayLike, size: int) -> jax.Array:
   """Returns `size` rows of axis 0 from `start`, a multiple of 64."""
   if isinstance(weight, Quantized) and weight.rows_have_scales:
-    values = jax.lax.dynamic_slice_in_dim(weight.values, start, size)
+    values = jax.lax.dynamic_slice_in_dim(
+      offload.fetch(weight.values), start, size
+    )
     return weight.dequantize(values, read_rows(weight.scales, start, size))
   if not is_perturbed(weight):
     return jax.lax.dynamic_slice_in_dim(read(weight), start, size)
@@ -184,7 +186,7 @@ def dot(
   if isinstance(weight, Quantized):
     return weight.matmul(x)
   if not is_perturbed(weight):
-    return x @ weight
+    return x @ offload.fetch(weight)
   product = weight.direction.matmul(x, weight.key, weight.shape)
   if product is None:
     return x @ xla.by_platform(

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from zofo_jax.core import offload
 from zofo_jax.core.array_like import ArrayLike
 
 KINDS = ("int8", "int4", "nf4")
@@ -72,7 +73,13 @@ class Quantized(ArrayLike):
 
   def __jax_array__(self) -> jax.Array:
     """Returns the whole weight."""
-    return self.dequantize(self.values, jnp.asarray(self.scales))
+    values, scales = self._fetch()
+    return self.dequantize(values, scales)
+
+  def _fetch(self) -> tuple[jax.Array, jax.Array]:
+    """Returns values and scales, perturbed or not, on the device."""
+    values, scales = offload.fetch((self.values, self.scales))
+    return values, jnp.asarray(scales)
 
   def __getitem__(self, index: Any) -> Any:
     """Indexes the weight; a layer of a stack is not read yet."""
@@ -108,8 +115,9 @@ class Quantized(ArrayLike):
     """
     if self.kind != "int8" or self.scales.shape[0] != 1:
       return x @ self.__jax_array__()
-    product = x @ self.values.astype(x.dtype)
-    scales = jnp.asarray(self.scales).reshape((1,) * (x.ndim - 1) + (-1,))
+    values, scales = self._fetch()
+    product = x @ values.astype(x.dtype)
+    scales = scales.reshape((1,) * (x.ndim - 1) + (-1,))
     return (product.astype(jnp.float32) * scales).astype(x.dtype)
 
 

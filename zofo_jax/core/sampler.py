@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from zofo_jax.core import directions, perturbed, prng, rounding, xla
+from zofo_jax.core import directions, offload, perturbed, prng, rounding, xla
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
 
@@ -159,7 +159,8 @@ class Sampler:
     """Returns (1 - decay) tree + sum_q weights[q] * z(keys[q]).
 
     A donated `tree` is updated in place: the temporaries are one layer, or some
-    rows of a table, in float32, whatever the number of directions.
+    rows of a table, in float32, whatever the number of directions. Stacks in
+    the host's memory stay there; a layer at a time is on the device.
 
     Args:
       tree: pytree of weights, any float dtype.
@@ -257,20 +258,23 @@ class Sampler:
       leaf_keys: keys of the leaf, [Q, 2] or [Q, layers, 2].
       round_key: rounding key of the leaf, [2] or [layers, 2]; None for none.
     """
+    on_host = offload.is_on_host(leaf)
     if leaf_keys.direction.ndim == 2:  # no layers
       at_once = leaf.ndim != 2 or leaf.shape[0] <= perturbed.ROWS_PER_BLOCK
       if leaf_keys.direction.shape[0] > 1:  # summed whole if the kind can
         kind = type(self.direction)
         at_once |= kind.weighted_sum is not directions.Direction.weighted_sum
-      if at_once:
-        return new(leaf, leaf_keys, round_key)
+      if at_once or on_host:
+        block = new(offload.fetch(leaf), leaf_keys, round_key)
+        return offload.move_like(block, into)
       return xla.by_platform(
         *(leaf, into, leaf_keys, round_key),
         cpu=lambda leaf, _, *keys: new(leaf, *keys),
         default=functools.partial(self._write_rows, new, into is leaf),
       )
     one_direction = leaf_keys.direction.shape[0] == 1
-    if one_direction and self.layers is None and self.direction.elementwise:
+    whole = self.layers is None and self.direction.elementwise
+    if one_direction and whole and not on_host:
 
       def vectorised(leaf, _, leaf_keys, round_key):
         axes = (0, 1, None if round_key is None else 0)
@@ -321,8 +325,9 @@ class Sampler:
       layer_keys = jax.tree.map(lambda key: _at(key, layer, 1), leaf_keys)
       layer_round_key = None if round_key is None else _at(round_key, layer)
       # Read from where it will be written, so that one stack is enough.
-      stored = _at(stack if in_place else leaf, layer)
+      stored = offload.fetch(_at(stack if in_place else leaf, layer))
       block = new(stored, layer_keys, layer_round_key)
+      block = offload.move_like(block, stack)
       return jax.lax.dynamic_update_index_in_dim(stack, block, layer, 0)
 
     return jax.lax.fori_loop(0, len(selected), write_layer, into)

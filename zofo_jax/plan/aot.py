@@ -43,9 +43,13 @@ def devices_of(topology: topologies.Topology) -> list[Any]:
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
+  # The compiler knows whole slices only.
+  whole = topology
+  if topology.num_chips == 1:
+    whole = topologies.slices(topology.kind)[0]
   try:
     description = jax_topologies.get_topology_desc(
-      platform="tpu", topology_name=topology.name
+      platform="tpu", topology_name=whole.name
     )
   except Exception as error:  # jaxlib raises several types
     reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -53,7 +57,7 @@ def devices_of(topology: topologies.Topology) -> list[Any]:
       f"--topology: {topology.name} needs the TPU compiler, from pip install "
       f"'zofo-jax[tpu]' ({reason.rstrip('. ')})."
     ) from error
-  return list(description.devices)
+  return list(description.devices)[: topology.num_chips]
 
 
 def lower_programs(
@@ -136,6 +140,8 @@ class CompiledStats(NamedTuple):
   Attributes:
     seconds: compilation time.
     temp_bytes: temporaries; of a refused program, if the compiler names them.
+    host_bytes: arguments, temporaries and results in the host's memory; None
+      where the device's memory is the host's.
     total_bytes: arguments, temporaries, and results that alias no argument; of
       a refused program, if the compiler names it.
     flops: operations.
@@ -148,6 +154,7 @@ class CompiledStats(NamedTuple):
 
   seconds: float
   temp_bytes: int | None = None
+  host_bytes: int | None = None
   total_bytes: int | None = None
   flops: float | None = None
   bytes_accessed: float | None = None
@@ -201,6 +208,10 @@ def measure(lowered: jax.stages.Lowered) -> CompiledStats:
   return CompiledStats(
     seconds=seconds,
     temp_bytes=memory.temp_size_in_bytes,
+    host_bytes=memory.host_argument_size_in_bytes
+    + memory.host_temp_size_in_bytes
+    + memory.host_output_size_in_bytes
+    - memory.host_alias_size_in_bytes,
     total_bytes=memory_lib.program_bytes(compiled),
     flops=cost.get("flops"),
     bytes_accessed=cost.get("bytes accessed"),

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from zofo_jax.builders import budget
+from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import methods
+from zofo_jax.core import offload
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.array_like import is_array_like
 from zofo_jax.core.types import BilevelBatch, BilevelHParams, BilevelState
@@ -57,21 +58,26 @@ def abstract_batch(run: run_lib.Run) -> BilevelBatch:
 
 
 def state_bytes(state: BilevelState) -> dict[str, int]:
-  """Returns the bytes per chip of the weights, and of the rest of a state."""
+  """Returns the bytes per chip of the weights, and of the rest of a state.
+
+  Without those that are in the host's memory.
+  """
   weights = _local_bytes(state.base)
   return {"weights": weights, "optimizer": _local_bytes(state) - weights}
 
 
-def _local_bytes(tree: Any) -> int:
-  """Counts the bytes of a tree of shapes with shardings on one device."""
+def host_bytes(state: BilevelState) -> int:
+  """Returns the bytes per chip of the weights in the host's memory."""
+  return _local_bytes(state.base, on_host=True)
 
-  def local_bytes(leaf):
-    size = math.prod(leaf.sharding.shard_shape(leaf.shape))
-    if jnp.issubdtype(leaf.dtype, jnp.integer):
-      return size * jnp.iinfo(leaf.dtype).bits // 8
-    return size * leaf.dtype.itemsize  # of a key: of its data
 
-  return sum(map(local_bytes, jax.tree.leaves(tree)))
+def _local_bytes(tree: Any, on_host: bool = False) -> int:
+  """Counts the bytes of a tree of shapes with shardings, for one device."""
+  return sum(
+    model_lib.array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+    for leaf in jax.tree.leaves(tree)
+    if (leaf.sharding.memory_kind == offload.MEMORY_KIND) == on_host
+  )
 
 
 def _stored(leaf: Any) -> Any:
@@ -97,7 +103,9 @@ def estimate(
   """
   batch_sizes, module = run.batch_sizes, run.model.module
   run_lib.check_mesh(mesh, batch_sizes, run.base_update.zo.num_directions)
-  shardings = rules.state_shardings(mesh, state, run.model.family.SHARDINGS)
+  shardings = rules.state_shardings(
+    mesh, state, run.model.family.SHARDINGS, run.model.on_host
+  )
   state = rules.with_shardings(state, shardings)
   stored, base = state_bytes(state), state.base
   kernels = [
@@ -120,14 +128,17 @@ def estimate(
   )
   depth = kernels[0].shape[0]
   perturbed_layer = one_layer * mesh.shape["fsdp"] * (2 * width + 4)
-  forward = layer + one_layer * (mesh.shape["fsdp"] - 1) * width
+  # Two fetched layers, one of them in use; and one of floats.
+  copies = 2 * bool(run.model.offload) + bool(run.model.quantize)
+  read = copies * one_layer * width
+  forward = read + layer + one_layer * (mesh.shape["fsdp"] - 1) * width
   # Both signs at once; the bilevel objective has three losses, not one.
-  zo_temp = 2 * layer + perturbed_layer
+  zo_temp = read + 2 * layer + perturbed_layer
   # The TPU compiler's backward pass holds up to twice what it keeps.
   hidden = module.config.hidden_size
   saved = (hidden if module.remat else products) * width
-  backward = 2 * (rows * length * saved * depth + 2 * layer)
-  temp = max(3 * zo_temp, backward)
+  backward = read + 2 * (rows * length * saved * depth + 2 * layer)
+  temp = max(3 * zo_temp - 2 * read, backward)
   return stored | {
     "forward_temp": forward,
     "zo_temp": zo_temp,

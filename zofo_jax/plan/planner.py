@@ -20,6 +20,7 @@ from zofo_jax.config import validate
 from zofo_jax.core.types import BilevelState
 from zofo_jax.plan import aot, estimate, topologies
 from zofo_jax.sharding import mesh as mesh_lib
+from zofo_jax.sharding import rules
 
 _SHARDS = tuple(2**i for i in range(9))
 
@@ -38,6 +39,8 @@ def plan(
   Returns:
     What is in the file: `mesh`; `per_chip_bytes` of weights, optimizer (all
     other state), forward_temp, zo_temp, lora_temp, iteration_temp and total;
+    `per_chip_host_bytes` of weights in the host's memory, and in total, with
+    copies that the compiler makes there;
     `remat_temp_bytes` of a first-order step, `off` and `on`, unless estimated;
     `method_bytes`, see `estimate.memory_by_method`;
     `chip_bytes` and `fits`; `flops` of the matrix products, on all chips;
@@ -92,6 +95,7 @@ def plan(
     figures = {
       "estimate": True,
       "per_chip_bytes": estimate.estimate(run, state, run_mesh),
+      "per_chip_host_bytes": _host_bytes(run, state, run_mesh),
       "refused": {},
     }
   size = figures["per_chip_bytes"]
@@ -141,6 +145,7 @@ def make_run(
     config.model.name,
     dtype=config.model.dtype,
     quantize=config.model.quantize,
+    offload=config.model.offload,
     remat=config.model.remat,
     mesh=mesh,
   )
@@ -256,12 +261,29 @@ def _compile(
       **{f"{k}_temp": stats.temp_bytes for k, stats in measured.items()},
       "total": total,
     },
+    "per_chip_host_bytes": _host_bytes(
+      run, run.abstract_state(), run.mesh, iteration.host_bytes
+    ),
     "remat_temp_bytes": {"off": by_remat[False], "on": by_remat[True]},
     "bytes_accessed": iteration.bytes_accessed,
     "collective_bytes": iteration.collective_bytes,
     "compile_seconds": iteration.seconds,
     "refused": {k: v.problem for k, v in measured.items() if v.problem},
   }
+
+
+def _host_bytes(
+  run: run_lib.Run,
+  state: BilevelState,
+  mesh: mesh_lib.AnyMesh,
+  compiled: int | None = None,
+) -> dict[str, int]:
+  """Returns the bytes per chip in the host's memory, as named in a plan."""
+  shardings = rules.state_shardings(
+    mesh, state, run.model.family.SHARDINGS, run.model.on_host
+  )
+  weights = estimate.host_bytes(rules.with_shardings(state, shardings))
+  return {"weights": weights, "total": max(weights, compiled or 0)}
 
 
 def _smallest_slice(
@@ -297,6 +319,8 @@ def _print_plan(plan: dict[str, Any]) -> None:
     ],
     title="to compare with; full: at least",
   )
+  if host := plan["per_chip_host_bytes"]["total"]:
+    print(f"In the host's memory: {host / 1e9:.2f} GB a chip.")
   if plan.get("collective_bytes"):
     report.results_table(
       [

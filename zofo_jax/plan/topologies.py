@@ -37,6 +37,8 @@ TPUS: dict[str, tuple[int, tuple[str, ...]]] = {
   "v6e": (32 * _GIB, _TORUS_2D),
   "v5p": (95 * _GIB, _TORUS_3D),
 }
+# One chip of the smallest slice.
+SINGLE_CHIP = "1x1"
 GPUS = {
   "l4": 24 * _GIB,
   "a100-40gb": 40 * _GIB,
@@ -51,7 +53,7 @@ def find(name: str) -> Topology:
   """Looks a topology up.
 
   Args:
-    name: KIND:SHAPE, for instance "v5e:4x4", "cpu:8" or "h100:8".
+    name: KIND:SHAPE, for instance "v5e:4x4", "v5e:1x1", "cpu:8" or "h100:8".
 
   Raises:
     UserError: no such kind, or no such shape of it.
@@ -65,6 +67,7 @@ def find(name: str) -> Topology:
     )
   if kind in TPUS:
     chip_bytes, shapes = TPUS[kind]
+    shapes = (*shapes, SINGLE_CHIP)
     if shape not in shapes:
       raise errors.UserError(
         f"--topology: {kind} comes as {', '.join(shapes)}; found '{shape}'."

@@ -21,6 +21,11 @@ def rss_bytes() -> int:
   return peak_rss_bytes() if now is None else now
 
 
+def available_host_bytes() -> int | None:
+  """Returns the memory that programs may still allocate, if it is known."""
+  return _kilobytes("/proc/meminfo", "MemAvailable")
+
+
 def device_bytes(which: str = "bytes_in_use") -> int | None:
   """Returns the memory used on the fullest local device, if it is known.
 
@@ -70,8 +75,13 @@ def peaks() -> dict[str, int]:
 
 
 def _proc_status(field: str) -> int | None:
+  return _kilobytes("/proc/self/status", field)
+
+
+def _kilobytes(path: str, field: str) -> int | None:
+  """Returns a size that Linux gives in kilobytes, in bytes."""
   try:
-    with open("/proc/self/status") as file:
+    with open(path) as file:
       for line in file:
         if line.startswith(field + ":"):
           return int(line.split()[1]) * 1024

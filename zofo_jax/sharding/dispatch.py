@@ -36,8 +36,9 @@ def make_sharded_array(
 
   array = jax.make_array_from_callback(shape, sharding, part)
   # On CPU it may be the host's memory itself, which cannot be donated.
-  on_cpu = jax.default_backend() == "cpu"
-  return jnp.array(array, copy=True) if on_cpu else array
+  if jax.default_backend() != "cpu":
+    return array
+  return jax.jit(jnp.copy, out_shardings=sharding)(array)
 
 
 def shard_batch(mesh: AnyMesh, batch: Any, axis: int = 0) -> Any:

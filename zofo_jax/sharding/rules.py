@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from zofo_jax import errors
+from zofo_jax.core import offload
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.array_like import is_array_like
 from zofo_jax.sharding.mesh import ROW_AXES, AnyMesh
@@ -33,7 +34,9 @@ def batch_sharding(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, P(*[None] * axis, ROW_AXES))
 
 
-def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
+def shardings(
+  mesh: AnyMesh, tree: Any, rules: Rules, on_host: str | None = None
+) -> Any:
   """Returns the sharding of each leaf of a tree; scalars are replicated.
 
   The parts of a quantized weight are sharded as the weight would be. An axis of
@@ -43,6 +46,7 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
     mesh: the devices.
     tree: arrays or shapes.
     rules: for every path.
+    on_host: pattern of the paths of weights in the host's memory; None: none.
 
   Returns:
     A tree like `tree` of shardings.
@@ -68,10 +72,13 @@ def shardings(mesh: AnyMesh, tree: Any, rules: Rules) -> Any:
           f"config.mesh: the weight {name} has {leaf.shape[axis]} on axis "
           f"{axis}, which {text} does not divide."
         )
-    if not is_array_like(leaf):
-      return NamedSharding(mesh, specs[0])
+    kind = None
+    if on_host is not None and re.search(on_host, name):
+      kind = offload.MEMORY_KIND
     return jax.tree.map(
-      lambda part: NamedSharding(mesh, _divisible(mesh, specs[0], part.shape)),
+      lambda part: NamedSharding(
+        mesh, _divisible(mesh, specs[0], part.shape), memory_kind=kind
+      ),
       leaf,
     )
 
@@ -94,20 +101,23 @@ def _divisible(mesh: AnyMesh, spec: P, shape: tuple[int, ...]) -> P:
   )
 
 
-def state_shardings(mesh: AnyMesh, state: Any, rules: Rules) -> Any:
+def state_shardings(
+  mesh: AnyMesh, state: Any, rules: Rules, on_host: str | None = None
+) -> Any:
   """Returns the shardings of a run's state: `base`, `base_opt` by the rules.
 
   Args:
     mesh: the devices.
     state: `BilevelState`, or a named tuple with these two fields.
     rules: for the paths of the backbone's weights.
+    on_host: as of `shardings`, for `base`.
 
   Returns:
     A tree like `state` of shardings; adapters and all else are replicated.
   """
   whole = jax.tree.map(lambda _: replicated(mesh), state)
   return whole._replace(
-    base=shardings(mesh, state.base, rules),
+    base=shardings(mesh, state.base, rules, on_host),
     base_opt=shardings(mesh, state.base_opt, rules),
   )
 

@@ -19,6 +19,7 @@ import jax
 import numpy as np
 
 from zofo_jax import errors
+from zofo_jax.core import perturbed
 from zofo_jax.models.hf import hub, tensor_files
 
 # Buffers saved by some versions of transformers, which are not weights.
@@ -210,8 +211,8 @@ def save(
     folder: output folder; created if it does not exist.
     family: module with `Model` and `hf_parameters`, such as `models.opt`.
     config: the model's hyperparameters.
-    base: nested dict of arrays, layers stacked on axis 0; quantized ones are
-      written as the floats that they are read as.
+    base: nested dict of arrays or of nodes that stand for them, layers stacked
+      on axis 0; written as the floats that they are read as.
     shard_bytes: maximum size of a file; larger weights are split into several
       files with an index.
   """
@@ -243,7 +244,7 @@ def save(
       file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
     values = {}
     for name, path, index, transpose in shard:
-      value = np.asarray(flat[path][index])
+      value = _value(flat[path], index)
       values[name] = np.ascontiguousarray(value.T if transpose else value)
       weight_map[name] = file
     tensor_files.write_safetensors(folder / file, values)
@@ -254,6 +255,25 @@ def save(
     (folder / single).unlink(missing_ok=True)
     content = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / index_name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _value(leaf: Any, layer: Any) -> np.ndarray:
+  """Reads a layer of a weight, or all of it if the layer is an ellipsis.
+
+  A layer of a stack of nodes, or of a stack in the host's memory, is read by
+  one program, so that no more than a layer is on the device.
+  """
+  if isinstance(leaf, np.ndarray):
+    return leaf[layer]
+  if layer is ...:
+    return np.asarray(perturbed.read(leaf))
+  return np.asarray(_read_layer(leaf, layer))
+
+
+@jax.jit
+def _read_layer(stack: Any, layer: jax.Array) -> jax.Array:
+  at = lambda part: jax.lax.dynamic_index_in_dim(part, layer, keepdims=False)
+  return perturbed.read(jax.tree.map(at, stack))
 
 
 @functools.lru_cache(maxsize=16)

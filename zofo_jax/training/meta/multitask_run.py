@@ -96,7 +96,7 @@ class MultitaskRun(NamedTuple):
     base = model_lib.abstract_base(self.model)
     state = jax.eval_shape(self._replace(on_host=False).init, base)
     shardings = rules.state_shardings(
-      self.mesh, state, self.model.family.SHARDINGS
+      *(self.mesh, state, self.model.family.SHARDINGS, self.model.on_host)
     )
     return rules.with_shardings(state, shardings)
 
