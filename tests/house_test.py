@@ -78,7 +78,7 @@ def imports_of(path):
 
 
 def room_of(name):
-  """Gives "models" for "zofo_jax.models.opt.Opt", "" for the package itself."""
+  """Gives "models" for "zofo_jax.models.opt.x", "" for the package itself."""
   return (*name.split("."), "")[1]
 
 

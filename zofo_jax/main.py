@@ -30,6 +30,7 @@ COMMANDS = {
   "ledger": "rebuild theta at any step of a run",
   "report": "compare runs on one HTML page",
   "sweep": "run a config many times with other fields",
+  "models": "list the models, or describe one",
   "tasks": "list the tasks with their prompts",
   "assets": "make the model and the rows of the demo",
 }

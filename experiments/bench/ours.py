@@ -20,7 +20,7 @@ from zofo_jax.core import losses
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import encode_options
 from zofo_jax.evaluation import scoring
-from zofo_jax.models import apply, llama, opt
+from zofo_jax.models import apply, opt, transformer
 from zofo_jax.models.decoder import STACKED
 
 DIRECTIONS = {
@@ -31,8 +31,8 @@ DIRECTIONS = {
 _RATE = 1e-7
 
 
-def llama_module(sizes: workload.Decoder) -> llama.Llama:
-  config = llama.LlamaConfig(
+def llama_module(sizes: workload.Decoder) -> transformer.Transformer:
+  config = transformer.Config(
     vocab_size=sizes.vocab_size,
     hidden_size=sizes.hidden_size,
     mlp_size=sizes.mlp_size,
@@ -43,20 +43,21 @@ def llama_module(sizes: workload.Decoder) -> llama.Llama:
     max_length=sizes.max_length,
     tied_head=True,
   )
-  return llama.Llama(config)
+  return transformer.Transformer(config)
 
 
-def _opt(sizes: workload.Decoder) -> opt.Opt:
-  config = opt.OptConfig(
-    vocab_size=sizes.vocab_size,
-    hidden_size=sizes.hidden_size,
-    mlp_size=sizes.mlp_size,
-    num_layers=sizes.num_layers,
-    num_heads=sizes.num_heads,
-    embed_size=sizes.hidden_size,
-    max_length=sizes.max_length,
+def _opt(sizes: workload.Decoder) -> transformer.Transformer:
+  config = opt.config_from_hf(
+    {
+      "vocab_size": sizes.vocab_size,
+      "hidden_size": sizes.hidden_size,
+      "ffn_dim": sizes.mlp_size,
+      "num_hidden_layers": sizes.num_layers,
+      "num_attention_heads": sizes.num_heads,
+      "max_position_embeddings": sizes.max_length,
+    }
   )
-  return opt.Opt(config)
+  return transformer.Transformer(config)
 
 
 def _random_base(module: Any, dtype: str) -> Any:

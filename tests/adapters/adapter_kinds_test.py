@@ -16,11 +16,11 @@ from zofo_jax import adapters
 from zofo_jax.builders import model
 from zofo_jax.builders import run as run_lib
 from zofo_jax.core import directions, losses
-from zofo_jax.models import llama
+from zofo_jax.models import transformer
 from zofo_jax.models.decoder import STACKED
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
-MODEL = llama.Llama(llama.LlamaConfig(96, 16, 24, 2, 4, 2, 4))
+MODEL = transformer.Transformer(transformer.Config(96, 16, 24, 2, 4, 2, 4))
 ROWS, LENGTH, T = 2, 7, 2
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from zofo_jax import adapters, errors
-from zofo_jax.models import decoder, layers, llama
+from zofo_jax.models import decoder, layers, transformer
 
-MODEL = llama.Llama(llama.LlamaConfig(96, 16, 24, 2, 4, 2, 4))
+MODEL = transformer.Transformer(transformer.Config(96, 16, 24, 2, 4, 2, 4))
 TOKENS = jnp.arange(14, dtype=jnp.int32).reshape(2, 7) + 4
 MASK = jnp.ones((2, 7), bool)
 

@@ -14,7 +14,7 @@ from zofo_jax.config import defaults, methods, presets, validate
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.py"))
-FAMILIES = ("llama", "opt")
+FAMILIES = ("gemma", "gpt2", "llama", "opt", "qwen")
 DEFAULTS = defaults.flat(defaults.base_config())
 
 
@@ -129,16 +129,8 @@ def test_adapt_is_of_its_first_run(tmp_path):
 
 def test_files():
   assert [path.stem for path in FILES] == [
-    *(
-      "adapt",
-      "compare",
-      "demo",
-      "llama",
-      "metademo",
-      "metatrain",
-      "opt",
-      "reward",
-    )
+    *("adapt", "compare", "demo", "gemma", "gpt2", "llama", "metademo"),
+    *("metatrain", "opt", "qwen", "reward"),
   ]
 
 

@@ -12,9 +12,9 @@ import zofo_jax as zofo
 from zofo_jax import adapters
 from zofo_jax.core import factors as factors_lib
 from zofo_jax.core import guided
-from zofo_jax.models import decoder, llama
+from zofo_jax.models import decoder, transformer
 
-MODEL = llama.Llama(llama.LlamaConfig(96, 16, 24, 2, 4, 2, 4))
+MODEL = transformer.Transformer(transformer.Config(96, 16, 24, 2, 4, 2, 4))
 TOKENS = jnp.arange(14, dtype=jnp.int32).reshape(2, 7) + 4
 MASK = jnp.ones((2, 7), bool)
 TARGETS = r"attention/(query|value)$|mlp/"

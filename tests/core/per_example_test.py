@@ -11,7 +11,7 @@ import zofo_jax as zofo
 from zofo_jax.core import directions, outer, perturbed, zo
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
-from zofo_jax.models import llama
+from zofo_jax.models import transformer
 from zofo_jax.models.decoder import STACKED
 
 PER_EXAMPLE = directions.PerExample()
@@ -24,8 +24,8 @@ ESTIMATORS = {
   "exact": zo.exact,
 }
 # Biases and a tied table: vectors, matrices and a leaf that is looked up.
-MODEL = llama.Llama(
-  llama.LlamaConfig(40, 8, 12, 2, 2, 1, 4, tied_head=True, mlp_bias=True)
+MODEL = transformer.Transformer(
+  transformer.Config(40, 8, 12, 2, 2, 1, 4, tied_head=True, mlp_bias=True)
 )
 
 

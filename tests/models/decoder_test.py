@@ -10,11 +10,13 @@ import pytest
 from tests.models.recorded import build, load
 from tests.models.recorded import logits as logits_of
 from tests.models.reference import make_logits as hf
-from zofo_jax import models
+from zofo_jax import errors, models
 from zofo_jax.core import directions, perturbed, prng, sampler
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.models.decoder import STACKED
+from zofo_jax.sharding import mesh as mesh_lib
+from zofo_jax.sharding import rules
 
 CASES = list(hf.CASES)
 
@@ -34,10 +36,11 @@ def test_logits_equal_the_recorded_ones(name):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", [*CASES, *hf.VARIANTS])
 def test_logits_equal_those_of_transformers(name):
   pytest.importorskip("torch")
-  config, tensors, tokens, mask, logits = hf.reference(hf.CASES[name], seed=1)
+  fields = (hf.CASES | hf.VARIANTS)[name]
+  config, tensors, tokens, mask, logits = hf.reference(fields, seed=1)
   model, _, base = build(config, tensors)
   actual = logits_of(model, base, tokens, mask)
   np.testing.assert_allclose(actual[mask], logits[mask], atol=1e-4)
@@ -57,6 +60,11 @@ def test_parameters_are_all_named(name):
   assert names == set(family.hf_parameters(model.config))
   base = load(name).base
   assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, shapes)
+  mesh = mesh_lib.abstract({"pert": 1, "data": 1, "fsdp": 2, "model": 2}, 4)
+  for sharding in jax.tree.leaves(
+    rules.shardings(mesh, shapes, family.SHARDINGS)
+  ):
+    assert sharding.mesh is mesh
 
 
 @pytest.mark.parametrize(
@@ -76,6 +84,34 @@ def test_both_paddings_are_one_and_empty_rows_are_finite(name):
   logits = logits_of(model, base, rows, rows != 1)
   np.testing.assert_allclose(logits[0, 3:], logits[1, :9], atol=1e-5)
   assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+  "name", ["gpt2", "smollm3", "gemma3_text", "falcon", "gpt_neox"]
+)
+def test_a_cache_gives_the_same_logits(name):
+  model, base, tokens, mask, logits = recorded(name)
+  tokens, mask, start = tokens[:2], mask[:2], 8  # the second is padded left
+
+  @jax.jit
+  def continue_rows(base):
+    variables = {"params": base}
+    first, cache = model.apply(
+      variables, tokens[:, :start], mask[:, :start], 4, method="prefill"
+    )
+
+    def step(cache, token):
+      logits, cache = model.apply(variables, token, cache, method="decode")
+      return cache, logits
+
+    rest = jnp.asarray(tokens[:, start:].T)
+    return first, jax.lax.scan(step, cache, rest)[1]
+
+  first, rest = continue_rows(base)
+  np.testing.assert_allclose(first, logits[:2, start - 1], atol=1e-4)
+  np.testing.assert_allclose(
+    jnp.swapaxes(rest, 0, 1), logits[:2, start:], atol=1e-4
+  )
 
 
 @pytest.mark.parametrize("name", ["llama", "opt"])
@@ -116,7 +152,7 @@ def targets():
   return positions, slot, token
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "opt_350m"])
+@pytest.mark.parametrize("name", ["llama_tied", "opt_350m", "gemma2"])
 def test_target_log_probs_are_those_of_the_logits(name):
   model, base, tokens, mask, logits = recorded(name)
   positions, slot, token = targets()
@@ -130,7 +166,7 @@ def test_target_log_probs_are_those_of_the_logits(name):
       np.testing.assert_allclose(actual[row, k], expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama_biases", "opt_350m"])
+@pytest.mark.parametrize("name", ["llama_biases", "opt_350m", "gemma2"])
 def test_perturbed_weights_act_as_their_values(name):
   model, base, tokens, mask, _ = recorded(name)
   key = keys_lib.DirectionKey(jax.random.key(3), jax.random.key(4))
@@ -163,6 +199,21 @@ def test_bfloat16_runs_and_is_near_float32(name):
   assert actual.dtype == jnp.float32
   spread = np.std(logits[mask])
   assert np.abs(actual[mask] - logits[mask]).mean() < 0.02 * spread
+
+
+@pytest.mark.parametrize(
+  "model_type, words",
+  [
+    ("olmo3", "mean 'olmo2'.*Read as olmo2: .*layer_types"),
+    ("qwen3_moe", "a mixture of experts; .*mean 'qwen3'"),
+    ("gemma3", "a model of images too, whose text model is gemma3_text"),
+    ("xyz", "supported are opt, gpt2, gpt_neox, llama"),
+  ],
+)
+def test_an_unknown_model_type_names_the_nearest(model_type, words):
+  fields = hf.CASES["llama"] | {"model_type": model_type, "layer_types": ["a"]}
+  with pytest.raises(errors.UserError, match=words):
+    models.from_hf(fields)
 
 
 def test_remat_gives_the_same_gradients():

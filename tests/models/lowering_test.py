@@ -17,11 +17,20 @@ SHAPES = {
   "llama": {"intermediate_size": 64},
   "mistral": {"intermediate_size": 64, "num_key_value_heads": 2},
   "qwen2": {"intermediate_size": 64, "num_key_value_heads": 2},
+  "gemma3_text": {
+    "intermediate_size": 64,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "sliding_window": 8,
+    "sliding_window_pattern": 2,
+    "final_logit_softcapping": 30.0,
+  },
 }
 
 
-def test_every_family_is_here():
-  assert set(SHAPES) == set(models.FAMILIES)
+def test_every_model_is_here():
+  here = {models.FAMILIES[name].Model for name in SHAPES}
+  assert here == {family.Model for family in models.FAMILIES.values()}
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -21,6 +21,9 @@ from zofo_jax.core.factors import Factors
 
 QUERY_VALUE = r"attention/(query|value)$"
 
+# Matrices that are several in one, which answer to the names of all of them.
+_FUSED = {"qkv": ("query", "key", "value"), "gate_up": ("gate", "up")}
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +64,12 @@ def lora_product(
   return lora.scale * ((x @ lora.a) @ lora.b)
 
 
+def _names(module: str) -> list[str]:
+  """Returns the paths that a module answers to."""
+  parent, _, last = module.rpartition("/")
+  return [module, *(f"{parent}/{part}" for part in _FUSED.get(last, ()))]
+
+
 def init_lora(
   key: jax.Array,
   base: Any,
@@ -79,7 +88,8 @@ def init_lora(
     rank: R, at least 1.
     alpha: numerator of the scale.
     targets: regular expression searched in module paths such as
-      `layers/attention/query`.
+      `layers/attention/query`; one matrix for query, key and value answers to
+      all three names.
     dropout: probability of dropping an input of the adapter, in [0, 1).
     rank_stabilized: whether to scale by alpha / sqrt(rank) instead of
       alpha / rank.
@@ -113,7 +123,7 @@ def init_lora(
     if leaf_name != "kernel":
       continue
     modules.append(module)
-    if not re.search(targets, module):
+    if not any(re.search(targets, name) for name in _names(module)):
       continue
     *stack, features_in, features_out = leaf.shape
     bound = 1.0 / np.sqrt(features_in)

@@ -149,8 +149,9 @@ def init_prefix(
   Examples:
     >>> import jax
     >>> from zofo_jax import adapters
-    >>> from zofo_jax.models import opt
-    >>> model = opt.Opt(opt.OptConfig(50, 8, 16, 2, 2, 8, max_length=16))
+    >>> from zofo_jax.models import transformer
+    >>> model = transformer.Transformer(
+    ...   transformer.Config(50, 8, 16, 2, 2, 2, 4, max_length=16))
     >>> ids = jax.numpy.ones((1, 4), int)
     >>> base = model.init(jax.random.key(0), ids, ids > 0, method="hidden")
     >>> adapter = adapters.init_prefix(

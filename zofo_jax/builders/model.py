@@ -186,8 +186,8 @@ def _published_config(name: str) -> dict[str, Any]:
   path = pathlib.Path(name) / config_lib.FILE
   if not path.exists():
     raise errors.UserError(
-      f"config.model.name: expected a folder with config.json or one of "
-      f"{', '.join(published.CONFIGS)}; found '{name}'."
+      "config.model.name: expected a folder with config.json or a model that "
+      f"`zofo models` lists; found '{name}'."
       f"{errors.nearest(name, published.CONFIGS)}"
     )
   return config_lib.read(path)

@@ -143,8 +143,15 @@ def _describe_fields(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
   return "; ".join(
     f"{name} was {then[name]!r}, is {now[name]!r}"
     for name in then
-    if name in now and then[name] != now[name]
+    if name in now and _differ(then[name], now[name])
   )
+
+
+def _differ(then: Any, now: Any) -> bool:
+  """Returns whether two values differ; one side may have more fields."""
+  if isinstance(then, Mapping) and isinstance(now, Mapping):
+    return bool(_describe_fields(then, now))
+  return then != now
 
 
 def _describe_files(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:

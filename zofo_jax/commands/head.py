@@ -71,6 +71,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     batch_size=config.head.batch_size,
     seed=config.seed,
     pad=run.model.pad,
+    cap=module.config.logit_cap,
   )
   untied, base = apply.untie(
     module, base, head_tuning.with_head_rows(table, tokens, trained)

@@ -225,8 +225,14 @@ def dot_transposed(x: jax.Array, weight: Any) -> jax.Array:
   return stored + weight.scale * product.astype(jnp.float32)
 
 
-def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
-  """Returns log sum_v exp(x w_v) over the rows of a table; float32 [...].
+def log_normalizer(
+  x: jax.Array,
+  weight: Any,
+  finish: Callable[[jax.Array, jax.typing.ArrayLike], jax.Array] = (
+    lambda products, start: products
+  ),
+) -> jax.Array:
+  """Returns log sum_v exp(finish(x w_v)) over a table's rows; float32 [...].
 
   A perturbed table is read in blocks of rows, since it would exist whole for
   both signs, unless its direction has a product without z. A quantized one is,
@@ -235,6 +241,7 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
   Args:
     x: [..., D].
     weight: [V, D], perturbed, quantized or neither.
+    finish: (products [..., N] of N rows, the first of these rows) -> logits.
   """
   size = weight.shape[0]
   stored = weight.value if is_perturbed(weight) else weight
@@ -244,10 +251,11 @@ def log_normalizer(x: jax.Array, weight: Any) -> jax.Array:
     or weight.direction.matmul(x, weight.key, weight.shape, transposed=True)
     is not None
   ):
-    return jax.nn.logsumexp(dot_transposed(x, weight), axis=-1)
+    return jax.nn.logsumexp(finish(dot_transposed(x, weight), 0), axis=-1)
 
   def add_block(total, start, rows):
-    logits = dot_transposed(x, read_rows(weight, start, rows))
+    products = dot_transposed(x, read_rows(weight, start, rows))
+    logits = finish(products, start)
     return jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=-1))
 
   if quantized:

@@ -7,16 +7,18 @@ Shapes: B rows, L length, S slots of a cache, D width, E width of the
 embedding, P supervised positions (or virtual tokens), K targets, V vocabulary.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import jax.numpy as jnp
 
 from zofo_jax import adapters
 from zofo_jax.core import perturbed
 from zofo_jax.models import kv_cache
-from zofo_jax.models.layers import token_positions
+from zofo_jax.models.layers import soft_cap, token_positions
 
 # Paths of the weights that `stack_layers` stacks: axis 0 counts layers.
 STACKED = r"(^|/)layers/"
@@ -65,6 +67,7 @@ def target_log_probs(
   embedding: Any,
   target_slot_BxK: jax.Array,
   target_token_BxK: jax.Array,
+  cap: float | None = None,
 ) -> jax.Array:
   """Computes the log-probability of each target over the vocabulary.
 
@@ -73,26 +76,40 @@ def target_log_probs(
     embedding: [V, D], tied or not, perturbed or not.
     target_slot_BxK: int32, which of the P positions predicts the target.
     target_token_BxK: int32, token to be predicted.
+    cap: soft bound of the logits; None for none.
 
   Returns:
     float32 [B, K].
   """
-  normalizer_BxP = perturbed.log_normalizer(hidden_BxPxD, embedding)
+  normalizer_BxP = perturbed.log_normalizer(
+    hidden_BxPxD, embedding, lambda products, _: soft_cap(products, cap)
+  )
   hidden_BxKxD = gather_positions(hidden_BxPxD, target_slot_BxK)
   rows_BxKxD = perturbed.take(embedding, target_token_BxK)
   logits_BxK = jnp.sum(
     hidden_BxKxD.astype(jnp.float32) * rows_BxKxD.astype(jnp.float32), axis=-1
   )
   normalizer_BxK = jnp.take_along_axis(normalizer_BxP, target_slot_BxK, axis=1)
-  return logits_BxK - normalizer_BxK
+  return soft_cap(logits_BxK, cap) - normalizer_BxK
+
+
+@functools.lru_cache(maxsize=64)
+def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
+  """Returns the shapes of a decoder's weights by path."""
+  rows = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  tree: Any = jax.eval_shape(
+    module.init, jax.random.key(0), rows, rows, rows, rows, rows
+  )
+  flat = flax.traverse_util.flatten_dict(tree["params"], sep="/")
+  return {path: leaf.shape for path, leaf in flat.items()}
 
 
 class Decoder(nn.Module):
   """A decoder with its head.
 
-  Subclasses declare `config` (with `tied_head`), `constrain`, `embed` and,
-  unless the head is tied, `head`. They define `_body`, `_finish` and
-  `_cache_shape`.
+  Subclasses declare `config` (with `tied_head` and `logit_cap`), `constrain`,
+  `embed` and, unless the head is tied, `head`. They define `_body`, `_finish`
+  and `_cache_shape`.
   """
 
   @property
@@ -175,7 +192,11 @@ class Decoder(nn.Module):
     """
     x = gather_positions(self._states(tokens, mask), positions)
     return target_log_probs(
-      self._finish(x), self._head_table(), target_slot, target_token
+      self._finish(x),
+      self._head_table(),
+      target_slot,
+      target_token,
+      self.config.logit_cap,
     )
 
   def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -184,9 +205,12 @@ class Decoder(nn.Module):
 
   def logits(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns the next-token logits at every token, [B, L, V] float32."""
-    return perturbed.dot_transposed(
-      self.hidden(tokens, mask), self._head_table()
-    )
+    return self.head_logits(self.hidden(tokens, mask))
+
+  def head_logits(self, hidden: jax.Array) -> jax.Array:
+    """Returns the logits [..., V] of the head's inputs, float32."""
+    products = perturbed.dot_transposed(hidden, self._head_table())
+    return soft_cap(products, self.config.logit_cap)
 
   def prefill(
     self, tokens: jax.Array, mask: jax.Array, num_more: int
@@ -230,5 +254,4 @@ class Decoder(nn.Module):
 
   def _next(self, x_Bx1xD: jax.Array) -> jax.Array:
     """Returns the logits of each row's next token, [B, V] float32."""
-    logits = perturbed.dot_transposed(self._finish(x_Bx1xD), self._head_table())
-    return logits[:, 0]
+    return self.head_logits(self._finish(x_Bx1xD))[:, 0]

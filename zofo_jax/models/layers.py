@@ -8,6 +8,7 @@ Shapes: B rows, L length, S slots (L, or those of a cache), D width, F width of
 a head, H heads, K kv heads, V vocabulary, P positions of a prefix.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -68,10 +69,17 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-  """An embedding table [V, D], which may also be the output embedding."""
+  """An embedding table [V, D], which may also be the output embedding.
+
+  Attributes:
+    rows: V.
+    features: D.
+    scale: factor of embeddings that are looked up, rounded to their dtype.
+  """
 
   rows: int
   features: int
+  scale: float = 1.0
 
   def setup(self) -> None:
     """Declares the parameter."""
@@ -79,7 +87,8 @@ class Embed(nn.Module):
 
   def __call__(self, ids: jax.Array) -> jax.Array:
     """Returns the embeddings [..., D] of ids [...]."""
-    return perturbed.take(self.embedding, ids)
+    x = perturbed.take(self.embedding, ids)
+    return x if self.scale == 1.0 else x * jnp.asarray(self.scale, x.dtype)
 
   def table(self) -> Any:
     """Returns the stored table, perturbed or not."""
@@ -97,9 +106,10 @@ def _affine(x: jax.Array, weight: Any) -> jax.Array:
 
 
 class RmsNorm(nn.Module):
-  """x / rms(x) * scale."""
+  """x / rms(x) * (offset + scale)."""
 
   epsilon: float
+  offset: float = 0.0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -108,8 +118,11 @@ class RmsNorm(nn.Module):
     y = y * jax.lax.rsqrt(
       jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon
     )
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-    return (y * _affine(y, scale)).astype(x.dtype)
+    init = nn.initializers.constant(1.0 - self.offset)
+    scale = _affine(y, self.param("scale", init, (x.shape[-1],)))
+    if self.offset:
+      scale = self.offset + scale
+    return (y * scale).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
@@ -133,26 +146,42 @@ class LayerNorm(nn.Module):
     return y.astype(x.dtype)
 
 
+# By what a weight does: multiplies (Llama), is added to 1 (Gemma), multiplies
+# and shifts, or is absent.
+NORMS: dict[str, Callable[..., nn.Module]] = {
+  "rms": RmsNorm,
+  "rms_plus_one": functools.partial(RmsNorm, offset=1.0),
+  "layer": LayerNorm,
+  "layer_plain": functools.partial(LayerNorm, affine=False),
+}
+
+
 def token_positions(mask_BxL: jax.Array) -> jax.Array:
   """Numbers real tokens from 0, wherever the padding is; int32 [B, L]."""
   count = jnp.cumsum(mask_BxL.astype(jnp.int32), axis=1)
   return jnp.maximum(count - 1, 0)
 
 
-def attention_mask(mask_BxS: jax.Array, slots_L: jax.Array) -> jax.Array:
-  """Returns the causal attention mask, bool [B, 1, L, S].
+def attention_mask(
+  mask_BxS: jax.Array, slots_L: jax.Array, causal: bool = True
+) -> jax.Array:
+  """Returns the attention mask, bool [B, 1, L, S].
 
-  A token attends to real tokens up to itself. Every token attends to itself,
-  padding included, because softmax is undefined without any allowed slot.
+  A token attends to real tokens, up to itself if `causal`. Every token attends
+  to itself, padding included, because softmax is undefined without any allowed
+  slot.
 
   Args:
     mask_BxS: bool, slots that hold a real token.
     slots_L: int32, slots of the queries.
+    causal: whether later tokens are hidden.
   """
   slots_S = jnp.arange(mask_BxS.shape[1])
-  causal_LxS = slots_S[None, :] <= slots_L[:, None]
   diagonal_LxS = slots_S[None, :] == slots_L[:, None]
-  allowed_Bx1xLxS = mask_BxS[:, None, None, :] & causal_LxS[None, None]
+  allowed_Bx1xLxS = mask_BxS[:, None, None, :]
+  if causal:
+    causal_LxS = slots_S[None, :] <= slots_L[:, None]
+    allowed_Bx1xLxS = allowed_Bx1xLxS & causal_LxS[None, None]
   return allowed_Bx1xLxS | diagonal_LxS[None, None]
 
 
@@ -193,28 +222,54 @@ def with_prefix(
   return adapters.prepend(prefix, key_BxSxKxF, value_BxSxKxF, allowed_Bx1xLxS)
 
 
+def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:
+  """Bounds values smoothly to (-cap, cap); None for no bound."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def attend(
   query_BxLxHxF: jax.Array,
   key_BxSxKxF: jax.Array,
   value_BxSxKxF: jax.Array,
   allowed_Bx1xLxS: jax.Array,
+  scale: float | None = None,
+  cap: float | None = None,
 ) -> jax.Array:
-  """Softmax attention, scaled by 1/sqrt(F), softmax in float32; [B, L, H*F].
+  """Softmax attention, softmax in float32; [B, L, H*F].
 
   Args:
     query_BxLxHxF: queries.
     key_BxSxKxF: keys; H is a multiple of K and each serves H/K queries.
     value_BxSxKxF: values.
     allowed_Bx1xLxS: bool, attention mask.
+    scale: factor of the scores; None for 1/sqrt(F).
+    cap: soft bound of the scores; None for none.
 
   Returns:
     The concatenated outputs of the heads, in the dtype of the queries.
   """
-  out = jax.nn.dot_product_attention(
-    query_BxLxHxF,
+  if cap is None:
+    out = jax.nn.dot_product_attention(
+      query_BxLxHxF,
+      key_BxSxKxF,
+      value_BxSxKxF,
+      mask=allowed_Bx1xLxS,
+      scale=scale,
+      implementation="xla",
+    )
+    return out.reshape(*out.shape[:2], -1)
+  rows, length, heads, width = query_BxLxHxF.shape
+  num_kv = key_BxSxKxF.shape[2]
+  grouped = query_BxLxHxF.reshape(rows, length, num_kv, heads // num_kv, width)
+  scores = jnp.einsum(
+    "blkgf,bskf->bkgls",
+    grouped,
     key_BxSxKxF,
-    value_BxSxKxF,
-    mask=allowed_Bx1xLxS,
-    implementation="xla",
+    preferred_element_type=jnp.float32,
   )
-  return out.reshape(*out.shape[:2], -1)
+  scores = soft_cap(scores * (width**-0.5 if scale is None else scale), cap)
+  least = jnp.finfo(jnp.float32).min
+  scores = jnp.where(allowed_Bx1xLxS[:, :, None], scores, least)
+  weights = jax.nn.softmax(scores, axis=-1).astype(value_BxSxKxF.dtype)
+  out = jnp.einsum("bkgls,bskf->blkgf", weights, value_BxSxKxF)
+  return out.reshape(rows, length, -1)

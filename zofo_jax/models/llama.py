@@ -1,260 +1,111 @@
-"""The Llama family: SmolLM2, TinyLlama, Llama-2/3, Mistral, Qwen2 and 2.5.
+"""Llama and its relatives: gated MLP, rotary positions, RMS norms.
 
-Pre-norm decoders with rotary positions, grouped-query attention and a gated
-MLP. Layers are stacked on axis 0 under "layers" and scanned. Only the two
-functions at the end know field and tensor names of Hugging Face checkpoints.
+SmolLM2 and 3, TinyLlama, Llama-2 and 3, Mistral, Qwen2, 2.5 and 3, OLMo 2,
+Granite, Phi-3 and 4.
 """
 
-import dataclasses
 import reprlib
 from collections.abc import Mapping
-from typing import Any
-
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jax.sharding import PartitionSpec as P
+from typing import Any, NamedTuple
 
 from zofo_jax import errors
-from zofo_jax.models import decoder, kv_cache, layers
 from zofo_jax.models import rope as rope_lib
+from zofo_jax.models import transformer
 from zofo_jax.models.hf import config as config_lib
+
+Model = transformer.Transformer
+SHARDINGS = transformer.SHARDINGS
 
 _NO_WINDOW = 2**30
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
-@dataclasses.dataclass(frozen=True)
-class LlamaConfig:
-  """Hyperparameters of a Llama model.
+class _Kind(NamedTuple):
+  """What a model type reads and has.
 
   Attributes:
-    vocab_size: V.
-    hidden_size: D.
-    mlp_size: hidden width of the gated MLP.
-    num_layers: number of layers.
-    num_heads: H.
-    num_kv_heads: K, a divisor of H.
-    head_dim: F, even; H * F need not be D.
-    max_length: context length.
-    norm_epsilon: added to the mean square.
-    activation: a name in layers.ACTIVATIONS.
-    tied_head: whether input and output embeddings are tied.
-    qkv_bias: whether query, key and value have biases.
-    out_bias: whether attention's output has a bias.
-    mlp_bias: whether the MLP has biases.
-    rope: rotary positions.
-    windows: for each layer, the size of its attention window, the token itself
-      included; None without windows.
+    fields: of config.json, in addition to those of all types.
+    features: fields of `transformer.Config`.
+    defaults: values of absent fields that differ from Llama's.
   """
 
-  vocab_size: int
-  hidden_size: int
-  mlp_size: int
-  num_layers: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  max_length: int = 2048
-  norm_epsilon: float = 1e-6
-  activation: str = "silu"
-  tied_head: bool = False
-  qkv_bias: bool = False
-  out_bias: bool = False
-  mlp_bias: bool = False
-  rope: rope_lib.Rope = dataclasses.field(default_factory=rope_lib.Rope)
-  windows: tuple[int, ...] | None = None
+  fields: str = ""
+  features: Mapping[str, Any] = {}
+  defaults: Mapping[str, Any] = {}
 
 
-class Attention(nn.Module):
-  """Self-attention with rotary positions and grouped kv heads."""
-
-  config: LlamaConfig
-  constrain: layers.ActivationSharding
-
-  @nn.compact
-  def __call__(
-    self,
-    x: jax.Array,
-    allowed_Bx1xLxS: jax.Array,
-    rotations: tuple[jax.Array, jax.Array],
-    cache: kv_cache.Cache | None,
-  ) -> tuple[jax.Array, kv_cache.Cache | None]:
-    """Applies self-attention to [B, L, D]."""
-    c = self.config
-
-    def heads(
-      name: str, count: int, after: jax.Array | None = None
-    ) -> jax.Array:
-      y = layers.Linear(count * c.head_dim, c.qkv_bias, name=name)(x, after)
-      y = self.constrain(y, True)
-      return y.reshape(*x.shape[:2], count, c.head_dim)
-
-    query = heads("query", c.num_heads)
-    key = heads("key", c.num_kv_heads, query)
-    value = heads("value", c.num_kv_heads, key)
-    query = rope_lib.rotate(query, *rotations)
-    key = rope_lib.rotate(key, *rotations)
-    key, value, cache = kv_cache.append(cache, key, value)
-    context = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
-    out = layers.attend(query, *context)
-    return layers.Linear(c.hidden_size, c.out_bias, name="out")(out), cache
-
-
-class Mlp(nn.Module):
-  """down(act(gate(x)) * up(x))."""
-
-  config: LlamaConfig
-  constrain: layers.ActivationSharding
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [..., D] to [..., D]."""
-    c = self.config
-    gate = layers.Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
-    up = layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x, gate)
-    hidden = self.constrain(layers.ACTIVATIONS[c.activation](gate) * up, True)
-    return layers.Linear(c.hidden_size, c.mlp_bias, name="down")(hidden)
-
-
-class Block(nn.Module):
-  """One pre-norm layer; the body of the scan."""
-
-  config: LlamaConfig
-  constrain: layers.ActivationSharding
-
-  @nn.compact
-  def __call__(
-    self,
-    carry: tuple[jax.Array, kv_cache.Cache | None],
-    allowed_Bx1xLxS: jax.Array,
-    rotations: tuple[jax.Array, jax.Array],
-    distance_BxLxS: jax.Array | None,
-    window: jax.Array | None,
-  ) -> tuple[tuple[jax.Array, kv_cache.Cache | None], None]:
-    """Runs one layer; `window` [] is the size of the attention window."""
-    c = self.config
-    x, cache = carry
-    x = self.constrain(x, False)
-    if window is not None and distance_BxLxS is not None:
-      allowed_Bx1xLxS = allowed_Bx1xLxS & (distance_BxLxS < window)[:, None]
-    norm = layers.RmsNorm(c.norm_epsilon, name="attention_norm")
-    attention_out, cache = Attention(c, self.constrain, name="attention")(
-      norm(x), allowed_Bx1xLxS, rotations, cache
-    )
-    x = x + attention_out
-    norm = layers.RmsNorm(c.norm_epsilon, name="mlp_norm")
-    x = x + Mlp(c, self.constrain, name="mlp")(norm(x))
-    return (x, cache), None
-
-
-class Llama(decoder.Decoder):
-  """A Llama decoder with its head.
-
-  Attributes:
-    config: hyperparameters.
-    remat: whether the backward pass recomputes the inside of each layer.
-    constrain: sharding constraint of hidden states.
-  """
-
-  config: LlamaConfig
-  remat: bool = False
-  constrain: layers.ActivationSharding = layers.no_constraint
-
-  def setup(self) -> None:
-    """Declares the submodules."""
-    c = self.config
-    self.embed = layers.Embed(c.vocab_size, c.hidden_size)
-    window_axis = nn.broadcast if c.windows is None else 0
-    self.layers = decoder.stack_layers(
-      Block,
-      c.num_layers,
-      self.remat,
-      (nn.broadcast, nn.broadcast, nn.broadcast, window_axis),
-    )(c, self.constrain)
-    self.norm = layers.RmsNorm(c.norm_epsilon)
-    if not c.tied_head:
-      self.head = layers.Embed(c.vocab_size, c.hidden_size)
-
-  @property
-  def prefix_acts_as_tokens(self) -> bool:
-    """Returns whether a prefix made of tokens is equivalent to these tokens.
-
-    It is not with attention windows, which never hide a prefix, nor with
-    dynamic NTK, which would rotate keys by angles that depend on the length of
-    the row.
-    """
-    return self.config.windows is None and self.config.rope.kind != "dynamic"
-
-  def _body(
-    self,
-    x_BxLxE: jax.Array,
-    mask_BxL: jax.Array,
-    cache: kv_cache.Cache | None = None,
-  ) -> tuple[jax.Array, kv_cache.Cache | None]:
-    """Runs everything before the last norm; [B, L, D]."""
-    c = self.config
-    mask_BxS, slots_L, cache = kv_cache.reserve_slots(mask_BxL, cache)
-    allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
-    positions_BxS = self._positions(mask_BxS)
-    positions_BxL = jnp.take(positions_BxS, slots_L, axis=1)
-    rotations = rope_lib.rotations(c.rope, c.head_dim, positions_BxL)
-    distance_BxLxS, windows = None, None
-    if c.windows is not None:
-      distance_BxLxS = positions_BxL[:, :, None] - positions_BxS[:, None, :]
-      windows = jnp.array(c.windows, jnp.int32)
-    (x, cache), _ = self.layers(
-      (x_BxLxE, cache),
-      *(allowed_Bx1xLxS, rotations, distance_BxLxS, windows),
-    )
-    return x, kv_cache.reset_layer(cache)
-
-  def _cache_shape(self) -> tuple[int, int, int]:
-    """Returns the number of layers, of kv heads, and the width of a head."""
-    c = self.config
-    return c.num_layers, c.num_kv_heads, c.head_dim
-
-  def _finish(self, x: jax.Array) -> jax.Array:
-    """Maps the layers' output to the head's input."""
-    return self.norm(x)
-
-
-Model = Llama
-
-# Shardings of weights by path; see `zofo_jax.sharding.rules`.
-SHARDINGS = (
-  (r"attention/(query|key|value)/kernel$", P(None, "fsdp", "model")),
-  (r"mlp/(gate|up)/kernel$", P(None, "fsdp", "model")),
-  (r"(attention/out|mlp/down)/kernel$", P(None, "model", "fsdp")),
-  (r"(attention/(query|key|value)|mlp/(gate|up))/bias$", P(None, "model")),
-  (r"(attention/out|mlp/down)/bias$", P()),
-  # Columns, not rows: devices look tokens up without exchanging rows, and the
-  # size of the vocabulary need not be divisible.
-  (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
-  (r"norm/scale$", P()),
-)
-
-
-# The fields of config.json that `config_from_hf` reads: of all model types, and
-# of each.
-_FIELDS = frozenset(
-  """
+# The fields of config.json that all types read.
+_FIELDS = """
   head_dim hidden_act hidden_size intermediate_size max_position_embeddings
   num_attention_heads num_hidden_layers num_key_value_heads
   original_max_position_embeddings partial_rotary_factor rms_norm_eps
   rope_parameters rope_scaling rope_theta tie_word_embeddings vocab_size
-  """.split()
-)
-_MORE_FIELDS = {
-  "llama": ("attention_bias", "mlp_bias"),
-  "mistral": ("sliding_window",),
-  "qwen2": (
-    "layer_types",
-    "max_window_layers",
-    "sliding_window",
-    "use_sliding_window",
+"""
+_WINDOWS = "layer_types max_window_layers sliding_window use_sliding_window"
+_KINDS = {
+  "llama": _Kind("attention_bias mlp_bias"),
+  "mistral": _Kind("sliding_window"),
+  "qwen2": _Kind(_WINDOWS, {"qkv_bias": True}),
+  "qwen3": _Kind(
+    f"attention_bias {_WINDOWS}", {"qk_norm": "head"}, {"head_dim": 128}
+  ),
+  "olmo2": _Kind(
+    "attention_bias",
+    {"qk_norm": "all", "norm_places": "output"},
+    {"rms_norm_eps": 1e-5},
+  ),
+  "smollm3": _Kind(
+    f"attention_bias mlp_bias no_rope_layers no_rope_layer_interval {_WINDOWS}",
+    {},
+    {"tie_word_embeddings": True, "rope_theta": 2e6},
+  ),
+  "granite": _Kind(
+    "attention_bias mlp_bias attention_multiplier embedding_multiplier "
+    "logits_scaling residual_multiplier"
+  ),
+  # The last two are in files of Phi-4, and read by no version of transformers.
+  "phi3": _Kind(
+    "sliding_window full_attn_mod interpolate_factor",
+    {"fused_qkv": "blocks", "fused_mlp": True},
+    {
+      "rms_norm_eps": 1e-5,
+      "original_max_position_embeddings": 4096,
+      "sliding_window": None,
+    },
   ),
 }
+# Types whose files may lack num_key_value_heads: as many as heads.
+_MULTI_HEAD = ("llama", "olmo2", "granite", "phi3")
+
+
+def layer_types(
+  config: Mapping[str, Any], num_layers: int
+) -> tuple[bool, ...] | None:
+  """Reads which layers have attention windows; None if the file does not say.
+
+  Raises:
+    UserError: the list has another length or unknown types.
+  """
+  kinds = config.get("layer_types")
+  if kinds is None:
+    return None
+  if not isinstance(kinds, list) or len(kinds) != num_layers:
+    raise errors.UserError(
+      f"config.json has layer_types = {reprlib.repr(kinds)}; expected one "
+      f"for each of {num_layers} layers."
+    )
+  for kind in kinds:
+    config_lib.check_kind(kind, _LAYER_TYPES, "config.json has layer_types")
+  return tuple(kind == "sliding_attention" for kind in kinds)
+
+
+def windows_of(
+  sliding: tuple[bool, ...], window: int | None
+) -> tuple[int, ...] | None:
+  """Returns the sizes of all layers' windows; None if no layer has one."""
+  if window is None or not any(sliding):
+    return None
+  return tuple(window if s else _NO_WINDOW for s in sliding)
 
 
 def _windows(
@@ -266,35 +117,52 @@ def _windows(
     window = None
     if config["sliding_window"] is not None:
       window = config_lib.integer(config, "sliding_window")
-  if family == "mistral":
-    return None if window is None else (window,) * num_layers
+  if family in ("mistral", "phi3"):
+    return windows_of((True,) * num_layers, window)
   if not config_lib.flag(config, "use_sliding_window"):
     window = None
-  kinds = config.get("layer_types")
-  if kinds is None:
-    first = config_lib.number(config, "max_window_layers", 28)
-    sliding = [window is not None and i >= first for i in range(num_layers)]
-  else:
-    if not isinstance(kinds, list) or len(kinds) != num_layers:
-      raise errors.UserError(
-        f"config.json has layer_types = {reprlib.repr(kinds)}; expected one "
-        f"for each of {num_layers} layers."
+  sliding = layer_types(config, num_layers)
+  if sliding is None:
+    if family == "smollm3":
+      with_rope = _rope_layers(config, num_layers)
+      sliding = tuple(window is not None and not r for r in with_rope)
+    else:
+      first = config_lib.number(config, "max_window_layers", 28)
+      sliding = tuple(
+        window is not None and i >= first for i in range(num_layers)
       )
-    for kind in kinds:
-      config_lib.check_kind(kind, _LAYER_TYPES, "config.json has layer_types")
-    sliding = [kind == "sliding_attention" for kind in kinds]
-  if not any(sliding):
-    return None
-  if window is None:
+  if any(sliding) and window is None:
     raise errors.UserError(
       "config.json has layer_types of sliding_attention without "
       "use_sliding_window and sliding_window."
     )
-  return tuple(window if s else _NO_WINDOW for s in sliding)
+  return windows_of(sliding, window)
 
 
-def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
-  """Reads a config.json of model_type llama, mistral or qwen2.
+def _rope_layers(
+  config: Mapping[str, Any], num_layers: int
+) -> tuple[bool, ...]:
+  """Reads which layers of SmolLM3 have rotary positions."""
+  layers = config.get("no_rope_layers")
+  if layers is None:
+    interval = 4
+    if config.get("no_rope_layer_interval") is not None:
+      interval = config_lib.integer(config, "no_rope_layer_interval")
+    return tuple((i + 1) % interval != 0 for i in range(num_layers))
+  if (
+    not isinstance(layers, list)
+    or len(layers) < num_layers
+    or any(type(layer) not in (int, bool) for layer in layers)
+  ):
+    raise errors.UserError(
+      f"config.json has no_rope_layers = {reprlib.repr(layers)}; expected 1 "
+      f"or 0 for each of {num_layers} layers: 0 for one without RoPE."
+    )
+  return tuple(map(bool, layers[:num_layers]))
+
+
+def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
+  """Reads a config.json of one of the model types of this module.
 
   Args:
     config: the file as a dict, written by any version of transformers.
@@ -306,87 +174,99 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
     UserError: a field is missing, or its value is not supported.
   """
   family = config.get("model_type", "llama")
-  config_lib.check_decoder(config, _FIELDS.union(_MORE_FIELDS[family]))
-  num_heads = config_lib.integer(config, "num_attention_heads")
-  hidden_size = config_lib.integer(config, "hidden_size")
+  kind = _KINDS[family]
+  config_lib.check_decoder(config, f"{_FIELDS} {kind.fields}".split())
+  config = {**kind.defaults, **config}
   num_layers = config_lib.integer(config, "num_hidden_layers")
-  num_kv_heads = num_heads
-  if family != "llama" or config.get("num_key_value_heads") is not None:
-    num_kv_heads = config_lib.integer(config, "num_key_value_heads")
-  if num_heads % num_kv_heads:
-    raise errors.UserError(
-      f"config.json has num_attention_heads = {num_heads}, which "
-      f"num_key_value_heads = {num_kv_heads} does not divide."
-    )
-  head_dim, remainder = divmod(hidden_size, num_heads)
-  if config.get("head_dim") is not None:
-    head_dim, remainder = config_lib.integer(config, "head_dim"), 0
-  if head_dim % 2 or remainder:
-    raise errors.UserError(
-      f"config.json has hidden_size = {hidden_size} and num_attention_heads "
-      f"= {num_heads}; expected heads of an even width."
-    )
+  sizes = config_lib.attention_sizes(config, kv_optional=family in _MULTI_HEAD)
   max_length = config_lib.integer(config, "max_position_embeddings")
-  rope = rope_lib.from_hf(config, max_length)
-  if rope.kind == "dynamic" and head_dim < 4:
-    raise errors.UserError(
-      f"config.json has heads of width {head_dim}; rotary positions of type "
-      "'dynamic' expect at least 4."
-    )
+  rope = rope_lib.from_hf(
+    _longrope(config) if family == "phi3" else config,
+    max_length,
+    sizes["head_dim"],
+    1.0 if family == "phi3" else None,
+  )
   attention_bias = config_lib.flag(config, "attention_bias")
-  return LlamaConfig(
+  features: dict[str, Any] = {
+    "qkv_bias": attention_bias,
+    "out_bias": attention_bias,
+    "mlp_bias": config_lib.flag(config, "mlp_bias"),
+    **kind.features,
+  }
+  if "sliding_window" in kind.fields:
+    features["windows"] = _windows(config, family, num_layers)
+  if family == "smollm3":
+    without = tuple(not rope for rope in _rope_layers(config, num_layers))
+    if any(without):
+      features |= {"other_rope": rope_lib.NONE, "other_rope_layers": without}
+  if family == "granite":
+    number = config_lib.number
+    features |= {
+      "input_scale": number(config, "embedding_multiplier", 1.0),
+      "residual_scale": number(config, "residual_multiplier", 1.0),
+      "attention_scale": number(config, "attention_multiplier", 1.0),
+      "logit_scale": 1.0 / config_lib.positive(config, "logits_scaling", 1.0),
+    }
+  return transformer.Config(
     vocab_size=config_lib.integer(config, "vocab_size"),
-    hidden_size=hidden_size,
     mlp_size=config_lib.integer(config, "intermediate_size"),
     num_layers=num_layers,
-    num_heads=num_heads,
-    num_kv_heads=num_kv_heads,
-    head_dim=head_dim,
     max_length=max_length,
     norm_epsilon=config_lib.number(config, "rms_norm_eps", 1e-6),
     activation=config_lib.activation(config, "hidden_act", "silu"),
     tied_head=config_lib.flag(config, "tie_word_embeddings"),
-    qkv_bias=attention_bias or family == "qwen2",
-    out_bias=attention_bias,
-    mlp_bias=config_lib.flag(config, "mlp_bias"),
     rope=rope,
-    windows=None if family == "llama" else _windows(config, family, num_layers),
+    **sizes,
+    **features,
   )
 
 
-def hf_parameters(config: LlamaConfig) -> dict[str, tuple[str, bool]]:
-  """Maps parameter paths to tensors of a Hugging Face checkpoint.
+def _longrope(config: Mapping[str, Any]) -> dict[str, Any]:
+  """Returns Phi-3's fields with the present name of its kind of RoPE."""
+  config = dict(config)
+  for name in ("rope_scaling", "rope_parameters"):
+    scaling = config.get(name)
+    if isinstance(scaling, Mapping):
+      kind = scaling.get("rope_type", scaling.get("type", "default"))
+      kind = "longrope" if kind in ("su", "yarn") else kind
+      config[name] = {**scaling, "rope_type": kind}
+  return config
 
-  Args:
-    config: the model's hyperparameters.
 
-  Returns:
-    {path: (name, transposed)}. `{layer}` in a name stands for the layers of a
-    stacked weight; transposed tensors are stored as [out, in].
-  """
-  block = "model.layers.{layer}."
-  names = {
-    "embed/embedding": ("model.embed_tokens.weight", False),
-    "layers/attention_norm/scale": (block + "input_layernorm.weight", False),
-    "layers/mlp_norm/scale": (
-      block + "post_attention_layernorm.weight",
-      False,
-    ),
-    "norm/scale": ("model.norm.weight", False),
-  }
-  if not config.tied_head:
-    names["head/embedding"] = ("lm_head.weight", False)
-  matrices = (
-    ("attention/query", "self_attn.q_proj", config.qkv_bias),
-    ("attention/key", "self_attn.k_proj", config.qkv_bias),
-    ("attention/value", "self_attn.v_proj", config.qkv_bias),
-    ("attention/out", "self_attn.o_proj", config.out_bias),
-    ("mlp/gate", "mlp.gate_proj", config.mlp_bias),
-    ("mlp/up", "mlp.up_proj", config.mlp_bias),
-    ("mlp/down", "mlp.down_proj", config.mlp_bias),
-  )
-  for path, name, has_bias in matrices:
-    names[f"layers/{path}/kernel"] = (block + name + ".weight", True)
-    if has_bias:
-      names[f"layers/{path}/bias"] = (block + name + ".bias", False)
-  return names
+_BLOCK = "model.layers.{layer}."
+MODULES = {
+  "embed": "model.embed_tokens",
+  "head": "lm_head",
+  "norm": "model.norm",
+  "layers/attention_norm": _BLOCK + "input_layernorm",
+  "layers/mlp_norm": _BLOCK + "post_attention_layernorm",
+  "layers/attention/query": _BLOCK + "self_attn.q_proj",
+  "layers/attention/key": _BLOCK + "self_attn.k_proj",
+  "layers/attention/value": _BLOCK + "self_attn.v_proj",
+  "layers/attention/qkv": _BLOCK + "self_attn.qkv_proj",
+  "layers/attention/query_norm": _BLOCK + "self_attn.q_norm",
+  "layers/attention/key_norm": _BLOCK + "self_attn.k_norm",
+  "layers/attention/out": _BLOCK + "self_attn.o_proj",
+  "layers/mlp/gate": _BLOCK + "mlp.gate_proj",
+  "layers/mlp/up": _BLOCK + "mlp.up_proj",
+  "layers/mlp/gate_up": _BLOCK + "mlp.gate_up_proj",
+  "layers/mlp/down": _BLOCK + "mlp.down_proj",
+}
+# The norms of layers whose norms are not those of Llama.
+_NORMS = {
+  "output": {
+    "layers/attention_norm": _BLOCK + "post_attention_layernorm",
+    "layers/mlp_norm": _BLOCK + "post_feedforward_layernorm",
+  },
+  "both": {
+    "layers/attention_out_norm": _BLOCK + "post_attention_layernorm",
+    "layers/mlp_norm": _BLOCK + "pre_feedforward_layernorm",
+    "layers/mlp_out_norm": _BLOCK + "post_feedforward_layernorm",
+  },
+}
+
+
+def hf_parameters(config: transformer.Config) -> dict[str, tuple[str, bool]]:
+  """Maps parameter paths to tensors; see `transformer.hf_parameters`."""
+  norms = _NORMS.get(config.norm_places, {})
+  return transformer.hf_parameters(config, {**MODULES, **norms})

@@ -50,6 +50,8 @@ CHOICES |= {
   """.split()
 }
 NAMES = ["llama", "qwen2_window", "opt"]
+MORE = ["gpt2", "gpt_neox", "smollm3", "granite", "phi3", "gemma2", "falcon"]
+MORE += ["gemma3_text"]
 
 
 def refusal(fields):
@@ -59,7 +61,7 @@ def refusal(fields):
   return str(caught.value)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES + MORE)
 def test_fields_that_are_not_known_are_refused_by_name(name):
   fields, *_ = hf.load(name)
   plain = models.from_hf(fields)[0].config
@@ -113,7 +115,7 @@ def test_a_file_is_one_object(tmp_path):
       config_lib.read(path)
 
 
-@pytest.mark.parametrize("name", [*NAMES, "llama_yarn", "mistral"])
+@pytest.mark.parametrize("name", [*NAMES, *MORE, "llama_yarn", "mistral"])
 def test_mutations_are_read_or_refused(name):
   fields, *_ = hf.load(name)
   draw, refused = random.Random(0), 0

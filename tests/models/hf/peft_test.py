@@ -61,10 +61,13 @@ def make(kind, name):
 
 
 KINDS = ["lora", "rslora", "prefix", "projected", "prompt"]
+# One matrix for query, key and value, stored as [in, out] or not; embeddings
+# that are scaled.
+MORE = [("gpt2", "lora"), ("falcon", "lora"), ("gemma3_text", "prompt")]
+PAIRS = [(name, kind) for kind in KINDS for name in CASES] + MORE
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, kind", PAIRS)
 def test_what_is_written_is_read(name, kind, tmp_path):
   model, family, *_ = recorded(name)
   adapter = make(kind, name)
@@ -124,8 +127,7 @@ def rows(name, kind):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, kind", PAIRS)
 def test_ours_acts_there_as_here(name, kind, tmp_path):
   peft = pytest.importorskip("peft")
   reference = backbone(name)
@@ -151,8 +153,11 @@ def made_there(kind, name):
     lora_alpha=5,
     lora_dropout=0.25,
     use_rslora=kind == "rslora",
-    target_modules=["k_proj", "v_proj"]
-    + (["fc2"] if name == "opt" else ["down_proj"]),
+    target_modules={
+      "opt": ["k_proj", "v_proj", "fc2"],
+      "gpt2": ["c_attn", "c_proj"],
+      "falcon": ["query_key_value", "dense_4h_to_h"],
+    }.get(name, ["k_proj", "v_proj", "down_proj"]),
   )
   virtual = dict(num_virtual_tokens=3)
   config = {
@@ -176,8 +181,7 @@ def made_there(kind, name):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name, kind", PAIRS)
 def test_theirs_acts_here_as_there(name, kind, tmp_path):
   pytest.importorskip("peft")
   reference = made_there(kind, name)

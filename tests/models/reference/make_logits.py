@@ -85,6 +85,220 @@ CASES = {
   ),
 }
 
+_GPT2 = dict(
+  model_type="gpt2",
+  vocab_size=96,
+  n_embd=16,
+  n_layer=2,
+  n_head=4,
+  n_positions=20,
+)
+_NEOX = dict(
+  model_type="gpt_neox",
+  vocab_size=96,
+  hidden_size=32,
+  intermediate_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  max_position_embeddings=64,
+)
+_GEMMA = _LLAMA | dict(head_dim=8)
+_GEMMA2 = _GEMMA | dict(
+  model_type="gemma2", sliding_window=3, query_pre_attn_scalar=7
+)
+_GEMMA3 = _GEMMA2 | dict(
+  model_type="gemma3_text",
+  rope_parameters=dict(
+    full_attention=dict(rope_type="linear", factor=4.0, rope_theta=100.0),
+    sliding_attention=dict(rope_type="default", rope_theta=10.0),
+  ),
+)
+_FALCON = dict(
+  model_type="falcon",
+  vocab_size=96,
+  hidden_size=16,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+)
+_PHI3 = _LLAMA | dict(model_type="phi3", pad_token_id=1)
+
+
+def _longrope(size, original):
+  factors = dict(
+    short_factor=[1.0 + i for i in range(size)],
+    long_factor=[2.0 + 3 * i for i in range(size)],
+  )
+  return dict(original_max_position_embeddings=original) | _rope(
+    "longrope", **factors
+  )
+
+
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
+CASES |= {
+  "gpt2": _GPT2,
+  "gpt_neox": _NEOX,
+  "qwen3": _LLAMA | dict(model_type="qwen3", head_dim=6),
+  "olmo2": _LLAMA | dict(model_type="olmo2", pad_token_id=1),
+  "smollm3": _LLAMA
+  | dict(model_type="smollm3", no_rope_layers=[1, 0], pad_token_id=1),
+  "granite": _LLAMA
+  | dict(
+    model_type="granite",
+    embedding_multiplier=3.0,
+    logits_scaling=2.0,
+    residual_multiplier=0.5,
+    attention_multiplier=0.2,
+  ),
+  "phi3": _PHI3 | _longrope(2, 8),
+  "gemma": _GEMMA | dict(model_type="gemma"),
+  "gemma2": _GEMMA2,
+  "gemma3_text": _GEMMA3,
+  "starcoder2": _LLAMA | dict(model_type="starcoder2"),
+  "falcon": _FALCON,
+}
+
+# Further values of every field, compared where torch is installed.
+VARIANTS = {
+  "gpt2_unlike": _GPT2
+  | dict(
+    n_inner=20,
+    n_head=2,
+    activation_function="relu",
+    scale_attn_weights=False,
+    reorder_and_upcast_attn=True,
+    tie_word_embeddings=False,
+    layer_norm_epsilon=1e-2,
+  ),
+  "neox_serial": _NEOX
+  | dict(
+    use_parallel_residual=False,
+    attention_bias=False,
+    rotary_pct=0.5,
+    rotary_emb_base=50,
+    tie_word_embeddings=True,
+    layer_norm_eps=1e-2,
+  ),
+  "neox_whole": _NEOX
+  | dict(hidden_act="gelu_new")
+  | _rope("linear", factor=4.0, partial_rotary_factor=1.0),
+  "qwen3_window": _LLAMA
+  | dict(
+    model_type="qwen3",
+    head_dim=4,
+    attention_bias=True,
+    use_sliding_window=True,
+    sliding_window=3,
+    layer_types=[_FULL, _SLIDING],
+    tie_word_embeddings=True,
+  ),
+  "qwen3_yarn": _LLAMA
+  | dict(model_type="qwen3", head_dim=12)
+  | _rope("yarn", factor=4.0, original_max_position_embeddings=16),
+  "olmo2_unlike": _LLAMA
+  | dict(
+    model_type="olmo2",
+    attention_bias=True,
+    pad_token_id=1,
+    num_key_value_heads=None,
+    rms_norm_eps=1e-2,
+    tie_word_embeddings=True,
+  )
+  | _rope("llama3", **_LLAMA3),
+  "smollm3_interval": _LLAMA
+  | dict(
+    model_type="smollm3",
+    no_rope_layer_interval=1,
+    pad_token_id=1,
+    attention_bias=True,
+    mlp_bias=True,
+  ),
+  "smollm3_window": _LLAMA
+  | dict(
+    model_type="smollm3",
+    no_rope_layer_interval=2,
+    use_sliding_window=True,
+    sliding_window=4,
+    tie_word_embeddings=False,
+    pad_token_id=1,
+  ),
+  "granite_plain": _LLAMA
+  | dict(
+    model_type="granite",
+    attention_bias=True,
+    mlp_bias=True,
+    tie_word_embeddings=True,
+    num_key_value_heads=None,
+  ),
+  "phi3_short": _PHI3 | _longrope(2, 32),
+  "phi3_partial": _PHI3
+  | dict(hidden_size=32, partial_rotary_factor=0.5)
+  | _longrope(2, 8),
+  "phi3_window": _PHI3 | dict(sliding_window=3, tie_word_embeddings=True),
+  "phi3_factor": _PHI3
+  | dict(num_key_value_heads=None, rms_norm_eps=1e-2)
+  | dict(original_max_position_embeddings=8)
+  | _rope(
+    "longrope",
+    short_factor=[1.0, 2.0],
+    long_factor=[3.0, 1.0],
+    attention_factor=0.7,
+  ),
+  "gemma_unlike": _GEMMA
+  | dict(
+    model_type="gemma",
+    tie_word_embeddings=False,
+    attention_bias=True,
+    hidden_act="relu",
+  ),
+  "gemma2_no_caps": _GEMMA2
+  | dict(attn_logit_softcapping=None, final_logit_softcapping=None),
+  "gemma2_low_caps": _GEMMA2
+  | dict(
+    attn_logit_softcapping=2.0,
+    final_logit_softcapping=3.0,
+    hidden_activation="silu",
+    rms_norm_eps=1e-2,
+  ),
+  "gemma2_full": _GEMMA2
+  | dict(layer_types=[_FULL, _FULL], attention_bias=True),
+  "gemma3_pattern": _GEMMA3 | dict(sliding_window_pattern=2),
+  "gemma3_types": _GEMMA3
+  | dict(
+    layer_types=[_FULL, _SLIDING],
+    attention_bias=True,
+    final_logit_softcapping=3.0,
+  ),
+  "gemma3_default_rope": _GEMMA2
+  | dict(
+    model_type="gemma3_text",
+    num_hidden_layers=7,
+    rope_theta=100.0,
+    rope_local_base_freq=5.0,
+  ),
+  "starcoder2_window": _LLAMA
+  | dict(
+    model_type="starcoder2",
+    sliding_window=3,
+    use_bias=False,
+    tie_word_embeddings=False,
+    norm_epsilon=1e-2,
+    hidden_act="gelu",
+  ),
+  "falcon_serial": _FALCON | dict(parallel_attn=False, bias=True),
+  "falcon_multi_head": _FALCON
+  | dict(multi_query=False, ffn_hidden_size=24, activation="relu"),
+  "falcon_new": _FALCON | dict(new_decoder_architecture=True, num_kv_heads=2),
+  "falcon_new_one_norm": _FALCON
+  | dict(
+    new_decoder_architecture=True,
+    num_kv_heads=2,
+    num_ln_in_parallel_attn=1,
+    tie_word_embeddings=False,
+  )
+  | _rope("linear", factor=4.0),
+}
+
 
 def batch(seed):
   """Makes rows without padding, padded left, and padded right."""
@@ -138,7 +352,8 @@ def reference(fields, seed):
       )
     return out.logits.numpy()
 
-  if "dynamic" in str(getattr(config, "rope_parameters", "")):
+  rope = str(getattr(config, "rope_parameters", ""))
+  if "dynamic" in rope or "longrope" in rope:
     # transformers stretches by the longest row, so each row runs alone, the
     # long one last: the stretch is remembered between calls.
     logits = np.concatenate([run(slice(r, r + 1)) for r in (2, 1, 0)])[::-1]
@@ -148,6 +363,9 @@ def reference(fields, seed):
     name: parameter.detach().numpy()
     for name, parameter in model.named_parameters()
   }
+  if config.model_type == "gpt_neox" and "lm_head.weight" in tensors:
+    # The name in files, which transformers 5 changes when it reads them.
+    tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
   written = json.loads(config.to_json_string(use_diff=False))
   return written, tensors, tokens, mask, logits
 

@@ -26,8 +26,9 @@ _HARMLESS = {
     unsloth_fixed unsloth_training_staged unsloth_version""",
   "initial weights": "_fast_init init_std initializer_range",
   "dropout, which the backbone does not use": """
-    activation_dropout attention_dropout attn_pdrop classifier_dropout dropout
-    embd_pdrop layerdrop resid_pdrop""",
+    activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop
+    classifier_dropout dropout embd_pdrop embedding_dropout hidden_dropout
+    hidden_dropout_prob layerdrop resid_pdrop residual_dropout""",
   "token ids and defaults of generated text, which has its own config": """
     bad_words_ids begin_suppress_tokens bos_token_id decoder_start_token_id
     diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
@@ -146,6 +147,16 @@ def number(
   return float(value)
 
 
+def positive(config: Mapping[str, Any], name: str, default: float) -> float:
+  """Reads a field that holds a number above 0; null stands for the default."""
+  value = number(config, name, default)
+  if value <= 0:
+    raise errors.UserError(
+      f"{FILE} has {name} = {value}; expected a number above 0."
+    )
+  return value
+
+
 def flag(
   config: Mapping[str, Any],
   name: str,
@@ -166,6 +177,55 @@ def activation(config: Mapping[str, Any], name: str, default: str) -> str:
   value = config.get(name, default)
   check_kind(value, layers.ACTIVATIONS, f"{FILE} has {name}")
   return value
+
+
+def attention_sizes(
+  config: Mapping[str, Any],
+  *,
+  hidden: str = "hidden_size",
+  heads: str = "num_attention_heads",
+  kv: str | None = "num_key_value_heads",
+  kv_optional: bool = False,
+) -> dict[str, Any]:
+  """Reads and checks the sizes of attention.
+
+  Args:
+    config: the file as a dict, with `head_dim` if heads are not as wide as
+      their number makes them.
+    hidden: name of the field of the width of the layers.
+    heads: name of the field of the number of heads.
+    kv: name of the field of the number of kv heads; None for as many as heads.
+    kv_optional: whether that field may be absent, which means the same.
+
+  Returns:
+    hidden_size, num_heads, num_kv_heads and head_dim.
+
+  Raises:
+    UserError: a field is missing, or sizes do not divide each other.
+  """
+  hidden_size, num_heads = integer(config, hidden), integer(config, heads)
+  num_kv_heads = num_heads
+  if kv and not (kv_optional and config.get(kv) is None):
+    num_kv_heads = integer(config, kv)
+  if num_heads % num_kv_heads:
+    raise errors.UserError(
+      f"{FILE} has {heads} = {num_heads}, which {kv} = {num_kv_heads} does not "
+      "divide."
+    )
+  head_dim, remainder = divmod(hidden_size, num_heads)
+  if config.get("head_dim") is not None:
+    head_dim, remainder = integer(config, "head_dim"), 0
+  if remainder:
+    raise errors.UserError(
+      f"{FILE} has {hidden} = {hidden_size}, which {heads} = {num_heads} does "
+      "not divide."
+    )
+  return {
+    "hidden_size": hidden_size,
+    "num_heads": num_heads,
+    "num_kv_heads": num_kv_heads,
+    "head_dim": head_dim,
+  }
 
 
 def check_decoder(config: Mapping[str, Any], fields: Collection[str]) -> None:

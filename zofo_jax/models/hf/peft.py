@@ -133,7 +133,7 @@ def load(
   return read[kind](folder, family, config, fields, tensors)
 
 
-def _modules(family: ModuleType, config: Any) -> dict[str, str]:
+def module_names(family: ModuleType, config: Any) -> dict[str, str]:
   """Maps modules to Hugging Face's: {"layers/attention/query": "model..."}.
 
   `{layer}` in a name stands for the layers of a stacked matrix.
@@ -143,6 +143,12 @@ def _modules(family: ModuleType, config: Any) -> dict[str, str]:
     for path, (name, _) in family.hf_parameters(config).items()
     if path.endswith("/kernel")
   }
+
+
+def _stored_as_in_out(family: ModuleType, config: Any) -> bool:
+  """Returns whether the family's matrices are stored as [in, out]."""
+  named = family.hf_parameters(config).items()
+  return not any(t for path, (_, t) in named if path.endswith("/kernel"))
 
 
 def _nest(path: str, node: Any) -> dict[str, Any]:
@@ -160,7 +166,7 @@ def _write_lora(family, config, nodes):
       f"{', '.join(map(str, sorted(kinds)))}; expected one of each."
     )
   ((rank, scale, dropout),) = kinds
-  names = _modules(family, config)
+  names = module_names(family, config)
   tensors = {}
   for module, node in nodes.items():
     name = names[module]
@@ -178,17 +184,21 @@ def _write_lora(family, config, nodes):
     "use_rslora": False,  # alpha already includes the factor
     "target_modules": sorted({names[m].rpartition(".")[2] for m in nodes}),
     **_PLAIN,
+    "fan_in_fan_out": _stored_as_in_out(family, config),
   }
   return fields, tensors
 
 
 def _read_lora(folder, family, config, fields, tensors):
   path = folder / CONFIG
+  if _stored_as_in_out(family, config):
+    # PEFT sets it for such matrices, whose A and B are as of all others.
+    fields = {**fields, "fan_in_fan_out": False}
   peft_config.check(path, "LORA", fields)
   dropout = peft_config.dropout(path, fields)
   shapes = weights.shapes(family, config)
   module_of, depths = {}, {}
-  for module, name in _modules(family, config).items():
+  for module, name in module_names(family, config).items():
     depths[module] = shapes[f"{module}/kernel"][0] if "{layer}" in name else 0
     for layer in range(depths[module] or 1):
       module_of[name.format(layer=layer)] = (module, layer)

@@ -143,7 +143,9 @@ def targets(
   """
   selected = fields.get("target_modules")
   all_linear = isinstance(selected, str) and selected.lower() == "all-linear"
-  others = () if all_linear else {*others, "lm_head"}.difference(modules)
+  others = (
+    () if all_linear else {*others, "lm_head", "embed_out"}.difference(modules)
+  )
   names = {n for n in (*modules, *others) if _is_target(path, fields, n)}
   if not names:
     raise errors.UserError(
@@ -166,8 +168,8 @@ def _is_target(
   if excluded and _selects(path, "exclude_modules", excluded, name):
     return False
   selected = fields.get("target_modules")
-  if selected is None:  # PEFT's choice for all families of `models`.
-    selected = ["q_proj", "v_proj"]
+  if selected is None:  # PEFT's choices; a family has but one kind of them.
+    selected = ["q_proj", "v_proj", "c_attn", "query_key_value"]
   layers = fields.get("layers_to_transform")
   patterns = fields.get("layers_pattern")
   by_layer = layers is not None or patterns

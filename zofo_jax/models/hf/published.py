@@ -1,6 +1,6 @@
 """The config.json of published models, for planning without network access.
 
-Only the fields that affect the compiled program, for the models in `configs/`.
+Only the fields that affect the compiled program.
 """
 
 from typing import Any
@@ -46,6 +46,65 @@ def _llama(
   }
 
 
+def _gpt2(size: int, num_layers: int, num_heads: int) -> dict[str, Any]:
+  return {
+    "model_type": "gpt2",
+    "vocab_size": 50257,
+    "n_embd": size,
+    "n_layer": num_layers,
+    "n_head": num_heads,
+    "n_positions": 1024,
+  }
+
+
+def _pythia(
+  hidden_size: int, num_layers: int, num_heads: int, vocab_size: int = 50304
+) -> dict[str, Any]:
+  return {
+    "model_type": "gpt_neox",
+    "vocab_size": vocab_size,
+    "hidden_size": hidden_size,
+    "intermediate_size": 4 * hidden_size,
+    "num_hidden_layers": num_layers,
+    "num_attention_heads": num_heads,
+    "max_position_embeddings": 2048,
+  }
+
+
+def _qwen3(
+  hidden_size: int,
+  mlp_size: int,
+  num_layers: int,
+  num_heads: int,
+  tied: bool = False,
+) -> dict[str, Any]:
+  return _llama(
+    151936,
+    hidden_size,
+    mlp_size,
+    num_layers,
+    (num_heads, 8),
+    40960,
+    model_type="qwen3",
+    head_dim=128,
+    rope_theta=1e6,
+    tie_word_embeddings=tied,
+  )
+
+
+def _falcon(
+  hidden_size: int, num_layers: int, num_heads: int, **more: Any
+) -> dict[str, Any]:
+  return {
+    "model_type": "falcon",
+    "vocab_size": 65024,
+    "hidden_size": hidden_size,
+    "num_hidden_layers": num_layers,
+    "num_attention_heads": num_heads,
+    **more,
+  }
+
+
 def _llama3(factor: float) -> dict[str, Any]:
   return {
     "rope_theta": 500000.0,
@@ -64,6 +123,43 @@ _QWEN: dict[str, Any] = {
   "model_type": "qwen2",
   "rms_norm_eps": 1e-6,
   "rope_theta": 1e6,
+}
+
+_OLMO2: dict[str, Any] = {"model_type": "olmo2", "rope_theta": 5e5}
+_GRANITE: dict[str, Any] = {
+  "model_type": "granite",
+  "rope_theta": 5e6,
+  "embedding_multiplier": 12.0,
+  "residual_multiplier": 0.22,
+  **_TIED,
+}
+_GEMMA2: dict[str, Any] = {
+  "model_type": "gemma2",
+  "head_dim": 256,
+  "sliding_window": 4096,
+  **_TIED,
+}
+_GEMMA3: dict[str, Any] = {
+  "model_type": "gemma3_text",
+  "head_dim": 256,
+  "sliding_window": 512,
+  **_TIED,
+}
+_STARCODER2: dict[str, Any] = {
+  "model_type": "starcoder2",
+  "sliding_window": 4096,
+  "rope_theta": 1e6,
+  **_TIED,
+}
+# How far each frequency is stretched does not affect the program.
+_LONGROPE: dict[str, Any] = {
+  "original_max_position_embeddings": 4096,
+  "partial_rotary_factor": 0.75,
+  "rope_scaling": {
+    "type": "longrope",
+    "short_factor": [1.0] * 48,
+    "long_factor": [1.0] * 48,
+  },
 }
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -120,4 +216,151 @@ CONFIGS: dict[str, dict[str, Any]] = {
     151936, 1536, 8960, 28, (12, 2), 131072, **_QWEN | _TIED
   ),
   "Qwen/Qwen2.5-7B": _llama(152064, 3584, 18944, 28, (28, 4), 131072, **_QWEN),
+  "openai-community/gpt2": _gpt2(768, 12, 12),
+  "openai-community/gpt2-medium": _gpt2(1024, 24, 16),
+  "openai-community/gpt2-large": _gpt2(1280, 36, 20),
+  "openai-community/gpt2-xl": _gpt2(1600, 48, 25),
+  "EleutherAI/pythia-70m": _pythia(512, 6, 8),
+  "EleutherAI/pythia-160m": _pythia(768, 12, 12),
+  "EleutherAI/pythia-410m": _pythia(1024, 24, 16),
+  "EleutherAI/pythia-1b": _pythia(2048, 16, 8),
+  "EleutherAI/pythia-1.4b": _pythia(2048, 24, 16),
+  "EleutherAI/pythia-2.8b": _pythia(2560, 32, 32),
+  "EleutherAI/pythia-6.9b": _pythia(4096, 32, 32, 50432),
+  "EleutherAI/pythia-12b": _pythia(5120, 36, 40, 50688),
+  "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16, tied=True),
+  "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16, tied=True),
+  "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32, tied=True),
+  "Qwen/Qwen3-8B": _qwen3(4096, 12288, 36, 32),
+  "Qwen/Qwen3-14B": _qwen3(5120, 17408, 40, 40),
+  "Qwen/Qwen3-32B": _qwen3(5120, 25600, 64, 64),
+  "allenai/OLMo-2-0425-1B": _llama(
+    100352, 2048, 8192, 16, (16, 16), 4096, **_OLMO2
+  ),
+  "allenai/OLMo-2-1124-7B": _llama(
+    100352, 4096, 11008, 32, (32, 32), 4096, **_OLMO2
+  ),
+  "allenai/OLMo-2-1124-13B": _llama(
+    100352, 5120, 13824, 40, (40, 40), 4096, **_OLMO2
+  ),
+  "allenai/OLMo-2-0325-32B": _llama(
+    100352, 5120, 27648, 64, (40, 8), 4096, **_OLMO2
+  ),
+  "HuggingFaceTB/SmolLM3-3B": _llama(
+    128256,
+    2048,
+    11008,
+    36,
+    (16, 4),
+    65536,
+    model_type="smollm3",
+    rope_theta=5e6,
+    **_TIED,
+  ),
+  "ibm-granite/granite-3.1-2b-base": _llama(
+    49152,
+    2048,
+    8192,
+    40,
+    (32, 8),
+    131072,
+    logits_scaling=8.0,
+    attention_multiplier=0.015625,
+    **_GRANITE,
+  ),
+  "ibm-granite/granite-3.1-8b-base": _llama(
+    49152,
+    4096,
+    12800,
+    40,
+    (32, 8),
+    131072,
+    logits_scaling=16.0,
+    attention_multiplier=0.0078125,
+    **_GRANITE,
+  ),
+  "microsoft/Phi-3-mini-4k-instruct": _llama(
+    32064,
+    3072,
+    8192,
+    32,
+    (32, 32),
+    4096,
+    model_type="phi3",
+    sliding_window=2047,
+  ),
+  "microsoft/Phi-4-mini-instruct": _llama(
+    200064,
+    3072,
+    8192,
+    32,
+    (24, 8),
+    131072,
+    model_type="phi3",
+    **_LONGROPE | _TIED,
+  ),
+  "microsoft/phi-4": _llama(
+    100352,
+    5120,
+    17920,
+    40,
+    (40, 10),
+    16384,
+    model_type="phi3",
+    rope_theta=2.5e5,
+  ),
+  "google/gemma-2b": _llama(
+    256000,
+    2048,
+    16384,
+    18,
+    (8, 1),
+    8192,
+    model_type="gemma",
+    head_dim=256,
+    **_TIED,
+  ),
+  "google/gemma-7b": _llama(
+    256000,
+    3072,
+    24576,
+    28,
+    (16, 16),
+    8192,
+    model_type="gemma",
+    head_dim=256,
+    **_TIED,
+  ),
+  "google/gemma-2-2b": _llama(256000, 2304, 9216, 26, (8, 4), 8192, **_GEMMA2),
+  "google/gemma-2-9b": _llama(
+    256000, 3584, 14336, 42, (16, 8), 8192, **_GEMMA2
+  ),
+  "google/gemma-2-27b": _llama(
+    256000,
+    4608,
+    36864,
+    46,
+    (32, 16),
+    8192,
+    **_GEMMA2 | {"head_dim": 128, "query_pre_attn_scalar": 144},
+  ),
+  "google/gemma-3-270m": _llama(
+    262144, 640, 2048, 18, (4, 1), 32768, **_GEMMA3
+  ),
+  "google/gemma-3-1b-pt": _llama(
+    262144, 1152, 6912, 26, (4, 1), 32768, **_GEMMA3
+  ),
+  "bigcode/starcoder2-3b": _llama(
+    49152, 3072, 12288, 30, (24, 2), 16384, **_STARCODER2
+  ),
+  "bigcode/starcoder2-7b": _llama(
+    49152, 4608, 18432, 32, (36, 4), 16384, **_STARCODER2
+  ),
+  "bigcode/starcoder2-15b": _llama(
+    49152, 6144, 24576, 40, (48, 4), 16384, **_STARCODER2
+  ),
+  "tiiuae/falcon-7b": _falcon(4544, 32, 71),
+  "tiiuae/falcon-40b": _falcon(
+    8192, 60, 128, new_decoder_architecture=True, num_kv_heads=8
+  ),
 }

@@ -6,6 +6,7 @@ needs memory for one copy of the weights. With sharded weights, only the parts
 of this process's devices are read.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -20,14 +21,15 @@ import numpy as np
 
 from zofo_jax import errors
 from zofo_jax.core import perturbed
+from zofo_jax.models import decoder
 from zofo_jax.models.hf import hub, tensor_files
 
 # Buffers saved by some versions of transformers, which are not weights.
 _BUFFERS = re.compile(
-  r"(rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|position_ids)$"
+  r"(rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|position_ids"
+  r"|\.(attn|attention)\.bias)$"
 )
-# The output embedding, and how many of its rows are compared at a time.
-_HEAD = "lm_head.weight"
+# How many rows of the embeddings are compared at a time.
 _ROWS = 4096
 
 # index -> that part of a weight.
@@ -70,15 +72,16 @@ def load(
   expected = shapes(family, config)
   stored = _open(folder, pickle)
   if config.tied_head:
+    embed_name, head_name = _embedding_names(family, config)
     if _differ(*_embeddings(stored, family, config)):
       raise errors.UserError(
-        f"config.json ties the head to the embedding, but {_HEAD} in {folder} "
-        "differs from it; expected tie_word_embeddings to be false."
+        f"config.json ties the head to the embedding, but {head_name} in "
+        f"{folder} differs from it; expected tie_word_embeddings to be false."
       )
     # A tied matrix may be stored under either name.
-    head = stored.pop(_HEAD, None)
+    head = stored.pop(_short(head_name), None)
     if head is not None:
-      stored.setdefault(_short(_embedding_name(family, config)), head)
+      stored.setdefault(_short(embed_name), head)
   layout = list(_layout(family, config, expected))
   required = {_short(name) for _, parts in layout for _, name, _, _ in parts}
   leftover = [
@@ -147,15 +150,17 @@ def _open(folder: pathlib.Path, pickle: bool) -> _Stored:
   return {_short(name): (name, tensor) for name, tensor in tensors.items()}
 
 
-def _embedding_name(family: ModuleType, config: Any) -> str:
-  return family.hf_parameters(config)["embed/embedding"][0]
+def _embedding_names(family: ModuleType, config: Any) -> tuple[str, str]:
+  """Returns the names of the input and of the output embedding."""
+  names = family.hf_parameters(dataclasses.replace(config, tied_head=False))
+  return names["embed/embedding"][0], names["head/embedding"][0]
 
 
 def _embeddings(
   stored: _Stored, family: ModuleType, config: Any
 ) -> list[tensor_files.LazyTensor]:
   """Returns the input and the output embedding, those that there are."""
-  names = (_short(_embedding_name(family, config)), _HEAD)
+  names = map(_short, _embedding_names(family, config))
   return [stored[name][1] for name in names if name in stored]
 
 
@@ -276,20 +281,14 @@ def _read_layer(stack: Any, layer: jax.Array) -> jax.Array:
   return perturbed.read(jax.tree.map(at, stack))
 
 
-@functools.lru_cache(maxsize=16)
 def shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
   """Returns the shapes of a model's weights by path."""
-  rows = jax.ShapeDtypeStruct((1, 1), np.int32)
-  tree = jax.eval_shape(
-    family.Model(config).init, jax.random.key(0), rows, rows, rows, rows, rows
-  )
-  flat = flax.traverse_util.flatten_dict(tree["params"], sep="/")
-  return {path: leaf.shape for path, leaf in flat.items()}
+  return decoder.parameter_shapes(family.Model(config))
 
 
 def _short(name: str) -> str:
   """Drops name prefixes that differ between versions of a checkpoint."""
-  return re.sub(r"^(model\.)?(decoder\.)?", "", name)
+  return re.sub(r"^(model\.|transformer\.|gpt_neox\.)?(decoder\.)?", "", name)
 
 
 def _layout(

@@ -1,0 +1,415 @@
+"""The transformer of all families: one block, with a table of its features.
+
+Layers are stacked on axis 0 under "layers" and scanned. A family of models is a
+`Config` read from config.json, and Hugging Face's names of the modules; see
+`models/llama.py`.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from zofo_jax.models import decoder, kv_cache, layers
+from zofo_jax.models import rope as rope_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Hyperparameters of a transformer; the defaults are Llama's.
+
+  Attributes:
+    vocab_size: V.
+    hidden_size: D.
+    mlp_size: hidden width of the MLP.
+    num_layers: number of layers.
+    num_heads: H.
+    num_kv_heads: K, a divisor of H.
+    head_dim: F; H * F need not be D.
+    max_length: context length.
+    norm_epsilon: added to the mean square or the variance.
+    activation: a name in layers.ACTIVATIONS.
+    tied_head: whether input and output embeddings are tied.
+    qkv_bias: whether query, key and value have biases.
+    out_bias: whether attention's output has a bias.
+    mlp_bias: whether the MLP has biases.
+    rope: rotary positions; None without.
+    windows: for each layer, the size of its attention window, the token itself
+      included; None without windows.
+    other_rope: rotary positions of the layers in `other_rope_layers`.
+    other_rope_layers: for each layer, whether it uses `other_rope`.
+    position_offset: row of the table of learned positions at which positions
+      start; None without learned positions.
+    embed_size: width of the embedding; None for D, projected if it is not D.
+    embed_scale: factor of the embeddings of tokens.
+    input_scale: factor of the input of the first layer.
+    norm: a name in layers.NORMS.
+    norm_places: where in a layer the norms are: "input" of attention and MLP,
+      their "output", "both", or the "sum" with the residual stream.
+    final_norm: whether a norm follows the last layer.
+    parallel: whether attention and MLP read the same input.
+    one_norm: whether they also share its norm.
+    residual_scale: factor of what a layer adds.
+    fused_qkv: whether one matrix makes query, key and value: "blocks" of their
+      columns, or "groups" of a kv head and its queries; None for three.
+    qk_norm: whether query and key are normalised, by "head" or "all" heads at
+      once; None for no norm.
+    attention_scale: factor of the scores; None for 1/sqrt(F).
+    attention_cap: soft bound of the scores; None for none.
+    gated: whether the MLP is down(act(gate(x)) * up(x)), not down(act(up(x))).
+    fused_mlp: whether one matrix makes gate and up.
+    logit_scale: factor of the logits.
+    logit_cap: soft bound of the logits; None for none.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  mlp_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_length: int = 2048
+  norm_epsilon: float = 1e-6
+  activation: str = "silu"
+  tied_head: bool = False
+  qkv_bias: bool = False
+  out_bias: bool = False
+  mlp_bias: bool = False
+  rope: rope_lib.Rope | None = dataclasses.field(default_factory=rope_lib.Rope)
+  windows: tuple[int, ...] | None = None
+  other_rope: rope_lib.Rope | None = None
+  other_rope_layers: tuple[bool, ...] = ()
+  position_offset: int | None = None
+  embed_size: int | None = None
+  embed_scale: float = 1.0
+  input_scale: float = 1.0
+  norm: str = "rms"
+  norm_places: str = "input"
+  final_norm: bool = True
+  parallel: bool = False
+  one_norm: bool = False
+  residual_scale: float = 1.0
+  fused_qkv: str | None = None
+  qk_norm: str | None = None
+  attention_scale: float | None = None
+  attention_cap: float | None = None
+  gated: bool = True
+  fused_mlp: bool = False
+  logit_scale: float = 1.0
+  logit_cap: float | None = None
+
+  @property
+  def projects_embedding(self) -> bool:
+    """Returns whether the embedding is narrower or wider than the layers."""
+    return self.embed_size not in (None, self.hidden_size)
+
+  def make_norm(self, name: str | None = None) -> nn.Module:
+    """Returns a norm of this model."""
+    return layers.NORMS[self.norm](epsilon=self.norm_epsilon, name=name)
+
+
+class Attention(nn.Module):
+  """Self-attention with grouped kv heads."""
+
+  config: Config
+  constrain: layers.ActivationSharding
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    allowed_Bx1xLxS: jax.Array,
+    rotations: tuple[jax.Array, jax.Array] | None,
+    cache: kv_cache.Cache | None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
+    """Applies self-attention to [B, L, D]."""
+    c = self.config
+    query, key, value = self._fused(x) if c.fused_qkv else self._separate(x)
+    if c.qk_norm == "head":
+      query = c.make_norm("query_norm")(query)
+      key = c.make_norm("key_norm")(key)
+    if rotations is not None:
+      query = rope_lib.rotate(query, *rotations)
+      key = rope_lib.rotate(key, *rotations)
+    key, value, cache = kv_cache.append(cache, key, value)
+    context = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
+    out = layers.attend(query, *context, c.attention_scale, c.attention_cap)
+    return layers.Linear(c.hidden_size, c.out_bias, name="out")(out), cache
+
+  def _separate(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes query [B, L, H, F], key and value [B, L, K, F]."""
+    c = self.config
+
+    def heads(
+      name: str, count: int, after: jax.Array | None = None
+    ) -> jax.Array:
+      y = layers.Linear(count * c.head_dim, c.qkv_bias, name=name)(x, after)
+      if c.qk_norm == "all" and name != "value":
+        y = c.make_norm(f"{name}_norm")(y)
+      y = self.constrain(y, True)
+      return y.reshape(*x.shape[:2], count, c.head_dim)
+
+    query = heads("query", c.num_heads)
+    key = heads("key", c.num_kv_heads, query)
+    return query, key, heads("value", c.num_kv_heads, key)
+
+  def _fused(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the same by one product."""
+    c = self.config
+    count = c.num_heads + 2 * c.num_kv_heads
+    y = layers.Linear(count * c.head_dim, c.qkv_bias, name="qkv")(x)
+    y = self.constrain(y, True)
+    if c.fused_qkv == "blocks":
+      y = y.reshape(*x.shape[:2], count, c.head_dim)
+      query, key, value = jnp.split(
+        y, (c.num_heads, c.num_heads + c.num_kv_heads), axis=2
+      )
+      return query, key, value
+    y = y.reshape(*x.shape[:2], c.num_kv_heads, -1, c.head_dim)
+    query = y[:, :, :, :-2].reshape(*x.shape[:2], c.num_heads, c.head_dim)
+    return query, y[:, :, :, -2], y[:, :, :, -1]
+
+
+class Mlp(nn.Module):
+  """down(act(gate(x)) * up(x)), or down(act(up(x)))."""
+
+  config: Config
+  constrain: layers.ActivationSharding
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [..., D] to [..., D]."""
+    c = self.config
+    activation = layers.ACTIVATIONS[c.activation]
+    if c.fused_mlp:
+      both = layers.Linear(2 * c.mlp_size, c.mlp_bias, name="gate_up")(x)
+      gate, up = jnp.split(self.constrain(both, True), 2, axis=-1)
+      hidden = activation(gate) * up
+    elif c.gated:
+      gate = layers.Linear(c.mlp_size, c.mlp_bias, name="gate")(x)
+      up = layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x, gate)
+      hidden = activation(gate) * up
+    else:
+      hidden = activation(layers.Linear(c.mlp_size, c.mlp_bias, name="up")(x))
+    hidden = self.constrain(hidden, True)
+    return layers.Linear(c.hidden_size, c.mlp_bias, name="down")(hidden)
+
+
+# Arrays [layers] of what differs between layers: "window", "other_rope".
+_PerLayer = dict[str, jax.Array]
+
+
+class Block(nn.Module):
+  """One layer; the body of the scan."""
+
+  config: Config
+  constrain: layers.ActivationSharding
+
+  @nn.compact
+  def __call__(
+    self,
+    carry: tuple[jax.Array, kv_cache.Cache | None],
+    allowed_Bx1xLxS: jax.Array,
+    rotations: tuple[jax.Array, jax.Array] | None,
+    distance_BxLxS: jax.Array | None,
+    per_layer: _PerLayer,
+  ) -> tuple[tuple[jax.Array, kv_cache.Cache | None], None]:
+    """Runs one layer; `per_layer` holds its own scalars."""
+    c = self.config
+    x, cache = carry
+    x = self.constrain(x, False)
+    if distance_BxLxS is not None:
+      near_BxLxS = distance_BxLxS < per_layer["window"]
+      allowed_Bx1xLxS = allowed_Bx1xLxS & near_BxLxS[:, None]
+    if "other_rope" in per_layer:
+      choice = per_layer["other_rope"]
+      rotations = jax.tree.map(lambda both: both[choice], rotations)
+    attention = Attention(c, self.constrain, name="attention")
+    mlp = Mlp(c, self.constrain, name="mlp")
+
+    def before(name: str, y: jax.Array) -> jax.Array:
+      return c.make_norm(name)(y) if c.norm_places in ("input", "both") else y
+
+    def add(name: str, y: jax.Array, out: jax.Array) -> jax.Array:
+      if c.norm_places in ("output", "both"):
+        out = c.make_norm(name)(out)
+      if c.residual_scale != 1.0:
+        out = out * jnp.asarray(c.residual_scale, out.dtype)
+      y = y + out
+      return c.make_norm(name)(y) if c.norm_places == "sum" else y
+
+    second = "_out_norm" if c.norm_places == "both" else "_norm"
+    normed = before("attention_norm", x)
+    attention_out, cache = attention(normed, allowed_Bx1xLxS, rotations, cache)
+    if c.parallel:
+      normed = normed if c.one_norm else before("mlp_norm", x)
+      return (x + attention_out + mlp(normed), cache), None
+    x = add(f"attention{second}", x, attention_out)
+    return (add(f"mlp{second}", x, mlp(before("mlp_norm", x))), cache), None
+
+
+class Transformer(decoder.Decoder):
+  """A decoder with its head.
+
+  Attributes:
+    config: hyperparameters.
+    remat: whether the backward pass recomputes the inside of each layer.
+    constrain: sharding constraint of hidden states.
+  """
+
+  config: Config
+  remat: bool = False
+  constrain: layers.ActivationSharding = layers.no_constraint
+
+  def setup(self) -> None:
+    """Declares the submodules."""
+    c = self.config
+    width = c.embed_size or c.hidden_size
+    self.embed = layers.Embed(c.vocab_size, width, c.embed_scale)
+    if c.position_offset is not None:
+      self.position_embed = layers.Embed(
+        c.max_length + c.position_offset, c.hidden_size
+      )
+    if c.projects_embedding:
+      self.project_in = layers.Linear(c.hidden_size, use_bias=False)
+      self.project_out = layers.Linear(width, use_bias=False)
+    shared = nn.broadcast
+    self.layers = decoder.stack_layers(
+      Block,
+      c.num_layers,
+      self.remat,
+      (shared, shared, shared, 0 if self._per_layer() else shared),
+    )(c, self.constrain)
+    if c.final_norm:
+      self.norm = c.make_norm()
+    if not c.tied_head:
+      self.head = layers.Embed(c.vocab_size, width)
+
+  @property
+  def prefix_acts_as_tokens(self) -> bool:
+    """Returns whether a prefix made of tokens is equivalent to these tokens.
+
+    It is not with attention windows, which never hide a prefix, nor where keys
+    are rotated by angles that depend on the length of the row.
+    """
+    c = self.config
+    ropes = (rope for rope in (c.rope, c.other_rope) if rope)
+    return c.windows is None and not any(r.depends_on_length for r in ropes)
+
+  def _per_layer(self) -> _PerLayer:
+    """Returns what differs between layers, [layers] each."""
+    c = self.config
+    per_layer = {}
+    if c.windows is not None:
+      per_layer["window"] = jnp.array(c.windows, jnp.int32)
+    if c.other_rope is not None:
+      per_layer["other_rope"] = jnp.array(c.other_rope_layers, jnp.int32)
+    return per_layer
+
+  def _rotations(
+    self, positions_BxL: jax.Array
+  ) -> tuple[jax.Array, jax.Array] | None:
+    """Computes cos and sin; with two kinds of them, on a new first axis."""
+    c = self.config
+    if c.rope is None:
+      return None
+    first = rope_lib.rotations(c.rope, c.head_dim, positions_BxL)
+    if c.other_rope is None:
+      return first
+    other = rope_lib.rotations(c.other_rope, c.head_dim, positions_BxL)
+    cosine, sine = (jnp.stack(pair) for pair in zip(first, other, strict=True))
+    return cosine, sine
+
+  def _body(
+    self,
+    x_BxLxE: jax.Array,
+    mask_BxL: jax.Array,
+    cache: kv_cache.Cache | None = None,
+  ) -> tuple[jax.Array, kv_cache.Cache | None]:
+    """Runs everything before the last norm; [B, L, D]."""
+    c = self.config
+    mask_BxS, slots_L, cache = kv_cache.reserve_slots(mask_BxL, cache)
+    positions_BxS = self._positions(mask_BxS)
+    positions_BxL = jnp.take(positions_BxS, slots_L, axis=1)
+    x = x_BxLxE
+    if c.input_scale != 1.0:
+      x = x * jnp.asarray(c.input_scale, x.dtype)
+    if c.projects_embedding:
+      x = self.project_in(x)
+    if c.position_offset is not None:
+      rows = positions_BxL + c.position_offset
+      padding = max(c.position_offset - 1, 0)
+      x = x + self.position_embed(jnp.where(mask_BxL, rows, padding))
+    allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
+    distance_BxLxS = None
+    if c.windows is not None:
+      distance_BxLxS = positions_BxL[:, :, None] - positions_BxS[:, None, :]
+    (x, cache), _ = self.layers(
+      (x, cache),
+      allowed_Bx1xLxS,
+      self._rotations(positions_BxL),
+      distance_BxLxS,
+      self._per_layer(),
+    )
+    return x, kv_cache.reset_layer(cache)
+
+  def _cache_shape(self) -> tuple[int, int, int]:
+    """Returns the number of layers, of kv heads, and the width of a head."""
+    c = self.config
+    return c.num_layers, c.num_kv_heads, c.head_dim
+
+  def _finish(self, x: jax.Array) -> jax.Array:
+    """Maps the layers' output to the head's input."""
+    c = self.config
+    if c.final_norm:
+      x = self.norm(x)
+    if c.projects_embedding:
+      x = self.project_out(x)
+    return (
+      x if c.logit_scale == 1.0 else x * jnp.asarray(c.logit_scale, x.dtype)
+    )
+
+
+# Shardings of weights by path; see `zofo_jax.sharding.rules`.
+SHARDINGS = (
+  (r"attention/(query|key|value|qkv)/kernel$", P(None, "fsdp", "model")),
+  (r"mlp/(gate|up|gate_up)/kernel$", P(None, "fsdp", "model")),
+  (r"(attention/out|mlp/down)/kernel$", P(None, "model", "fsdp")),
+  (
+    r"(attention/(query|key|value|qkv)|mlp/(gate|up|gate_up))/bias$",
+    P(None, "model"),
+  ),
+  (r"(attention/out|mlp/down)/bias$", P()),
+  (r"project_in/kernel$", P("fsdp", "model")),
+  (r"project_out/kernel$", P("model", "fsdp")),
+  # Columns, not rows: devices look tokens up without exchanging rows, and the
+  # size of the vocabulary need not be divisible.
+  (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
+  (r"norm/(scale|bias)$", P()),
+)
+
+
+def hf_parameters(
+  config: Config, modules: Mapping[str, str], transposed: bool = True
+) -> dict[str, tuple[str, bool]]:
+  """Maps parameter paths to tensors of a Hugging Face checkpoint.
+
+  Args:
+    config: the model's hyperparameters.
+    modules: Hugging Face's names of the modules of all models of the family,
+      by ours; `{layer}` stands for the layers of a stacked module.
+    transposed: whether matrices are stored as [out, in].
+
+  Returns:
+    {path: (name, transposed)}.
+  """
+  names = {}
+  for path in decoder.parameter_shapes(Transformer(config)):
+    module, _, leaf = path.rpartition("/")
+    name = f"{modules[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+    names[path] = name, transposed and leaf == "kernel"
+  return names
