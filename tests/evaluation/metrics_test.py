@@ -1,8 +1,10 @@
+import re
 from typing import get_args
 
 import numpy as np
 import pytest
 
+from zofo_jax import tasks
 from zofo_jax.config import defaults
 from zofo_jax.evaluation import metrics
 from zofo_jax.tasks import base
@@ -11,7 +13,37 @@ from zofo_jax.tasks import base
 def test_tasks_and_configs_name_all_metrics():
   assert get_args(base.OptionMetric) == tuple(metrics.METRICS)
   assert get_args(base.TextMetric) == tuple(metrics.TEXT_METRICS)
-  assert defaults.METRICS == (*metrics.METRICS, *metrics.TEXT_METRICS)
+  tokens = get_args(base.TokenMetric)
+  assert {*tokens, "perplexity"} == {*metrics.TOKEN_METRICS}
+  assert defaults.METRICS == (*metrics.METRICS, *metrics.TEXT_METRICS, *tokens)
+  assert tuple(tasks.FORMATS) == defaults.FORMATS
+
+
+@pytest.mark.parametrize(
+  "predicted, answer, common",
+  [
+    ("The cat sat", "the cat sat.", 3),
+    ("a b c d", "d a b", 2),
+    ("b a", "a x b", 1),
+    ("", "a", 0),
+    ("It's 3", "it s three", 2),
+  ],
+)
+def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(
+  predicted, answer, common
+):
+  lengths = [
+    len(re.findall(r"[a-z0-9]+", t.lower())) for t in (predicted, answer)
+  ]
+  expected = 2 * common / sum(lengths)
+  assert metrics.rouge_l(predicted, ["zzz", answer]) == pytest.approx(expected)
+
+
+def test_token_metrics_are_over_all_tokens():
+  sums = np.array([[-1.0, 1, 1], [-6.0, 0, 3]])
+  assert metrics.token_loss(sums) == pytest.approx(7 / 4)
+  assert metrics.perplexity(sums) == pytest.approx(np.exp(7 / 4))
+  assert metrics.token_accuracy(sums) == pytest.approx(1 / 4)
 
 
 def test_scores_from_their_definitions():

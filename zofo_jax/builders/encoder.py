@@ -120,6 +120,8 @@ class Encoder(NamedTuple):
       For each row an example, or a question, or the `RowError` that says why
       it cannot be answered.
     """
+    if task.kind == "text":  # predicted tokens need labels; answers do not
+      return self._encode_questions(task, rows, labelled=False)
     return self._encode_each(task, rows, self.context_length, labelled=False)
 
   def encode_prompt(
@@ -178,16 +180,7 @@ class Encoder(NamedTuple):
   ) -> list[Any]:
     """Encodes all options of rows, or their prompts if text is generated."""
     if task.kind == "generation":
-      questions = encode_prompts.encode_questions(
-        task,
-        rows,
-        self.tokenizer,
-        max_length=self.max_prompt_length(),
-        version=self.version,
-        truncate=self.truncate,
-        labelled=labelled,
-      )
-      return self._check_each(questions)
+      return self._encode_questions(task, rows, labelled)
     examples = encode_options.encode_each(
       task,
       rows,
@@ -198,6 +191,21 @@ class Encoder(NamedTuple):
       labelled=labelled,
     )
     return self._check_each(examples)
+
+  def _encode_questions(
+    self, task: tasks.Task, rows: Sequence[tasks.Row], labelled: bool
+  ) -> list[Any]:
+    """Encodes the prompts of rows that are answered by generated text."""
+    questions = encode_prompts.encode_questions(
+      task,
+      rows,
+      self.tokenizer,
+      max_length=self.max_prompt_length(),
+      version=self.version,
+      truncate=self.truncate,
+      labelled=labelled,
+    )
+    return self._check_each(questions)
 
   def _check_each(self, items: Sequence[Any]) -> list[Any]:
     """Replaces rows with tokens that the model does not have by errors."""

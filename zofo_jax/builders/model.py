@@ -338,13 +338,24 @@ def abstract_base(model: Model) -> Any:
   return jax.tree.map_with_path(stored, variables["params"])
 
 
-def tokenizer_digests(model: Model) -> dict[str, str]:
-  """Returns a digest of each file on which the tokens of a text depend."""
-  return {
+def tokenizer_digests(model: Model, *, chat: bool = False) -> dict[str, str]:
+  """Returns a digest of each file on which the tokens of a text depend.
+
+  Args:
+    model: gives the folder.
+    chat: whether texts are rendered by the chat template, which then counts.
+  """
+  digests = {
     path.name: hashlib.blake2b(_content(path), digest_size=16).hexdigest()
     for path in hub.text_files(model.folder)
     if not path.name.startswith(_NO_TOKENS)
   }
+  if chat and model.tokenizer is not None:
+    template = str(model.tokenizer.chat_template)
+    digests["chat template"] = hashlib.blake2b(
+      template.encode(), digest_size=16
+    ).hexdigest()
+  return digests
 
 
 def _content(path: pathlib.Path) -> bytes:

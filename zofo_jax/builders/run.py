@@ -30,7 +30,7 @@ from zofo_jax.core.types import (
   BilevelState,
   LossFn,
 )
-from zofo_jax.data import batching, encode_options
+from zofo_jax.data import batching, encode_options, encode_prompts
 from zofo_jax.evaluation import generation, objectives, results, scoring
 from zofo_jax.models import apply
 from zofo_jax.report import jsonl
@@ -70,14 +70,14 @@ class Run(NamedTuple):
     loss_fn: of the first-order steps.
     init_adapter: (key, base) -> a fresh adapter.
     trains_adapter: whether the method has an adapter.
-    score_fn: jitted scores of a batch's options.
+    score_fn: jitted scores of a batch's options, or of a text's tokens.
     mesh: the mesh of devices.
     budget: counts what the run computes.
     seed: of everything random except the choice of rows.
     keep: "p" or "s", the adapter that selects, predicts and is exported.
     inner_steps: T.
     batch_sizes: rows at a time.
-    generate_fn: jitted text after prompts; None where the task has options.
+    generate_fn: jitted text after prompts; None if the task has options.
     stop: strings that end a generated answer.
     reward: what the run is trained by, if it is trained by rewards.
   """
@@ -188,8 +188,10 @@ class Run(NamedTuple):
 
   def score_predictions(
     self, examples: Sequence[encode_options.Example], scores: np.ndarray
-  ) -> results.OptionPredictions:
-    """Wraps option scores [N, O] with the task's metrics."""
+  ) -> results.OptionPredictions | results.TokenScores:
+    """Wraps scores of options [N, O] or tokens with the task's metrics."""
+    if self.task.kind == "text":
+      return results.TokenScores(examples, scores)
     names = tuple(dict.fromkeys(("accuracy", self.task.metric)))
     return results.OptionPredictions(examples, scores, names)
 
@@ -203,7 +205,7 @@ class Run(NamedTuple):
     score_fn: scoring.ScoreFn | None = None,
     shape: batching.Shape | None = None,
   ) -> results.Result:
-    """Chooses options, or generates answers, with an adapter on a backbone.
+    """Chooses options, scores texts, or generates answers.
 
     Args:
       base: backbone parameters.
@@ -217,7 +219,7 @@ class Run(NamedTuple):
       The predictions, with their metrics.
     """
     size, pad = self.batch_sizes.eval, self.model.pad
-    if self.generate_fn is not None:
+    if self.generate_fn and isinstance(examples[0], encode_prompts.Question):
       texts = generation.generate_texts(
         self.generate_fn,
         base,
@@ -283,10 +285,22 @@ def make_run(
   module = model.module
   loss_fn = model_lib.make_loss_fn(config.loss, module)
   generate_fn = None
-  if task.kind == "generation" and model.tokenizer is not None:
+  stop = tuple(config.generate.stop)
+  if task.document and stop == defaults.FIELDS["generate.stop"].default:
+    stop = ()  # the answers of chats have several lines
+  if task.kind in ("generation", "text") and model.tokenizer is not None:
+    options = dict(config.generate, stop=stop)
     generate_fn = dispatch.jit_on_batches(
-      model_lib.make_generate_fn(model, **config.generate), mesh, 2
+      model_lib.make_generate_fn(model, **options), mesh, 2
     )
+  log_probs_fn = apply.make_log_probs_fn(module)
+  score_fn = (
+    scoring.make_token_score_fn(
+      log_probs_fn, functools.partial(apply.best_tokens, module)
+    )
+    if task.kind == "text"
+    else scoring.make_score_fn(log_probs_fn)
+  )
   map_fn = dispatch.map_directions(mesh)
   base_update = base_update_lib.make_base_update(config, map_fn)
   reward, method = None, methods.METHODS[config.method]
@@ -299,7 +313,7 @@ def make_run(
         mesh,
         train_base=method.updates_base,
         max_new_tokens=config.generate.max_new_tokens,
-        stop=config.generate.stop,
+        stop=stop,
         **config.reward,
       )
   run = Run(
@@ -326,9 +340,7 @@ def make_run(
     loss_fn=loss_fn,
     init_adapter=adapter_lib.make_init_fn(config, model),
     trains_adapter=method.updates_adapter,
-    score_fn=dispatch.jit_on_batches(
-      scoring.make_score_fn(apply.make_log_probs_fn(module)), mesh, 2
-    ),
+    score_fn=dispatch.jit_on_batches(score_fn, mesh, 2),
     mesh=mesh,
     budget=budget_lib.make_budget(config),
     seed=config.seed,
@@ -336,7 +348,7 @@ def make_run(
     inner_steps=config.lower.num_steps,
     batch_sizes=batch_sizes,
     generate_fn=generate_fn,
-    stop=tuple(config.generate.stop),
+    stop=stop,
     reward=reward,
   )
   base = model_lib.abstract_base(model)

@@ -8,6 +8,9 @@ from typing import Any
 import ml_collections
 
 from zofo_jax import errors, tasks
+from zofo_jax.builders import assets
+from zofo_jax.config import methods
+from zofo_jax.data import sources
 from zofo_jax.evaluation import metrics
 
 _log = logging.getLogger("zofo_jax")
@@ -17,7 +20,9 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
   """Returns the task that `config.data` names or declares.
 
   Args:
-    config: the run's config; reads `data` and `loss`.
+    config: the run's config; reads `data`, `loss`, `method` and
+      `zo.objective`. The format of the rows, if it is known by their columns,
+      is stored in `data.format`.
 
   Raises:
     UserError: no such task, an invalid declaration, or a loss that the task
@@ -33,12 +38,24 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
       labels=data.labels or None,
       metric=data.metric or None,
     )
+  elif data.format or (data.task not in tasks.ALL and data.dir):
+    data.format = data.format or _find_format(data.task, data.dir)
+    _check_new(data.task, "format")
+    rewarded = methods.uses_reward(config.method, config.zo.objective)
+    metric = data.metric or ("token_f1" if rewarded else None)
+    task = tasks.formatted(data.task, data.format, metric=metric)
   else:
     task = _registered_task(data.task, data.metric)
-  if task.kind == "generation" and config.loss != "likelihood":
+  generated = task.kind in ("generation", "text")
+  if generated and config.loss != "likelihood":
     raise errors.UserError(
       f"config.loss: task {task.name} is answered by generating text; "
       f"expected 'likelihood'; found '{config.loss}'."
+    )
+  if task.document and config.zo.objective == "accuracy":
+    raise errors.UserError(
+      f"config.zo.objective: task {task.name} has no options; expected 'loss' "
+      "or 'token_f1'; found 'accuracy'."
     )
   task.template(data.template)
   return task
@@ -55,6 +72,29 @@ def check_generated(task: tasks.Task) -> None:
       f"config.data.task: rewards score generated text, and '{task.name}' has "
       "options; expected a task without, as 'squad', or one of your own with "
       "data.prompt and no data.options."
+    )
+
+
+def _find_format(name: str, source: str) -> str:
+  """Returns the format that the rows of a source have, by their columns."""
+  assets.make(source)
+  # Any format will do to find the rows.
+  columns = sources.columns(tasks.formatted(name, "text"), source)
+  if form := tasks.recognise(columns):
+    return form
+  formats = "; ".join(" and ".join(f.columns) for f in tasks.FORMATS.values())
+  raise errors.UserError(
+    f"config.data.task: there is no built-in task '{name}', and rows with the "
+    f"columns {', '.join(columns)} have no known format; expected {formats}, "
+    f"or data.prompt.{errors.nearest(name, tasks.ALL)}"
+  )
+
+
+def _check_new(name: str, field: str) -> None:
+  if name in tasks.ALL:
+    raise errors.UserError(
+      f"config.data.{field}: declares a task of your own; expected a new name "
+      f"in config.data.task; found '{name}', which is taken."
     )
 
 
@@ -83,11 +123,7 @@ def _declared_task(
   metric: Any,
 ) -> tasks.Task:
   """Makes a user's own task."""
-  if name in tasks.ALL:
-    raise errors.UserError(
-      "config.data.prompt: declares a task of your own; expected a new name "
-      f"in config.data.task; found '{name}', which is taken."
-    )
+  _check_new(name, "prompt")
   task = tasks.custom(
     name,
     prompt=prompt,

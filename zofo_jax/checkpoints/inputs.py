@@ -28,7 +28,10 @@ _MAX_SETS = 4
 
 
 def describe(
-  model: model_lib.Model, rows: Mapping[str, Any] | None = None
+  model: model_lib.Model,
+  rows: Mapping[str, Any] | None = None,
+  *,
+  chat: bool = False,
 ) -> dict[str, Any]:
   """Describes what a run of this process rests on.
 
@@ -36,13 +39,14 @@ def describe(
     model: its model.
     rows: by set, as of `fingerprints.of_splits`; None for a command that reads
       none of the run's rows.
+    chat: whether the chat template renders the rows.
 
   Returns:
     A dictionary of JSON.
   """
   described = {
     "random": replay.RANDOM,
-    "tokenizer": model_lib.tokenizer_digests(model),
+    "tokenizer": model_lib.tokenizer_digests(model, chat=chat),
     "model_config": dataclasses.asdict(model.module.config),
     "rows": dict(rows or {}),
     "versions": replay.versions()
@@ -113,7 +117,10 @@ def check(
   Raises:
     UserError: says what has changed.
   """
-  then, now = read(folder), describe(run.model, rows)
+  then, now = (
+    read(folder),
+    describe(run.model, rows, chat=run.task.document is not None),
+  )
   flag = "--may_change"
   if may_change is None:
     flag, may_change = "config.ckpt.may_change", run.config.ckpt.may_change

@@ -41,6 +41,12 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     UserError: something in the config or the files is wrong.
   """
   run = run_lib.make_run(config)
+  if run.task.document is not None:
+    raise errors.UserError(
+      "config.data.format: demonstrations are put before a prompt, which rows "
+      f"of '{config.data.format}' do not have; expected data.prompt or a "
+      "built-in task."
+    )
   if run.generate_fn is not None and config.icl.calibration != "none":
     raise errors.UserError(
       f"config.icl.calibration: task {run.task.name} is answered by generating "

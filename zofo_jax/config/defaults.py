@@ -40,7 +40,11 @@ ADAPTERS = ("lora", "prefix", "prompt")
 COMMANDS = ("train", "icl", "probe", "head", "metatrain", "adapt")
 METRICS = (
   *("accuracy", "macro_f1", "matthews", "pearson"),
-  *("token_f1", "exact_match"),
+  *("token_f1", "exact_match", "rouge_l", "token_loss", "token_accuracy"),
+)
+# Of rows; see `tasks.formatted`.
+FORMATS = (
+  *("messages", "conversations", "completion", "alpaca", "question", "text"),
 )
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -222,6 +226,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   # The task.
   ("data.task", "sst2", ANY,
    "a task that `zofo tasks` lists, or a new name"),
+  ("data.format", "", one_of("", *FORMATS),
+   "format of the rows of a new task; empty: known by their columns"),
   ("data.template", 0, ANY, "version of the task's prompt"),
   ("data.dir", str, PATH,
    "folder with JSON, CSV, TSV or Parquet files, or one file; else the hub"),
@@ -312,7 +318,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "sample among the likeliest tokens of this total probability"),
   ("generate.num_beams", 1, POSITIVE, "more than 1 for beam search"),
   ("generate.length_penalty", 1.0, FINITE, "exponent of beam search"),
-  ("generate.stop", ("\n",), TEXTS, "texts that end an answer"),
+  ("generate.stop", ("\n",), TEXTS,
+   "texts that end an answer; with data.format, ('\\n',) is none"),
   # Checkpoints.
   ("ckpt.keep", 1, POSITIVE,
    "latest checkpoints to keep, besides the best on the selection rows"),

@@ -129,10 +129,11 @@ def _check_method(fields: _Fields) -> None:
       "config.meta.on_host: only method 'bilevel' has adapters of each task; "
       f"expected False with '{method}'."
     )
-  if fields["data.prompt"]:
-    raise errors.UserError(
-      "config.data.prompt: belongs to one task; expected none with many tasks."
-    )
+  for name in ("data.prompt", "data.format"):
+    if fields[name]:
+      raise errors.UserError(
+        f"config.{name}: belongs to one task; expected none with many tasks."
+      )
 
 
 def _check_guided(fields: _Fields) -> None:
@@ -211,6 +212,11 @@ def _check_offload(fields: _Fields) -> None:
 
 def _check_own_task(fields: _Fields) -> None:
   """Checks that the parts of a new task come with its prompt."""
+  if fields["data.prompt"] and fields["data.format"]:
+    raise errors.UserError(
+      "config.data.format: rows of a format need no prompt; expected none with "
+      f"data.prompt; found '{fields['data.format']}'."
+    )
   given = {
     name: fields[f"data.{name}"]
     for name in ("options", "labels", "label")

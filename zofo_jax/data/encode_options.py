@@ -1,5 +1,8 @@
 """Encodes rows whose options are scored as token sequences with targets.
 
+A chat or a text (`tasks.formatted`) is one option, whose tokens may be in
+several places of its sequence.
+
 An option's tokens are those tokens of prompt + option that end after the
 prompt, by the tokenizer's character offsets: a token that spans the boundary
 belongs to the option. Scores are conditioned on exactly the tokens before it,
@@ -12,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import bad_rows as bad_rows_lib
+from zofo_jax.data import encode_text
 from zofo_jax.data import tokenizer as tokenizer_lib
 
 Mode = Literal["classification", "likelihood"]
@@ -70,7 +74,7 @@ def encode(
   """Encodes all options of a row, or its correct option only.
 
   Args:
-    task: defines prompt, options and label.
+    task: defines prompt, options and label, or a chat or text.
     row: the data.
     tokenizer: a fast tokenizer (`tokenizer.load_tokenizer`).
     mode: "classification" encodes every option; "likelihood" only the correct
@@ -89,6 +93,10 @@ def encode(
     TooLongError: the prompt is too long.
     UserError: an option has no tokens, or two options have the same tokens.
   """
+  if task.document is not None:
+    return _encode_document(
+      task, row, tokenizer, max_length, long_rows == "truncate"
+    )
   prompt = task.prompt(row, version) if prompt is None else prompt
   options = task.options(row, version)
   right = task.right(row) if labelled else ()
@@ -134,6 +142,37 @@ def encode(
     options=tuple(i in pieces for i in range(len(options))),
     source=row.source,
   )
+
+
+def _encode_document(
+  task: tasks.Task,
+  row: tasks.Row,
+  tokenizer: Any,
+  max_length: int,
+  truncate: bool,
+) -> Example:
+  """Encodes a chat or text, truncated at the left if it is too long."""
+  document = task.read_document(row)
+  ids, learnt, num_leading = encode_text.tokenize(
+    document, tokenizer, row.source
+  )
+  count = max(i for i, is_learnt in enumerate(learnt) if is_learnt) + 1
+  excess = count - 1 - max_length  # the last token is not read
+  indices = list(range(count))
+  if excess > 0:
+    if not truncate or max_length <= num_leading:
+      raise TooLongError(
+        row.source, f"the row is {count - 1} tokens; at most {max_length} fit."
+      )
+    indices = [*range(num_leading), *range(num_leading + excess, count)]
+  tokens = tuple(ids[i] for i in indices)
+  targets = [slot for slot, i in enumerate(indices) if slot and learnt[i]]
+  sequence = EncodedRow(
+    tokens=tokens[:-1],
+    positions=tuple(i - 1 for i in targets),
+    targets=tuple((slot, tokens[i], 0) for slot, i in enumerate(targets)),
+  )
+  return Example((sequence,), 0, (0,), (True,), row.source)
 
 
 def encode_rows(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zofo_jax import errors, tasks
-from zofo_jax.data import encode_options
+from zofo_jax.data import encode_options, encode_text
 from zofo_jax.data import tokenizer as tokenizer_lib
 
 
@@ -40,10 +40,10 @@ def encode_question(
   labelled: bool = True,
   prompt: str | None = None,
 ) -> Question:
-  """Encodes the prompt of a row of a task of kind "generation".
+  """Encodes the prompt of a row that is answered by generated text.
 
   Args:
-    task: defines prompt and answers.
+    task: defines prompt and answers, or a chat or text.
     row: the data.
     tokenizer: a fast tokenizer (`tokenizer.load_tokenizer`).
     max_length: maximum length of a prompt in tokens.
@@ -60,10 +60,22 @@ def encode_question(
     TooLongError: the prompt is too long.
     UserError: the prompt has no tokens.
   """
-  prompt = task.prompt(row, version) if prompt is None else prompt
-  num_leading, tokens = tokenizer_lib.prompt_tokens(
-    tokenizer, prompt, row.source
-  )
+  answers: tuple[str, ...] = ()
+  if task.document is not None:
+    prompt, num_leading, tokens, answers = encode_text.tokenize_prompt(
+      task.read_document(row, labelled=labelled),
+      tokenizer,
+      row.source,
+      labelled=labelled,
+    )
+  else:
+    prompt = task.prompt(row, version) if prompt is None else prompt
+    num_leading, tokens = tokenizer_lib.prompt_tokens(
+      tokenizer, prompt, row.source
+    )
+    if labelled:
+      options = task.options(row, version)
+      answers = tuple(options[i].strip() for i in task.right(row))
   excess = len(tokens) - max_length
   if excess > 0:
     if not truncate or max_length <= num_leading:
@@ -73,10 +85,6 @@ def encode_question(
         "the answer (generate.max_new_tokens).",
       )
     tokens = (*tokens[:num_leading], *tokens[num_leading + excess :])
-  answers: tuple[str, ...] = ()
-  if labelled:
-    options = task.options(row, version)
-    answers = tuple(options[i].strip() for i in task.right(row))
   return Question(tokens, answers, row.source, prompt, row.fields)
 
 

@@ -79,6 +79,13 @@ def read(
   ]
 
 
+def columns(task: tasks.Task, hub: tuple[str, str | None]) -> tuple[str, ...]:
+  """Returns the columns of the first row to train on; as `read`."""
+  items = read(task, hub, "train")
+  first = next(item for item in items if isinstance(item, tasks.Row))
+  return tuple(first.fields)
+
+
 def has_split(
   task: tasks.Task, hub: tuple[str, str | None], split: str
 ) -> bool:

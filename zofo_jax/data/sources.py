@@ -98,6 +98,29 @@ def read(
   return [checked(item) for item in items]
 
 
+def columns(task: tasks.Task, source: str) -> tuple[str, ...]:
+  """Returns the columns of the first usable row to train on.
+
+  Args:
+    task: its name may be that of a folder; what it reads is ignored.
+    source: as for `load`.
+
+  Raises:
+    UserError: there is no such data, or every row is broken.
+  """
+  hub = hub_lib.resolve(task, source)
+  if hub:
+    return hub_lib.columns(task, hub)
+  (path, *_) = _local_files(task, pathlib.Path(source), "train")
+  items = files.read(path)
+  row = next((item for item in items if isinstance(item, tasks.Row)), None)
+  if row is None:
+    raise errors.UserError(
+      f"{path}: " + (str(items[0]) if items else "has no rows.")
+    )
+  return tuple(map(str, row.fields))
+
+
 def has_split(
   task: tasks.Task, source: str | pathlib.Path | None, split: str
 ) -> bool:

@@ -1,7 +1,8 @@
 """Metrics of predictions, from scikit-learn, and their bootstrap intervals.
 
 Token F1 and exact match are SQuAD's: lower case, without punctuation and
-articles, the best over the accepted answers.
+articles, the best over the accepted answers. ROUGE-L is Lin's (2004) F1 of the
+longest common subsequence of words of letters and digits, without stemming.
 """
 
 import collections
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ROUGE_WORDS = re.compile("[a-z0-9]+")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
@@ -81,10 +83,49 @@ def exact_match(predicted: str, answers: Sequence[str]) -> float:
   return float(any(_words(predicted) == _words(a) for a in answers))
 
 
+def rouge_l(predicted: str, answers: Sequence[str]) -> float:
+  """Returns the best ROUGE-L between a text and the accepted answers."""
+  words = _ROUGE_WORDS.findall(predicted.lower())
+  others = (_ROUGE_WORDS.findall(answer.lower()) for answer in answers)
+  return max(_f1(_common(words, o), len(words), len(o)) for o in others)
+
+
 TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {
   "token_f1": token_f1,
   "exact_match": exact_match,
+  "rouge_l": rouge_l,
 }
+
+
+def token_loss(sums: np.ndarray) -> float:
+  """Returns minus the mean log-probability of the tokens of rows.
+
+  Args:
+    sums: [N, 3]; of each row, the sum of its tokens' log-probabilities, the
+      number of tokens that were the most likely ones, and the number of tokens.
+  """
+  log_probs, _, count = np.sum(sums, axis=0)
+  return -float(log_probs / count)
+
+
+def token_accuracy(sums: np.ndarray) -> float:
+  """Returns the share of tokens that were the most likely ones."""
+  _, right, count = np.sum(sums, axis=0)
+  return float(right / count)
+
+
+def perplexity(sums: np.ndarray) -> float:
+  """Returns the exponential of the token loss."""
+  return float(np.exp(token_loss(sums)))
+
+
+TOKEN_METRICS: dict[str, Callable[[np.ndarray], float]] = {
+  "token_loss": token_loss,
+  "perplexity": perplexity,
+  "token_accuracy": token_accuracy,
+}
+# Metrics of which the lowest value is the best.
+LOWER_IS_BETTER = ("token_loss", "perplexity")
 
 
 def bootstrap_interval(
@@ -128,8 +169,25 @@ def _word_f1(predicted: list[str], answer: list[str]) -> float:
   if not predicted or not answer:
     return float(predicted == answer)
   common = collections.Counter(predicted) & collections.Counter(answer)
-  same = sum(common.values())
+  return _f1(sum(common.values()), len(predicted), len(answer))
+
+
+def _f1(same: int, num_predicted: int, num_right: int) -> float:
+  """Returns the F1 of a number of matches."""
   if not same:
     return 0.0
-  precision, recall = same / len(predicted), same / len(answer)
+  precision, recall = same / num_predicted, same / num_right
   return 2 * precision * recall / (precision + recall)
+
+
+def _common(predicted: list[str], answer: list[str]) -> int:
+  """Returns the length of the longest common subsequence."""
+  lengths = [0] * (len(answer) + 1)  # of all before this word, and each prefix
+  for word in predicted:
+    above = lengths
+    lengths = [0]
+    for i, other in enumerate(answer):
+      lengths.append(
+        above[i] + 1 if word == other else max(above[i + 1], lengths[i])
+      )
+  return lengths[-1]

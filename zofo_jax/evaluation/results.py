@@ -127,4 +127,47 @@ class GeneratedAnswers(NamedTuple):
     ]
 
 
-Result = OptionPredictions | GeneratedAnswers
+class TokenScores(NamedTuple):
+  """Scores of the tokens of texts; like `OptionPredictions`.
+
+  Attributes:
+    examples: the encoded rows, [N].
+    sums: as `metrics.token_loss` takes them, float32 [N, 3].
+  """
+
+  examples: Sequence[encode_options.Example]
+  sums: np.ndarray
+
+  def metrics(self) -> dict[str, float]:
+    """Returns the value of each metric."""
+    return {
+      name: score(self.sums) for name, score in metrics.TOKEN_METRICS.items()
+    }
+
+  def intervals(self) -> dict[str, tuple[float, float]]:
+    """Returns the 95 % bootstrap interval of each metric."""
+
+    def interval(score):
+      return metrics.bootstrap_interval(
+        lambda sums, _: score(sums), self.sums, self.sums
+      )
+
+    return {
+      f"{name}_interval": interval(score)
+      for name, score in metrics.TOKEN_METRICS.items()
+    }
+
+  def to_records(self) -> list[dict[str, Any]]:
+    """Returns a JSON record of each row."""
+    return [
+      {
+        "where": example.source,
+        "num_tokens": int(sums[2]),
+        "token_loss": metrics.token_loss(sums[None]),
+        "token_accuracy": metrics.token_accuracy(sums[None]),
+      }
+      for example, sums in zip(self.examples, self.sums, strict=True)
+    ]
+
+
+Result = OptionPredictions | GeneratedAnswers | TokenScores

@@ -8,6 +8,7 @@ length into batches of few shapes.
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from zofo_jax.core import losses
@@ -28,6 +29,31 @@ def make_score_fn(log_probs_fn: losses.LogProbsFn) -> ScoreFn:
   return score_fn
 
 
+def make_token_score_fn(
+  log_probs_fn: losses.LogProbsFn,
+  best_tokens_fn: Callable[[Any, Any, losses.Batch], Any],
+) -> ScoreFn:
+  """Returns the function that scores a batch's tokens, to be jitted once.
+
+  Args:
+    log_probs_fn: log p of a batch's targets.
+    best_tokens_fn: the most likely token at each target.
+
+  Returns:
+    (base, adapter, batch) -> float32 [B, 3], as `metrics.token_loss` takes it.
+  """
+
+  def score_fn(base, adapter, batch):
+    log_probs = log_probs_fn(base, adapter, batch, None)
+    best = best_tokens_fn(base, adapter, batch)
+    per_token = jnp.stack(
+      [log_probs, best == batch.target_token, jnp.ones_like(log_probs)], axis=-1
+    )
+    return jnp.einsum("brk,brkn->bn", batch.target_weight, per_token)
+
+  return score_fn
+
+
 def score_options(
   score_fn: ScoreFn,
   base: Any,
@@ -42,7 +68,7 @@ def score_options(
   """Scores every option of every example.
 
   Args:
-    score_fn: jitted result of `make_score_fn`.
+    score_fn: jitted result of `make_score_fn` or `make_token_score_fn`.
     base: backbone parameters.
     adapter: adapter parameters; {} for none.
     examples: encoded with mode "classification".
@@ -53,7 +79,7 @@ def score_options(
       own.
 
   Returns:
-    float32 [N, O], in the order of `examples`.
+    float32 [N, O], or [N, 3] of tokens, in the order of `examples`.
   """
   return map_batches(
     lambda batch: score_fn(base, adapter, batch),

@@ -10,11 +10,16 @@ from zofo_jax.tasks import (
   single_sentence,
   superglue,
 )
+from zofo_jax.tasks.base import Chat as Chat
+from zofo_jax.tasks.base import Plain as Plain
 from zofo_jax.tasks.base import Row as Row
 from zofo_jax.tasks.base import Task as Task
 from zofo_jax.tasks.base import Template as Template
 from zofo_jax.tasks.base import Version as Version
 from zofo_jax.tasks.custom import custom as custom
+from zofo_jax.tasks.formats import FORMATS as FORMATS
+from zofo_jax.tasks.formats import formatted as formatted
+from zofo_jax.tasks.formats import recognise as recognise
 
 ALL: dict[str, Task] = {
   entry.name: entry

@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple
 from zofo_jax import errors
 
 Fields = Mapping[str, Any]
-Kind = Literal["classification", "multiple choice", "generation"]
+Kind = Literal["classification", "multiple choice", "generation", "text"]
 OptionMetric = Literal["accuracy", "macro_f1", "matthews", "pearson"]
-TextMetric = Literal["token_f1", "exact_match"]
-Metric = OptionMetric | TextMetric
+TextMetric = Literal["token_f1", "exact_match", "rouge_l"]
+TokenMetric = Literal["token_loss", "token_accuracy"]
+Metric = OptionMetric | TextMetric | TokenMetric
 Version = int | Literal["reference"]
 
 
@@ -27,6 +28,27 @@ class Row(NamedTuple):
 
   fields: Mapping[str, Any]
   source: str
+
+
+class Chat(NamedTuple):
+  """A row as a chat; the assistant's turns are to be learnt.
+
+  Attributes:
+    messages: {"role": ..., "content": ...} each.
+    start: index of the first message that may be learnt.
+    answers: accepted contents of the last message; () for that one alone.
+  """
+
+  messages: tuple[Mapping[str, str], ...]
+  start: int = 0
+  answers: tuple[str, ...] = ()
+
+
+class Plain(NamedTuple):
+  """A row as text: a prompt, which may be empty, and what is to be learnt."""
+
+  prompt: str
+  completion: str
 
 
 class Template(NamedTuple):
@@ -67,9 +89,12 @@ class Task:
     mirror_fields: the task's columns from those of a row of `hub`, if `hub` is
       a mirror whose columns have other names.
     metric: how predictions are scored.
-    kind: classification, multiple choice or generation.
+    kind: classification, multiple choice, generation, or text, whose tokens
+      are predicted.
     reference: the template of the paper's PyTorch code, where it has a mistake
       that affects results.
+    document: (columns, whether they are labelled) -> the row as chat or text,
+      for a format of `formats`, which has no prompt or options.
   """
 
   name: str
@@ -86,6 +111,7 @@ class Task:
   metric: Metric = "accuracy"
   kind: Kind = "classification"
   reference: Template | None = None
+  document: Callable[[Fields, bool], Chat | Plain] | None = None
 
   @property
   def columns(self) -> tuple[str, ...]:
@@ -170,6 +196,28 @@ class Task:
       )
     return (index,)
 
+  def read_document(self, row: Row, *, labelled: bool = True) -> Chat | Plain:
+    """Returns a row as chat or text; whitespace is left as written.
+
+    Args:
+      row: the row.
+      labelled: False for a row to be answered.
+
+    Raises:
+      UserError: the row does not have the task's format.
+    """
+    read = self.document
+    assert read is not None
+    document = _call(lambda _: read(row.fields, labelled), row)
+    parts = (
+      [message["content"] for message in document.messages]
+      if isinstance(document, Chat)
+      else document
+    )
+    for part in parts:
+      _check_characters(part, "the text", row.source)
+    return document
+
   def from_mirror(self, row: Row) -> Row:
     """Returns a row with the task's columns, if it has a mirror's."""
     named = all(column in row.fields for column in self.text)
@@ -198,6 +246,9 @@ class Task:
           f"{', '.join(map(str, row.fields))}."
           f"{errors.nearest(column, map(str, row.fields))}",
         )
+    if self.document is not None:
+      self.read_document(row, labelled=labelled)
+      return
     for column in self.text:
       value = row.fields[column]
       if is_missing(value):

@@ -9,6 +9,7 @@ from etils import epath
 from zofo_jax import report
 from zofo_jax.builders import run as run_lib
 from zofo_jax.core.types import BilevelState
+from zofo_jax.evaluation import metrics
 from zofo_jax.report import memory
 from zofo_jax.sharding import multihost
 
@@ -89,12 +90,14 @@ def summarize(
 
 
 def best_selection(folder: epath.Path) -> dict[str, float]:
-  """Returns the highest of each score on the selection rows."""
+  """Returns the best of each score on the selection rows."""
   best: dict[str, float] = {}
   for row in report.read_jsonl(folder / "metrics.jsonl"):
     for name, score in row.items():
       if name.startswith("selection_"):
-        best[name] = max(score, best.get(name, score))
+        metric = name.removeprefix("selection_")
+        better = min if metric in metrics.LOWER_IS_BETTER else max
+        best[name] = better(score, best.get(name, score))
   return best
 
 

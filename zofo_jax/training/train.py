@@ -21,6 +21,7 @@ from zofo_jax.config import defaults
 from zofo_jax.core import baselines, keys
 from zofo_jax.core.types import BilevelBatch, BilevelInfo
 from zofo_jax.data import batching, encode_prompts
+from zofo_jax.evaluation import metrics
 from zofo_jax.sharding import multihost
 from zofo_jax.training import fit, population, summary
 
@@ -118,7 +119,9 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     adapter = run.selected_adapter(state)
     result = run.evaluate(state.base, adapter, examples.selection, "selection")
     scores = result.metrics()
-    return scores, scores[run.selection_metric]
+    score = scores[run.selection_metric]
+    lowest = run.selection_metric in metrics.LOWER_IS_BETTER
+    return scores, -score if lowest else score
 
   with (
     fit.write_errors(folder),

@@ -1,0 +1,178 @@
+"""Runs on chats, from files of any name to answers and an exported model."""
+
+import json
+import pathlib
+import shutil
+
+import numpy as np
+import pytest
+
+from tests import tiny
+from zofo_jax import errors, report, tasks
+from zofo_jax.builders import task as task_lib
+
+LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
+TEMPLATE = (
+  "{% for m in messages %}{{ m['role'][0] + ':' + m['content'] }}"
+  "{% if m['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def _chats(count):
+  moods = ("dull", "bright")
+  return [
+    {
+      "messages": [
+        {"role": "user", "content": f"film {i}?"},
+        {"role": "assistant", "content": f"{moods[i % 2]}\nand cold"},
+      ]
+    }
+    for i in range(count)
+  ]
+
+
+@pytest.fixture(scope="module")
+def chat_model(tiny_model, tmp_path_factory):
+  """The tiny model with a chat template."""
+  folder = tmp_path_factory.mktemp("chat") / "model"
+  shutil.copytree(tiny_model, folder)
+  (folder / "chat_template.jinja").write_text(TEMPLATE)
+  return folder
+
+
+@pytest.fixture(scope="module")
+def run_folder(command_line, chat_model, tmp_path_factory):
+  """A run of two iterations on chats."""
+  folder = tmp_path_factory.mktemp("run")
+  rows = folder / "chats.jsonl"
+  tiny._write_jsonl(rows, _chats(40))
+  code = command_line(
+    f"--config={LLAMA}:method=peft",
+    f"--workdir={folder}",
+    f"--config.model.name={chat_model}",
+    "--config.data.task=support",
+    f"--config.data.dir={rows}",
+    "--config.data.num_lower=12",
+    "--config.data.num_upper=6",
+    "--config.data.num_selection=6",
+    "--config.data.num_test=6",
+    "--config.lower.num_steps=2",
+    "--config.lower.learning_rate=0.01",
+    "--config.upper.learning_rate=0.01",
+    "--config.train.num_steps=2",
+    "--config.train.eval_every_steps=1",
+    "--config.generate.max_new_tokens=4",
+    "--config.eval.batch_size=8",
+  )
+  assert code == 0
+  return folder
+
+
+def test_the_format_is_known_by_the_columns(run_folder):
+  config = json.loads((run_folder / "config.json").read_text())
+  assert config["data"]["format"] == "messages"
+
+
+def test_tokens_are_scored(command_line, run_folder):
+  summary = json.loads((run_folder / "summary.json").read_text())
+  rows = report.read_jsonl(run_folder / "metrics.jsonl")
+  losses = [
+    r["selection_token_loss"] for r in rows if "selection_token_loss" in r
+  ]
+  assert summary["selection_metric"] == "token_loss"
+  assert summary["selection_token_loss"] == min(losses)
+  assert summary["best_step"] == 1 + int(np.argmin(losses))
+  assert summary["test_token_loss"] < summary["zero_shot_token_loss"]
+  assert command_line("evaluate", f"--workdir={run_folder}") == 0
+  evaluation = json.loads((run_folder / "evaluation.json").read_text())
+  assert evaluation["token_loss"] == summary["test_token_loss"]
+  np.testing.assert_allclose(
+    evaluation["perplexity"], np.exp(evaluation["token_loss"])
+  )
+  lines = report.read_jsonl(run_folder / "predictions.jsonl")
+  counts = [line["num_tokens"] for line in lines]
+  for name in ("token_loss", "token_accuracy"):
+    mean = np.average([line[name] for line in lines], weights=counts)
+    np.testing.assert_allclose(mean, evaluation[name], rtol=1e-6)
+
+
+def test_chats_are_answered(command_line, run_folder, tmp_path):
+  asked = tmp_path / "asked.jsonl"
+  lines = [
+    {"messages": c["messages"][:1], "id": i} for i, c in enumerate(_chats(3))
+  ]
+  lines.append({"messages": [], "id": 3})
+  tiny._write_jsonl(asked, lines)
+  code = command_line("predict", f"--workdir={run_folder}", f"--input={asked}")
+  assert code == 0
+  answers = report.read_jsonl(run_folder / "answers.jsonl")
+  assert [a["id"] for a in answers] == [0, 1, 2, 3]
+  assert all(isinstance(a["prediction"], str) for a in answers[:3])
+  assert answers[3]["prediction"] is None
+  assert "expected a list of messages" in answers[3]["error"]
+
+
+def test_the_exported_model_has_the_template(
+  command_line, run_folder, tmp_path
+):
+  folder = tmp_path / "merged"
+  code = command_line("export", run_folder, folder, "--what=merged")
+  assert code == 0
+  assert (folder / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_a_changed_template_is_a_changed_tokenizer(
+  command_line, run_folder, chat_model, capsys
+):
+  place = chat_model / "chat_template.jinja"
+  place.write_text(TEMPLATE + " ")
+  try:
+    assert command_line("evaluate", f"--workdir={run_folder}") == 2
+  finally:
+    place.write_text(TEMPLATE)
+  assert "the tokenizer changed since the run began: chat template" in (
+    capsys.readouterr().err
+  )
+
+
+def _config(path, **changes):
+  config = tiny.base_config()
+  config.data.task, config.data.dir = "support", str(path)
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.mark.parametrize(
+  "row, changes, sentence",
+  [
+    ({"a": 1}, {}, "no built-in task 'support', and rows with the columns a"),
+    (
+      {"text": "a"},
+      {"data.format": "messages", "data.task": "rte"},
+      "'rte', wh",
+    ),
+    (
+      _chats(1)[0],
+      {"data.metric": "accuracy"},
+      "metric is 'accuracy'; expected",
+    ),
+    (_chats(1)[0], {"loss": "classification"}, "config.loss: task support"),
+    (_chats(1)[0], {"zo.objective": "accuracy"}, "has no options"),
+    (_chats(1)[0], {"data.template": 1}, "no template version 1"),
+  ],
+)
+def test_mistakes_are_named(tmp_path, row, changes, sentence):
+  path = tmp_path / "rows.jsonl"
+  tiny._write_jsonl(path, [row])
+  with pytest.raises(errors.UserError, match=sentence):
+    task_lib.load_task(_config(path, **changes))
+
+
+def test_metrics_of_texts_make_a_chat_generate(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  tiny._write_jsonl(path, _chats(1))
+  task = task_lib.load_task(_config(path, **{"data.metric": "rouge_l"}))
+  assert (task.kind, task.metric) == ("generation", "rouge_l")
+  assert task_lib.load_task(_config(path)).kind == "text"
+  assert tasks.recognise(["text", "label"]) is None

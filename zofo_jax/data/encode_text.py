@@ -1,0 +1,239 @@
+"""Encodes chats, completions and plain text, whose tokens are to be predicted.
+
+A chat is rendered by the tokenizer's own chat template. Of it, the assistant's
+turns are learnt: their content and the token that ends a turn. A completion is
+learnt up to the token that ends a text, which is appended to it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from zofo_jax import errors, tasks
+from zofo_jax.data import tokenizer as tokenizer_lib
+
+# Stands for a turn's content, to find it in the rendered text.
+_MARK = "zofo-jax-content"
+
+
+class Tokens(NamedTuple):
+  """A row as tokens.
+
+  Attributes:
+    ids: token ids.
+    learnt: for each, whether it is to be predicted.
+    num_leading: special tokens that begin the text.
+  """
+
+  ids: tuple[int, ...]
+  learnt: tuple[bool, ...]
+  num_leading: int = 0
+
+
+def tokenize(
+  document: tasks.Chat | tasks.Plain, tokenizer: Any, source: str
+) -> Tokens:
+  """Returns the tokens of a chat or text, and which of them are learnt.
+
+  Args:
+    document: the chat or text.
+    tokenizer: a fast tokenizer (`tokenizer.load_tokenizer`).
+    source: file and row, for messages.
+
+  Raises:
+    RowError: the chat template refuses the chat, or nothing is to be learnt.
+    UserError: the tokenizer has no chat template.
+  """
+  if isinstance(document, tasks.Plain):
+    tokens = _plain(document, tokenizer)
+  elif "{% generation" in _template(tokenizer).replace("{%-", "{%"):
+    tokens = _marked_chat(document, tokenizer, source)
+  else:
+    tokens = _chat(document, tokenizer, source)
+  if not any(tokens.learnt[1:]):
+    raise errors.RowError(source, "no token of this row is to be learnt.")
+  return tokens
+
+
+def tokenize_prompt(
+  document: tasks.Chat | tasks.Plain,
+  tokenizer: Any,
+  source: str,
+  *,
+  labelled: bool = True,
+) -> tuple[str, int, tuple[int, ...], tuple[str, ...]]:
+  """Returns what comes before the answer of a row, and the accepted answers.
+
+  Args:
+    document: the chat or text; of a labelled chat, the last turn is the answer.
+    tokenizer: a fast tokenizer.
+    source: file and row, for messages.
+    labelled: if False, there is no answer.
+
+  Returns:
+    The prompt's text, the number of its leading special tokens, all of its
+    tokens, and the answers.
+
+  Raises:
+    UserError: as `tokenize`.
+  """
+  if isinstance(document, tasks.Plain):
+    num_leading, ids = tokenizer_lib.prompt_tokens(
+      tokenizer, document.prompt, source
+    )
+    answer = document.completion.strip()
+    return document.prompt, num_leading, ids, (answer,) if labelled else ()
+  messages = list(document.messages)
+  answers: tuple[str, ...] = ()
+  if labelled:
+    last = messages.pop()
+    if last["role"] != "assistant":
+      raise errors.RowError(
+        source,
+        f"the chat ends in a message of the {last['role']}; expected one of "
+        "the assistant, which is the answer.",
+      )
+    answers = document.answers or (last["content"],)
+  text = _render(tokenizer, messages, source, add_generation_prompt=True)
+  chat_ids, _ = _text_tokens(tokenizer, text)
+  return text, _num_leading(tokenizer, chat_ids), tuple(chat_ids), answers
+
+
+def _plain(document: tasks.Plain, tokenizer: Any) -> Tokens:
+  """Tokenizes a prompt and its completion, and appends the token of the end.
+
+  A token that spans the boundary belongs to the completion, as an option's.
+  """
+  text = document.prompt + document.completion
+  end = tokenizer.eos_token
+  if end and text.endswith(end):
+    text = text.removesuffix(end)
+  ids, ends, num_leading = tokenizer_lib.tokenize(tokenizer, text)
+  learnt = [
+    i >= num_leading and place > len(document.prompt)
+    for i, place in enumerate(ends)
+  ]
+  if tokenizer.eos_token_id is not None:
+    ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
+  return Tokens(tuple(ids), tuple(learnt), num_leading)
+
+
+def _marked_chat(chat: tasks.Chat, tokenizer: Any, source: str) -> Tokens:
+  """Tokenizes a chat whose template marks what is learnt ("generation")."""
+  out = _apply(
+    tokenizer,
+    chat.messages,
+    source,
+    tokenize=True,
+    return_dict=True,
+    return_assistant_tokens_mask=True,
+  )
+  ids, learnt = out["input_ids"], [bool(i) for i in out["assistant_masks"]]
+  # Each run of marked tokens is a turn of the assistant.
+  turns = sum(m["role"] == "assistant" for m in chat.messages[: chat.start])
+  started = 0
+  for i, is_learnt in enumerate(learnt):
+    started += is_learnt and (i == 0 or not out["assistant_masks"][i - 1])
+    learnt[i] = is_learnt and started > turns
+  return Tokens(tuple(ids), tuple(learnt), _num_leading(tokenizer, ids))
+
+
+def _chat(chat: tasks.Chat, tokenizer: Any, source: str) -> Tokens:
+  """Tokenizes a chat and looks up the assistant's turns in its text."""
+  messages = list(chat.messages)
+  text = _render(tokenizer, messages, source)
+  ids, places = _text_tokens(tokenizer, text)
+  special = set(tokenizer.all_special_ids) | {
+    i for i, token in tokenizer.added_tokens_decoder.items() if token.special
+  }
+  learnt = [False] * len(ids)
+  for number, message in enumerate(messages):
+    if message["role"] != "assistant" or number < chat.start:
+      continue
+    start, end = _find_content(tokenizer, messages, number, text, source)
+    inside = [i for i, (a, b) in enumerate(places) if b > start and a < end]
+    for i in inside:
+      learnt[i] = True
+    for i in range(max(inside, default=len(ids)) + 1, len(ids)):
+      if ids[i] in special:  # ends the turn
+        learnt[i] = True
+        break
+      if text[places[i][0] : places[i][1]].strip():
+        break
+  return Tokens(tuple(ids), tuple(learnt), _num_leading(tokenizer, ids))
+
+
+def _find_content(
+  tokenizer: Any,
+  messages: Sequence[Mapping[str, str]],
+  number: int,
+  text: str,
+  source: str,
+) -> tuple[int, int]:
+  """Returns where a message's content begins and ends in the rendered text."""
+  marked = list(messages)
+  marked[number] = {**messages[number], "content": _MARK}
+  before, mark, after = _render(tokenizer, marked, source).partition(_MARK)
+  end = len(text) - len(after)
+  if not (
+    mark
+    and text.startswith(before)
+    and text.endswith(after)
+    and len(before) < end
+  ):
+    raise errors.RowError(
+      source,
+      f"the chat template changes the text around message {number + 1}, so "
+      "that its tokens are not known; expected a template with generation "
+      "blocks.",
+    )
+  return len(before), end
+
+
+def _render(
+  tokenizer: Any,
+  messages: Sequence[Mapping[str, str]],
+  source: str,
+  **more: Any,
+) -> str:
+  return _apply(tokenizer, messages, source, tokenize=False, **more)
+
+
+def _apply(
+  tokenizer: Any,
+  messages: Sequence[Mapping[str, str]],
+  source: str,
+  **options: Any,
+) -> Any:
+  """Applies the tokenizer's chat template."""
+  _template(tokenizer)
+  try:
+    return tokenizer.apply_chat_template(list(messages), **options)
+  except Exception as error:  # A template raises whatever it likes.
+    raise errors.RowError(
+      source, f"the chat template refuses it: {errors.first_line(error)}."
+    ) from error
+
+
+def _template(tokenizer: Any) -> str:
+  """Returns the chat template, or raises if there is none."""
+  if not tokenizer.chat_template:
+    raise errors.UserError(
+      f"The tokenizer of '{tokenizer.name_or_path}' has no chat template; "
+      "expected one in the file chat_template.jinja of its folder, or rows "
+      "with the columns 'prompt' and 'completion', or data.prompt."
+    )
+  return tokenizer.get_chat_template()
+
+
+def _text_tokens(
+  tokenizer: Any, text: str
+) -> tuple[list[int], list[tuple[int, int]]]:
+  """Tokenizes a rendered chat, which has all its special tokens."""
+  encoding = tokenizer(
+    text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+  )
+  return encoding["input_ids"], encoding["offset_mapping"]
+
+
+def _num_leading(tokenizer: Any, ids: Sequence[int]) -> int:
+  return int(bool(ids) and ids[0] == tokenizer.bos_token_id)

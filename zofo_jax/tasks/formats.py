@@ -1,0 +1,266 @@
+"""Formats of rows whose text is modelled: chats, completions, plain text.
+
+They are known by their columns, as the libraries of Hugging Face name them.
+"""
+
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from zofo_jax import errors
+from zofo_jax.tasks.base import (
+  Chat,
+  Fields,
+  Plain,
+  Task,
+  Template,
+  is_missing,
+  texts,
+)
+
+_ROLES = ("system", "user", "assistant")
+# ShareGPT's names.
+_OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+
+
+def _messages(value: Any, column: str) -> tuple[dict[str, str], ...]:
+  """Returns a column's messages, each checked."""
+  if not isinstance(value, list | tuple) or not value:
+    raise ValueError(
+      f"column '{column}' holds {json.dumps(value, default=str)[:40]}; "
+      "expected a list of messages."
+    )
+  return tuple(
+    _message(message, f"message {number} of column '{column}'")
+    for number, message in enumerate(value, 1)
+  )
+
+
+def _message(message: Any, what: str) -> dict[str, str]:
+  """Returns a message's role, content and name."""
+  if not isinstance(message, Mapping):
+    raise ValueError(
+      f"{what} is {json.dumps(message, default=str)[:40]}; expected an object "
+      "with 'role' and 'content'."
+    )
+  # Tables fill in the keys that other rows have.
+  fields = {k: v for k, v in message.items() if v is not None}
+  if "from" in fields and "value" in fields:
+    fields["role"], fields["content"] = fields.pop("from"), fields.pop("value")
+  role = fields.get("role")
+  role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
+  if role in ("tool", "function") or fields.get("tool_calls"):
+    raise ValueError(f"{what} calls a tool, which is not supported.")
+  if role not in _ROLES:
+    raise ValueError(
+      f"{what} has the role {role!r}; expected one of {', '.join(_ROLES)}."
+    )
+  unknown = [
+    key
+    for key, value in fields.items()
+    if key not in ("role", "content", "name") and not is_missing(value)
+  ]
+  if unknown:
+    raise ValueError(
+      f"{what} has the key '{unknown[0]}'; expected role, content and name."
+    )
+  content = fields.get("content")
+  if is_missing(content):
+    raise ValueError(f"{what} has no content.")
+  if not isinstance(content, str):
+    raise ValueError(
+      f"{what} has content of type {type(content).__name__}; expected text."
+    )
+  named = {"name": fields["name"]} if fields.get("name") else {}
+  return {"role": role, "content": content, **named}
+
+
+def _chat(messages: Sequence[dict[str, str]], start: int, column: str) -> Chat:
+  """Returns a chat whose roles are in order."""
+  roles = [message["role"] for message in messages]
+  for number, role in enumerate(roles, 1):
+    earlier = roles[: number - 1]
+    if role == "system" and earlier:
+      problem = "expected a system message to be the first"
+    elif role == "assistant" and earlier[-1:] != ["user"]:
+      problem = "expected an assistant message to follow one of the user"
+    else:
+      continue
+    raise ValueError(
+      f"message {number} of column '{column}' has the role '{role}' after "
+      f"{earlier[-1] if earlier else 'nothing'}; {problem}."
+    )
+  return Chat(tuple(messages), start)
+
+
+def _of_messages(column: str) -> Callable[[Fields, bool], Chat]:
+  def read(fields, labelled):
+    messages = _messages(fields[column], column)
+    chat = _chat(messages, 0, column)
+    if not labelled and messages[-1]["role"] == "assistant":
+      chat = chat._replace(messages=messages[:-1])
+    if labelled and "assistant" not in {m["role"] for m in messages}:
+      raise ValueError(f"column '{column}' has no message of the assistant.")
+    return chat
+
+  return read
+
+
+def _of_completion(fields: Fields, labelled: bool) -> Chat | Plain:
+  prompt = fields["prompt"]
+  if not isinstance(prompt, str):
+    before = _messages(prompt, "prompt")
+    after = _messages(fields["completion"], "completion") if labelled else ()
+    chat = _chat((*before, *after), len(before), "prompt")
+    if labelled and "assistant" not in {m["role"] for m in after}:
+      raise ValueError("column 'completion' has no message of the assistant.")
+    return chat
+  completion = _text(fields, "completion") if labelled else ""
+  return Plain(_text(fields, "prompt"), completion)
+
+
+def _of_text(fields: Fields, labelled: bool) -> Plain:
+  text = _text(fields, "text")
+  return Plain("", text) if labelled else Plain(text, "")
+
+
+def _text(fields: Fields, column: str) -> str:
+  value = fields[column]
+  if is_missing(value):
+    raise ValueError(f"column '{column}' is empty.")
+  if not isinstance(value, str):
+    raise ValueError(
+      f"column '{column}' holds {json.dumps(value, default=str)[:40]} of type "
+      f"{type(value).__name__}; expected text."
+    )
+  return value
+
+
+def _one_question(
+  question: str, answers: Sequence[str], system: str = ""
+) -> Chat:
+  """Returns a chat of one question and its first answer."""
+  messages = [{"role": "user", "content": question}]
+  if system:
+    messages.insert(0, {"role": "system", "content": system})
+  if answers:
+    messages.append({"role": "assistant", "content": answers[0]})
+  return Chat(tuple(messages), 0, tuple(answers))
+
+
+def _of_question(fields: Fields, labelled: bool) -> Chat:
+  answer = fields["answer"] if labelled else []
+  if isinstance(answer, Mapping) and "text" in answer:
+    answer = answer["text"]
+  if isinstance(answer, str):
+    answer = [answer]
+  answers = texts(answer, "answer")
+  if labelled and not answers:
+    raise ValueError("column 'answer' has no answer.")
+  return _one_question(_text(fields, "question"), answers)
+
+
+def _of_instruction(fields: Fields, labelled: bool) -> Chat:
+  parts = [_text(fields, "instruction")]
+  if not is_missing(fields.get("input")):
+    parts.append(_text(fields, "input"))
+  answers = [_text(fields, "output")] if labelled else []
+  return _one_question("\n\n".join(parts), answers)
+
+
+class _Format(NamedTuple):
+  """A format: the columns it is known by, and how a row is read."""
+
+  columns: tuple[str, ...]
+  read: Callable[[Fields, bool], Chat | Plain]
+  example: Fields
+
+
+_HI = ({"role": "user", "content": "Hi!"},)
+_HELLO = ({"role": "assistant", "content": "Hello."},)
+# In the order in which they are looked for.
+FORMATS: dict[str, _Format] = {
+  "messages": _Format(
+    ("messages",), _of_messages("messages"), {"messages": [*_HI, *_HELLO]}
+  ),
+  "conversations": _Format(
+    ("conversations",),
+    _of_messages("conversations"),
+    {"conversations": [*_HI, *_HELLO]},
+  ),
+  "completion": _Format(
+    ("prompt", "completion"),
+    _of_completion,
+    {"prompt": "Hi!", "completion": " Hello."},
+  ),
+  "alpaca": _Format(
+    ("instruction", "output"),
+    _of_instruction,
+    {"instruction": "Say it in French.", "input": "Hi!", "output": "Salut !"},
+  ),
+  "question": _Format(
+    ("question", "answer"),
+    _of_question,
+    {"question": "Where is the cat?", "answer": "On the mat."},
+  ),
+  "text": _Format(("text",), _of_text, {"text": "It was a fine day."}),
+}
+
+
+def recognise(columns: Collection[str]) -> str | None:
+  """Returns the format that rows have, by their columns, or None.
+
+  A column "text" is plain text only without a column of labels.
+  """
+  for name, form in FORMATS.items():
+    labelled = name == "text" and "label" in columns
+    if all(column in columns for column in form.columns) and not labelled:
+      return name
+  return None
+
+
+def formatted(name: str, form: str, *, metric: str | None = None) -> Task:
+  """Defines a task whose rows have a format.
+
+  Args:
+    name: name of the task.
+    form: name in `FORMATS`.
+    metric: None for "token_loss"; a metric of texts for answers that are
+      generated.
+
+  Raises:
+    UserError: there is no such format, or the metric needs answers.
+
+  Examples:
+    >>> task = formatted("support", "messages")
+    >>> task.kind, task.metric
+    ('text', 'token_loss')
+  """
+  if form not in FORMATS:
+    raise errors.UserError(
+      f"Task {name}: there is no format '{form}'; expected one of "
+      f"{', '.join(FORMATS)}.{errors.nearest(form, FORMATS)}"
+    )
+  metric = metric or "token_loss"
+  metrics = ["token_loss", "token_accuracy"]
+  if form != "text":
+    metrics += ["token_f1", "exact_match", "rouge_l"]
+  if metric not in metrics:
+    raise errors.UserError(
+      f"Task {name}: metric is '{metric}'; expected one of "
+      f"{', '.join(metrics)} with format '{form}'."
+    )
+  columns, read, example = FORMATS[form]
+  return Task(
+    name=name,
+    templates=(Template("", ()),),
+    example=example,
+    text=(),
+    other=columns,
+    label=lambda fields: (0,),
+    metric=metric,  # type: ignore[arg-type]  # one of the list above
+    kind="text"
+    if metric.startswith("token_") and metric != "token_f1"
+    else "generation",
+    document=read,
+  )
