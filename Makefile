@@ -37,7 +37,7 @@ QUARTER := $(CORE:%=tests/core/%_test.py) tests/config tests/data tests/tasks \
   tests/models/hf tests/checkpoints/manager_test.py tests/training/train_test.py
 
 .DEFAULT_GOAL := help
-.PHONY: help demo metademo test test-newest quarter install docs notebooks \
+.PHONY: help demo metademo test test-all test-newest quarter install docs notebooks \
   lint types format wheel clean
 
 help: ## Show this list
@@ -64,8 +64,12 @@ metademo: $(VENV)/.demo ## Meta-train on several tasks, then adapt to new ones
 	  --config=configs/adapt.py:run=$(subst $(space),+,$(METHODS:%=runs/metademo/%)) \
 	  --config.data.num_test=40
 
-test: $(VENV)/.full ## Run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+test: SELECTED := -m "not slow"
+test test-all: $(VENV)/.full
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(SELECTED) $(ARGS)
+
+test: ## Run the tests, except the slow ones
+test-all: ## Run all tests
 
 test-newest: ## Run a quarter of the tests on the newest jax, without torch
 	@python="$(NEWEST)"; if [ -n "$$python" ]; then \

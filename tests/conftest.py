@@ -41,7 +41,7 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR",
   os.path.join(tempfile.gettempdir(), f"zofo_jax_programs_{os.getpid()}"),
 )
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax
 import pytest

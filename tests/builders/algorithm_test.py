@@ -30,6 +30,18 @@ def test_estimators_are_those_of_configs_and_of_the_public_module():
     assert (len(values) == 1) == (name in validate.ONE_POINT)
 
 
+@pytest.mark.parametrize(
+  "schedule, expected", [("constant", [4.0] * 3), ("linear", [1.0, 2.0, 4.0])]
+)
+def test_numbers_of_an_iteration(schedule, expected):
+  hparams_fn = algorithm_lib.make_hparams_fn(
+    eps=1e-3, penalty=4.0, penalty_schedule=schedule, num_steps=4
+  )
+  numbers = [hparams_fn(i) for i in (0, 1, 3)]
+  assert [one.penalty for one in numbers] == expected
+  assert {one.zo_eps for one in numbers} == {1e-3}
+
+
 # Every optimizer with every kind, and each pair with the next estimator.
 PAIRS = itertools.product(choices("zo.direction"), choices("zo.optimizer"))
 

@@ -72,6 +72,11 @@ def done(config, tmp_path_factory):
   return folder
 
 
+@pytest.fixture(scope="module")
+def expected(done):
+  return states(done)
+
+
 def states(folder):
   """Reads every state of a run as {(step, name): bytes}."""
   run = run_lib.make_run(run_lib.read_config(epath.Path(folder)))
@@ -169,7 +174,8 @@ SHELL = {
 }
 
 
-def test_a_shell_changes_no_bit(done, config, tmp_path):
+@pytest.mark.slow
+def test_a_shell_changes_no_bit(done, expected, config, tmp_path):
   """Another process, with all of these variables at once, in another folder."""
   text = json.dumps(config.to_dict())
   (tmp_path / "config.py").write_text(
@@ -196,7 +202,7 @@ def test_a_shell_changes_no_bit(done, config, tmp_path):
   assert process.returncode == 0, process.stderr
   for name in ("JAX_DEFAULT_PRNG_IMPL", "JAX_THREEFRY_PARTITIONABLE"):
     assert f"zofo_jax: {name} is " in process.stderr
-  assert states(tmp_path / "run") == states(done)
+  assert states(tmp_path / "run") == expected
   assert steady(tmp_path / "run") == steady(done)
   lines = [
     (folder / "ledger.txt").read_text().splitlines()[1:]
@@ -214,7 +220,9 @@ def test_a_checkpoint_and_the_ledger_say_what_the_run_rests_on(done):
   assert ledger.parse(text.encode(), "").header["inputs"] == described
 
 
-def test_rows_that_changed_end_a_resumption(done, config, tmp_path, tiny_rows):
+def test_rows_that_changed_end_a_resumption(
+  done, expected, config, tmp_path, tiny_rows
+):
   folder = shutil.copytree(done, tmp_path / "run")
   rows = shutil.copytree(tiny_rows, tmp_path / "rows")
   with (rows / "train.jsonl").open("a") as file:
@@ -227,7 +235,7 @@ def test_rows_that_changed_end_a_resumption(done, config, tmp_path, tiny_rows):
   message = r"other rows in lower \(118 then, 144 now\), other rows in upper"
   with pytest.raises(errors.UserError, match=message):
     train.train(changed, str(folder))
-  assert states(folder) == states(done)
+  assert states(folder) == expected
   changed.ckpt.may_change = ("data.dir", "rows")
   train.train(changed, str(folder))  # it was at its end
   described = json.loads((folder / inputs.FILE).read_text())
@@ -235,7 +243,7 @@ def test_rows_that_changed_end_a_resumption(done, config, tmp_path, tiny_rows):
 
 
 def test_a_signal_and_damage_lose_nothing(
-  done, config, tmp_path, monkeypatch, caplog
+  done, expected, config, tmp_path, monkeypatch, caplog
 ):
   folder = tmp_path / "run"
   stopped = stopped_at(monkeypatch, config, folder, 7)
@@ -263,7 +271,7 @@ def test_a_signal_and_damage_lose_nothing(
     "6",
     "7",
   ]
-  assert states(folder) == states(done)
+  assert states(folder) == expected
   assert steady(folder) == steady(done)
   assert (folder / "ledger.txt").read_bytes() == (
     done / "ledger.txt"
@@ -271,7 +279,7 @@ def test_a_signal_and_damage_lose_nothing(
 
 
 def test_broken_steps_are_skipped_and_end_a_run(
-  done, config, tmp_path, monkeypatch
+  done, expected, config, tmp_path, monkeypatch
 ):
   make = train.iteration_batch
 
@@ -287,7 +295,7 @@ def test_broken_steps_are_skipped_and_end_a_run(
   folder = tmp_path / "run"
   with pytest.raises(errors.UserError, match="2 steps in a row were not fin"):
     train.train(config, str(folder))
-  actual, expected = states(folder), states(done)
+  actual = states(folder)
   last = max(step for step, _ in actual)
   assert last in (6, 7)  # noticed one step late
   for (step, name), value in expected.items():
@@ -295,7 +303,9 @@ def test_broken_steps_are_skipped_and_end_a_run(
       assert actual[last, name] == value, name
 
 
-def test_a_full_disk_is_one_sentence(done, config, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_sentence(
+  done, expected, config, tmp_path, monkeypatch
+):
   folder = shutil.copytree(done, tmp_path / "run")
   shutil.rmtree(folder / "checkpoints" / "8")
 
@@ -308,7 +318,7 @@ def test_a_full_disk_is_one_sentence(done, config, tmp_path, monkeypatch):
       train.train(config, str(folder))
   left = states(folder)
   assert {step for step, _ in left} == {2, 4, 6}
-  assert left.items() <= states(done).items()
+  assert left.items() <= expected.items()
   (tmp_path / "file").write_text("")
   with pytest.raises(errors.UserError, match="cannot be written to"):
     train.train(config, str(tmp_path / "file" / "run"))
@@ -347,6 +357,7 @@ def test_guard_counts_and_compares():
 # Hand-over.
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 def test_what_is_handed_over_gives_the_same_logits(

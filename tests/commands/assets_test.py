@@ -221,6 +221,29 @@ def test_tokenizer(smollm2):
   assert chat.endswith("<|im_start|>user\nhi<|im_end|>\n")
 
 
+def test_rows_of_heads_are_in_another_order_in_gguf(smollm2):
+  torch = pytest.importorskip("torch")
+  import gguf as reader
+  import safetensors.torch
+
+  source = reader.GGUFReader(assets.packaged_file(*assets.MODEL))
+  stored = {tensor.name: tensor for tensor in source.tensors}
+  tensors = safetensors.torch.load_file(smollm2 / "model.safetensors")
+  for ours, theirs, heads in (
+    ("model.layers.0.self_attn.q_proj", "blk.0.attn_q", 9),
+    ("model.layers.29.self_attn.k_proj", "blk.29.attn_k", 3),
+    ("model.layers.7.mlp.down_proj", "blk.7.ffn_down", None),
+    ("model.embed_tokens", "token_embd", None),
+  ):
+    value = tensors[f"{ours}.weight"]
+    if heads:
+      value = permute_as_llama_cpp(value, heads)
+    tensor = stored[f"{theirs}.weight"]
+    exact = reader.dequantize(tensor.data, tensor.tensor_type)
+    assert torch.equal(value, torch.tensor(exact).to(torch.bfloat16)), ours
+
+
+@pytest.mark.slow
 def test_same_model_as_transformers_reads_from_gguf(smollm2):
   """transformers dequantises and un-permutes with code of its own."""
   torch = pytest.importorskip("torch")

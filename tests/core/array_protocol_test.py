@@ -117,8 +117,10 @@ def estimate(fn, params, eps=1e-2, **options):
 @pytest.mark.parametrize(
   "model, direction",
   [
-    *(("linen", "rademacher"), ("linen", "low_rank"), ("nnx", "gaussian")),
-    *(("nnx", "low_rank"), ("equinox", "sparse"), ("haiku", "rademacher")),
+    *(("linen", "low_rank"), ("nnx", "gaussian")),
+    *(("equinox", "sparse"), ("haiku", "rademacher")),
+    pytest.param("linen", "rademacher", marks=pytest.mark.slow),
+    pytest.param("nnx", "low_rank", marks=pytest.mark.slow),
     *(("plain", direction) for direction in DIRECTIONS),
   ],
 )

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 
 import jax
@@ -83,11 +82,11 @@ def test_mezo_is_its_algorithm(whole):
   both = keys_lib.direction_keys(keys.direction, keys.subspace, 2)
   moved = base if whole else adapter
   expected = moved
+  draw = jax.jit(sampler.Sampler(directions.Gaussian()).perturb)
   for q in range(2):
     key = both._replace(direction=both.direction[q])
-    z = sampler.Sampler(directions.Gaussian()).perturb(
-      jax.tree.map(jnp.zeros_like, moved), key, 1.0
-    )
+    zeros = jax.tree.map(jnp.zeros_like, moved)
+    z = draw(zeros, key, 1.0)
 
     def at(sign, z=z):
       tree = jax.tree.map(lambda w, d: w + sign * 1e-2 * d, moved, z)
@@ -137,10 +136,11 @@ def test_one_after_the_other_is_each_in_its_time(adapter_first):
   state = joined.init(jax.random.key(3), *_start())
   step = jax.jit(joined.step)
   alone = state
+  stages = [jax.jit(stage.step) for stage in pair]
   for number in range(4):
     batch = _batch(number)
     state, info = step(state, batch, HPARAMS)
-    alone, stage_info = pair[number >= 2].step(alone, batch, HPARAMS)
+    alone, stage_info = stages[number >= 2](alone, batch, HPARAMS)
     _close((state.base, state.upper), (alone.base, alone.upper))
     np.testing.assert_allclose(
       info.upper_loss, stage_info.upper_loss.mean(), 1e-4
@@ -154,7 +154,10 @@ def test_one_after_the_other_is_each_in_its_time(adapter_first):
 
 # Of those by rewards, which need a task without options: tests/training.
 METHODS = [
-  name
+  # Parts or the reverse of mezo_then_peft.
+  pytest.param(name, marks=pytest.mark.slow)
+  if name in ("peft", "mezo", "peft_then_mezo")
+  else name
   for name, method in methods.METHODS.items()
   if name != "bilevel" and not method.by_reward
 ]
@@ -218,9 +221,7 @@ def test_a_run_of_every_method(
   assert result["accuracy"] == summary["test_accuracy"]
 
 
-@pytest.mark.skipif(
-  "ZOFO_LONG_TESTS" not in os.environ, reason="needs ZOFO_LONG_TESTS=1"
-)
+@pytest.mark.slow
 def test_a_resumed_run_of_two_parts_is_the_uninterrupted_one(
   command_line, tmp_path, tiny_model, tiny_rows
 ):

@@ -223,6 +223,7 @@ def test_no_stacked_weight_is_copied():
 
 
 @pytest.mark.many_devices
+@pytest.mark.slow
 def test_mesh_equals_one_device():
   mesh = jax.make_mesh(
     (4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2

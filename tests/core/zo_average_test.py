@@ -74,6 +74,7 @@ def _estimate_in_frames(fn, direction, num_directions, tree, eps=1e-2):
   return zo.Estimate((), coefficients, 0, (), z)
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
   direction=strategies.sampled_from([*KINDS[1:], directions.Sparse()]),

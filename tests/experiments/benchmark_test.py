@@ -26,15 +26,28 @@ def run(*arguments):
   )
 
 
-def test_it_writes_the_fields_that_are_asked_for(tmp_path):
-  times = ["zo_over_two_forwards.rademacher", "metatrain_over_single"]
-  if importlib.util.find_spec("torch"):
-    times += [
-      "torch_mezo_over_ours",
-      "evaluate_over_torch",
-      "evaluate_over_torch.one_forward",
-    ]
-  sizes = ["temp_over_params.step"]
+TORCH = [
+  "torch_mezo_over_ours",
+  "evaluate_over_torch",
+  "evaluate_over_torch.one_forward",
+]
+
+
+@pytest.mark.parametrize(
+  "times, sizes",
+  [
+    (["zo_over_two_forwards.rademacher"], ["temp_over_params.step"]),
+    pytest.param(
+      ["zo_over_two_forwards.rademacher", "metatrain_over_single", *TORCH],
+      ["temp_over_params.step"],
+      marks=pytest.mark.slow,
+    ),
+  ],
+  ids=["some", "all"],
+)
+def test_it_writes_the_fields_that_are_asked_for(tmp_path, times, sizes):
+  if not importlib.util.find_spec("torch"):
+    times = [name for name in times if name not in TORCH]
   path = tmp_path / "results.json"
   done = run(
     "--work=tiny",

@@ -106,13 +106,25 @@ def _assert_as_on_one_device(results, step):
 @pytest.mark.parametrize(
   "kind, estimator, per_example",
   [
-    (directions.Rademacher(), zo.central, False),
-    (directions.Rademacher(), zo.exact, False),
-    (directions.Sparse(), zo.forward, False),
-    (directions.LowRank(2), zo.central, False),
-    (directions.PerExample(), zo.central, True),
+    pytest.param(directions.Sparse(), zo.forward, False, id="sparse"),
+    pytest.param(directions.PerExample(), zo.central, True, id="per_example"),
+    # Each part of these is in one of the others, or in the test of groups.
+    pytest.param(
+      *(directions.Rademacher(), zo.central, False),
+      id="rademacher",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      *(directions.LowRank(2), zo.central, False),
+      id="low_rank",
+      marks=pytest.mark.slow,
+    ),
+    pytest.param(
+      *(directions.Rademacher(), zo.exact, False),
+      id="exact",
+      marks=pytest.mark.slow,
+    ),
   ],
-  ids=["rademacher", "exact", "sparse", "low_rank", "per_example"],
 )
 def test_devices_exchange_scalars_alone(kind, estimator, per_example):
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))

@@ -22,7 +22,6 @@ from zofo_jax.sharding import multihost
 
 pytestmark = pytest.mark.many_devices
 
-LONG, LONG_WHY = os.environ.get("ZOFO_LONG_TESTS"), "needs ZOFO_LONG_TESTS=1"
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 
 
@@ -77,9 +76,9 @@ def launch(cache, num_processes, *arguments, extra=None, meanwhile=None):
   ]
 
 
-def command_of(folder, model, rows):
+def command_of(folder, model, rows, method="bilevel"):
   return (
-    f"--config={LLAMA}:task=rotten_tomatoes",
+    f"--config={LLAMA}:task=rotten_tomatoes,method={method}",
     f"--workdir={folder}",
     f"--config.model.name={model}",
     f"--config.data.dir={rows}",
@@ -97,6 +96,33 @@ def command_of(folder, model, rows):
     "--config.train.eval_every_steps=2",
     "--config.ckpt.keep=2",
   )
+
+
+def test_one_process_goes_on_where_two_were(
+  cache, tmp_path, tiny_model, tiny_rows, command_line
+):
+  # The step that is the least to compile; the next test has the bilevel one.
+  folder = tmp_path / "run"
+  command = (
+    *command_of(folder, tiny_model, tiny_rows, method="mezo"),
+    *("--config.mesh.model=1", "--config.zo.select=attention_norm"),
+    "--config.train.num_steps=2",
+    "--config.train.eval_every_steps=1",
+  )
+  for code, text in launch(cache, 2, *command):
+    assert code == 0, text
+
+  def losses():
+    rows = report.read_jsonl(folder / "metrics.jsonl")
+    steps = [row for row in rows if "upper_loss" in row]
+    assert [row["step"] for row in steps] == [1, 2]  # one process writes
+    return [row["upper_loss"] for row in steps]
+
+  whole = losses()
+  shutil.rmtree(folder / "checkpoints" / "2")
+  assert command_line(*command) == 0
+  assert losses()[0] == whole[0]
+  assert losses()[1] == pytest.approx(whole[1], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -129,7 +155,6 @@ def test_train_and_resume_on_other_processes(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LONG, reason=LONG_WHY)
 def test_a_signal_to_one_process_loses_nothing(
   cache, tmp_path, tiny_model, tiny_rows
 ):
@@ -223,7 +248,6 @@ def test_arguments_that_do_not_fit(where, options, message):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not LONG, reason=LONG_WHY)
 @pytest.mark.parametrize("command", ["icl", "probe", "head", "squad"])
 def test_what_two_processes_answer(command, cache, tmp_path, tiny_model):
   # The same as one process says, of the same eight devices.

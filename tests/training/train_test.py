@@ -198,6 +198,7 @@ def test_summary(done):
   assert summary["peak_rss_bytes"] >= 0.99 * last["rss_bytes"]
 
 
+@pytest.mark.slow
 def test_a_linear_penalty_rises_to_its_value(
   command_line, tmp_path, tiny_model, tiny_rows
 ):

@@ -24,7 +24,6 @@ import numpy as np
 from zofo_jax import errors, models, report
 from zofo_jax.builders import assets
 from zofo_jax.core import losses, offload, perturbed, quantized
-from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.types import LossFn
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
@@ -325,17 +324,16 @@ def _quantized_parts(
 def abstract_base(model: Model) -> Any:
   """Returns the shapes and dtypes of the backbone, without its weights."""
 
-  def stored(path, leaf):
-    axis = _summed_axis(tree_lib.path_name(path))
+  def stored(path, shape):
+    axis = _summed_axis(path)
     if model.quantize and axis is not None:
-      return quantized.shape_of(leaf.shape, model.quantize, axis, model.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(model.dtype))
+      return quantized.shape_of(shape, model.quantize, axis, model.dtype)
+    return jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))
 
-  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  variables = jax.eval_shape(
-    model.module.init, jax.random.key(0), ids, ids, ids, ids, ids
-  )
-  return jax.tree.map_with_path(stored, variables["params"])
+  # The shapes of a family and its config are traced once in a process.
+  shapes = weights.shapes(model.family, model.module.config)
+  flat = {path: stored(path, shape) for path, shape in shapes.items()}
+  return flax.traverse_util.unflatten_dict(flat, sep="/")
 
 
 def tokenizer_digests(model: Model, *, chat: bool = False) -> dict[str, str]:

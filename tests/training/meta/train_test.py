@@ -153,6 +153,7 @@ def test_a_resumed_run_is_the_same_bit_for_bit(done, start, tmp_path):
   assert steps[0] == steps[1]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_on_the_host_is_the_same(done, start, tmp_path):
   # As if it had been interrupted after step 2, with its tasks on the host.
   folder = tmp_path / "run"
@@ -199,6 +200,7 @@ def test_where_stacks_start_does_not_matter(done, tiny_model):
   assert len({leaf.tobytes() for leaf in drawn}) == 2 * len(TRAINED)
 
 
+@pytest.mark.slow
 def test_every_kind_of_adapter_has_an_axis_of_tasks(config):
   config.command = "metatrain"
   config.adapter.kind = "lora+prefix+prompt"
@@ -236,7 +238,9 @@ def lora(start, tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize("method", ["peft", "full", "mezo"])
+@pytest.mark.parametrize(
+  "method", ["peft", pytest.param("full", marks=pytest.mark.slow), "mezo"]
+)
 def test_baselines_move_what_they_should(lora, start, tmp_path, method):
   folder = lora if method == "peft" else tmp_path / method
   if method != "peft":
@@ -338,6 +342,7 @@ def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
   )
 
 
+@pytest.mark.slow
 def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
   config.command = "metatrain"
   config.meta.train, config.meta.target = ("cr",), ("mpqa",)
