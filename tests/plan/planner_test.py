@@ -10,6 +10,7 @@ import pytest
 
 from tests import tiny
 from zofo_jax import errors, models
+from zofo_jax.builders import budget
 from zofo_jax.models.hf import published, weights
 from zofo_jax.plan import aot, planner, topologies
 from zofo_jax.sharding import mesh as mesh_lib
@@ -25,6 +26,7 @@ SIZES = {
   "facebook/opt-1.3b": 1.32,
   "facebook/opt-13b": 12.9,
   "facebook/opt-66b": 65.7,
+  "facebook/opt-175b": 174.6,
   "HuggingFaceTB/SmolLM2-135M": 0.135,
   "TinyLlama/TinyLlama_v1.1": 1.10,
   "meta-llama/Llama-2-7b-hf": 6.74,
@@ -98,6 +100,36 @@ def test_what_would_fit(capsys):
   # No change of these makes 70 billion weights fit.
   config = config_of("meta-llama/Llama-2-70b-hf")
   assert planner.plan(config, "l4:1")["would_fit"] is None
+
+
+def test_a_plan_with_weights_on_the_host(capsys, monkeypatch):
+  monkeypatch.setattr(planner.estimate, "flops", lambda run: 0.0)
+  changes = {"method": "mezo", "mesh.data": 1}
+  config = config_of("meta-llama/Llama-2-70b-hf", **changes)
+  config.model.offload = "host"
+  plan = planner.plan(config, "h100:1")
+  assert plan["fits"] and plan["offloaded"] is None
+  host = plan["per_chip_host_bytes"]
+  # All but the embedding, the head and the norms.
+  matrices = 2 * (69.0e9 - 2 * 32000 * 8192)
+  assert host["weights"] == pytest.approx(matrices, rel=0.01)
+  # A direction, and the update.
+  copied = plan["host_transfers"]
+  assert copied["to_device"] == 2 * host["weights"]
+  assert copied["to_host"] == host["weights"]
+  assert copied["seconds"] == pytest.approx(2 * matrices / 32e9, rel=0.01)
+
+  nothing = budget.Transfers(0.0, 0.0)
+  monkeypatch.setattr(planner.estimate, "transfers", lambda run: nothing)
+  config.model.offload = ""
+  without = planner.plan(config, "h100:1")
+  assert not without["fits"] and without["would_fit"] is None
+  assert without["offloaded"] == {
+    "per_chip_bytes": plan["per_chip_bytes"]["total"],
+    "per_chip_host_bytes": host["total"],
+  }
+  said = capsys.readouterr().out
+  assert "With --config.model.offload=host it is estimated to take" in said
 
 
 REFUSALS = {

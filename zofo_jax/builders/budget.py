@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from zofo_jax.builders import base_update
+from zofo_jax.builders import base_update, model
 from zofo_jax.config import methods
 
 
@@ -152,17 +152,73 @@ def flops(fn: Callable[..., Any], *args: Any) -> float:
     >>> budget.flops(jnp.matmul, shape, shape)
     1024.0
   """
-  return _flops(jax.make_jaxpr(fn)(*args).jaxpr)
+
+  def products(equation):
+    if equation.primitive.name != "dot_general":
+      return None
+    (contracted, _), _ = equation.params["dimension_numbers"]
+    shape = equation.invars[0].aval.shape
+    inner_size = math.prod(shape[axis] for axis in contracted)
+    return 2.0 * inner_size * math.prod(equation.outvars[0].aval.shape)
+
+  return _total(jax.make_jaxpr(fn)(*args).jaxpr, products)
 
 
-def _flops(jaxpr: Any) -> float:
+class Transfers(NamedTuple):
+  """Bytes between the memories of the host and of the devices.
+
+  Attributes:
+    to_device: copied to the devices.
+    to_host: copied to the host.
+  """
+
+  to_device: float
+  to_host: float
+
+
+def transfers(fn: Callable[..., Any], *args: Any) -> Transfers:
+  """Counts what a function copies between host and devices.
+
+  Args:
+    fn: function of arrays or of their shapes.
+    *args: its arguments; those in the host's memory have a sharding that says
+      so.
+
+  Returns:
+    Bytes, times the lengths of loops, on all devices.
+  """
+  jaxpr = jax.make_jaxpr(fn)(*args).jaxpr
+
+  def copies_from(memory):
+    def copied(equation):
+      if equation.primitive.name != "device_put":
+        return None
+      pairs = zip(equation.invars, equation.outvars, strict=True)
+      return sum(
+        model.array_bytes(old.aval.shape, old.aval.dtype)
+        for old, new in pairs
+        if old.aval.memory_space == memory != new.aval.memory_space
+      )
+
+    return copied
+
+  space = jax.memory.Space
+  return Transfers(
+    _total(jaxpr, copies_from(space.Host)),
+    _total(jaxpr, copies_from(space.Device)),
+  )
+
+
+def _total(jaxpr: Any, count: Callable[[Any], float | None]) -> float:
+  """Sums over the equations of a program what `count` does not leave as None.
+
+  A loop counts as often as it runs, and of a conditional the largest branch.
+  """
   total = 0.0
   for equation in jaxpr.eqns:
-    if equation.primitive.name == "dot_general":
-      (contracted, _), _ = equation.params["dimension_numbers"]
-      shape = equation.invars[0].aval.shape
-      inner_size = math.prod(shape[axis] for axis in contracted)
-      total += 2.0 * inner_size * math.prod(equation.outvars[0].aval.shape)
+    number = count(equation)
+    if number is not None:
+      total += number
       continue
     inside = [
       getattr(value, "jaxpr", value)
@@ -170,7 +226,7 @@ def _flops(jaxpr: Any) -> float:
       for value in (param if isinstance(param, tuple | list) else (param,))
       if hasattr(value, "eqns") or hasattr(value, "jaxpr")
     ]
-    counts = [_flops(inner) for inner in inside]
+    counts = [_total(inner, count) for inner in inside]
     if equation.primitive.name == "cond":  # runs one of its branches
       total += max(counts)
     else:

@@ -173,6 +173,16 @@ def memory_by_method(size: Mapping[str, int | None]) -> dict[str, int | None]:
   }
 
 
+def transfers(run: run_lib.Run) -> budget.Transfers:
+  """Counts what an iteration copies between host and devices, on all chips."""
+  return budget.transfers(
+    run.algorithm.step,
+    run.abstract_state(),
+    abstract_batch(run),
+    BilevelHParams(),
+  )
+
+
 def flops(run: run_lib.Run) -> float:
   """Counts the operations of an iteration's matrix products, on all chips."""
   batch = abstract_batch(run)

@@ -22,6 +22,8 @@ from zofo_jax.plan import aot, estimate, topologies
 from zofo_jax.sharding import mesh as mesh_lib
 from zofo_jax.sharding import rules
 
+# Bytes a second between a chip and its host, each way: 16 lanes of PCIe 4.
+HOST_BANDWIDTH = 32e9
 _SHARDS = tuple(2**i for i in range(9))
 
 
@@ -40,7 +42,9 @@ def plan(
     What is in the file: `mesh`; `per_chip_bytes` of weights, optimizer (all
     other state), forward_temp, zo_temp, lora_temp, iteration_temp and total;
     `per_chip_host_bytes` of weights in the host's memory, and in total, with
-    copies that the compiler makes there;
+    copies that the compiler makes there; `host_transfers` of an iteration, on
+    all chips: bytes to_device and to_host, and the seconds that the larger of
+    them takes at HOST_BANDWIDTH a chip;
     `remat_temp_bytes` of a first-order step, `off` and `on`, unless estimated;
     `method_bytes`, see `estimate.memory_by_method`;
     `chip_bytes` and `fits`; `flops` of the matrix products, on all chips;
@@ -51,6 +55,8 @@ def plan(
     compiler refused has no figures, which are None, and its message is in
     `refused`, by program. If the run does not fit, `would_fit` has changes of
     the config with which it is estimated to; None if no such are known.
+    `offloaded` then has the estimated `per_chip_bytes` and
+    `per_chip_host_bytes`, in total, with config.model.offload "host".
 
   Raises:
     UserError: no such topology, or the config or its mesh is wrong.
@@ -111,6 +117,7 @@ def plan(
     "chip_bytes": chip,
     "fits": fits,
     "flops": estimate.flops(run),
+    "host_transfers": _host_transfers(run, topology),
     **figures,
     "method_bytes": estimate.memory_by_method(size),
     "smallest_slice": _smallest_slice(run, state, topology.kind),
@@ -120,6 +127,9 @@ def plan(
       smaller(config.model.dtype, config.model.remat, config.data.max_length),
       lambda changes: _fits(estimated_total(changes), topology),
     ),
+    "offloaded": None
+    if fits or config.model.offload
+    else _offloaded(changed_run, run_mesh),
   }
   if path:
     report.write_json(epath.Path(path), plan)
@@ -286,6 +296,36 @@ def _host_bytes(
   return {"weights": weights, "total": max(weights, compiled or 0)}
 
 
+def _host_transfers(
+  run: run_lib.Run, topology: topologies.Topology
+) -> dict[str, float]:
+  """Returns what an iteration copies, and the time that it takes at least."""
+  copied = estimate.transfers(run)
+  seconds = max(copied) / (HOST_BANDWIDTH * topology.num_chips)
+  return {**copied._asdict(), "seconds": seconds}
+
+
+def _offloaded(
+  changed_run: Callable[[dict[str, Any], mesh_lib.AnyMesh], run_lib.Run],
+  mesh: mesh_lib.AnyMesh,
+) -> dict[str, int] | None:
+  """Estimates the run with weights in the host's memory, if it may have them.
+
+  Args:
+    changed_run: (changes of the config, mesh) -> a run.
+    mesh: the mesh to estimate for.
+  """
+  try:
+    run = changed_run({"model.offload": "host"}, mesh)
+  except errors.UserError:
+    return None
+  state = run.abstract_state()
+  return {
+    "per_chip_bytes": estimate.estimate(run, state, mesh)["total"],
+    "per_chip_host_bytes": estimate.host_bytes(state),
+  }
+
+
 def _smallest_slice(
   run: run_lib.Run, state: BilevelState, kind: str
 ) -> str | None:
@@ -320,7 +360,13 @@ def _print_plan(plan: dict[str, Any]) -> None:
     title="to compare with; full: at least",
   )
   if host := plan["per_chip_host_bytes"]["total"]:
-    print(f"In the host's memory: {host / 1e9:.2f} GB a chip.")
+    copied = plan["host_transfers"]
+    print(
+      f"In the host's memory: {host / 1e9:.2f} GB a chip. An iteration copies "
+      f"{copied['to_device'] / 1e9:.1f} GB to the devices and "
+      f"{copied['to_host'] / 1e9:.1f} GB back: at least "
+      f"{copied['seconds']:.1f} s at {HOST_BANDWIDTH / 1e9:.0f} GB/s a chip."
+    )
   if plan.get("collective_bytes"):
     report.results_table(
       [
@@ -346,6 +392,12 @@ def _print_plan(plan: dict[str, Any]) -> None:
   if changes := plan["would_fit"]:
     flags = " ".join(f"--config.{k}={v}" for k, v in changes.items())
     print(f"It is estimated to fit with {flags}.")
+  if offloaded := plan["offloaded"]:
+    print(
+      "With --config.model.offload=host it is estimated to take "
+      f"{offloaded['per_chip_bytes'] / 1e9:.1f} GB a chip and "
+      f"{offloaded['per_chip_host_bytes'] / 1e9:.1f} GB of the host's memory."
+    )
   print(
     f"Smallest slice, estimated: {plan['smallest_slice'] or 'none listed'}."
   )

@@ -173,6 +173,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "facebook/opt-13b": _opt(5120, 40, 40),
   "facebook/opt-30b": _opt(7168, 48, 56),
   "facebook/opt-66b": _opt(9216, 64, 72),
+  "facebook/opt-175b": _opt(12288, 96, 96),
   "HuggingFaceTB/SmolLM2-135M": _llama(
     49152, 576, 1536, 30, (9, 3), 8192, rope_theta=1e5, **_TIED
   ),
