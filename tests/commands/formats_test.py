@@ -9,7 +9,10 @@ import pytest
 
 from tests import tiny
 from zofo_jax import errors, report, tasks
+from zofo_jax.builders import data, encoder
+from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import task as task_lib
+from zofo_jax.config import validate
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 TEMPLATE = (
@@ -176,3 +179,33 @@ def test_metrics_of_texts_make_a_chat_generate(tmp_path):
   assert (task.kind, task.metric) == ("generation", "rouge_l")
   assert task_lib.load_task(_config(path)).kind == "text"
   assert tasks.recognise(["text", "label"]) is None
+
+
+def test_training_rows_are_packed(chat_model, tmp_path):
+  path = tmp_path / "texts.jsonl"
+  tiny._write_jsonl(path, [{"text": f"a dull film {i}" * 3} for i in range(40)])
+  changes = {
+    "model.name": str(chat_model),
+    "data.pack": True,
+    "data.max_length": 16,
+    "data.num_lower": 8,
+    "data.num_upper": 4,
+    "data.num_selection": 2,
+    "data.num_test": 2,
+    "data.long_rows": "truncate",
+  }
+  config = _config(path, **changes)
+  task = task_lib.load_task(config)
+  model = model_lib.load_model(**config.model)
+  encode = encoder.make_encoder(config, model)
+  examples = data.load_examples(task, data.make_row_source(config), encode)
+  assert task.may_split
+  lengths = [len(e.rows[0].tokens) for e in examples.lower]
+  assert max(lengths) == 16
+  assert {len(e.rows) for e in examples.lower} == {1}
+  with pytest.raises(errors.UserError, match="the virtual tokens of adapter"):
+    validate.check(_config(path, **changes, **{"adapter.kind": "prompt"}))
+  with pytest.raises(
+    errors.UserError, match=r"data\.pack: task rte has a prompt"
+  ):
+    task_lib.load_task(_config(path, **{"data.pack": True, "data.task": "rte"}))

@@ -1,5 +1,6 @@
 """How the rows of a run become tokens: lengths, template, loss."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from zofo_jax import errors, tasks
 from zofo_jax.builders import model as model_lib
 from zofo_jax.config import defaults
 from zofo_jax.data import bad_rows as bad_rows_lib
-from zofo_jax.data import encode_options, encode_prompts
+from zofo_jax.data import encode_options, encode_prompts, packing
 from zofo_jax.data import tokenizer as tokenizer_lib
 
 
@@ -29,6 +30,7 @@ class Encoder(NamedTuple):
     long_rows: what happens to training rows that do not fit.
     bad_rows: what happens to other rows that cannot be used, and which ones
       were left out.
+    pack: whether training rows hold several chats or texts.
   """
 
   tokenizer: Any
@@ -40,6 +42,7 @@ class Encoder(NamedTuple):
   version: tasks.Version
   long_rows: encode_options.LongRows
   bad_rows: bad_rows_lib.BadRows
+  pack: bool = False
 
   @property
   def truncate(self) -> bool:
@@ -78,22 +81,24 @@ class Encoder(NamedTuple):
     Raises:
       UserError: names the file and row that is wrong.
     """
+    length = self.max_train_length
     examples = encode_options.encode_each(
       task,
       rows,
       self.tokenizer,
       self.mode,
-      max_length=self.max_train_length,
+      max_length=sys.maxsize if self.pack and task.may_split else length,
       version=self.version,
       long_rows=self.long_rows,
     )
-    return encode_options.keep_encoded(
+    usable = encode_options.keep_encoded(
       task,
       self._check_each(examples),
-      max_length=self.max_train_length,
+      max_length=length,
       long_rows=self.long_rows,
       bad_rows=self.bad_rows,
     )
+    return packing.pack(usable, length) if self.pack else usable
 
   def encode_eval(
     self, task: tasks.Task, rows: Sequence[tasks.Row]
@@ -266,4 +271,5 @@ def make_encoder(
     version=config.data.template,
     long_rows=config.data.long_rows,
     bad_rows=bad_rows_lib.BadRows(config.data.bad_rows),
+    pack=config.data.pack,
   )

@@ -52,6 +52,11 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
       f"config.loss: task {task.name} is answered by generating text; "
       f"expected 'likelihood'; found '{config.loss}'."
     )
+  if data.pack and not task.document:
+    raise errors.UserError(
+      f"config.data.pack: task {task.name} has a prompt; expected False, or "
+      "rows of a data.format."
+    )
   if task.document and config.zo.objective == "accuracy":
     raise errors.UserError(
       f"config.zo.objective: task {task.name} has no options; expected 'loss' "

@@ -241,6 +241,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("data.max_length", 2048, POSITIVE, "tokens of a row, prompt and option"),
   ("data.long_rows", "error", one_of("error", "truncate", "drop"),
    "stop at longer rows, cut them at the left, or leave them out"),
+  ("data.pack", False, ANY,
+   "rows of a data.format: put several into one training row of max_length, "
+   "where tokens attend within their own; long texts are split"),
   ("data.bad_rows", "error", one_of("error", "drop"),
    "stop at rows that cannot be used, or leave them out and list them in "
    "WORKDIR/dropped.jsonl"),

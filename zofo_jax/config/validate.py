@@ -212,6 +212,11 @@ def _check_offload(fields: _Fields) -> None:
 
 def _check_own_task(fields: _Fields) -> None:
   """Checks that the parts of a new task come with its prompt."""
+  if fields["data.pack"] and "prompt" in str(fields["adapter.kind"]).split("+"):
+    raise errors.UserError(
+      "config.data.pack: the virtual tokens of adapter.kind 'prompt' begin a "
+      "row, not each of its documents; expected another adapter, or False."
+    )
   if fields["data.prompt"] and fields["data.format"]:
     raise errors.UserError(
       "config.data.format: rows of a format need no prompt; expected none with "

@@ -20,7 +20,8 @@ class Batch(NamedTuple):
 
   Attributes:
     tokens: int32 [B, R, L].
-    mask: bool [B, R, L], True at real tokens.
+    mask: bool [B, R, L], True at real tokens; or int32, where rows hold several
+      documents: the number of each token's, from 1, and 0 for padding.
     positions: int32 [B, R, P], positions whose hidden states are read; each
       predicts the next token.
     target_slot: int32 [B, R, K], index of the position (0 to P - 1) that

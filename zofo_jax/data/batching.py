@@ -129,7 +129,8 @@ def collate(
   _, length, positions, targets, options = shape
   lead = (size, shape.rows)
   tokens = np.full((*lead, length), pad, np.int32)
-  mask = np.zeros((*lead, length), bool)
+  several = any(row.documents for e in examples for row in e.rows)
+  mask = np.zeros((*lead, length), np.int32 if several else bool)
   position = np.zeros((*lead, positions), np.int32)
   slot, token, option = np.zeros((3, *lead, targets), np.int32)
   weight = np.zeros((*lead, targets), np.float32)
@@ -145,7 +146,7 @@ def collate(
       real = r < len(example.rows)
       row = example.rows[r if real else 0]
       tokens[b, r, : len(row.tokens)] = row.tokens
-      mask[b, r, : len(row.tokens)] = True
+      mask[b, r, : len(row.tokens)] = row.documents or True
       if not real:
         continue
       position[b, r, : len(row.positions)] = row.positions

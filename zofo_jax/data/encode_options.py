@@ -33,11 +33,14 @@ class EncodedRow(NamedTuple):
     tokens: token ids.
     positions: positions whose hidden states predict targets.
     targets: (index into `positions`, token, option) of each target.
+    documents: number of the document of each token, from 1; () for a single
+      one.
   """
 
   tokens: tuple[int, ...]
   positions: tuple[int, ...]
   targets: tuple[tuple[int, int, int], ...]
+  documents: tuple[int, ...] = ()
 
 
 class Example(NamedTuple):

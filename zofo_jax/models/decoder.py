@@ -167,8 +167,11 @@ class Decoder(nn.Module):
   def _states(self, tokens_BxL: jax.Array, mask_BxL: jax.Array) -> jax.Array:
     """Runs the layers and drops virtual tokens; [B, L, D]."""
     x, mask = self._inputs(tokens_BxL, mask_BxL)
+    num_virtual = x.shape[1] - tokens_BxL.shape[1]
+    if jnp.issubdtype(mask_BxL.dtype, jnp.integer):
+      mask = jnp.pad(mask_BxL, ((0, 0), (num_virtual, 0)), constant_values=1)
     x, _ = self._body(self.constrain(x, False), mask)
-    return x[:, x.shape[1] - tokens_BxL.shape[1] :]
+    return x[:, num_virtual:]
 
   def __call__(
     self,
@@ -182,7 +185,9 @@ class Decoder(nn.Module):
 
     Args:
       tokens: [B, L] int32.
-      mask: [B, L] bool, real tokens; padding may be on either side.
+      mask: [B, L] bool, real tokens; padding may be on either side. Or int32:
+        the number of each token's document, from 1, and 0 for padding; tokens
+        attend within their document.
       positions: [B, P] int32, positions whose next token is a target.
       target_slot: [B, K] int32, which of the P positions predicts the target.
       target_token: [B, K] int32, token to be predicted.

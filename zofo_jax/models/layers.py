@@ -157,8 +157,17 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
 
 
 def token_positions(mask_BxL: jax.Array) -> jax.Array:
-  """Numbers real tokens from 0, wherever the padding is; int32 [B, L]."""
-  count = jnp.cumsum(mask_BxL.astype(jnp.int32), axis=1)
+  """Numbers real tokens from 0, wherever the padding is; int32 [B, L].
+
+  Args:
+    mask_BxL: bool, real tokens; or int32, the number of each token's document,
+      0 for padding. Each document's tokens are numbered from 0.
+  """
+  count = jnp.cumsum((mask_BxL > 0).astype(jnp.int32), axis=1)
+  if jnp.issubdtype(mask_BxL.dtype, jnp.integer):
+    before_BxL = jnp.pad(mask_BxL, ((0, 0), (1, 0)))[:, :-1]
+    starts_BxL = (mask_BxL > 0) & (mask_BxL != before_BxL)
+    count -= jax.lax.cummax(jnp.where(starts_BxL, count - 1, 0), axis=1)
   return jnp.maximum(count - 1, 0)
 
 
@@ -167,18 +176,22 @@ def attention_mask(
 ) -> jax.Array:
   """Returns the attention mask, bool [B, 1, L, S].
 
-  A token attends to real tokens, up to itself if `causal`. Every token attends
-  to itself, padding included, because softmax is undefined without any allowed
-  slot.
+  A token attends to real tokens of its document, up to itself if `causal`.
+  Every token attends to itself, padding included, because softmax is undefined
+  without any allowed slot.
 
   Args:
-    mask_BxS: bool, slots that hold a real token.
+    mask_BxS: bool, slots that hold a real token; or int32, as for
+      `token_positions`.
     slots_L: int32, slots of the queries.
     causal: whether later tokens are hidden.
   """
   slots_S = jnp.arange(mask_BxS.shape[1])
   diagonal_LxS = slots_S[None, :] == slots_L[:, None]
-  allowed_Bx1xLxS = mask_BxS[:, None, None, :]
+  allowed_Bx1xLxS = mask_BxS[:, None, None, :] > 0
+  if jnp.issubdtype(mask_BxS.dtype, jnp.integer):
+    own_BxL = jnp.take(mask_BxS, slots_L, axis=1)
+    allowed_Bx1xLxS &= mask_BxS[:, None, None, :] == own_BxL[:, None, :, None]
   if causal:
     causal_LxS = slots_S[None, :] <= slots_L[:, None]
     allowed_Bx1xLxS = allowed_Bx1xLxS & causal_LxS[None, None]

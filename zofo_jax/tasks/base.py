@@ -95,6 +95,7 @@ class Task:
       that affects results.
     document: (columns, whether they are labelled) -> the row as chat or text,
       for a format of `formats`, which has no prompt or options.
+    may_split: whether a long row may become several: plain text.
   """
 
   name: str
@@ -112,6 +113,7 @@ class Task:
   kind: Kind = "classification"
   reference: Template | None = None
   document: Callable[[Fields, bool], Chat | Plain] | None = None
+  may_split: bool = False
 
   @property
   def columns(self) -> tuple[str, ...]:

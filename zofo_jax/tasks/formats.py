@@ -263,4 +263,5 @@ def formatted(name: str, form: str, *, metric: str | None = None) -> Task:
     if metric.startswith("token_") and metric != "token_f1"
     else "generation",
     document=read,
+    may_split=form == "text",
   )
