@@ -1,4 +1,6 @@
-"""Plans many models on many slices; writes a JSON file for each, and a table.
+"""Plans many models on many slices; writes a JSON file for each, and tables.
+
+The second table has single chips, with weights in the host's memory.
 
   python experiments/plans.py --out experiments/plans [--only NAME]
 
@@ -19,6 +21,16 @@ MODELS = {
   "opt-66b": "configs/opt.py:size=66b",
   **{f"llama-{s}": f"configs/llama.py:size={s}" for s in ("7b", "13b", "70b")},
 }
+SINGLE = {
+  "llama-70b": "configs/llama.py:size=70b",
+  "opt-66b": "configs/opt.py:size=66b",
+  "opt-175b": "configs/opt.py",
+}
+SINGLE_CHIPS = ("v5e:1x1", "v5p:1x1", "h100:1")
+ON_HOST = (
+  *("--config.model.offload=host", "--config.model.remat=True"),
+  *("--config.mesh.data=1", "--config.zo.select="),
+)
 SLICES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 FIXED = (
   "--config.model.dtype=bfloat16",
@@ -54,6 +66,34 @@ def row(path):
   return "| " + " | ".join(cells) + " |"
 
 
+def single_row(path):
+  """Returns a line of the table of single chips, in GB and seconds."""
+  plan = json.loads(path.read_text())
+  size, copied = plan["per_chip_bytes"], plan["host_transfers"]
+  step = size["weights"] + size["optimizer"] + size["zo_temp"]
+  cells = [
+    *(path.stem.split("_")[0], plan["topology"]),
+    "shapes" if plan["estimate"] else "compiler",
+    *(
+      f"{n / 1e9:.1f}"
+      for n in (plan["per_chip_host_bytes"]["total"], step, size["total"])
+    ),
+    f"{plan['chip_bytes'] / 1e9:.1f}, {'yes' if plan['fits'] else 'no'}",
+    f"{copied['seconds']:.0f}",
+  ]
+  return "| " + " | ".join(cells) + " |"
+
+
+def run_plan(config, flags, path):
+  """Plans one cell, unless its file exists."""
+  if path.exists():
+    return
+  command = [sys.executable, "-m", "zofo_jax.plan", f"--config={config}"]
+  subprocess.run(
+    [*command, *FIXED, *flags, f"--json={path}"], cwd=ROOT, check=False
+  )
+
+
 def main():
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument(
@@ -68,22 +108,32 @@ def main():
     for topology in SLICES:
       name = f"{model}_{topology.replace(':', '-')}"
       path = arguments.out / f"{name}.json"
-      if path.exists() or arguments.only not in name:
-        continue
-      command = [sys.executable, "-m", "zofo_jax.plan", f"--config={config}"]
-      subprocess.run(
-        [*command, *FIXED, f"--topology={topology}", f"--json={path}"],
-        cwd=ROOT,
-        check=False,
-      )
+      if arguments.only in name:
+        run_plan(config, [f"--topology={topology}"], path)
+  for model, config in SINGLE.items():
+    for topology in SINGLE_CHIPS:
+      name = f"{model}_{topology.replace(':', '-')}_host"
+      flags = [f"--topology={topology}", *ON_HOST]
+      if model == "opt-175b":  # its weights are not on the hub
+        flags.append("--config.model.name=facebook/opt-175b")
+      if arguments.only in name:
+        run_plan(config, flags, arguments.out / f"{name}.json")
   columns = (
     *("model", "slice", "mesh", "weights", "bilevel", "MeZO", "LoRA", "full ≥"),
     *("chip, fits", "zo extra", "/ LoRA", "backward", "remat"),
     *("smallest", "compile s"),
   )
   print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-  for path in sorted(arguments.out.glob("*.json")):
-    print(row(path))
+  paths = sorted(arguments.out.glob("*.json"))
+  for path in paths:
+    if not path.stem.endswith("_host"):
+      print(row(path))
+  columns = ("model", "chip", "figures", "host", "ZO step", "bilevel")
+  columns += ("chip, fits", "copies, s at 32 GB/s")
+  print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
+  for path in paths:
+    if path.stem.endswith("_host"):
+      print(single_row(path))
 
 
 if __name__ == "__main__":
