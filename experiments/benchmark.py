@@ -50,6 +50,11 @@ FIELDS = {
   "torch_bilevel_over_ours.iteration": Field("bilevel", 3.0, False, True),
   "metatrain_over_single": Field("metatrain", 1.25),
   "guided_over_published": Field("guided", 1.05),
+  "population_over_batch.low_rank": Field("population", 0.85, False),
+  "population_over_batch.low_rank.rank_1": Field("population", 0.85, False),
+  "population_over_batch.rademacher": Field("population", None, False),
+  "temp_over_params.population": Field("population", 0.05),
+  "temp_over_params.population.rank_1": Field("population", 0.05),
   "rss_over_params.bilevel": Field("rss", 2.0),
   "rss_over_params.torch": Field("rss_torch", None, torch=True),
   "evaluate_over_torch": Field("evaluate", 1.5, False, True),
@@ -174,6 +179,33 @@ def guided(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   }
 
 
+def population(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
+  """Times the answers of a population against as many of one model."""
+  from bench import ours
+
+  fields = {
+    "low_rank": "temp_over_params.population",
+    "low_rank.rank_1": "temp_over_params.population.rank_1",
+    "rademacher": None,
+  }
+  kinds = tuple(
+    kind
+    for kind, temp in fields.items()
+    if {f"population_over_batch.{kind}", temp} & {*wanted.names}
+  )
+  side = ours.make_population(work, kinds)
+  for kind in kinds:
+    if name := fields[kind]:
+      extra = side.temp_bytes[kind] - side.temp_bytes["plain"]
+      yield {name: timing.bytes_ratio(extra, side.base_bytes)}
+  for kind in kinds:
+    name = f"population_over_batch.{kind}"
+    if name in wanted.names:
+      programs = {"plain": side.plain, "members": side.members[kind]}
+      seconds = timing.timed_in_turn(programs, wanted.repeats)
+      yield {name: timing.ratio(seconds["plain"], seconds["members"])}
+
+
 def _resident(side: str, work: workload.Work) -> dict[str, Any]:
   """Returns a run's peak minus a toy model's, and the backbone's bytes."""
   name = next(n for n, other in workload.WORKS.items() if other is work)
@@ -220,6 +252,7 @@ GROUPS = {
   "zeroth_order": zeroth_order,
   "bilevel": bilevel,
   "metatrain": metatrain,
+  "population": population,
   "guided": guided,
   "rss": rss,
   "rss_torch": rss_torch,

@@ -4,6 +4,7 @@ Each `make_*` compiles what it returns; calls wait for their result. Weights
 that a program updates are donated to it and kept between calls.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from zofo_jax.builders import model
 from zofo_jax.core import losses
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import encode_options
-from zofo_jax.evaluation import scoring
+from zofo_jax.evaluation import generation, scoring
 from zofo_jax.models import apply, opt, transformer
 from zofo_jax.models.decoder import STACKED
 
@@ -386,3 +387,80 @@ def make_evaluation(work: workload.Work) -> Callable[[], Any]:
   return lambda: scoring.score_options(
     score_fn, base, {}, examples, batch_size=work.scored_batch, pad=0
   )
+
+
+class Population(NamedTuple):
+  """The answers of a population, and as many of one model.
+
+  Attributes:
+    plain: writes all rows with the weights themselves.
+    members: for each kind of direction, writes them with perturbed weights.
+    temp_bytes: XLA's temporaries of each kind and of "plain".
+    base_bytes: bytes of the weights.
+  """
+
+  plain: Callable[[], Any]
+  members: dict[str, Callable[[], Any]]
+  temp_bytes: dict[str, int]
+  base_bytes: int
+
+
+# By their names in fields, and how many directions write at a time; 0: all.
+POPULATIONS = {
+  "low_rank": (zofo.directions.LowRank(rank=4), 0),
+  "low_rank.rank_1": (zofo.directions.LowRank(rank=1), 0),
+  "rademacher": (zofo.directions.Rademacher(), 1),
+}
+
+
+def make_population(work: workload.Work, kinds: tuple[str, ...]) -> Population:
+  """Compiles the answers to the same prompts, which no token ends.
+
+  Args:
+    work: the sizes.
+    kinds: names in `POPULATIONS`.
+
+  Returns:
+    The programs; all share one set of weights.
+  """
+  count, prompts, length, more = work.population
+  module = llama_module(work.llama)
+  base = _random_base(module, work.dtype)
+  generate_fn = generation.make_generate_fn(
+    module,
+    max_new_tokens=more,
+    stops=np.zeros(work.llama.vocab_size, bool),
+    pad=0,
+  )
+  rows = workload.full_rows((prompts, length), work.llama.vocab_size)
+
+  def write(base, tokens):
+    keys = jax.random.split(zofo.keys.seed_key(0), len(tokens))
+    return generate_fn(base, {}, tokens, jnp.ones(tokens.shape, bool), keys)
+
+  def make_members(direction, at_once):
+    zo = zofo.ZerothOrder(
+      zofo.Sampler(direction, stacked=STACKED, lazy=True),
+      num_directions=count // 2,
+      map_fn=functools.partial(jax.lax.map, batch_size=at_once or count // 2),
+    )
+    keys = zofo.keys.step_keys(zofo.keys.seed_key(0), 0)
+    return lambda base, tokens: zofo.population.evaluate(
+      lambda base, key: write(base, tokens), base, keys, 1e-2, zo
+    )
+
+  every_row = np.tile(rows.tokens, (count, 1))
+  programs = {"plain": (write, every_row)}
+  for kind in kinds:
+    programs[kind] = (make_members(*POPULATIONS[kind]), rows.tokens)
+  calls, temp_bytes = {}, {}
+  for name, (fn, tokens) in programs.items():
+    program = jax.jit(fn).lower(base, tokens).compile()
+    temp_bytes[name] = program.memory_analysis().temp_size_in_bytes
+    calls[name] = functools.partial(
+      lambda program, tokens: jax.block_until_ready(program(base, tokens)),
+      program,
+      tokens,
+    )
+  plain = calls.pop("plain")
+  return Population(plain, calls, temp_bytes, num_bytes(base))

@@ -48,6 +48,7 @@ class Work:
     num_scored: rows of evaluation.
     scored_lengths: shortest and longest row of evaluation, in tokens.
     scored_batch: rows of evaluation at a time.
+    population: members, prompts of each, tokens of a prompt, new tokens.
     dtype: of weights and arithmetic.
   """
 
@@ -62,6 +63,7 @@ class Work:
   num_scored: int
   scored_lengths: tuple[int, int]
   scored_batch: int
+  population: tuple[int, int, int, int] = (32, 8, 64, 32)
   dtype: str = "float32"
 
 
@@ -91,6 +93,7 @@ TINY = Work(
   num_scored=8,
   scored_lengths=(4, 12),
   scored_batch=4,
+  population=(4, 2, 8, 4),
 )
 # For an accelerator.
 LARGE = dataclasses.replace(

@@ -419,7 +419,11 @@ def sampled():
 
 @pytest.mark.parametrize(
   "direction",
-  [directions.Gaussian(), directions.LowRank(2), directions.Sparse()],
+  [
+    directions.LowRank(2),
+    directions.Sparse(),
+    pytest.param(directions.Gaussian(), marks=pytest.mark.slow),
+  ],
   ids=lambda kind: type(kind).__name__,
 )
 def test_a_population_writes_as_each_of_its_members(direction):

@@ -38,8 +38,13 @@ TORCH = [
   [
     (["zo_over_two_forwards.rademacher"], ["temp_over_params.step"]),
     pytest.param(
-      ["zo_over_two_forwards.rademacher", "metatrain_over_single", *TORCH],
-      ["temp_over_params.step"],
+      [
+        "zo_over_two_forwards.rademacher",
+        "metatrain_over_single",
+        "population_over_batch.low_rank.rank_1",
+        *TORCH,
+      ],
+      ["temp_over_params.step", "temp_over_params.population.rank_1"],
       marks=pytest.mark.slow,
     ),
   ],

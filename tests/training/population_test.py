@@ -1,21 +1,26 @@
 """Training by rewards: the host's part of a step, and whole runs."""
 
+import functools
 import json
 import logging
 import pathlib
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
 
+import zofo_jax as zofo
 from tests import tiny
 from zofo_jax import errors, report
+from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
 from zofo_jax.checkpoints import state_store
-from zofo_jax.data import encode_prompts
+from zofo_jax.data import batching, encode_prompts
 from zofo_jax.evaluation import generation, rewards
+from zofo_jax.models.decoder import STACKED
 from zofo_jax.training import population, train
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
@@ -99,6 +104,52 @@ def test_rewards_that_never_differ_are_told(caplog):
       assert np.ptp(made.scores(None, step)) == 0
       assert made.metrics(step)["zero_spread"] == 1
   assert caplog.text.count("has changed the reward for 10 steps") == 1
+
+
+@pytest.mark.slow  # the example of make_es_step learns, too
+def test_a_model_learns_to_write_a_word_by_reward_alone(tiny_model):
+  """Tokens are drawn; of 400, one has a reward."""
+  model = model_lib.load_model(str(tiny_model))
+  generate_fn = model_lib.make_generate_fn(
+    model, max_new_tokens=1, temperature=1.0
+  )
+  prompts = [
+    model.tokenizer(text + " It was")["input_ids"]
+    for text in ("a dull film", "a bright and warm story about a dog")
+  ]
+  rows = batching.collate_prompts(prompts * 4, 16, pad=model.pad)
+
+  def write(base, rows, key):
+    return generate_fn(base, {}, *rows, jax.random.split(key, 8)).tokens[:, 0]
+
+  algorithm = zofo.make_es_step(
+    write,
+    zofo.outer.sgd(0.02),
+    zofo.ZerothOrder(
+      zofo.Sampler(
+        zofo.directions.LowRank(2),
+        select=lambda path: path.startswith("head"),
+        stacked=STACKED,
+        lazy=True,
+      ),
+      num_directions=32,
+      map_fn=functools.partial(jax.lax.map, batch_size=32),
+    ),
+    shaping=zofo.population.z_scores,
+  )
+  state = algorithm.init(zofo.keys.seed_key(0), model_lib.load_base(model))
+  evaluate = jax.jit(algorithm.evaluate)
+  update = jax.jit(algorithm.update, donate_argnums=0)
+  hparams = zofo.BilevelHParams(zo_eps=0.3)
+  shares = []
+  for _ in range(100):
+    tokens = np.asarray(evaluate(state, rows, hparams))
+    words = model.tokenizer.batch_decode(tokens.reshape(-1, 1).tolist())
+    rewards = np.reshape([word == " great" for word in words], tokens.shape)
+    state, _ = update(state, rewards.mean(axis=-1), hparams)
+    shares.append(rewards.mean())
+  assert np.mean(shares[:5]) < 0.05
+  assert np.mean(shares[-5:]) >= 0.95
 
 
 # Whole runs.
@@ -201,8 +252,6 @@ def test_a_run_by_rewards_resumes_as_if_never_stopped(
   vowels.reward = reward
   train.train(made, str(parts))
   bases = [last_base(made, folder) for folder in (whole, parts)]
-  import jax
-
   jax.tree.map(np.testing.assert_array_equal, *bases)
   assert report.read_jsonl(parts / "samples.jsonl") == samples
 
@@ -210,7 +259,15 @@ def test_a_run_by_rewards_resumes_as_if_never_stopped(
 @pytest.mark.parametrize(
   "changes",
   [
-    {"method": "es_peft", "zo.select": "", "lora.rank": 2},
+    {
+      "method": "es_peft",
+      "zo.select": "",
+      "lora.rank": 2,
+      "data.label": "",
+      "reward.functions": ("regex", "length"),
+      "reward.pattern": "[aeiou]",
+      "reward.max_words": 1,
+    },
     {
       "method": "bilevel",
       "zo.objective": "reward",

@@ -86,8 +86,8 @@ class Examples(NamedTuple):
   """Encoded rows: D_p, D_f, those that choose a checkpoint, and the test's.
 
   Attributes:
-    lower: D_p.
-    upper: D_f.
+    lower: D_p; empty where nothing is learnt from the rows' answers.
+    upper: D_f; empty likewise.
     selection: rows that choose a checkpoint.
     test: rows of the final test.
     fingerprints: of the rows before they were encoded; see
@@ -109,6 +109,7 @@ def load_examples(
   encoder: encoder_lib.Encoder,
   *,
   with_questions: bool = False,
+  with_answers: bool = True,
 ) -> Examples:
   """Reads, divides and encodes the rows of a task.
 
@@ -121,13 +122,16 @@ def load_examples(
     encoder: encodes them.
     with_questions: whether the prompts of D_f are encoded as well, of a task
       that is answered by generating text.
+    with_answers: whether rows are encoded to be learnt from.
 
   Raises:
     UserError: names the file and row that is wrong.
   """
   splits = source.load(task)
-  lower = encoder.encode_train(task, splits.lower)
-  upper = encoder.encode_train(task, splits.upper)
+  lower, upper = (
+    encoder.encode_train(task, rows) if with_answers else []
+    for rows in (splits.lower, splits.upper)
+  )
   if source.pooled:
     lower = upper = [*lower, *upper]
   return Examples(

@@ -32,11 +32,13 @@ class Reward(NamedTuple):
     functions: score answers.
     answer_fn: jitted; writes the answers of a population.
     num_samples: prompts of each step whose answers are written to a file.
+    alone: whether it is trained by nothing else, such as the rows' answers.
   """
 
   functions: rewards.Rewards
   answer_fn: AnswerFn
   num_samples: int
+  alone: bool
 
   def answer(
     self, state: BilevelState, eps: jax.typing.ArrayLike, *rows: Any
@@ -62,6 +64,7 @@ def make_reward(
   mesh: mesh_lib.AnyMesh,
   *,
   train_base: bool,
+  alone: bool,
   max_new_tokens: int,
   stop: Sequence[str],
   functions: Sequence[str],
@@ -81,6 +84,7 @@ def make_reward(
     zo: of steps on theta; its directions are those of the population.
     mesh: the mesh of devices.
     train_base: whether the backbone is perturbed; else the adapter.
+    alone: see `Reward`.
     max_new_tokens: longest answer.
     stop: strings that end an answer.
     functions: names of reward functions.
@@ -122,4 +126,5 @@ def make_reward(
     rewards.Rewards(functions, weights, options),
     dispatch.jit_on_batches(answer, mesh, 5),
     num_samples,
+    alone,
   )

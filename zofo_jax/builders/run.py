@@ -171,6 +171,7 @@ class Run(NamedTuple):
       self.row_source,
       self.encoder,
       with_questions=self.reward is not None,
+      with_answers=self.reward is None or not self.reward.alone,
     )
 
   def write_dropped(self, folder: epath.Path) -> None:
@@ -304,18 +305,19 @@ def make_run(
   map_fn = dispatch.map_directions(mesh)
   base_update = base_update_lib.make_base_update(config, map_fn)
   reward, method = None, methods.METHODS[config.method]
-  if methods.uses_reward(config.method, config.zo.objective):
-    task_lib.check_generated(task)
-    if model.tokenizer is not None:
-      reward = reward_lib.make_reward(
-        model,
-        base_update.zo,
-        mesh,
-        train_base=method.updates_base,
-        max_new_tokens=config.generate.max_new_tokens,
-        stop=stop,
-        **config.reward,
-      )
+  by_reward = methods.uses_reward(config.method, config.zo.objective)
+  task_lib.check_answers(task, reward=by_reward, alone=method.by_reward)
+  if by_reward and model.tokenizer is not None:
+    reward = reward_lib.make_reward(
+      model,
+      base_update.zo,
+      mesh,
+      train_base=method.updates_base,
+      alone=method.by_reward,
+      max_new_tokens=config.generate.max_new_tokens,
+      stop=stop,
+      **config.reward,
+    )
   run = Run(
     config=config,
     model=model,

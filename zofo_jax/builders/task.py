@@ -66,12 +66,25 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
   return task
 
 
-def check_generated(task: tasks.Task) -> None:
-  """Checks that a task is answered by generating text, which rewards score.
+def check_answers(task: tasks.Task, *, reward: bool, alone: bool) -> None:
+  """Checks that a task has the answers that a run needs.
+
+  Args:
+    task: the task.
+    reward: whether the run is trained by rewards.
+    alone: whether it is trained by nothing else.
 
   Raises:
-    UserError: it has options.
+    UserError: rewards would score options, or rows without answers are to be
+      learnt from.
   """
+  if task.label is None and not alone:
+    raise errors.UserError(
+      "config.data.label: without a column of answers only methods 'es' and "
+      "'es_peft' train; expected a column, or one of these methods."
+    )
+  if not reward:
+    return
   if task.kind != "generation":
     raise errors.UserError(
       f"config.data.task: rewards score generated text, and '{task.name}' has "

@@ -257,7 +257,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "prompt of a new task, such as '{review} It was'; braces name columns"),
   ("data.options", (), TEXTS,
    "its options, such as (' bad', ' good'); (): text is generated"),
-  ("data.label", "label", ANY, "its column of labels or answers"),
+  ("data.label", "label", ANY,
+   "its column of labels or answers; empty if rewards alone score what is "
+   "generated"),
   ("data.labels", (), LABELS,
    "its labels in the order of the options; (): 0, 1 and so on"),
   # The loop.

@@ -222,6 +222,13 @@ def _check_own_task(fields: _Fields) -> None:
       "config.data.format: rows of a format need no prompt; expected none with "
       f"data.prompt; found '{fields['data.format']}'."
     )
+  if not fields["data.label"] and (
+    fields["data.shots"] or fields["command"] != "train"
+  ):
+    raise errors.UserError(
+      "config.data.label: expected a column, which data.shots and commands "
+      "other than 'train' read; found ''."
+    )
   given = {
     name: fields[f"data.{name}"]
     for name in ("options", "labels", "label")

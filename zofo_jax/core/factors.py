@@ -131,15 +131,26 @@ def draw(tree: Params) -> Params:
       node.direction, directions.LowRank
     ):
       return node
-    num_layers = node.scale.ndim  # axes of layers, 0 or 1
+    direction, num_layers = node.direction, node.scale.ndim  # axes of layers
     shape = node.shape[num_layers:]
-    if len(shape) == 2:
-      kind: directions.Direction = _Product()
-      key_fn = lambda key: Factors(*node.direction.factors(key, shape))
-    else:
-      kind, key_fn = _Given(), lambda key: node.direction.sample(key, shape)
-    drawn = (jax.vmap(key_fn) if num_layers else key_fn)(node.key)
-    return perturbed.Perturbed(node.value, drawn, node.scale, kind)
+
+    def factors(key):
+      left, right = direction.factors(key, shape)
+      # One of these for each direction, while all share those at the right;
+      # fixed-point numbers, of which float16 has all but one bit at most.
+      return Factors(left.astype(jnp.float16), right)
+
+    def whole(key):
+      return direction.sample(key, shape)
+
+    draw_leaf, kind = (
+      (factors, _Product()) if len(shape) == 2 else (whole, _Given())
+    )
+    if num_layers:
+      draw_leaf = jax.vmap(draw_leaf)
+    return perturbed.Perturbed(
+      node.value, draw_leaf(node.key), node.scale, kind
+    )
 
   return jax.tree.map(replace, tree, is_leaf=perturbed.is_perturbed)
 

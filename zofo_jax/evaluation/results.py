@@ -84,6 +84,8 @@ class GeneratedAnswers(NamedTuple):
     values = {}
     if self.rewards is not None:
       values["reward"] = self.rewards(self.texts, self.examples)
+    if not all(question.answers for question in self.examples):
+      return values
     return values | {
       name: np.array(
         [

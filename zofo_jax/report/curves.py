@@ -16,7 +16,25 @@ from zofo_jax.sharding import multihost
 
 # Looked for, in this order, in runs whose summary names no `selection_metric`:
 # they have not ended, or are of an earlier version.
-SCORES = ("selection_mean", "selection_accuracy", "selection_token_f1")
+SCORES = (
+  *("selection_mean", "selection_reward"),
+  *("selection_accuracy", "selection_token_f1"),
+)
+# Of a panel: the name of its axis; its lines' fields, names and colours.
+_LOSSES = (
+  "loss on the batch",
+  (
+    ("lower_loss", "lower level, adapter s", "tab:blue"),
+    ("upper_loss", "upper level, adapter p", "tab:orange"),
+  ),
+)
+_REWARDS = (
+  "reward on the batch",
+  (
+    ("reward", "mean of the population", "tab:purple"),
+    ("reward_best", "best member", "tab:olive"),
+  ),
+)
 
 
 def selecting_score(
@@ -41,10 +59,11 @@ def plot_curves(
   out_png: epath.PathLike,
   selection_metric: str | None = None,
 ) -> None:
-  """Draws the losses and, in a second panel, the score on the selection rows.
+  """Draws the losses and, in a last panel, the score on the selection rows.
 
-  If the file has no such score, the second panel shows the size of the
-  zeroth-order coefficients.
+  If the file has no such score, the last panel shows the size of the
+  zeroth-order coefficients. Rewards have a panel of their own; where nothing
+  else is learnt, the losses have none.
 
   Args:
     metrics_path: `metrics.jsonl` of a run.
@@ -62,16 +81,19 @@ def plot_curves(
   if not rows:
     raise errors.UserError(f"'{metrics_path}' has no row with a step to draw.")
   # Not pyplot: no global state and no display.
-  fig = figure.Figure(figsize=(10, 3.8), layout="constrained")
-  losses, other = fig.subplots(1, 2)
-  for name, text, colour in (
-    ("lower_loss", "lower level, adapter s", "tab:blue"),
-    ("upper_loss", "upper level, adapter p", "tab:orange"),
-  ):
-    steps, values = series(rows, name)
-    losses.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-    losses.plot(steps, smooth(values), color=colour, label=text)
-  losses.set_ylabel("loss on the batch")
+  names = {name for row in rows for name in row}
+  panels = [_LOSSES] if "reward" not in names or "lower_loss" in names else []
+  if "reward" in names:
+    panels.append(_REWARDS)
+  count = len(panels) + 1
+  fig = figure.Figure(figsize=(5 * count, 3.8), layout="constrained")
+  *drawn, other = fig.subplots(1, count)
+  for axes, (label, lines) in zip(drawn, panels, strict=True):
+    for name, text, colour in lines:
+      steps, values = series(rows, name)
+      axes.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
+      axes.plot(steps, smooth(values), color=colour, label=text)
+    axes.set_ylabel(label)
   score = selecting_score(rows, selection_metric)
   if score:
     steps, values = series(rows, score)
@@ -80,12 +102,13 @@ def plot_curves(
     )
     text = score.removeprefix("selection_").replace("_", " ")
     other.set_ylabel(f"{text} on the selection rows")
-    other.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
+    if score != "selection_reward":
+      other.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=0))
   else:
     steps, values = series(rows, "coefficients")
     other.plot(steps, values, color="tab:green", label="root mean square")
     other.set_ylabel("zeroth-order coefficients")
-  for axes in (losses, other):
+  for axes in (*drawn, other):
     axes.set_xlabel("outer step")
     axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
     axes.grid(alpha=0.25)

@@ -79,7 +79,7 @@ class Task:
     text: columns that must hold non-empty text.
     other: further columns that a template or `label` reads.
     label: column of the label, or a function that returns the indices of all
-      correct options.
+      correct options; None if texts are generated that rewards alone score.
     labels: label values in the options' order; None if they are 0, 1, 2, ...
     hub: id and configuration of the data set on the Hugging Face hub.
     hub_splits: names of the splits on the hub, where they differ; "" for one
@@ -103,7 +103,7 @@ class Task:
   example: Fields
   text: tuple[str, ...]
   other: tuple[str, ...] = ()
-  label: str | Callable[[Fields], Sequence[int]] = "label"
+  label: str | Callable[[Fields], Sequence[int]] | None = "label"
   labels: tuple[str, ...] | None = None
   hub: tuple[str, str | None] | None = None
   hub_splits: Mapping[str, str] = dataclasses.field(default_factory=dict)
@@ -161,9 +161,13 @@ class Task:
   def right(self, row: Row) -> tuple[int, ...]:
     """Returns the indices of all correct options, at least one.
 
+    A task without labels has none.
+
     Raises:
       UserError: the label is missing, out of range or of the wrong type.
     """
+    if self.label is None:
+      return ()
     if callable(self.label):
       missing = any(is_missing(row.fields.get(name)) for name in self.other)
       error_class = errors.UnusableRowError if missing else errors.RowError

@@ -35,7 +35,8 @@ def custom(
       answered by generating text.
     label: column of the label. Without options: column of the answer, a text
       or a list of all accepted answers, which may be the entry "text" of a
-      dictionary, as in SQuAD.
+      dictionary, as in SQuAD; empty if rows have no answer, and rewards alone
+      score what is generated.
     labels: label values in the options' order, unless they are 0, 1, ...
     metric: how predictions are scored; None: accuracy, or token F1 without
       options.
@@ -80,6 +81,21 @@ def custom(
       f"{', '.join(metrics)}.{errors.nearest(metric, metrics)}"
     )
   example = {column: f"<{column}>" for column in columns}
+  if options and not label:
+    raise errors.UserError(
+      f"Task {name}: label is empty; expected the column of the labels, by "
+      "which options are right or wrong."
+    )
+  if not label:
+    return Task(
+      name=name,
+      templates=(Template(prompt, ()),),
+      example=example,
+      text=columns,
+      label=None,
+      metric=metric,
+      kind="generation",
+    )
   if not options:
     answers = _answers_of(label)
     return Task(

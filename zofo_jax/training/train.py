@@ -88,13 +88,15 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     rests_on = inputs.check(run, folder, examples.fingerprints)
     report.make_folder(folder / "checkpoints")
     run.write_dropped(folder)
-  shape = data.train_shape(examples)
+  shape = data.train_shape(examples) if examples.upper else None
   flops_per_row = row_flops(run, examples, shape)
   samples = report.JsonlWriter(folder / "samples.jsonl")
   scorer = make_scorer(run, examples.questions, samples.write)
 
   def arguments(state, step):
-    batch = iteration_batch(config, examples, shape, run.model.pad, step)
+    batch = BilevelBatch(lower=(), penalty=(), upper=())
+    if shape is not None:
+      batch = iteration_batch(config, examples, shape, run.model.pad, step)
     if scorer is not None:
       batch = batch._replace(scores=scorer.scores(state, step))
     return state, run.shard_batch(batch), run.hparams_fn(step)
@@ -183,12 +185,27 @@ def make_scorer(
 
 
 def row_flops(
-  run: run_lib.Run, examples: data.Examples, shape: batching.Shape
+  run: run_lib.Run, examples: data.Examples, shape: batching.Shape | None
 ) -> float:
-  """Counts the operations of a row's forward pass with the run's adapter."""
+  """Counts the operations of a row's forward pass with the run's adapter.
+
+  Without rows to learn from, a row is the longest prompt with its answer.
+  """
   base, adapter = model_lib.abstract_base(run.model), {}
   if run.trains_adapter:
     adapter = jax.eval_shape(run.init_adapter, keys.seed_key(0), base)
+  if shape is None:
+    longest = max(len(question.tokens) for question in examples.questions)
+    size = (1, longest + run.encoder.max_new_tokens)
+    return budget.flops(
+      lambda base, adapter, tokens, mask: run.model.module.apply(
+        {"params": base, "adapter": adapter}, tokens, mask, method="hidden"
+      ),
+      base,
+      adapter,
+      jax.ShapeDtypeStruct(size, np.int32),
+      jax.ShapeDtypeStruct(size, bool),
+    )
   return budget.flops(
     lambda *trees: run.loss_fn(trees[0], trees[1], trees[2], None),
     base,
