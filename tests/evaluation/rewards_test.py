@@ -1,6 +1,5 @@
 """Reward functions: what they return, and what is wrong with others."""
 
-import importlib.util
 import sys
 import types
 
@@ -29,6 +28,7 @@ def scores(name, texts, questions=QUESTIONS, **options):
   "name, options, by_text",
   [
     ("exact_match", {}, {"The cat": 1, "dog.": 1, "a dog and a cat": 0}),
+    ("rouge_l", {}, {"dog": 1, "a red cat": 0.8, "bird": 0}),
     ("token_f1", {}, {"cat": 1, "cat dog": 2 / 3, "": 0}),
     ("regex", {"pattern": r"^\d+ cats?$"}, {"3 cats": 1, "1 cat": 1, "cat": 0}),
     (
@@ -58,20 +58,6 @@ def test_built_in_rewards(name, options, by_text):
 )
 def test_the_last_number_is_the_answer(text, answer, expected):
   assert rewards.number(text, (answer,)) == expected
-
-
-@pytest.mark.skipif(
-  importlib.util.find_spec("rouge_score") is None,
-  reason="needs the extra rewards",
-)
-def test_rouge_l_is_that_of_the_best_answer():
-  assert scores("rouge_l", ["a cat", "bird"]) == [1.0, 0.0]
-
-
-def test_rouge_l_needs_its_package(monkeypatch):
-  monkeypatch.setitem(sys.modules, "rouge_score", None)
-  with pytest.raises(errors.UserError, match=r"zofo-jax\[rewards\]"):
-    rewards.Rewards(("rouge_l",))
 
 
 @pytest.fixture

@@ -93,22 +93,6 @@ def length(text: str, max_words: int) -> float:
   return -max(0, len(text.split()) - max_words) / max_words
 
 
-def _rouge_l() -> RewardFn:
-  try:
-    from rouge_score import rouge_scorer
-  except ImportError as error:
-    raise errors.UserError(
-      f"{_FIELD}: 'rouge_l' needs a package that is not installed; run: pip "
-      "install 'zofo-jax[rewards]'."
-    ) from error
-  scorer = rouge_scorer.RougeScorer(["rougeL"])
-
-  def score(text, answers):
-    return max(scorer.score(a, text)["rougeL"].fmeasure for a in answers)
-
-  return _of_answers(score)
-
-
 # Those that compare a completion with the accepted answers.
 NEED_ANSWERS = ("exact_match", "token_f1", "number", "rouge_l")
 BUILT_IN: dict[str, Callable[[Options], RewardFn]] = {
@@ -122,7 +106,7 @@ BUILT_IN: dict[str, Callable[[Options], RewardFn]] = {
   "length": lambda options: _of_text(
     lambda text: length(text, options.max_words)
   ),
-  "rouge_l": lambda _: _rouge_l(),
+  "rouge_l": lambda _: _of_answers(metrics.rouge_l),
 }
 
 
@@ -148,7 +132,7 @@ class Rewards:
       options: of the built-in ones.
 
     Raises:
-      UserError: a function does not exist, or its package is not installed.
+      UserError: a function does not exist.
     """
     self.names = tuple(names)
     self.weights = tuple(weights) or (1.0,) * len(self.names)
