@@ -434,9 +434,9 @@ def make_population(work: workload.Work, kinds: tuple[str, ...]) -> Population:
   )
   rows = workload.full_rows((prompts, length), work.llama.vocab_size)
 
-  def write(base, tokens):
+  def write(base, tokens, mask):
     keys = jax.random.split(zofo.keys.seed_key(0), len(tokens))
-    return generate_fn(base, {}, tokens, jnp.ones(tokens.shape, bool), keys)
+    return generate_fn(base, {}, tokens, mask, keys)
 
   def make_members(direction, at_once):
     zo = zofo.ZerothOrder(
@@ -445,8 +445,8 @@ def make_population(work: workload.Work, kinds: tuple[str, ...]) -> Population:
       map_fn=functools.partial(jax.lax.map, batch_size=at_once or count // 2),
     )
     keys = zofo.keys.step_keys(zofo.keys.seed_key(0), 0)
-    return lambda base, tokens: zofo.population.evaluate(
-      lambda base, key: write(base, tokens), base, keys, 1e-2, zo
+    return lambda base, *rows: zofo.population.evaluate(
+      lambda base, key: write(base, *rows), base, keys, 1e-2, zo
     )
 
   every_row = np.tile(rows.tokens, (count, 1))
@@ -455,12 +455,13 @@ def make_population(work: workload.Work, kinds: tuple[str, ...]) -> Population:
     programs[kind] = (make_members(*POPULATIONS[kind]), rows.tokens)
   calls, temp_bytes = {}, {}
   for name, (fn, tokens) in programs.items():
-    program = jax.jit(fn).lower(base, tokens).compile()
+    arguments = (base, tokens, np.ones(tokens.shape, bool))
+    program = jax.jit(fn).lower(*arguments).compile()
     temp_bytes[name] = program.memory_analysis().temp_size_in_bytes
-    calls[name] = functools.partial(
-      lambda program, tokens: jax.block_until_ready(program(base, tokens)),
-      program,
-      tokens,
-    )
+    calls[name] = functools.partial(_wait_for, program, *arguments)
   plain = calls.pop("plain")
   return Population(plain, calls, temp_bytes, num_bytes(base))
+
+
+def _wait_for(program: Callable[..., Any], *arguments: Any) -> Any:
+  return jax.block_until_ready(program(*arguments))
