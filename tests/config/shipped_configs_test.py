@@ -50,6 +50,29 @@ def test_every_size_and_preset(name, size, preset):
     assert changed(config).keys() == {"model.name", "data.task"}
 
 
+def test_masked_language_models():
+  get_config = load("roberta").get_config
+  config = get_config("size=bert-base,task=snli,shots=512,method=mezo_peft")
+  validate.check(config)
+  assert changed(config) == {
+    "model.name": "google-bert/bert-base-uncased",
+    "data.task": "snli",
+    "data.shots": 512,
+    "data.max_length": 512,
+    "data.long_rows": "truncate",
+    "loss": "classification",
+    "method": "mezo_peft",
+    "zo.learning_rate": 5e-5,
+    "zo.direction": "gaussian",
+    "upper.batch_size": 64,
+    "train.num_steps": 100_000,
+  }
+  for arg in ("shots=few", "method=mezo_peft,adapter=prompt", "size=huge"):
+    with pytest.raises(errors.UserError, match=r"expected|values|no size"):
+      get_config(arg)
+  assert get_config("method=bilevel").zo.learning_rate == 1e-8
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_defaults(name):
   config = load(name).get_config()
@@ -130,7 +153,7 @@ def test_adapt_is_of_its_first_run(tmp_path):
 def test_files():
   assert [path.stem for path in FILES] == [
     *("adapt", "compare", "demo", "gemma", "gpt2", "llama", "metademo"),
-    *("metatrain", "opt", "qwen", "reward"),
+    *("metatrain", "opt", "qwen", "reward", "roberta"),
   ]
 
 

@@ -152,7 +152,7 @@ def targets():
   return positions, slot, token
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "opt_350m", "gemma2"])
+@pytest.mark.parametrize("name", ["llama_tied", "opt_350m", "gemma2", "bert"])
 def test_target_log_probs_are_those_of_the_logits(name):
   model, base, tokens, mask, logits = recorded(name)
   positions, slot, token = targets()

@@ -31,6 +31,7 @@ class Encoder(NamedTuple):
     bad_rows: what happens to other rows that cannot be used, and which ones
       were left out.
     pack: whether training rows hold several chats or texts.
+    fills_mask: whether the model fills a mask in the prompt.
   """
 
   tokenizer: Any
@@ -43,6 +44,7 @@ class Encoder(NamedTuple):
   long_rows: encode_options.LongRows
   bad_rows: bad_rows_lib.BadRows
   pack: bool = False
+  fills_mask: bool = False
 
   @property
   def truncate(self) -> bool:
@@ -82,6 +84,7 @@ class Encoder(NamedTuple):
       UserError: names the file and row that is wrong.
     """
     length = self.max_train_length
+    task = self._task(task)
     examples = encode_options.encode_each(
       task,
       rows,
@@ -108,6 +111,7 @@ class Encoder(NamedTuple):
     Raises:
       UserError: names the file and row that is wrong.
     """
+    task = self._task(task)
     return encode_options.keep_encoded(
       task,
       self._encode_each(task, rows, self.max_eval_length, labelled=True),
@@ -125,6 +129,7 @@ class Encoder(NamedTuple):
       For each row an example, or a question, or the `RowError` that says why
       it cannot be answered.
     """
+    task = self._task(task)
     if task.kind == "text":  # predicted tokens need labels; answers do not
       return self._encode_questions(task, rows, labelled=False)
     return self._encode_each(task, rows, self.context_length, labelled=False)
@@ -154,6 +159,7 @@ class Encoder(NamedTuple):
     Raises:
       TooLongError: it does not fit and is not truncated.
     """
+    task = self._task(task)
     if task.kind == "generation":
       question = encode_prompts.encode_question(
         task,
@@ -175,6 +181,14 @@ class Encoder(NamedTuple):
       prompt=prompt,
     )
     return self._check(example)
+
+  def _task(self, task: tasks.Task) -> tasks.Task:
+    """Returns the task as the model answers it: by a mask, or by what follows.
+
+    Raises:
+      UserError: the task is answered by text, which a mask cannot hold.
+    """
+    return task.with_mask() if self.fills_mask else task
 
   def _encode_each(
     self,
@@ -272,4 +286,5 @@ def make_encoder(
     long_rows=config.data.long_rows,
     bad_rows=bad_rows_lib.BadRows(config.data.bad_rows),
     pack=config.data.pack,
+    fills_mask=not model.module.config.causal,
   )

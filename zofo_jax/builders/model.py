@@ -407,6 +407,11 @@ def make_generate_fn(
     stop: strings that end an answer.
     **options: of `generation.make_generate_fn`.
   """
+  if not model.module.config.causal:
+    raise errors.UserError(
+      f"config.model.name: '{model.name}' is a masked language model, which "
+      "does not generate text; expected a task with options."
+    )
   return generation.make_generate_fn(
     model.module,
     stops=generation.stop_table(

@@ -71,7 +71,7 @@ def head(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     batch_size=config.head.batch_size,
     seed=config.seed,
     pad=run.model.pad,
-    cap=module.config.logit_cap,
+    output=apply.head_output(module, base),
   )
   untied, base = apply.untie(
     module, base, head_tuning.with_head_rows(table, tokens, trained)

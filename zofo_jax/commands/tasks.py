@@ -20,13 +20,18 @@ def describe(task: tasks.Task) -> str:
   versions: list[tasks.Version] = list(range(len(task.templates)))
   if task.reference:
     versions.append("reference")
-  for version in versions:
-    right = set(task.right(row))
+  variants = [(str(version), task, version) for version in versions]
+  if task.masked:
+    masked = task.with_mask()
+    versions = list(range(len(masked.templates)))
+    variants += [(f"masked {v}", masked, v) for v in versions]
+  for name, variant, version in variants:
+    right = set(variant.right(row))
     options = [
       repr(option) + ("*" if i in right else "")
-      for i, option in enumerate(task.options(row, version))
+      for i, option in enumerate(variant.options(row, version))
     ]
-    lines.append(f"  {version}: {task.prompt(row, version)!r}")
+    lines.append(f"  {name}: {variant.prompt(row, version)!r}")
     lines.append(f"     -> {', '.join(options)}")
   return "\n".join(lines)
 

@@ -167,3 +167,57 @@ def paper_config(
   config.method = args["method"]
   apply_preset(config, args["preset"])
   return config
+
+
+# MeZO on RoBERTa-large with 16 or 512 rows of a label (Malladi et al., 2023,
+# "Fine-tuning language models with just forward passes", table of
+# hyperparameters for RoBERTa-large): batches of 64, 100,000 steps, a central
+# difference along one Gaussian direction, and the middle one of the three
+# learning rates that were tried; (learning rate, eps) by what is trained.
+_MEZO_MASKED = {
+  "full": (1e-6, 1e-3),
+  "lora": (5e-5, 1e-3),
+  "prefix": (5e-3, 1e-1),
+}
+
+
+def masked_config(
+  arg: str, sizes: Mapping[str, str], size: str
+) -> ml_collections.ConfigDict:
+  """Returns the config of a few-shot task with a masked language model.
+
+  Args:
+    arg: `size=...,task=...,shots=...,adapter=...,method=...`, all optional.
+    sizes: hub id of each size.
+    size: the default size.
+
+  Raises:
+    errors.UserError: a part of `arg` is malformed or unknown.
+  """
+  args = files.parse_arg(
+    arg, size=size, task="sst2", shots="16", adapter="lora", method="mezo"
+  )
+  if not args["shots"].isdigit() or not int(args["shots"]):
+    raise errors.UserError(
+      f"shots={args['shots']}: expected how many rows of each label, 16 or 512."
+    )
+  config = defaults.base_config()
+  config.model.name = files.choose("size", args["size"], sizes)
+  config.data.task = args["task"]
+  config.data.shots = int(args["shots"])
+  config.data.max_length = 512
+  config.data.long_rows = "truncate"
+  config.adapter.kind = args["adapter"]
+  config.method = args["method"]
+  config.loss = "classification"
+  if args["method"] in ("mezo", "mezo_peft"):
+    trained = "full" if args["method"] == "mezo" else args["adapter"]
+    if trained not in _MEZO_MASKED:
+      raise errors.UserError(
+        f"adapter={trained}: MeZO has values for a lora or a prefix."
+      )
+    config.zo.learning_rate, config.zo.eps = _MEZO_MASKED[trained]
+    config.zo.direction = "gaussian"
+    config.upper.batch_size = 64
+    config.train.num_steps = 100_000
+  return config

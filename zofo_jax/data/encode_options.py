@@ -10,12 +10,12 @@ whether options are scored in one sequence or in several.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import bad_rows as bad_rows_lib
-from zofo_jax.data import encode_text
+from zofo_jax.data import encode_masks, encode_text
 from zofo_jax.data import tokenizer as tokenizer_lib
 
 Mode = Literal["classification", "likelihood"]
@@ -76,6 +76,8 @@ def encode(
 ) -> Example:
   """Encodes all options of a row, or its correct option only.
 
+  If the task fills a mask, the options are the words that may fill it.
+
   Args:
     task: defines prompt, options and label, or a chat or text.
     row: the data.
@@ -110,14 +112,36 @@ def encode(
       "classify, so expected the loss 'likelihood'."
     )
   indices = range(len(options)) if mode == "classification" else (label,)
+  masked = None
+  if task.fills_mask:
+    masked = encode_masks.tokenize(prompt, tokenizer, row.source)
+    prompt = masked.before
   pieces = {
     i: _tokenize(tokenizer, prompt, options[i], row.source) for i in indices
   }
   if mode == "classification" and not task.template(version).may_repeat:
     _check_distinct(options, pieces, row.source)
-  pieces = _fit(pieces, max_length, long_rows == "truncate", row.source)
-  singles: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+  truncate = long_rows == "truncate"
+  if masked is not None:
+    words = {i: option for i, (_, _, option) in pieces.items()}
+    encoded = [
+      _encode_mask(masked, words, options, max_length, truncate, row.source)
+    ]
+  else:
+    encoded = _encode_options(_fit(pieces, max_length, truncate, row.source))
+  return Example(
+    rows=tuple(encoded),
+    label=label,
+    right=right,
+    options=tuple(i in pieces for i in range(len(options))),
+    source=row.source,
+  )
+
+
+def _encode_options(pieces) -> list[EncodedRow]:
+  """Returns a sequence for single tokens, and one for each longer option."""
   encoded: list[EncodedRow] = []
+  singles: dict[tuple[int, ...], list[tuple[int, int]]] = {}
   for i, (_, context, option) in pieces.items():
     if len(option) == 1:
       singles.setdefault(context, []).append((option[0], i))
@@ -138,12 +162,35 @@ def encode(
         targets=tuple((0, token, i) for token, i in members),
       )
     )
-  return Example(
-    rows=tuple(encoded),
-    label=label,
-    right=right,
-    options=tuple(i in pieces for i in range(len(options))),
-    source=row.source,
+  return encoded
+
+
+def _encode_mask(
+  masked: encode_masks.MaskedText,
+  words: Mapping[int, tuple[int, ...]],
+  options: Sequence[str],
+  max_length: int,
+  truncate: bool,
+  source: str,
+) -> EncodedRow:
+  """Encodes a prompt whose mask each of the words may fill."""
+  for i, word in words.items():
+    if len(word) > 1:
+      raise errors.RowError(
+        source,
+        f"option {options[i]!r} is {len(word)} tokens; expected one, which "
+        "fills the mask.",
+      )
+  fitted = encode_masks.shorten(masked, max_length)
+  if fitted is None or (fitted is not masked and not truncate):
+    raise TooLongError(
+      source,
+      f"the row is {len(masked.tokens)} tokens; at most {max_length} fit.",
+    )
+  return EncodedRow(
+    tokens=fitted.tokens,
+    positions=(fitted.position,),
+    targets=tuple((0, word[0], i) for i, word in words.items()),
   )
 
 

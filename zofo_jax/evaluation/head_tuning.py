@@ -36,7 +36,7 @@ def make_head_step(
   reduce_fn: ReduceFn,
   tx: optax.GradientTransformation,
   tokens: np.ndarray | None,
-  cap: float | None = None,
+  output: decoder.Output = decoder.PLAIN_OUTPUT,
 ) -> Callable[..., tuple[Any, Any, jax.Array]]:
   """Returns a pure first-order step on rows of the head, to be jitted.
 
@@ -45,7 +45,7 @@ def make_head_step(
       `losses.likelihood` or `losses.classification`.
     tx: optimizer of the rows.
     tokens: int32 [K], the rows to train; None for all.
-    cap: soft bound of the logits; None for none.
+    output: what follows the product with the head.
 
   Returns:
     step(rows, opt_state, table, hidden, batch) -> (rows, opt_state, loss) for
@@ -60,7 +60,7 @@ def make_head_step(
         whole,
         apply.merge_rows(batch.target_slot),
         apply.merge_rows(batch.target_token),
-        cap,
+        output,
       )
       return reduce_fn(log_probs.reshape(*hidden.shape[:2], -1), batch)
 
@@ -91,7 +91,7 @@ def train_rows(
   batch_size: int,
   seed: int,
   pad: int,
-  cap: float | None = None,
+  output: decoder.Output = decoder.PLAIN_OUTPUT,
 ) -> jax.Array:
   """Trains rows of the head.
 
@@ -106,7 +106,7 @@ def train_rows(
     batch_size: examples of a step.
     seed: chooses the batches.
     pad: token id that fills rows.
-    cap: soft bound of the model's logits; None for none.
+    output: what follows the product with the head.
 
   Returns:
     The trained rows, float32 [K, D].
@@ -116,7 +116,7 @@ def train_rows(
   rows = jnp.array(table, copy=True) if tokens is None else table[tokens]
   opt_state = tx.init(rows)
   step_fn = jax.jit(
-    make_head_step(reduce_fn, tx, tokens, cap), donate_argnums=(0, 1)
+    make_head_step(reduce_fn, tx, tokens, output), donate_argnums=(0, 1)
   )
   shape = batching.shape_of(examples)
   with progress_lib.Progress(num_steps, "head") as progress:

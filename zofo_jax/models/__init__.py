@@ -1,4 +1,4 @@
-"""Decoders as Flax modules, selected by Hugging Face's model_type.
+"""Language models as Flax modules, selected by Hugging Face's model_type.
 
 A family is a Python module with `Model`, `config_from_hf`, `hf_parameters` and
 `SHARDINGS`; all families of this package share `transformer.Transformer`.
@@ -13,6 +13,7 @@ import flax.linen as nn
 
 from zofo_jax import errors
 from zofo_jax.models import (
+  bert,
   falcon,
   gemma,
   gpt2,
@@ -40,6 +41,8 @@ FAMILIES: dict[str, ModuleType] = {
   "gemma3_text": gemma,
   "starcoder2": starcoder2,
   "falcon": falcon,
+  "bert": bert,
+  "roberta": bert,
 }
 
 

@@ -97,8 +97,9 @@ def best_tokens(
     method="hidden",
   )
   hidden = decoder.gather_positions(hidden, merge_rows(batch.positions))
-  table = head_table(module, base)
-  best = jnp.argmax(perturbed.dot_transposed(hidden, table), axis=-1)
+  products = perturbed.dot_transposed(hidden, head_table(module, base))
+  logits = head_output(module, base).logits(products)
+  best = jnp.argmax(logits, axis=-1)
   best = jnp.take_along_axis(best, merge_rows(batch.target_slot), axis=1)
   return best.astype(jnp.int32).reshape(*lead, -1)
 
@@ -107,6 +108,12 @@ def head_table(module: nn.Module, base: Any) -> Any:
   """Returns a decoder's output embedding [V, D], tied or not."""
   config: Any = getattr(module, "config")  # noqa: B009  (no attribute of Module)
   return base["embed" if config.tied_head else "head"]["embedding"]
+
+
+def head_output(module: nn.Module, base: Any) -> decoder.Output:
+  """Returns what follows the product with a decoder's output embedding."""
+  output: Any = module.apply({"params": base}, method="output")
+  return output
 
 
 def untie(module: nn.Module, base: Any, table: jax.Array) -> tuple[Any, Any]:

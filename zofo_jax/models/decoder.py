@@ -8,7 +8,7 @@ embedding, P supervised positions (or virtual tokens), K targets, V vocabulary.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import flax.traverse_util
@@ -62,12 +62,43 @@ def gather_positions(x_BxLxD: jax.Array, positions_BxP: jax.Array) -> jax.Array:
   return jnp.take_along_axis(x_BxLxD, positions_BxP[..., None], axis=1)
 
 
+class Output(NamedTuple):
+  """What follows the product with the output embedding.
+
+  Attributes:
+    bias: [V], perturbed or not; None for none.
+    cap: soft bound of the logits; None for none.
+  """
+
+  bias: Any = None
+  cap: float | None = None
+
+  def logits(self, products: jax.Array, start: Any = 0) -> jax.Array:
+    """Returns the logits [..., N] of N tokens from `start`."""
+    if self.bias is not None:
+      bias = perturbed.read(self.bias).astype(products.dtype)
+      part = jax.lax.dynamic_slice_in_dim(bias, start, products.shape[-1])
+      products = products + jnp.broadcast_to(part, products.shape)
+    return soft_cap(products, self.cap)
+
+  def of_tokens(self, products: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Returns the logits [...] of given tokens [...]."""
+    if self.bias is not None:
+      products = products + perturbed.take(self.bias, tokens).astype(
+        products.dtype
+      )
+    return soft_cap(products, self.cap)
+
+
+PLAIN_OUTPUT = Output()
+
+
 def target_log_probs(
   hidden_BxPxD: jax.Array,
   embedding: Any,
   target_slot_BxK: jax.Array,
   target_token_BxK: jax.Array,
-  cap: float | None = None,
+  output: Output = PLAIN_OUTPUT,
 ) -> jax.Array:
   """Computes the log-probability of each target over the vocabulary.
 
@@ -76,21 +107,22 @@ def target_log_probs(
     embedding: [V, D], tied or not, perturbed or not.
     target_slot_BxK: int32, which of the P positions predicts the target.
     target_token_BxK: int32, token to be predicted.
-    cap: soft bound of the logits; None for none.
+    output: what follows the product with the embedding.
 
   Returns:
     float32 [B, K].
   """
   normalizer_BxP = perturbed.log_normalizer(
-    hidden_BxPxD, embedding, lambda products, _: soft_cap(products, cap)
+    hidden_BxPxD, embedding, output.logits
   )
   hidden_BxKxD = gather_positions(hidden_BxPxD, target_slot_BxK)
   rows_BxKxD = perturbed.take(embedding, target_token_BxK)
-  logits_BxK = jnp.sum(
+  products_BxK = jnp.sum(
     hidden_BxKxD.astype(jnp.float32) * rows_BxKxD.astype(jnp.float32), axis=-1
   )
+  logits_BxK = output.of_tokens(products_BxK, target_token_BxK)
   normalizer_BxK = jnp.take_along_axis(normalizer_BxP, target_slot_BxK, axis=1)
-  return soft_cap(logits_BxK, cap) - normalizer_BxK
+  return logits_BxK - normalizer_BxK
 
 
 @functools.lru_cache(maxsize=64)
@@ -107,9 +139,9 @@ def parameter_shapes(module: nn.Module) -> dict[str, tuple[int, ...]]:
 class Decoder(nn.Module):
   """A decoder with its head.
 
-  Subclasses declare `config` (with `tied_head` and `logit_cap`), `constrain`,
-  `embed` and, unless the head is tied, `head`. They define `_body`, `_finish`
-  and `_cache_shape`.
+  Subclasses declare `config` (with `tied_head`), `constrain`, `embed` and,
+  unless the head is tied, `head`. They define `_body`, `_finish`, `output` and
+  `_cache_shape`.
   """
 
   @property
@@ -160,6 +192,10 @@ class Decoder(nn.Module):
     """Maps the layers' output to the head's input."""
     raise NotImplementedError
 
+  def output(self) -> Output:
+    """Returns what follows the product with the output embedding."""
+    return PLAIN_OUTPUT
+
   def _head_table(self) -> Any:
     """Returns the output embedding [V, D]."""
     return self.embed.table() if self.config.tied_head else self.head.table()
@@ -201,7 +237,7 @@ class Decoder(nn.Module):
       self._head_table(),
       target_slot,
       target_token,
-      self.config.logit_cap,
+      self.output(),
     )
 
   def hidden(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -215,7 +251,7 @@ class Decoder(nn.Module):
   def head_logits(self, hidden: jax.Array) -> jax.Array:
     """Returns the logits [..., V] of the head's inputs, float32."""
     products = perturbed.dot_transposed(hidden, self._head_table())
-    return soft_cap(products, self.config.logit_cap)
+    return self.output().logits(products)
 
   def prefill(
     self, tokens: jax.Array, mask: jax.Array, num_more: int

@@ -68,6 +68,17 @@ class Linear(nn.Module):
     return y
 
 
+class Bias(nn.Module):
+  """A vector [V], of a tied head."""
+
+  size: int
+
+  @nn.compact
+  def __call__(self) -> Any:
+    """Returns the stored vector, perturbed or not."""
+    return self.param("bias", nn.initializers.zeros, (self.size,))
+
+
 class Embed(nn.Module):
   """An embedding table [V, D], which may also be the output embedding.
 

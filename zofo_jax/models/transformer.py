@@ -63,6 +63,12 @@ class Config:
     fused_mlp: whether one matrix makes gate and up.
     logit_scale: factor of the logits.
     logit_cap: soft bound of the logits; None for none.
+    causal: whether tokens see no later ones; if not, the model fills masks.
+    token_types: rows of a table of token types, of which all tokens have the
+      first; 0 without one.
+    embed_norm: whether a norm follows the embeddings.
+    head_activation: activation of a layer and its norm before the head, which
+      then has a bias; None without them.
   """
 
   vocab_size: int
@@ -101,6 +107,10 @@ class Config:
   fused_mlp: bool = False
   logit_scale: float = 1.0
   logit_cap: float | None = None
+  causal: bool = True
+  token_types: int = 0
+  embed_norm: bool = False
+  head_activation: str | None = None
 
   @property
   def projects_embedding(self) -> bool:
@@ -277,6 +287,10 @@ class Transformer(decoder.Decoder):
     if c.projects_embedding:
       self.project_in = layers.Linear(c.hidden_size, use_bias=False)
       self.project_out = layers.Linear(width, use_bias=False)
+    if c.token_types:
+      self.type_embed = layers.Embed(c.token_types, c.hidden_size)
+    if c.embed_norm:
+      self.embed_norm = c.make_norm()
     shared = nn.broadcast
     self.layers = decoder.stack_layers(
       Block,
@@ -286,6 +300,10 @@ class Transformer(decoder.Decoder):
     )(c, self.constrain)
     if c.final_norm:
       self.norm = c.make_norm()
+    if c.head_activation:
+      self.head_transform = layers.Linear(c.hidden_size)
+      self.head_norm = c.make_norm()
+      self.head_bias = layers.Bias(c.vocab_size)
     if not c.tied_head:
       self.head = layers.Embed(c.vocab_size, width)
 
@@ -293,12 +311,14 @@ class Transformer(decoder.Decoder):
   def prefix_acts_as_tokens(self) -> bool:
     """Returns whether a prefix made of tokens is equivalent to these tokens.
 
-    It is not with attention windows, which never hide a prefix, nor where keys
-    are rotated by angles that depend on the length of the row.
+    It is not where these tokens would see later ones, nor with attention
+    windows, which never hide a prefix, nor where keys are rotated by angles
+    that depend on the length of the row.
     """
     c = self.config
     ropes = (rope for rope in (c.rope, c.other_rope) if rope)
-    return c.windows is None and not any(r.depends_on_length for r in ropes)
+    fixed = not any(r.depends_on_length for r in ropes)
+    return c.causal and c.windows is None and fixed
 
   def _per_layer(self) -> _PerLayer:
     """Returns what differs between layers, [layers] each."""
@@ -343,8 +363,12 @@ class Transformer(decoder.Decoder):
     if c.position_offset is not None:
       rows = positions_BxL + c.position_offset
       padding = max(c.position_offset - 1, 0)
-      x = x + self.position_embed(jnp.where(mask_BxL, rows, padding))
-    allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L)
+      x = x + self.position_embed(jnp.where(mask_BxL > 0, rows, padding))
+    if c.token_types:
+      x = x + self.type_embed(jnp.zeros_like(positions_BxL))
+    if c.embed_norm:
+      x = self.embed_norm(x)
+    allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L, c.causal)
     distance_BxLxS = None
     if c.windows is not None:
       distance_BxLxS = positions_BxL[:, :, None] - positions_BxS[:, None, :]
@@ -356,6 +380,12 @@ class Transformer(decoder.Decoder):
       self._per_layer(),
     )
     return x, kv_cache.reset_layer(cache)
+
+  def output(self) -> decoder.Output:
+    """Returns what follows the product with the output embedding."""
+    c = self.config
+    bias = self.head_bias() if c.head_activation else None
+    return decoder.Output(bias, c.logit_cap)
 
   def _cache_shape(self) -> tuple[int, int, int]:
     """Returns the number of layers, of kv heads, and the width of a head."""
@@ -369,6 +399,9 @@ class Transformer(decoder.Decoder):
       x = self.norm(x)
     if c.projects_embedding:
       x = self.project_out(x)
+    if c.head_activation:
+      x = layers.ACTIVATIONS[c.head_activation](self.head_transform(x))
+      x = self.head_norm(x)
     return (
       x if c.logit_scale == 1.0 else x * jnp.asarray(c.logit_scale, x.dtype)
     )
@@ -389,7 +422,9 @@ SHARDINGS = (
   # Columns, not rows: devices look tokens up without exchanging rows, and the
   # size of the vocabulary need not be divisible.
   (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
+  (r"head_transform/kernel$", P("fsdp", "model")),
   (r"norm/(scale|bias)$", P()),
+  (r"head_(transform|bias)/bias$", P()),
 )
 
 

@@ -10,6 +10,7 @@ from zofo_jax.tasks import (
   single_sentence,
   superglue,
 )
+from zofo_jax.tasks.base import MASK as MASK
 from zofo_jax.tasks.base import Chat as Chat
 from zofo_jax.tasks.base import Plain as Plain
 from zofo_jax.tasks.base import Row as Row

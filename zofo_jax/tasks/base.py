@@ -51,6 +51,10 @@ class Plain(NamedTuple):
   completion: str
 
 
+# Where a prompt has the mask that a masked language model fills.
+MASK = "<mask>"
+
+
 class Template(NamedTuple):
   """A prompt and its options.
 
@@ -66,6 +70,17 @@ class Template(NamedTuple):
   prompt: str | Callable[[Fields], str]
   options: Sequence[str] | Callable[[Fields], Sequence[str]]
   may_repeat: bool = False
+
+
+def _with_mask(template: Template) -> Template:
+  """Appends a mask and a full stop to the prompt, unless it has a mask."""
+  prompt = template.prompt
+  if callable(prompt):
+    function = prompt
+    return template._replace(prompt=lambda fields: f"{function(fields)}{MASK}.")
+  if MASK in prompt:
+    return template
+  return template._replace(prompt=f"{prompt}{MASK}.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +108,9 @@ class Task:
       are predicted.
     reference: the template of the paper's PyTorch code, where it has a mistake
       that affects results.
+    masked: the versions for masked language models, whose prompts hold MASK;
+      () for `templates`, with a mask and a full stop after each prompt.
+    fills_mask: whether the templates are of this kind; see `with_mask`.
     document: (columns, whether they are labelled) -> the row as chat or text,
       for a format of `formats`, which has no prompt or options.
     may_split: whether a long row may become several: plain text.
@@ -112,6 +130,8 @@ class Task:
   metric: Metric = "accuracy"
   kind: Kind = "classification"
   reference: Template | None = None
+  masked: tuple[Template, ...] = ()
+  fills_mask: bool = False
   document: Callable[[Fields, bool], Chat | Plain] | None = None
   may_split: bool = False
 
@@ -120,6 +140,26 @@ class Task:
     """All columns that a row must have."""
     label = (self.label,) if isinstance(self.label, str) else ()
     return (*self.text, *self.other, *label)
+
+  def with_mask(self) -> "Task":
+    """Returns this task as a masked language model answers it.
+
+    Raises:
+      UserError: the task is not a choice between options.
+    """
+    if self.kind not in ("classification", "multiple choice"):
+      raise errors.UserError(
+        f"Task {self.name} is answered by generated text; a masked language "
+        "model chooses between words, so expected a task with options."
+      )
+    if self.fills_mask:
+      return self
+    return dataclasses.replace(
+      self,
+      templates=self.masked or tuple(map(_with_mask, self.templates)),
+      reference=None,
+      fills_mask=True,
+    )
 
   def template(self, version: Version = 0) -> Template:
     """Returns a template version.

@@ -3,7 +3,32 @@
 from collections.abc import Sequence
 from typing import Any
 
-from zofo_jax.tasks.base import Task, Template
+from zofo_jax.tasks.base import MASK, Fields, Task, Template
+
+
+def masked_pair(
+  first: str, second: str, words: Sequence[str], mark: str = "?"
+) -> tuple[Template, ...]:
+  """Returns MeZO's template of two texts for masked language models.
+
+  The mask is between them; the first loses its last punctuation mark, and the
+  second begins in lower case.
+
+  Args:
+    first: column of the first text.
+    second: column of the second.
+    words: the options.
+    mark: what follows the first text.
+  """
+
+  def prompt(fields: Fields) -> str:
+    before, after = fields[first].rstrip(), fields[second]
+    if mark:
+      before = before[:-1] if before[-1:] in ".!?" else before
+    after = after[:1].lower() + after[1:]
+    return f"{before}{mark}{MASK}, {after}"
+
+  return (Template(prompt, words),)
 
 
 def text_task(

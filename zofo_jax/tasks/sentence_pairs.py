@@ -6,9 +6,11 @@ WikiQA). That code lacks QNLI, whose pattern here follows the others.
 """
 
 from zofo_jax.tasks.base import Task, Template
+from zofo_jax.tasks.helpers import masked_pair
 
 _NO_YES = ("No", "Yes")
 _YES_NO = ("Yes", "No")
+_ANSWERS = (" Yes", " Maybe", " No")
 _ENTAILS = (
   "Premise: {premise}\nHypothesis: {hypothesis}\n"
   "Does the premise entail the hypothesis? Yes, No, or Maybe?\n"
@@ -39,6 +41,7 @@ _GLUE = (
       ),
       Template('{sentence1}\n"{sentence2}"\n', _YES_NO),
     ),
+    masked=masked_pair("sentence1", "sentence2", (" Yes", " No")),
     example={
       "sentence1": "Snow fell all night.",
       "sentence2": "It was warm.",
@@ -60,6 +63,7 @@ _GLUE = (
       ),
     ),
     metric="macro_f1",
+    masked=masked_pair("sentence1", "sentence2", (" No", " Yes"), ""),
     example={
       "sentence1": "Shares rose by a tenth .",
       "sentence2": "Stock went up 10 percent .",
@@ -82,6 +86,7 @@ _GLUE = (
       ),
     ),
     metric="macro_f1",
+    masked=masked_pair("question1", "question2", (" No", " Yes"), ""),
     example={
       "question1": "How do I boil an egg?",
       "question2": "Why is the sea salty?",
@@ -94,6 +99,15 @@ _GLUE = (
     hub_splits={"validation": "validation_matched", "test": "test_matched"},
     text=("premise", "hypothesis"),
     templates=(Template(_ENTAILS, ("Yes", "Maybe", "No")),),
+    masked=masked_pair("premise", "hypothesis", _ANSWERS),
+    example=_NLI,
+  ),
+  Task(
+    name="snli",
+    hub=("stanfordnlp/snli", None),
+    text=("premise", "hypothesis"),
+    templates=(Template(_ENTAILS, ("Yes", "Maybe", "No")),),
+    masked=masked_pair("premise", "hypothesis", _ANSWERS),
     example=_NLI,
   ),
   Task(
@@ -107,6 +121,7 @@ _GLUE = (
         _YES_NO,
       ),
     ),
+    masked=masked_pair("question", "sentence", (" Yes", " No")),
     example={
       "question": "How tall is the tower?",
       "sentence": "The tower is 40 metres tall.",

@@ -3,21 +3,28 @@
 Patterns and label words are those of MeZO and of Bilevel-ZOFO's PyTorch code,
 with its inverted or missing label words corrected; LM-BFF's for SST-5, CR and
 MPQA; after Zhao et al. (2021) for TREC and AG News. CoLA, which none of them
-has, asks its question as they do.
+has, asks its question as they do. Those with a mask are MeZO's for RoBERTa,
+which are LM-BFF's.
 """
 
 from collections.abc import Sequence
 
 from zofo_jax.tasks import helpers
-from zofo_jax.tasks.base import Fields, Task, Template
+from zofo_jax.tasks.base import MASK, Fields, Task, Template
 
 _POLARITY = (" terrible", " great")
+_FIVE = (" terrible", " bad", " okay", " good", " great")
 
 
 def _it_was(column: str, words: Sequence[str]) -> tuple[Template, ...]:
   """Returns the templates of reviews; version 1 is the text alone."""
   text = "{" + column + "}"
   return (Template(f"{text} It was", words), Template(text, words))
+
+
+def _it_was_masked(column: str, words: Sequence[str]) -> tuple[Template, ...]:
+  """Returns the template of reviews of masked language models."""
+  return (Template(f"{{{column}}} It was{MASK}.", words),)
 
 
 def _joined_turns(fields: Fields) -> Fields:
@@ -32,6 +39,7 @@ _REVIEWS = (
     hub=("nyu-mll/glue", "sst2"),
     text=("sentence",),
     templates=_it_was("sentence", _POLARITY),
+    masked=_it_was_masked("sentence", _POLARITY),
     example={"sentence": "a slow but charming film", "label": 1},
   ),
   *(
@@ -40,6 +48,7 @@ _REVIEWS = (
       hub=hub,
       text=("text",),
       templates=_it_was("text", _POLARITY),
+      masked=_it_was_masked("text", _POLARITY),
       example={"text": "Two hours that I will never get back.", "label": 0},
     )
     for name, hub in (
@@ -53,9 +62,8 @@ _REVIEWS = (
     name="sst5",
     hub=("SetFit/sst5", None),
     text=("text",),
-    templates=_it_was(
-      "text", (" terrible", " bad", " okay", " good", " great")
-    ),
+    templates=_it_was("text", _FIVE),
+    masked=_it_was_masked("text", _FIVE),
     example={"text": "neither dull nor exciting", "label": 2},
   ),
   Task(
@@ -125,6 +133,9 @@ _TOPICS = (
     "SetFit/subj",
     (" objective", " subjective"),
     "{text} This is",
+    masked=(
+      Template(f"{{text}} This is{MASK}.", (" objective", " subjective")),
+    ),
     example={"text": "he walks to the station .", "label": 0},
   ),
   Task(
@@ -141,6 +152,19 @@ _TOPICS = (
           " Entity",
           " Description",
           " Person",
+          " Location",
+          " Number",
+        ),
+      ),
+    ),
+    masked=(
+      Template(
+        f"{MASK}: {{text}}",
+        (
+          " Expression",
+          " Entity",
+          " Description",
+          " Human",
           " Location",
           " Number",
         ),
@@ -202,6 +226,9 @@ _ACCEPTABILITY = (
       ),
     ),
     metric="matthews",
+    masked=(
+      Template(f"{{sentence}} This is{MASK}.", (" incorrect", " correct")),
+    ),
     example={"sentence": "Cat the sleeps.", "label": 0},
   ),
 )

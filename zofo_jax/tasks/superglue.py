@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from zofo_jax.tasks.base import Fields, Task, Template
+from zofo_jax.tasks.helpers import masked_pair
 
 _NO_YES = ("No", "Yes")
 _YES_NO = ("Yes", "No")
@@ -40,6 +41,7 @@ TASKS = (
       ),
       Template('{premise}\n"{hypothesis}"\n', _YES_NO),
     ),
+    masked=masked_pair("premise", "hypothesis", (" Yes", " No")),
     example={
       "premise": "The shop is shut on Sundays.",
       "hypothesis": "The shop is shut one day a week.",

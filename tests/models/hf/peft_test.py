@@ -98,10 +98,14 @@ def backbone(name):
   fields, tensors, *_ = hf.load(name)
   config = transformers.AutoConfig.for_model(**fields)
   config._attn_implementation = "eager"
-  model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+  auto = transformers.AutoModelForCausalLM
+  if name in hf.MASKED:
+    auto = transformers.AutoModelForMaskedLM
+  model = auto.from_config(config).float().eval()
   state = {name: torch.tensor(tensor) for name, tensor in tensors.items()}
   missing, unexpected = model.load_state_dict(state, strict=False)
-  assert set(missing) <= {"lm_head.weight"} and not unexpected
+  tied = ("lm_head.weight", "lm_head.decoder.weight", "lm_head.decoder.bias")
+  assert set(missing) <= {*tied} and not unexpected
   return model
 
 
@@ -110,7 +114,7 @@ def logits_there(model, name, kind, tokens, mask):
   import torch
 
   inputs = {"input_ids": tokens.astype(np.int64), "attention_mask": mask * 1}
-  if not name.startswith("opt") and kind != "prompt":
+  if not name.startswith(("opt", "roberta")) and kind != "prompt":
     inputs["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
   out = model(**{k: torch.tensor(v) for k, v in inputs.items()})
   return out.logits[:, -tokens.shape[1] :]
@@ -127,7 +131,7 @@ def rows(name, kind):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name, kind", PAIRS)
+@pytest.mark.parametrize("name, kind", [*PAIRS, ("roberta", "lora")])
 def test_ours_acts_there_as_here(name, kind, tmp_path):
   peft = pytest.importorskip("peft")
   reference = backbone(name)

@@ -52,6 +52,7 @@ MORE = {
   name: (models.FAMILIES[hf.CASES[name]["model_type"]], hf.CASES[name])
   for name in ("gpt2", "gpt_neox", "qwen3", "olmo2", "smollm3", "granite")
   + ("phi3", "gemma", "gemma2", "gemma3_text", "starcoder2", "falcon")
+  + ("bert", "roberta")
 }
 
 
@@ -262,9 +263,10 @@ def test_as_transformers_saves(name, max_shard_size, tmp_path):
   transformers = pytest.importorskip("transformers")
   family, hf_config = (CASES | MORE)[name]
   torch.manual_seed(0)
-  model = transformers.AutoModelForCausalLM.from_config(
-    transformers.AutoConfig.for_model(**hf_config)
-  )
+  auto = transformers.AutoModelForCausalLM
+  if name in hf.MASKED:
+    auto = transformers.AutoModelForMaskedLM
+  model = auto.from_config(transformers.AutoConfig.for_model(**hf_config))
   model.save_pretrained(tmp_path, max_shard_size=max_shard_size)
   hf_config = json.loads((tmp_path / "config.json").read_text())
   config = family.config_from_hf(hf_config)
@@ -276,9 +278,7 @@ def test_as_transformers_saves(name, max_shard_size, tmp_path):
   changed = jax.tree.map(lambda x: x + 1, base)
   weights.save(tmp_path / "out", family, config, changed, 1000)
   model.config.save_pretrained(tmp_path / "out")
-  again, info = transformers.AutoModelForCausalLM.from_pretrained(
-    tmp_path / "out", output_loading_info=True
-  )
+  again, info = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
   assert not info["missing_keys"] and not info["unexpected_keys"]
   state = again.state_dict()
   for key, value in hf_tensors(family, config, changed).items():

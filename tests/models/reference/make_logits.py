@@ -133,6 +133,18 @@ def _longrope(size, original):
   )
 
 
+_BERT = dict(
+  model_type="bert",
+  vocab_size=96,
+  hidden_size=16,
+  intermediate_size=24,
+  num_hidden_layers=2,
+  num_attention_heads=4,
+  max_position_embeddings=20,
+)
+_ROBERTA = _BERT | dict(model_type="roberta", type_vocab_size=1)
+MASKED = ("bert", "roberta")
+
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 CASES |= {
@@ -156,10 +168,20 @@ CASES |= {
   "gemma3_text": _GEMMA3,
   "starcoder2": _LLAMA | dict(model_type="starcoder2"),
   "falcon": _FALCON,
+  "bert": _BERT,
+  "roberta": _ROBERTA,
 }
 
 # Further values of every field, compared where torch is installed.
 VARIANTS = {
+  "bert_unlike": _BERT
+  | dict(
+    hidden_act="relu",
+    layer_norm_eps=1e-2,
+    type_vocab_size=3,
+  ),
+  "roberta_unlike": _ROBERTA
+  | dict(hidden_act="relu", layer_norm_eps=1e-5, type_vocab_size=2),
   "gpt2_unlike": _GPT2
   | dict(
     n_inner=20,
@@ -328,7 +350,11 @@ def reference(fields, seed):
   fields = dict(fields)
   config = transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
   config._attn_implementation = "eager"
-  model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
+  masked = config.model_type in MASKED
+  auto = getattr(
+    transformers, f"AutoModelFor{'MaskedLM' if masked else 'CausalLM'}"
+  )
+  model = auto.from_config(config).float().eval()
   generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
     for name, parameter in model.named_parameters():
@@ -339,7 +365,7 @@ def reference(fields, seed):
   positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
   more = (
     {}
-    if config.model_type == "opt"
+    if config.model_type in ("opt", "roberta")
     else {"position_ids": torch.tensor(positions)}
   )
 

@@ -77,7 +77,7 @@ def save(
     fields, tensors = write[kind](family, config, nodes)
     fields = {
       "peft_type": KINDS[kind],
-      "task_type": "CAUSAL_LM",
+      "task_type": "CAUSAL_LM" if config.causal else None,
       "base_model_name_or_path": model_name,
       "inference_mode": True,
       **fields,

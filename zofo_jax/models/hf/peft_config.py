@@ -170,6 +170,7 @@ def _is_target(
   selected = fields.get("target_modules")
   if selected is None:  # PEFT's choices; a family has but one kind of them.
     selected = ["q_proj", "v_proj", "c_attn", "query_key_value"]
+    selected += ["query", "value"]
   layers = fields.get("layers_to_transform")
   patterns = fields.get("layers_pattern")
   by_layer = layers is not None or patterns

@@ -105,6 +105,21 @@ def _falcon(
   }
 
 
+def _bert(
+  model_type: str, vocab_size: int, positions: int, *, large: bool = False
+) -> dict[str, Any]:
+  return {
+    "model_type": model_type,
+    "vocab_size": vocab_size,
+    "hidden_size": 1024 if large else 768,
+    "intermediate_size": 4096 if large else 3072,
+    "num_hidden_layers": 24 if large else 12,
+    "num_attention_heads": 16 if large else 12,
+    "max_position_embeddings": positions,
+    "type_vocab_size": 2 if model_type == "bert" else 1,
+  }
+
+
 def _llama3(factor: float) -> dict[str, Any]:
   return {
     "rope_theta": 500000.0,
@@ -364,4 +379,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "tiiuae/falcon-40b": _falcon(
     8192, 60, 128, new_decoder_architecture=True, num_kv_heads=8
   ),
+  "google-bert/bert-base-uncased": _bert("bert", 30522, 512),
+  "google-bert/bert-base-cased": _bert("bert", 28996, 512),
+  "google-bert/bert-large-uncased": _bert("bert", 30522, 512, large=True),
+  "FacebookAI/roberta-base": _bert("roberta", 50265, 514),
+  "FacebookAI/roberta-large": _bert("roberta", 50265, 514, large=True),
 }

@@ -24,10 +24,16 @@ from zofo_jax.core import perturbed
 from zofo_jax.models import decoder
 from zofo_jax.models.hf import hub, tensor_files
 
-# Buffers saved by some versions of transformers, which are not weights.
+# Prefixes of names that differ between versions of a checkpoint.
+_ROOT = re.compile(
+  r"^(model\.|transformer\.|gpt_neox\.|bert\.|roberta\.)?(decoder\.)?"
+)
+# Buffers saved by some versions of transformers, which are not weights, copies
+# of a head's bias, and heads of BERT for other tasks.
 _BUFFERS = re.compile(
   r"(rotary_emb\.(inv_freq|(cos|sin)_cached)|masked_bias|position_ids"
-  r"|\.(attn|attention)\.bias)$"
+  r"|\.(attn|attention)\.bias|(predictions|lm_head)\.decoder\.bias"
+  r"|(pooler\.dense|cls\.seq_relationship)\.(weight|bias))$"
 )
 # How many rows of the embeddings are compared at a time.
 _ROWS = 4096
@@ -288,7 +294,9 @@ def shapes(family: ModuleType, config: Any) -> dict[str, tuple[int, ...]]:
 
 def _short(name: str) -> str:
   """Drops name prefixes that differ between versions of a checkpoint."""
-  return re.sub(r"^(model\.|transformer\.|gpt_neox\.)?(decoder\.)?", "", name)
+  name = re.sub(r"LayerNorm\.gamma$", "LayerNorm.weight", name)
+  name = re.sub(r"LayerNorm\.beta$", "LayerNorm.bias", name)
+  return _ROOT.sub("", name)
 
 
 def _layout(
