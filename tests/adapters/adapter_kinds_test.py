@@ -1,5 +1,6 @@
 """Every kind of adapter as p and as s: a bilevel step, and whole runs."""
 
+import functools
 import json
 import pathlib
 
@@ -33,6 +34,7 @@ def base():
   )
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
 def make(kind, base, seed, dropout=0.0):
   key = jax.random.key(seed)
   if kind == "lora":
@@ -96,7 +98,7 @@ def take_step(base, upper, lower, rate=1e-2):
   [
     ("lora+prefix+prompt", "lora+prefix+prompt"),
     ("prompt", "projected"),
-    ("projected", "lora"),
+    pytest.param("projected", "lora", marks=pytest.mark.slow),
   ],
 )
 def test_bilevel_step_of_every_kind(base, upper, lower):
@@ -148,6 +150,7 @@ RUNS = {
 }
 
 
+# Made from a config: builders/adapter_test.py; a run: training/train_test.py.
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", RUNS)
 def test_a_run_of_every_kind(

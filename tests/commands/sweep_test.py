@@ -44,7 +44,8 @@ def test_runs_and_runs_no_more_than_needed(
   arguments = [
     *(f"--sweep={path}", f"--workdir={tmp_path / 'runs'}", "--jobs=2"),
     *(f"--config.model.name={tiny_model}", f"--config.data.dir={tiny_rows}"),
-    *("--config.train.num_steps=1", "--config.lower.num_steps=1"),
+    *("--config.method=mezo", "--config.zo.select=attention_norm"),
+    "--config.train.num_steps=1",
     *("--config.data.num_test=8", "--config.data.num_selection=8"),
   ]
   assert main.main(["sweep", *arguments]) == 2

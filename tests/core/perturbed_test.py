@@ -231,6 +231,7 @@ def test_the_head_in_blocks(monkeypatch, kind, size):
   assert read(x).dtype == jnp.float32
 
 
+@jax.jit
 def _model(tree, ids):
   """Reads weights as the models do: look-up, scanned layers, head."""
   hidden = perturbed.take(tree["embed"], ids)

@@ -90,10 +90,11 @@ def test_token_f1_is_that_of_bags():
 def test_accuracy_of_options(tiny):
   module, base, tokenizer, batch = tiny
   loss_fn = objectives.make_probe_loss_fn("accuracy", module, tokenizer)
-  log_probs = apply.make_log_probs_fn(module)(base, {}, batch, None)
+  log_probs_fn = jax.jit(apply.make_log_probs_fn(module))
+  log_probs = log_probs_fn(base, {}, batch, None)
   best = np.asarray(losses.option_scores(log_probs, batch)).argmax(-1)
   expected = np.mean(best[:6] != batch.label[:6])
-  assert loss_fn(base, {}, batch, None) == pytest.approx(expected)
+  assert jax.jit(loss_fn)(base, {}, batch, None) == pytest.approx(expected)
 
 
 def test_python_score_sees_what_the_model_would_write(tiny, monkeypatch):
@@ -102,11 +103,8 @@ def test_python_score_sees_what_the_model_would_write(tiny, monkeypatch):
   own_scores.exact = exact
   monkeypatch.setitem(sys.modules, "own_scores", own_scores)
   loss_fn = objectives.make_probe_loss_fn("own_scores:exact", module, tokenizer)
-  logits = module.apply(
-    {"params": base, "adapter": {}},
-    batch.tokens[:, 0],
-    batch.mask[:, 0],
-    method="logits",
+  logits = jax.jit(functools.partial(module.apply, method="logits"))(
+    {"params": base, "adapter": {}}, batch.tokens[:, 0], batch.mask[:, 0]
   )
   last = batch.positions[:, 0, 0]
   best = np.asarray(logits).argmax(-1)[np.arange(8), last]
@@ -119,7 +117,7 @@ def test_python_score_sees_what_the_model_would_write(tiny, monkeypatch):
   assert jax.jit(loss_fn)(base, {}, batch, None) == pytest.approx(expected)
   # Both signs and the three losses are batch axes of one call.
   twice = jax.tree.map(lambda leaf: np.stack([leaf, leaf]), batch)
-  both = jax.vmap(lambda b: loss_fn(base, {}, b, None))(twice)
+  both = jax.jit(jax.vmap(lambda b: loss_fn(base, {}, b, None)))(twice)
   np.testing.assert_allclose(both, [expected, expected], rtol=1e-6)
 
 

@@ -170,19 +170,19 @@ def test_target_log_probs_are_those_of_the_logits(name):
 def test_perturbed_weights_act_as_their_values(name):
   model, base, tokens, mask, _ = recorded(name)
   key = keys_lib.DirectionKey(jax.random.key(3), jax.random.key(4))
-  nodes = sampler.Sampler(Waves(), stacked=STACKED, lazy=True).perturb(
-    base, key, 1.0
-  )
+  lazy = sampler.Sampler(Waves(), stacked=STACKED, lazy=True)
+  nodes = jax.jit(lambda base: lazy.perturb(base, key, 1.0))(base)
 
   def scaled(scale):
     step = lambda w: dataclasses.replace(w, scale=w.scale * scale)
     is_leaf = lambda w: isinstance(w, perturbed.Perturbed)
     return jax.tree.map(step, nodes, is_leaf=is_leaf)
 
+  values = jax.jit(lambda scale: perturbed.materialize(scaled(scale)))
   score = lambda scale: logits_of(model, scaled(scale), tokens, mask)
   both = jax.jit(jax.vmap(score))(jnp.array([1e-2, -1e-2]))
   for scale, actual in zip((1e-2, -1e-2), both):
-    whole = logits_of(model, perturbed.materialize(scaled(scale)), tokens, mask)
+    whole = logits_of(model, values(scale), tokens, mask)
     np.testing.assert_allclose(actual, whole, atol=1e-4)
   assert np.abs(both[0] - both[1])[mask].max() > 1e-2
 

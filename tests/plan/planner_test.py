@@ -201,7 +201,7 @@ def test_a_compiled_plan(tmp_path, monkeypatch):
   plan = planner.plan(
     config_of(
       "tiny",
-      **{"mesh.data": 2, "lower.num_steps": 2, "zo.select": tiny.MOVED},
+      **{"mesh.data": 2, "lower.num_steps": 2, "zo.select": "query"},
     ),
     "cpu:2",
   )

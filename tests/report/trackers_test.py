@@ -20,10 +20,10 @@ def done(command_line, tiny_model, tiny_rows, tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs") / "tracked"
   for steps in (4, 6):
     code = command_line(
-      f"--config={LLAMA}:task=rotten_tomatoes",
+      f"--config={LLAMA}:task=rotten_tomatoes,method=mezo",
       *(f"--workdir={folder}", f"--config.model.name={tiny_model}"),
       *(f"--config.data.dir={tiny_rows}", "--config.data.num_selection=20"),
-      *("--config.data.num_test=20", "--config.lower.num_steps=1"),
+      "--config.data.num_test=20",
       *(f"--config.train.num_steps={steps}", "--config.train.profile_steps=2"),
       "--config.train.eval_every_steps=2",
       "--config.train.trackers=('tensorboard',)",
