@@ -8,7 +8,7 @@ import types
 import pytest
 
 from zofo_jax import errors, tasks
-from zofo_jax.data import sources
+from zofo_jax.data import files, sources
 from zofo_jax.data import splits as splits_lib
 
 TASK = tasks.get("rotten_tomatoes")
@@ -285,3 +285,33 @@ def test_files_of_one_beginning_as_metaicl_names_them(tmp_path):
   assert len(splits_lib.load_splits(TASK, source, test_split="test").test) == 6
   with pytest.raises(errors.UserError, match="No data folder"):
     sources.load(TASK, tmp_path / "mrpc_16_200", "train")
+
+
+def test_of_a_large_table_only_what_is_needed_is_read(monkeypatch, tmp_path):
+  """The rows are those of reading it whole, as long as none is bad."""
+  parquet = pytest.importorskip("pyarrow.parquet")
+  pyarrow = pytest.importorskip("pyarrow")
+  records = [{"text": f"film {i % 280}", "label": i % 2} for i in range(300)]
+  for number, part in enumerate((records[:190], records[190:])):
+    path = tmp_path / f"train-{number:05}-of-00002.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(part), path)
+  _write(tmp_path / "validation.jsonl", _records(30, 500))
+  counts = splits_lib.Counts(9, 4, 3, 5)
+
+  def load(source):
+    return splits_lib.load_splits(TASK, source, counts=counts, seed=3)
+
+  whole = load(tmp_path)
+  read = []
+  rows_of = files._table_rows
+  monkeypatch.setattr(
+    files, "_table_rows", lambda *args: read.append(args[1]) or rows_of(*args)
+  )
+  monkeypatch.setattr(splits_lib, "_MAX_WHOLE", 100)
+  assert load(tmp_path) == whole
+  assert sum(table.num_rows for table in read) == 4 * sum(counts)
+  hub = _Hub({"train": records, "validation": _records(30, 500)})
+  monkeypatch.setitem(sys.modules, "datasets", hub)
+  assert [r.fields for part in load("hub:some/set") for r in part] == [
+    r.fields for part in whole for r in part
+  ]

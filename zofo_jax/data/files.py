@@ -6,6 +6,7 @@ rows is a `UserError`.
 """
 
 import codecs
+import contextlib
 import csv
 import gzip
 import importlib
@@ -15,12 +16,16 @@ import logging
 import pathlib
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
+
+import numpy as np
 
 from zofo_jax import errors, tasks
 
 Item = tasks.Row | errors.RowError
+# Number of rows of a table -> int [N], those to be read; None for all.
+Choose = Callable[[int], np.ndarray | None]
 
 # The longer marks first, since one begins like another.
 _BYTE_ORDER_MARKS = {
@@ -34,6 +39,8 @@ _GZIP_MARK = b"\x1f\x8b"
 _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 # Far above what rows have, far below where Python's recursion ends.
 _MAX_DEPTH = 100
+# Rows of a Parquet file that are decoded at a time.
+_BLOCK = 4096
 
 
 def ending(path: pathlib.Path) -> str:
@@ -73,6 +80,37 @@ def read(path: pathlib.Path) -> list[Item]:
     raise errors.UserError(
       f"{path}: cannot be read ({errors.first_line(error)})."
     ) from error
+
+
+def read_all(
+  paths: Sequence[pathlib.Path], choose: Choose | None = None
+) -> list[Item]:
+  """Reads the rows of several files, one after the other.
+
+  Args:
+    paths: of the files.
+    choose: which rows of Parquet files are read; None for all. Rows of other
+      files are all read.
+
+  Returns:
+    Rows and errors of rows, in the files' order or in that of the choice.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  tables = all(ending(path).lower() == ".parquet" for path in paths)
+  if choose is None or not tables:
+    return [item for path in paths for item in read(path)]
+  ends = np.cumsum([_open_parquet(path).metadata.num_rows for path in paths])
+  indices = choose(int(ends[-1]))
+  if indices is None:
+    return read_all(paths)
+  items: dict[int, Item] = {}
+  for path, start, end in zip(paths, [0, *ends[:-1]], ends, strict=True):
+    inside = np.sort(indices[(indices >= start) & (indices < end)])
+    rows = _parquet_rows(path, inside - start)
+    items |= zip(inside.tolist(), rows, strict=True)
+  return [items[i] for i in indices.tolist()]
 
 
 def _read_text(path: pathlib.Path) -> str:
@@ -242,35 +280,70 @@ def _broken(cells: list[str], header: list[str], delimiter: str) -> str | None:
 
 def _read_table(path: pathlib.Path) -> Iterator[Item]:
   """Reads Parquet, or Arrow: a file, or a stream as `datasets` saves it."""
+  if ending(path).lower() == ".parquet":
+    with _table_errors(path, "a Parquet"):
+      table = _open_parquet(path).read()
+  else:
+    ipc = _pyarrow(path, "ipc")
+    with _table_errors(path, "an Arrow"), path.open("rb") as stream:
+      is_file = stream.peek(6).startswith(b"ARROW1")
+      table = (ipc.open_file if is_file else ipc.open_stream)(stream).read_all()
+  yield from _table_rows(path, table, range(table.num_rows))
+
+
+def _pyarrow(path: pathlib.Path, name: str) -> Any:
   try:
-    parquet = importlib.import_module("pyarrow.parquet")
-    ipc = importlib.import_module("pyarrow.ipc")
+    return importlib.import_module(f"pyarrow.{name}")
   except ImportError as error:
     raise errors.UserError(
       f"{path}: reading Parquet needs the package pyarrow."
     ) from error
-  is_arrow = ending(path).lower() == ".arrow"
+
+
+@contextlib.contextmanager
+def _table_errors(path: pathlib.Path, kind: str) -> Iterator[None]:
+  """Raises the errors of pyarrow as `UserError`s."""
   try:
-    if is_arrow:
-      with path.open("rb") as stream:
-        is_file = stream.peek(6).startswith(b"ARROW1")
-        table = (ipc.open_file if is_file else ipc.open_stream)(
-          stream
-        ).read_all()
-    else:
-      # One file, whatever the names of its folders ("label=1") suggest.
-      table = parquet.ParquetFile(path).read()
+    yield
   except (OSError, ValueError, NotImplementedError) as error:
+    if isinstance(error, errors.UserError):
+      raise
     raise errors.UserError(
-      f"{path}: not {'an Arrow' if is_arrow else 'a Parquet'} file "
-      f"({errors.first_line(error)})."
+      f"{path}: not {kind} file ({errors.first_line(error)})."
     ) from error
-  if twice := _repeated(table.column_names):
+
+
+def _open_parquet(path: pathlib.Path) -> Any:
+  parquet = _pyarrow(path, "parquet")
+  with _table_errors(path, "a Parquet"):
+    # One file, whatever the names of its folders ("label=1") suggest. Buffers
+    # would hold whole groups of rows.
+    return parquet.ParquetFile(path, pre_buffer=False)
+
+
+def _parquet_rows(path: pathlib.Path, indices: np.ndarray) -> Iterator[Item]:
+  """Reads some rows, in ascending order, a block of the file at a time."""
+  start = 0
+  with _table_errors(path, "a Parquet"):
+    for block in _open_parquet(path).iter_batches(_BLOCK):
+      end = start + block.num_rows
+      inside = indices[(indices >= start) & (indices < end)]
+      if len(inside):
+        yield from _table_rows(path, block.take(inside - start), inside)
+      start = end
+
+
+def _table_rows(
+  path: pathlib.Path, table: Any, numbers: Iterable[int]
+) -> Iterator[Item]:
+  """Yields the rows of a table, which have these numbers in their file."""
+  names = table.schema.names
+  if twice := _repeated(names):
     raise errors.UserError(
       f"{path}: two columns have the name '{twice}'; expected each once."
     )
   columns = {}
-  for name, column in zip(table.column_names, table.columns, strict=True):
+  for name, column in zip(names, table.columns, strict=True):
     try:
       columns[name] = column.to_pylist()
     except UnicodeDecodeError:
@@ -281,9 +354,9 @@ def _read_table(path: pathlib.Path) -> Iterator[Item]:
         "%s: column '%s' is left out, as it cannot be converted from %s (%s)",
         *(path, name, column.type, errors.first_line(error)),
       )
-  for i in range(table.num_rows):
+  for i, number in enumerate(numbers):
     fields = {name: values[i] for name, values in columns.items()}
-    yield tasks.Row(fields, f"{path} row {i + 1}")
+    yield tasks.Row(fields, f"{path} row {number + 1}")
 
 
 # Reader of each ending.

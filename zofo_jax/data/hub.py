@@ -8,7 +8,10 @@ Parquet files in a folder for each configuration, on a branch of their own.
 import importlib
 import pathlib
 import re
+from collections.abc import Iterable
 from typing import Any
+
+import numpy as np
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import files, layouts
@@ -51,7 +54,10 @@ def resolve(
 
 
 def read(
-  task: tasks.Task, hub: tuple[str, str | None], split: str
+  task: tasks.Task,
+  hub: tuple[str, str | None],
+  split: str,
+  choose: files.Choose | None = None,
 ) -> list[files.Item]:
   """Reads the rows of a split.
 
@@ -59,6 +65,7 @@ def read(
     task: has the split's name on the hub.
     hub: id and configuration.
     split: "train", "validation" or "test".
+    choose: which rows are read, and in what order; None for all.
 
   Raises:
     UserError: the split cannot be read.
@@ -69,19 +76,23 @@ def read(
   if not _is_converted(task, hub):
     table = _call_datasets("load_dataset", hub, what, split=name)
   if table is None:
-    rows = (dict(row.fields) for row in _converted_rows(task, hub, split, what))
-  else:
-    rows = (dict(fields) for fields in table)
+    table = [row.fields for row in _converted_rows(task, hub, split, what)]
+  numbers: Iterable[int] = range(len(table))
+  indices = choose(len(table)) if choose else None
+  if indices is not None:
+    numbers = indices.tolist()
   prefix = "/".join(filter(None, (*hub, name)))
+  # Indexing reads a row at a time; iteration reads all in larger parts.
+  rows = table if indices is None else (table[i] for i in numbers)
   return [
-    tasks.Row(fields, f"{prefix} row {number}")
-    for number, fields in enumerate(rows, 1)
+    tasks.Row(dict(fields), f"{prefix} row {number + 1}")
+    for number, fields in zip(numbers, rows, strict=True)
   ]
 
 
 def columns(task: tasks.Task, hub: tuple[str, str | None]) -> tuple[str, ...]:
   """Returns the columns of the first row to train on; as `read`."""
-  items = read(task, hub, "train")
+  items = read(task, hub, "train", lambda total: np.arange(min(total, 1)))
   first = next(item for item in items if isinstance(item, tasks.Row))
   return tuple(first.fields)
 

@@ -5,6 +5,8 @@ Every row keeps its file and row number, so that error messages can name them.
 
 import pathlib
 
+import numpy as np
+
 from zofo_jax import errors, tasks
 from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import files, layouts
@@ -18,6 +20,7 @@ def load(
   *,
   labelled: bool = True,
   bad_rows: bad_rows_lib.BadRows | None = None,
+  choose: files.Choose | None = None,
 ) -> list[tasks.Row]:
   """Reads and checks every row of a split.
 
@@ -34,15 +37,16 @@ def load(
     bad_rows: what happens to rows that cannot be used; None to stop at them.
       Rows without label are left out of data sets of the hub and copies of
       them, rows without text are left out of those of the hub.
+    choose: which rows of Parquet files and of the hub are read; None for all.
 
   Returns:
-    The rows, in the file's order.
+    The rows, in the file's order or in that of the choice.
 
   Raises:
     UserError: there is no such data, or a row is invalid; names file and row.
   """
   bad_rows = bad_rows or bad_rows_lib.BadRows()
-  items = read(task, source, split, labelled=labelled)
+  items = read(task, source, split, labelled=labelled, choose=choose)
   hub = hub_lib.resolve(task, source)
 
   def is_known(error):
@@ -61,6 +65,7 @@ def read(
   split: str,
   *,
   labelled: bool = True,
+  choose: files.Choose | None = None,
 ) -> list[files.Item]:
   """Reads a split: checked rows, and errors in the place of bad rows.
 
@@ -69,6 +74,7 @@ def read(
     source: as for `load`.
     split: as for `load`.
     labelled: as for `load`.
+    choose: as for `load`.
 
   Raises:
     UserError: there is no such data, or a file cannot be read.
@@ -76,11 +82,11 @@ def read(
   hub = hub_lib.resolve(task, source)
   if hub:
     name = "/".join(filter(None, hub))
-    items = hub_lib.read(task, hub, split)
+    items = hub_lib.read(task, hub, split, choose)
   else:
     paths = _local_files(task, pathlib.Path(str(source)), split)
     name = str(paths[0])
-    items = [item for path in paths for item in files.read(path)]
+    items = files.read_all(paths, choose)
   if not items:
     raise errors.UserError(f"{name}: split '{split}' has no rows.")
 
@@ -112,7 +118,7 @@ def columns(task: tasks.Task, source: str) -> tuple[str, ...]:
   if hub:
     return hub_lib.columns(task, hub)
   (path, *_) = _local_files(task, pathlib.Path(source), "train")
-  items = files.read(path)
+  items = files.read_all([path], lambda total: np.arange(min(total, 1)))
   row = next((item for item in items if isinstance(item, tasks.Row)), None)
   if row is None:
     raise errors.UserError(

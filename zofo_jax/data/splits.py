@@ -37,6 +37,10 @@ class Counts(NamedTuple):
 
 
 _PAPER = Counts()
+# Tables of more rows are not read whole.
+_MAX_WHOLE = 100_000
+# Rows that are read of them for each that is needed: some are the same.
+_SPARE = 4
 
 
 class Splits(NamedTuple):
@@ -77,7 +81,26 @@ def load_splits(
   Raises:
     UserError: as `sources.load` and `split`.
   """
-  train = sources.load(task, source, "train", bad_rows=bad_rows)
+
+  def load(name, num_rows):
+    """Reads rows in random order; of a large table, only as many as needed."""
+    order = np.arange(0)
+
+    def choose(total):
+      nonlocal order
+      if total <= _MAX_WHOLE or shots:  # all rows of each label, to draw from
+        return None
+      order = np.random.RandomState(seed).permutation(total)
+      order = order[: _SPARE * num_rows]
+      return order
+
+    rows = sources.load(task, source, name, bad_rows=bad_rows, choose=choose)
+    if len(order):
+      return rows
+    return [rows[i] for i in np.random.RandomState(seed).permutation(len(rows))]
+
+  _check_counts(counts)
+  train = load("train", sum(counts))
   if test_split is None:
     present = [
       s for s in ("validation", "test") if sources.has_split(task, source, s)
@@ -85,8 +108,8 @@ def load_splits(
     test_split = present[0] if present else None
   test = None
   if test_split:
-    test = sources.load(task, source, test_split, bad_rows=bad_rows)
-  return split(task, train, test, counts=counts, shots=shots, seed=seed)
+    test = load(test_split, counts.test)
+  return _divide(task, train, test, counts, shots, seed)
 
 
 def split(
@@ -122,17 +145,36 @@ def split(
   Raises:
     UserError: a count is not positive, or there are too few rows.
   """
+  _check_counts(counts)
+  shuffled = [
+    None
+    if rows is None
+    else [rows[i] for i in np.random.RandomState(seed).permutation(len(rows))]
+    for rows in (train, test)
+  ]
+  return _divide(task, shuffled[0] or [], shuffled[1], counts, shots, seed)
+
+
+def _check_counts(counts: Counts) -> None:
+  """Checks that every split has rows, but selection may have none."""
   for field, count in counts._asdict().items():
     if count < (0 if field == "selection" else 1):
       raise errors.UserError(
         f"data.num_{field} is {count}; expected a positive number of rows."
       )
-  chosen: list[tasks.Row] = []
-  if test is not None:
-    order = np.random.RandomState(seed).permutation(len(test))
-    chosen = [test[i] for i in order[: counts.test]]
-  order = np.random.RandomState(seed).permutation(len(train))
-  pool = _distinct(task, [train[i] for i in order], chosen)
+
+
+def _divide(
+  task: tasks.Task,
+  train: Sequence[tasks.Row],
+  test: Sequence[tasks.Row] | None,
+  counts: Counts,
+  shots: int,
+  seed: int,
+) -> Splits:
+  """Divides rows in random order; see `split`."""
+  chosen = [] if test is None else list(test[: counts.test])
+  pool = _distinct(task, train, chosen)
   if shots:
     pool, counts = _balanced_first(task, pool, counts, shots, seed, test)
   sizes = _sizes(task, len(pool), counts, hold_out=test is None)
