@@ -8,6 +8,7 @@ import pytest
 
 from tests import tiny
 from zofo_jax import adapters, errors
+from zofo_jax.builders import base_update
 from zofo_jax.builders import model as model_lib
 from zofo_jax.checkpoints import manager
 from zofo_jax.config import validate
@@ -118,12 +119,20 @@ def test_checkpoints_hold_integers(model, base, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, base)
 
 
+def test_integers_cannot_be_selected(model):
+  abstract = model_lib.abstract_base(model)
+  base_update.check_selected("query/kernel/scales$", (0,), abstract)
+  with pytest.raises(errors.UserError, match="'values' matches no weight"):
+    base_update.check_selected("values", (), abstract)
+
+
 @pytest.mark.parametrize(
   "changes, words",
   [
     ({"method": "full"}, "method 'full' needs gradients of all weights"),
     ({"zo.direction": "guided"}, "'guided' folds an adapter"),
     ({"zo.optimizer": "adam"}, "sgd or conservative; found 'nf4' with 'adam'"),
+    ({"zo.direction": "per_example"}, "every row would have dequantized"),
     ({"model.quantize": "int2"}, "expected one of .*int4, nf4; found 'int2'"),
   ],
 )

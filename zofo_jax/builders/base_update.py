@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 
 from zofo_jax import adapters, errors
@@ -75,7 +76,9 @@ def check_selected(
     UserError: lists the valid paths or numbers.
   """
   shapes = {
-    name: leaf.shape for name, leaf in tree_lib.named_leaves(base).items()
+    name: leaf.shape
+    for name, leaf in tree_lib.named_leaves(base).items()
+    if jnp.issubdtype(leaf.dtype, jnp.floating)  # integers never move
   }
   if not any(re.search(select, path) for path in shapes):
     raise errors.UserError(

@@ -183,6 +183,15 @@ def _check_quantize(fields: _Fields) -> None:
       "integers would round it off; expected '' or another zo.direction; found "
       f"'{kind}'."
     )
+  per_example = "per_example" in (
+    fields["zo.direction"],
+    fields["guided.random"],
+  )
+  if method.updates_base and per_example and kind != "int8":
+    raise errors.UserError(
+      "config.model.quantize: with zo.direction 'per_example' every row would "
+      f"have dequantized weights of its own; expected 'int8'; found '{kind}'."
+    )
   if method.updates_base and fields["zo.optimizer"] not in IN_PLACE:
     raise errors.UserError(
       "config.model.quantize: only scales move, by zo.optimizer "
