@@ -13,8 +13,6 @@ from zofo_jax.core import directions, perturbed, sampler
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.models.decoder import STACKED
 
-CASES = ["llama", "llama_dynamic", "opt", "opt_350m"]
-
 
 def recorded(name):
   model, _, base, tokens, mask, _ = load(name)
@@ -55,8 +53,21 @@ def make(kind, model, base, seed=1):
   )
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+# Every model, and either kind in both families.
+@pytest.mark.parametrize(
+  "kind, name",
+  [
+    *(("prefix", "llama_dynamic"), ("prefix", "opt_350m")),
+    *(("prompt", "llama"), ("prompt", "opt")),
+    *(
+      pytest.param(*pair, marks=pytest.mark.slow)
+      for pair in (
+        *(("prefix", "llama"), ("prefix", "opt")),
+        *(("prompt", "llama_dynamic"), ("prompt", "opt_350m")),
+      )
+    ),
+  ],
+)
 def test_tokens_as_adapter_are_those_tokens_in_front(name, kind):
   model, base, tokens, mask = recorded(name)
   start = np.array([7, 80, 9], np.int32)

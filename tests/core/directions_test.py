@@ -269,7 +269,9 @@ def test_sparse_moves_the_small_weights_of_each_row(dtype, threshold):
   np.testing.assert_array_equal(kind.mask(z[0], weight[0]), z[0])
 
 
-# Every shape is compiled: a few are drawn from, each with several seeds.
+# Every shape is compiled: a few are drawn from, each with several seeds. Their
+# rows and their bits are also those of the tests above.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "kind, shape",
   [
