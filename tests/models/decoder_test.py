@@ -86,9 +86,7 @@ def test_both_paddings_are_one_and_empty_rows_are_finite(name):
   assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize(
-  "name", ["gpt2", "smollm3", "gemma3_text", "falcon", "gpt_neox"]
-)
+@pytest.mark.parametrize("name", ["gpt2", "gemma3_text", "falcon"])
 def test_a_cache_gives_the_same_logits(name):
   model, base, tokens, mask, logits = recorded(name)
   tokens, mask, start = tokens[:2], mask[:2], 8  # the second is padded left
