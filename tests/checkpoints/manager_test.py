@@ -289,7 +289,14 @@ def test_a_foreign_folder_is_reported(tmp_path):
 
 # To be read, and to go on.
 @pytest.mark.parametrize(
-  "harm, keep", [("cut", None), ("empty", 2), ("flip", 2), ("gone", None)]
+  "harm, keep",
+  [
+    *(("cut", None), ("empty", 2), ("flip", 2), ("gone", None)),
+    *(
+      pytest.param(*pair, marks=pytest.mark.slow)
+      for pair in (("cut", 2), ("empty", None), ("flip", None), ("gone", 2))
+    ),
+  ],
 )
 def test_any_harm_to_any_file_is_noticed(tmp_path, harm, keep):
   save(tmp_path / "c", 1, 2)
