@@ -34,7 +34,8 @@ class Hub(http.server.ThreadingHTTPServer):
 
   def __init__(self, repos):
     super().__init__(("127.0.0.1", 0), _Handler)
-    self.repos, self.requests, self.faults, self.gated = repos, [], [], {}
+    self.repos, self.requests, self.faults = repos, [], []
+    self.gated = set()
 
   @property
   def url(self):
@@ -118,7 +119,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     repo = match and (match["kind"] or "models", match["id"])
     if not match or repo not in hub.repos:
       return self._missing("RepoNotFound", 401 if match else 404)
-    if match["id"] in hub.gated and "Authorization" not in self.headers:
+    # Where files are redirected to, no token is sent.
+    known = "Authorization" in self.headers or match["verb"] == "blobs"
+    if match["id"] in hub.gated and not known:
       return self._missing("GatedRepo", 401)
     commits = hub.commits(repo)
     rest = match["rest"] or "main"

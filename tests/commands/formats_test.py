@@ -203,6 +203,8 @@ def test_training_rows_are_packed(chat_model, tmp_path):
   lengths = [len(e.rows[0].tokens) for e in examples.lower]
   assert max(lengths) == 16
   assert {len(e.rows) for e in examples.lower} == {1}
+  assert max(len(e.rows[0].tokens) for e in examples.test) <= 16
+  assert len({e.source for e in examples.test}) == 2 < len(examples.test)
   with pytest.raises(errors.UserError, match="the virtual tokens of adapter"):
     validate.check(_config(path, **changes, **{"adapter.kind": "prompt"}))
   with pytest.raises(

@@ -11,11 +11,14 @@ import sys
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import hub, sources
+from zofo_jax.models.hf import hub as models_hub
 
 
 def _call(verb, name, source, split):
-  task = tasks.get(name)
   try:
+    if verb == "model":
+      return sorted(path.name for path in models_hub.locate(name).iterdir())
+    task = tasks.get(name)
     if verb == "find":
       return hub.find_splits(task)
     if verb == "has":

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,8 @@ RAW = {
   "emo": {"turn1": "hi", "turn2": None, "turn3": "how are you", "label": 0},
   "financial_phrasebank": {"text": "Orders doubled .", "label": 2},
 }
+MODEL = ("config.json", "model.safetensors", "tokenizer.json", "chart.png")
+GATED = ["load", "subj", "hub:a/gate", "train"]
 ON_HUB = [task for task in tasks.ALL.values() if task.hub]
 
 
@@ -58,7 +61,12 @@ def hub():
   repos["datasets", "old/set"] = standin_hub.script(
     "set", {"part": {"train": _rows(tasks.get("subj"), "train")}}
   )
+  repos["datasets", "a/gate"] = standin_hub.data_set(
+    {None: {"train": _rows(tasks.get("subj"), "train")}}
+  )
+  repos["models", "a/model"] = {"main": dict.fromkeys(MODEL, b"{}")}
   with standin_hub.serve(repos) as server:
+    server.gated = {"a/gate"}
     yield server
 
 
@@ -94,7 +102,8 @@ def cache(tmp_path_factory):
 def first_run(hub, cache):
   """What became of loading every task for the first time."""
   calls = [["load", task.name, None, "train"] for task in ON_HUB]
-  return dict(zip((t.name for t in ON_HUB), _session(calls, hub.url, cache)))
+  results = _session([*calls, GATED], hub.url, cache)
+  return dict(zip([*(t.name for t in ON_HUB), "gated"], results))
 
 
 @pytest.mark.parametrize("task", ON_HUB, ids=lambda task: task.name)
@@ -152,13 +161,20 @@ def test_later_runs(hub, cache, first_run):
     ["load", "subj", "hub:old/set/part", "train"],
     ["load", "subj", "hub:old/set", "train"],
   ]
+  others = [GATED, ["model", "a/model", None, None]]
   hub.requests.clear()
   hub.faults[:] = [500, 0]
-  results = _session([*calls, *find, *mistakes], hub.url, cache)
+  *results, gated, model = _session(
+    [*calls, *find, *mistakes, *others], hub.url, cache, HF_TOKEN="hf_secret"
+  )
+  assert "gated" in first_run["gated"] and len(gated) == 2
+  assert model == sorted(MODEL[:3])
   _check(results)
   assert not hub.faults
   assert not any(
-    "resolve" in path and path.endswith("parquet") and "/old/" not in path
+    "resolve" in path
+    and path.endswith("parquet")
+    and not re.search("/(old|a)/", path)
     for _, path in hub.requests
   )
   *names, missing, config, converted, configs = results[len(calls) :]

@@ -52,6 +52,9 @@ def test_long_rows_are_split(examples):
   packed = packing.pack(examples, 4)
   assert _pairs(packed) == _pairs(examples)
   assert all(len(e.rows[0].tokens) <= 4 for e in packed)
+  pieces = packing.split(examples, 4)
+  assert _pairs(pieces) == _pairs(examples)
+  assert [e.source for e in pieces[:3]] == ["row 5", "row 5", "row 11"]
 
 
 @pytest.fixture(scope="module")

@@ -90,7 +90,7 @@ class Encoder(NamedTuple):
       rows,
       self.tokenizer,
       self.mode,
-      max_length=sys.maxsize if self.pack and task.may_split else length,
+      max_length=sys.maxsize if self._splits(task) else length,
       version=self.version,
       long_rows=self.long_rows,
     )
@@ -112,13 +112,18 @@ class Encoder(NamedTuple):
       UserError: names the file and row that is wrong.
     """
     task = self._task(task)
-    return encode_options.keep_encoded(
+    length = self.max_eval_length
+    splits = self._splits(task)
+    usable = encode_options.keep_encoded(
       task,
-      self._encode_each(task, rows, self.max_eval_length, labelled=True),
-      max_length=self.max_eval_length,
+      self._encode_each(
+        task, rows, sys.maxsize if splits else length, labelled=True
+      ),
+      max_length=length,
       long_rows=self._eval_long_rows(),
       bad_rows=self.bad_rows,
     )
+    return packing.split(usable, length) if splits else usable
 
   def encode_unlabelled(
     self, task: tasks.Task, rows: Sequence[tasks.Row]
@@ -247,6 +252,10 @@ class Encoder(NamedTuple):
       ids += tuple(i for row in item.rows for _, i, _ in row.targets)
     tokenizer_lib.check_ids(self.tokenizer, ids, self.vocab_size, item.source)
     return item
+
+  def _splits(self, task: tasks.Task) -> bool:
+    """Returns whether rows that do not fit become several."""
+    return self.pack and task.may_split
 
   def _eval_long_rows(self) -> encode_options.LongRows:
     return "truncate" if self.truncate else "error"

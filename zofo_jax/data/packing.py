@@ -1,4 +1,4 @@
-"""Packs several chats or texts into one row, to compute less padding."""
+"""Packs several chats or texts into one row, and splits long texts."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -54,6 +54,22 @@ def pack(
       source=" + ".join(dict.fromkeys(names)),
     )
     for pieces, names in zip(rows, sources, strict=True)
+  ]
+
+
+def split(
+  examples: Sequence[encode_options.Example], length: int
+) -> list[encode_options.Example]:
+  """Returns the examples, those that are too long as several.
+
+  Args:
+    examples: as for `pack`.
+    length: tokens of a row.
+  """
+  return [
+    example._replace(rows=(piece,))
+    for example in examples
+    for piece in _split(example.rows[0], length)
   ]
 
 
