@@ -161,6 +161,11 @@ def test_later_runs(hub, cache, first_run):
     ["load", "subj", "hub:old/set/part", "train"],
     ["load", "subj", "hub:old/set", "train"],
   ]
+  commit = hub.commits(("datasets", "SetFit/subj"))["main"]
+  mistakes += [
+    ["load", "subj", f"hub:SetFit/subj@{name}", "train"]
+    for name in (commit, "none")
+  ]
   others = [GATED, ["model", "a/model", None, None]]
   hub.requests.clear()
   hub.faults[:] = [500, 0]
@@ -177,11 +182,14 @@ def test_later_runs(hub, cache, first_run):
     and not re.search("/(old|a)/", path)
     for _, path in hub.requests
   )
-  *names, missing, config, converted, configs = results[len(calls) :]
+  *names, missing, config, converted, configs, old, none = results[len(calls) :]
   assert [set(n) for n in names] == [{"train", "validation"}] * 4 + [{"test"}]
   assert missing.startswith("Cannot read split 'train' of 'no/where' from the")
   assert "BuilderConfig 'sst' not found" in config
   assert len(converted) == 2
+  assert [fields for _, fields in old] == _rows(tasks.get("subj"), "train")
+  assert old[0][0] == f"SetFit/subj/{commit}/train row 1"
+  assert none.startswith("Cannot read split 'train' of 'SetFit/subj' from the")
   assert "branch refs/convert/parquet has no such split" in configs
 
 

@@ -9,7 +9,7 @@ import importlib
 import pathlib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +24,24 @@ _IS_SCRIPT = re.compile(r"scripts are no longer|Couldn't find cache for")
 _ONLY_CONFIG = ("default", "plain_text")
 
 
+class HubSet(NamedTuple):
+  """A data set of the hub.
+
+  Attributes:
+    name: its id, as "owner/name".
+    config: its configuration; None for the only one.
+    revision: branch, tag or commit; None for the latest.
+  """
+
+  name: str
+  config: str | None = None
+  revision: str | None = None
+
+
 def resolve(
   task: tasks.Task, source: str | pathlib.Path | None
-) -> tuple[str, str | None] | None:
-  """Returns the id and configuration of a source, or None for a local one.
+) -> HubSet | None:
+  """Returns the data set that a source names, or None for a local one.
 
   Args:
     task: its default data set is meant if there is no source.
@@ -41,21 +55,23 @@ def resolve(
       raise errors.UserError(
         f"Task {task.name} has no hub set; give data.dir a file or folder."
       )
-    return task.hub
+    return HubSet(*task.hub)
   if not isinstance(source, str) or not source.startswith("hub:"):
     return None
-  parts = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", source)
+  parts = re.fullmatch(
+    r"hub:([\w.-]+/[\w.-]+)(?:/([\w.-]+))?(?:@([\w./-]+))?", source
+  )
   if not parts:
     raise errors.UserError(
       f"Data source '{source}' is no hub id; expected hub:owner/name or "
-      "hub:owner/name/config."
+      "hub:owner/name/config, and perhaps @revision."
     )
-  return parts[1], parts[2]
+  return HubSet(parts[1], parts[2], parts[3])
 
 
 def read(
   task: tasks.Task,
-  hub: tuple[str, str | None],
+  hub: HubSet,
   split: str,
   choose: files.Choose | None = None,
 ) -> list[files.Item]:
@@ -63,7 +79,7 @@ def read(
 
   Args:
     task: has the split's name on the hub.
-    hub: id and configuration.
+    hub: the data set.
     split: "train", "validation" or "test".
     choose: which rows are read, and in what order; None for all.
 
@@ -90,16 +106,14 @@ def read(
   ]
 
 
-def columns(task: tasks.Task, hub: tuple[str, str | None]) -> tuple[str, ...]:
+def columns(task: tasks.Task, hub: HubSet) -> tuple[str, ...]:
   """Returns the columns of the first row to train on; as `read`."""
   items = read(task, hub, "train", lambda total: np.arange(min(total, 1)))
   first = next(item for item in items if isinstance(item, tasks.Row))
   return tuple(first.fields)
 
 
-def has_split(
-  task: tasks.Task, hub: tuple[str, str | None], split: str
-) -> bool:
+def has_split(task: tasks.Task, hub: HubSet, split: str) -> bool:
   """Returns whether a data set has a split, without reading its rows."""
   name = task.hub_splits.get(split, split)
   names = None
@@ -127,7 +141,7 @@ def find_splits(task: tasks.Task) -> list[str]:
   what = f"splits of '{name}'"
   names = None
   if not task.hub_script:
-    names = _call_datasets("get_dataset_split_names", task.hub, what)
+    names = _call_datasets("get_dataset_split_names", HubSet(*task.hub), what)
   if names is None:
     import huggingface_hub  # Imported here because it is slow to import.
 
@@ -149,14 +163,12 @@ def find_splits(task: tasks.Task) -> list[str]:
   return names
 
 
-def _is_converted(task: tasks.Task, hub: tuple[str, str | None]) -> bool:
+def _is_converted(task: tasks.Task, hub: HubSet) -> bool:
   """Returns whether a data set is known to be a script."""
-  return task.hub_script and hub == task.hub
+  return task.hub_script and hub == (*(task.hub or ()), None)
 
 
-def _call_datasets(
-  name: str, hub: tuple[str, str | None], what: str, **options: str
-) -> Any:
+def _call_datasets(name: str, hub: HubSet, what: str, **options: str) -> Any:
   """Calls a function of the package `datasets`; None if the set is a script."""
   try:
     datasets = importlib.import_module("datasets")
@@ -166,9 +178,11 @@ def _call_datasets(
       "data.dir at a folder of JSONL files."
     ) from error
   try:
-    return getattr(datasets, name)(*hub, **options)
+    if hub.revision:
+      options["revision"] = hub.revision
+    return getattr(datasets, name)(hub.name, hub.config, **options)
   except Exception as error:  # Its exceptions share no base class.
-    if _IS_SCRIPT.search(str(error)):
+    if _IS_SCRIPT.search(str(error)) and not hub.revision:
       return None
     raise _unreadable(what, error) from error
 
@@ -180,7 +194,7 @@ def _unreadable(what: str, error: Exception) -> errors.UserError:
 
 
 def _converted_rows(
-  task: tasks.Task, hub: tuple[str, str | None], split: str, what: str
+  task: tasks.Task, hub: HubSet, split: str, what: str
 ) -> list[tasks.Row]:
   """Reads the rows of a split from the converted branch."""
   paths = layouts.find(_converted(hub, what), task, split)
@@ -193,16 +207,15 @@ def _converted_rows(
   return [item for item in items if isinstance(item, tasks.Row)]
 
 
-def _converted(hub: tuple[str, str | None], what: str) -> pathlib.Path:
+def _converted(hub: HubSet, what: str) -> pathlib.Path:
   """Returns the folder of a converted copy, from the hub or its cache."""
   import huggingface_hub  # Imported here because it is slow to import.
 
-  name, config = hub
-  folders = (config,) if config else _ONLY_CONFIG
+  folders = (hub.config,) if hub.config else _ONLY_CONFIG
   try:
     # Without a connection, this is a complete copy in the cache.
     place = huggingface_hub.snapshot_download(
-      name,
+      hub.name,
       repo_type="dataset",
       revision=CONVERTED,
       allow_patterns=[f"{folder}/*.parquet" for folder in folders],

@@ -30,7 +30,8 @@ def load(
       `files.ENDINGS`, in a layout of `layouts.find`; the common prefix of such
       files, as MetaICL names them (`DIR/mrpc_16_100` for
       `mrpc_16_100_<split>.jsonl`); a single file, which is the split "train";
-      "hub:owner/name" or "hub:owner/name/config"; None for the task's default
+      "hub:owner/name" or "hub:owner/name/config", and perhaps "@revision";
+      None for the task's default
       data set on the hub.
     split: "train", "validation" or "test".
     labelled: False for rows to be predicted, which need no label.
