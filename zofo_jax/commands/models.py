@@ -58,30 +58,30 @@ def describe(name: str) -> list[str]:
   ]
 
 
-def _features(config: Any) -> list[str]:
+def _features(shape: Any) -> list[str]:
   """Returns what distinguishes a model, in words."""
-  rope = config.rope
+  rope = shape.rope
   positions = "rotary" if rope else "learned"
   if rope and rope.fraction != 1.0:
     positions = f"rotary ({rope.fraction:g} of each head)"
   features = [f"{positions} positions"]
   if rope and rope.kind != "default":
     features.append(f"RoPE scaled by {rope.kind}")
-  if config.other_rope_layers:
-    count = sum(config.other_rope_layers)
-    without = config.other_rope.kind == "none"
+  if shape.other_rope_layers:
+    count = sum(shape.other_rope_layers)
+    without = shape.other_rope.kind == "none"
     how = "without positions" if without else "with a RoPE of their own"
     features.append(f"{count} layers {how}")
-  if config.windows:
-    count = sum(window <= config.max_length for window in config.windows)
-    features.append(f"{count} layers with a window of {min(config.windows)}")
-  if config.qk_norm:
+  if shape.windows:
+    count = sum(window <= shape.max_length for window in shape.windows)
+    features.append(f"{count} layers with a window of {min(shape.windows)}")
+  if shape.qk_norm:
     features.append("norms of queries and keys")
-  if config.parallel:
+  if shape.parallel:
     features.append("attention and MLP in parallel")
-  if config.attention_cap or config.logit_cap:
+  if shape.attention_cap or shape.logit_cap:
     features.append("soft caps")
-  features.append("tied head" if config.tied_head else "head of its own")
+  features.append("tied head" if shape.tied_head else "head of its own")
   return features
 
 
