@@ -64,7 +64,7 @@ def test_targets_are_the_assistant_s_turns(marked, unmarked, name):
     example = encode_options.encode(
       FORM, _row(messages=messages), tokenizer, "likelihood", max_length=999
     )
-    ((tokens, positions, targets),) = example.rows
+    tokens, positions, targets, _ = example.rows[0]
     said = tokenizer.decode(
       [token for _, token, _ in targets], skip_special_tokens=True
     )
@@ -128,7 +128,7 @@ def test_every_token_of_a_text_is_learnt(unmarked):
   form = tasks.formatted("own", "text")
   row = _row(text="A day.</s>")
   example = encode_options.encode(form, row, unmarked, max_length=99)
-  ((tokens, _, targets),) = example.rows
+  tokens, _, targets, _ = example.rows[0]
   ids = [*unmarked.encode("A day."), unmarked.eos_token_id]
   assert list(tokens) == ids[:-1]
   assert [token for _, token, _ in targets] == ids[1:]
