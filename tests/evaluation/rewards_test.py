@@ -140,6 +140,14 @@ def test_functions_that_are_not_there(own, name, words):
     rewards.Rewards((name,))
 
 
+def test_a_module_of_the_current_folder_needs_a_path(monkeypatch, tmp_path):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "my_own_rewards.py").write_text("")
+  monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+  with pytest.raises(errors.UserError, match=r"PYTHONPATH=\. lets"):
+    rewards.Rewards(("my_own_rewards:reward",))
+
+
 def test_rewards_of_answers_need_answers():
   question = QUESTIONS[0]._replace(answers=())
   with pytest.raises(errors.UserError, match=r"'token_f1' .* row 1 has none"):

@@ -21,6 +21,7 @@ from zofo_jax.checkpoints import state_store
 from zofo_jax.data import batching, encode_prompts
 from zofo_jax.evaluation import generation, rewards
 from zofo_jax.models.decoder import STACKED
+from zofo_jax.sharding import multihost
 from zofo_jax.training import population, train
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
@@ -95,6 +96,23 @@ def test_scores_are_means_over_prompts():
   assert sample["step"] == 5 and sample["where"].startswith("row ")
   assert sample["best"] in ("aa", "a") and sample["best_reward"] == 2
   assert sample["worst"] == "bb" and sample["worst_reward"] == 0
+
+
+def test_each_process_scores_its_own_rows(monkeypatch):
+  answers = np.random.RandomState(0).randint(0, 3, (2, 2, 2, 3))
+  alone, _ = scorer(answers)
+  parts = []
+  monkeypatch.setattr(multihost, "sum_over_processes", lambda scores: scores)
+  for index in range(2):
+    monkeypatch.setattr(
+      multihost, "own_share", lambda count, i=index: range(i, count, 2)
+    )
+    samples = []
+    made, _ = scorer(answers, num_samples=9, write_sample=samples.append)
+    parts.append(made.scores(None, 0))
+    assert len(samples) == 1
+  monkeypatch.undo()
+  np.testing.assert_allclose(sum(parts), alone.scores(None, 0), rtol=1e-6)
 
 
 def test_rewards_that_never_differ_are_told(caplog):
@@ -223,7 +241,8 @@ def test_a_run_by_rewards_resumes_as_if_never_stopped(
   tiny_model, rows, vowels, tmp_path
 ):
   whole, parts = tmp_path / "whole", tmp_path / "parts"
-  made = config(tiny_model, rows)
+  # The resumed run replays its first steps from the ledger.
+  made = config(tiny_model, rows, **{"ckpt.base_every_steps": 4})
   summary = train.train(made, str(whole))
   lines = report.read_jsonl(whole / "metrics.jsonl")
   steps = [line for line in lines if "reward" in line]

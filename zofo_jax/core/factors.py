@@ -146,11 +146,11 @@ def draw(tree: Params) -> Params:
     draw_leaf, kind = (
       (factors, _Product()) if len(shape) == 2 else (whole, _Given())
     )
-    if num_layers:
-      draw_leaf = jax.vmap(draw_leaf)
-    return perturbed.Perturbed(
-      node.value, draw_leaf(node.key), node.scale, kind
-    )
+    if num_layers:  # a layer at a time: what a draw needs is larger than it
+      drawn = jax.lax.map(draw_leaf, node.key)
+    else:
+      drawn = draw_leaf(node.key)
+    return perturbed.Perturbed(node.value, drawn, node.scale, kind)
 
   return jax.tree.map(replace, tree, is_leaf=perturbed.is_perturbed)
 

@@ -1,6 +1,7 @@
 """Python functions of users, which a field of the config names."""
 
 import importlib
+import pathlib
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +22,12 @@ def load(name: str, field: str) -> Callable[..., Any]:
   try:
     module = importlib.import_module(module_name)
   except Exception as error:  # whatever the module's own code raises
+    hint = ""
+    if (pathlib.Path.cwd() / f"{module_name}.py").exists():
+      hint = " PYTHONPATH=. lets modules of the current folder be imported."
     raise errors.UserError(
       f"{field}: cannot import the module of '{name}' "
-      f"({errors.first_line(error)})."
+      f"({errors.first_line(error)}).{hint}"
     ) from error
   function = getattr(module, function_name, None)
   if not callable(function):

@@ -123,7 +123,8 @@ class Scorer:
     own_scores = self._functions.score(
       list(texts.values()), [questions[b] for *_, b in places]
     )
-    scores = np.zeros((len(self._functions.names), *lead))
+    # What processes exchange, of the precision of the result.
+    scores = np.zeros((len(self._functions.names), *lead), np.float32)
     for place, score in zip(places, own_scores.T, strict=True):
       scores[:, *place] = score
     return texts, scores
@@ -157,10 +158,7 @@ class Scorer:
 
   def _write_samples(self, step, questions, texts, total) -> None:
     """Writes the best and the worst answer of a few prompts."""
-    num_rows = total.shape[-1]
-    samples = [
-      b for b in multihost.own_share(num_rows) if b < self._num_samples
-    ]
+    samples = multihost.own_share(total.shape[-1])[: self._num_samples]
     for b in samples:
       best, worst = (
         np.unravel_index(place, total.shape[:-1])
