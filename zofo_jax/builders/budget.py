@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import ml_collections
 
-from zofo_jax.builders import base_update, model
+from zofo_jax.builders import base_update, storage
 from zofo_jax.config import methods
 
 
@@ -195,7 +195,7 @@ def transfers(fn: Callable[..., Any], *args: Any) -> Transfers:
         return None
       pairs = zip(equation.invars, equation.outvars, strict=True)
       return sum(
-        model.array_bytes(old.aval.shape, old.aval.dtype)
+        storage.array_bytes(old.aval.shape, old.aval.dtype)
         for old, new in pairs
         if old.aval.memory_space == memory != new.aval.memory_space
       )

@@ -6,9 +6,7 @@ The configuration and the tokenizer are read before any weight.
 import hashlib
 import json
 import logging
-import math
 import pathlib
-import re
 import reprlib
 import shutil
 from collections.abc import Mapping, Sequence
@@ -19,19 +17,17 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from zofo_jax import errors, models, report
-from zofo_jax.builders import assets
-from zofo_jax.core import losses, offload, perturbed, quantized
+from zofo_jax.builders import assets, storage
+from zofo_jax.core import losses, quantized
 from zofo_jax.core.types import LossFn
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
-from zofo_jax.models.decoder import STACKED, SUMMED_AXES
+from zofo_jax.models.decoder import STACKED
 from zofo_jax.models.hf import config as config_lib
 from zofo_jax.models.hf import hub, published, weights
-from zofo_jax.report import memory
 from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
 
@@ -220,7 +216,7 @@ def load_base(model: Model, mesh: mesh_lib.AnyMesh | None = None) -> Any:
   mesh = mesh or mesh_lib.make(dict.fromkeys(mesh_lib.AXES, 1))
   abstract = abstract_base(model)
   if model.offload:
-    _check_host_memory(mesh, abstract)
+    storage.check_host_memory(mesh, abstract)
   shardings = rules.shardings(
     mesh, abstract, model.family.SHARDINGS, model.on_host
   )
@@ -235,7 +231,7 @@ def load_base(model: Model, mesh: mesh_lib.AnyMesh | None = None) -> Any:
         lambda part, sharding: dispatch.make_sharded_array(
           part.shape, sharding, part.__getitem__
         ),
-        _quantized_parts(flat[path], _summed_axis(path), read),
+        storage.read_quantized(flat[path], storage.summed_axis(path), read),
         flat_shardings[path],
       )
     return dispatch.make_sharded_array(
@@ -255,77 +251,11 @@ def load_base(model: Model, mesh: mesh_lib.AnyMesh | None = None) -> Any:
   )
 
 
-def _check_host_memory(mesh: mesh_lib.AnyMesh, abstract: Any) -> None:
-  """Checks that weights can be in the host's memory.
-
-  Raises:
-    UserError: jax knows no such memory of these devices, or it is too small.
-  """
-  device = mesh.local_devices[0]
-  kinds = [space.kind for space in device.addressable_memories()]
-  if offload.MEMORY_KIND not in kinds:
-    raise errors.UserError(
-      f"config.model.offload: expected devices with the memory "
-      f"'{offload.MEMORY_KIND}'; those of {device.device_kind} have "
-      f"{', '.join(kinds)}."
-    )
-  needed = num_bytes(abstract) // jax.process_count()
-  available = memory.available_host_bytes()
-  if available is not None and needed > available:
-    raise errors.UserError(
-      f"config.model.offload: the weights take {needed / 1e9:.1f} GB of host "
-      f"memory, and {available / 1e9:.1f} GB are available; expected more, or "
-      "model.quantize, or a smaller model.dtype."
-    )
-
-
-def num_bytes(tree: Any) -> int:
-  """Returns the bytes of a tree of arrays or shapes; four bits are half one."""
-  return sum(
-    array_bytes(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(tree)
-  )
-
-
-def array_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-  """Returns the bytes of an array; of PRNG keys, those of their data."""
-  size = math.prod(shape)
-  if jnp.issubdtype(dtype, jnp.integer):
-    return size * int(jnp.iinfo(dtype).bits) // 8
-  return size * dtype.itemsize
-
-
-def _summed_axis(path: str) -> int | None:
-  """Returns the axis over which products with a weight sum; None: no matrix."""
-  axes = [axis for pattern, axis in SUMMED_AXES if re.search(pattern, path)]
-  return axes[0] if axes else None
-
-
-def _quantized_parts(
-  abstract: quantized.Quantized, axis: Any, read: weights.ReadFn
-) -> quantized.Quantized:
-  """Reads and quantizes a weight, a layer or a block of rows at a time."""
-  parts = jax.tree.map(lambda part: np.empty(part.shape, part.dtype), abstract)
-  length, *lengths = abstract.shape
-  size = 1 if lengths[1:] else perturbed.ROWS_PER_BLOCK
-  if not abstract.rows_have_scales:
-    size = length
-  for start in range(0, length, size):
-    rows = slice(start, min(start + size, length))
-    block = quantized.quantize(
-      read((rows, *(slice(None) for _ in lengths))),
-      abstract.kind,
-      axis=axis,
-      dtype=abstract.dtype,
-    )
-    parts.values[rows], parts.scales[rows] = block.values, block.scales
-  return parts
-
-
 def abstract_base(model: Model) -> Any:
   """Returns the shapes and dtypes of the backbone, without its weights."""
 
   def stored(path, shape):
-    axis = _summed_axis(path)
+    axis = storage.summed_axis(path)
     if model.quantize and axis is not None:
       return quantized.shape_of(shape, model.quantize, axis, model.dtype)
     return jax.ShapeDtypeStruct(shape, jnp.dtype(model.dtype))

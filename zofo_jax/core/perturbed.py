@@ -115,7 +115,7 @@ def is_perturbed(weight: Any) -> bool:
 
 
 def read(weight: Any) -> jax.Array:
-  """Returns a whole weight on the device: the array, or what a node is."""
+  """Returns a whole weight, on the device: the array that a node stands for."""
   if isinstance(weight, Quantized):
     return weight.__jax_array__()
   if not is_perturbed(weight):

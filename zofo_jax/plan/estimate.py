@@ -6,8 +6,7 @@ from typing import Any
 
 import jax
 
-from zofo_jax.builders import budget
-from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import budget, storage
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import methods
 from zofo_jax.core import offload
@@ -74,7 +73,7 @@ def host_bytes(state: BilevelState) -> int:
 def _local_bytes(tree: Any, on_host: bool = False) -> int:
   """Counts the bytes of a tree of shapes with shardings, for one device."""
   return sum(
-    model_lib.array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
+    storage.array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
     for leaf in jax.tree.leaves(tree)
     if (leaf.sharding.memory_kind == offload.MEMORY_KIND) == on_host
   )
