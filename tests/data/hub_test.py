@@ -168,7 +168,7 @@ def test_later_runs(hub, cache, first_run):
   ]
   others = [GATED, ["model", "a/model", None, None]]
   hub.requests.clear()
-  hub.faults[:] = [500, 0]
+  hub.faults[:] = [500, 0, 429]
   *results, gated, model = _session(
     [*calls, *find, *mistakes, *others], hub.url, cache, HF_TOKEN="hf_secret"
   )
