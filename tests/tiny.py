@@ -77,26 +77,72 @@ def _save_tokenizer(folder):
 
 def write_model(folder):
   """Writes a Llama of two layers, width 32 and 64 tokens of context."""
-  from zofo_jax.models import llama
-  from zofo_jax.models.hf import weights
+  _save_tokenizer(folder)
+  write_weights(
+    folder,
+    {
+      "model_type": "llama",
+      "vocab_size": 400,
+      "hidden_size": 32,
+      "intermediate_size": 64,
+      "num_hidden_layers": 2,
+      "num_attention_heads": 4,
+      "num_key_value_heads": 2,
+      "max_position_embeddings": 64,
+      "tie_word_embeddings": False,
+    },
+  )
+
+
+def write_gpt2(folder):
+  """Writes a GPT-2 of the same size."""
+  _save_tokenizer(folder)
+  write_weights(
+    folder,
+    {
+      "model_type": "gpt2",
+      "vocab_size": 400,
+      "n_embd": 32,
+      "n_layer": 2,
+      "n_head": 4,
+      "n_positions": 64,
+    },
+  )
+
+
+def write_roberta(folder):
+  """Writes a RoBERTa of the same size, whose tokenizer has a mask."""
+  import transformers
 
   _save_tokenizer(folder)
-  hf_config = {
-    "model_type": "llama",
-    "vocab_size": 400,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "tie_word_embeddings": False,
-  }
+  tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+  tokenizer.add_special_tokens({"mask_token": "<mask>", "pad_token": "</s>"})
+  tokenizer.save_pretrained(folder)
+  write_weights(
+    folder,
+    {
+      "model_type": "roberta",
+      "vocab_size": 401,
+      "hidden_size": 32,
+      "intermediate_size": 64,
+      "num_hidden_layers": 2,
+      "num_attention_heads": 4,
+      "max_position_embeddings": 66,
+      "type_vocab_size": 1,
+    },
+  )
+
+
+def write_weights(folder, hf_config):
+  """Writes config.json and random weights."""
+  from zofo_jax import models
+  from zofo_jax.models.hf import weights
+
   (folder / "config.json").write_text(json.dumps(hf_config))
-  config = llama.config_from_hf(hf_config)
+  module, family = models.from_hf(hf_config)
   draw = np.random.RandomState(0)
   flat = {}
-  for path, shape in weights.shapes(llama, config).items():
+  for path, shape in weights.shapes(family, module.config).items():
     if path.endswith("scale"):
       flat[path] = np.ones(shape, np.float32)
       continue
@@ -104,4 +150,4 @@ def write_model(folder):
     size = {"embed": 1.0, "head": 0.3}.get(path.split("/")[0], 32**-0.5)
     flat[path] = size * draw.standard_normal(shape).astype(np.float32)
   base = flax.traverse_util.unflatten_dict(flat, sep="/")
-  weights.save(folder, llama, config, base)
+  weights.save(folder, family, module.config, base)

@@ -228,7 +228,10 @@ parity = lambda test: pytest.mark.parity(
     *("llama", "opt"),
     *(
       pytest.param(name, marks=pytest.mark.slow)
-      for name in ("mistral", "qwen2_window", "opt_350m")
+      for name in (
+        *("mistral", "qwen2_window", "opt_350m", "gpt2", "smollm3"),
+        *("gemma2", "gemma3_text", "falcon"),
+      )
     ),
   ],
 )

@@ -131,7 +131,9 @@ def test_mutations_are_read_or_refused(name):
 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+  "name", NAMES + [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+)
 def test_what_is_read_gives_the_logits_of_transformers(name, tmp_path):
   torch = pytest.importorskip("torch")
   transformers = pytest.importorskip("transformers")
