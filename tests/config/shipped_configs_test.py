@@ -58,7 +58,7 @@ def test_masked_language_models():
     "model.name": "google-bert/bert-base-uncased",
     "data.task": "snli",
     "data.shots": 512,
-    "data.max_length": 512,
+    "data.max_length": 256,
     "data.long_rows": "truncate",
     "loss": "classification",
     "method": "mezo_peft",

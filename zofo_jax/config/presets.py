@@ -169,16 +169,20 @@ def paper_config(
   return config
 
 
-# MeZO on RoBERTa-large with 16 or 512 rows of a label (Malladi et al., 2023,
-# "Fine-tuning language models with just forward passes", table of
-# hyperparameters for RoBERTa-large): batches of 64, 100,000 steps, a central
-# difference along one Gaussian direction, and the middle one of the three
-# learning rates that were tried; (learning rate, eps) by what is trained.
+# MeZO on RoBERTa-large with 16 or 512 rows of a label: batches of 64, 100,000
+# steps along one Gaussian direction, (learning rate, eps) by what is trained.
+# All weights: the defaults of `medium_models/mezo.sh` in princeton-nlp/MeZO.
+# Adapters: the middle one of the learning rates that its paper tried (Malladi
+# et al., 2023, "Fine-tuning language models with just forward passes").
 _MEZO_MASKED = {
   "full": (1e-6, 1e-3),
   "lora": (5e-5, 1e-3),
   "prefix": (5e-3, 1e-1),
 }
+
+
+# Tasks of two texts, whose rows are up to twice as long there.
+_LONG_MASKED = ("mnli", "rte", "snli")
 
 
 def masked_config(
@@ -205,7 +209,7 @@ def masked_config(
   config.model.name = files.choose("size", args["size"], sizes)
   config.data.task = args["task"]
   config.data.shots = int(args["shots"])
-  config.data.max_length = 512
+  config.data.max_length = 256 if args["task"] in _LONG_MASKED else 128
   config.data.long_rows = "truncate"
   config.adapter.kind = args["adapter"]
   config.method = args["method"]
