@@ -120,6 +120,19 @@ def _bert(
   }
 
 
+def _starcoder2(
+  hidden_size: int, mlp_size: int, num_layers: int, heads: tuple[int, int]
+) -> dict[str, Any]:
+  config = _llama(49152, hidden_size, mlp_size, num_layers, heads, 16384)
+  del config["rms_norm_eps"]
+  return config | {
+    "model_type": "starcoder2",
+    "sliding_window": 4096,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+  }
+
+
 def _llama3(factor: float) -> dict[str, Any]:
   return {
     "rope_theta": 500000.0,
@@ -158,12 +171,6 @@ _GEMMA3: dict[str, Any] = {
   "model_type": "gemma3_text",
   "head_dim": 256,
   "sliding_window": 512,
-  **_TIED,
-}
-_STARCODER2: dict[str, Any] = {
-  "model_type": "starcoder2",
-  "sliding_window": 4096,
-  "rope_theta": 1e6,
   **_TIED,
 }
 # How far each frequency is stretched does not affect the program.
@@ -366,15 +373,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "google/gemma-3-1b-pt": _llama(
     262144, 1152, 6912, 26, (4, 1), 32768, **_GEMMA3
   ),
-  "bigcode/starcoder2-3b": _llama(
-    49152, 3072, 12288, 30, (24, 2), 16384, **_STARCODER2
-  ),
-  "bigcode/starcoder2-7b": _llama(
-    49152, 4608, 18432, 32, (36, 4), 16384, **_STARCODER2
-  ),
-  "bigcode/starcoder2-15b": _llama(
-    49152, 6144, 24576, 40, (48, 4), 16384, **_STARCODER2
-  ),
+  "bigcode/starcoder2-3b": _starcoder2(3072, 12288, 30, (24, 2)),
+  "bigcode/starcoder2-7b": _starcoder2(4608, 18432, 32, (36, 4)),
+  "bigcode/starcoder2-15b": _starcoder2(6144, 24576, 40, (48, 4)),
   "tiiuae/falcon-7b": _falcon(4544, 32, 71),
   "tiiuae/falcon-40b": _falcon(
     8192, 60, 128, new_decoder_architecture=True, num_kv_heads=8
