@@ -34,7 +34,9 @@ NEWEST ?= $(shell for version in $(NEWER); do \
 # At least a quarter of the tests, the quick ones.
 CORE := api bilevel inner losses outer prng rounding zo
 QUARTER := $(CORE:%=tests/core/%_test.py) tests/config tests/data tests/tasks \
-  tests/models/hf tests/checkpoints/manager_test.py tests/training/train_test.py
+  tests/models/hf/config_test.py tests/models/hf/peft_config_test.py \
+  tests/checkpoints/manager_test.py tests/training/train_test.py \
+  --ignore=tests/data/hub_test.py
 
 .DEFAULT_GOAL := help
 .PHONY: help demo metademo test test-all test-newest quarter install docs notebooks \
