@@ -151,7 +151,7 @@ def test_exit_code_and_traceback_of_a_real_process():
   assert done.returncode == 2 and not done.stdout
   assert done.stderr == (
     "zofo_jax: expected one command of train, evaluate, predict, icl, "
-    "probe, head, metatrain, adapt, plan, export, ledger, report, sweep, "
+    "probe, head, metatrain, adapt, plan, export, ledger, report, sweep, models, "
     "tasks, assets; found 'evaluat'. Did you mean 'evaluate'?\n"
   )
 
@@ -221,7 +221,7 @@ def test_choice(train, choice, expected):
 
 def test_config_file(complaint, tmp_path):
   text = complaint("--config=configs/optt.py", "--workdir=x")
-  parts(text, "configs/optt.py", "demo, llama", "mean 'opt'")
+  parts(text, "configs/optt.py", "demo, gemma", "mean 'opt'")
   empty = tmp_path / "empty.py"
   empty.write_text("")
   parts(complaint(f"--config={empty}", "--workdir=x"), empty, "get_config")
@@ -274,7 +274,7 @@ def test_truncated_weights(train, model_copy):
   [
     (
       {"intermediate_size": 48},
-      ["mlp.gate_proj", "(64, 32)", "config.json", "(48, 32)"],
+      ["mlp.down_proj", "(32, 64)", "config.json", "(32, 48)"],
     ),
     ({"num_hidden_layers": 3}, ["no tensor", "layers.2"]),
     ({"num_hidden_layers": 1}, ["no place", "layers.1"]),

@@ -444,7 +444,7 @@ def sampled():
   "direction",
   [
     directions.LowRank(2),
-    directions.Sparse(),
+    pytest.param(directions.Sparse(), marks=pytest.mark.slow),
     pytest.param(directions.Gaussian(), marks=pytest.mark.slow),
   ],
   ids=lambda kind: type(kind).__name__,

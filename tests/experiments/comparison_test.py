@@ -156,6 +156,7 @@ def test_cells_are_distinct_and_can_be_read_again(single, tmp_path):
     **{"adapter": "lora", "template": 0, "seeds": (0, 1)},
     **{
       "trials": None,
+      "shots": None,
       "tasks": ("sst2", "cb"),
       "methods": ("peft", "mezo", "bilevel"),
     },
