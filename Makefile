@@ -99,11 +99,12 @@ docs: $(VENV)/.full ## Build the documentation into build/site
 	$(BIN)/python docs/draw.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+NOTEBOOKS ?= $(wildcard notebooks/*.ipynb)
 notebooks: $(VENV)/.full ## Run the notebooks on the CPU, into build/notebooks
 	ZOFO_NOTEBOOK_STEPS=4 ZOFO_NOTEBOOK_ROWS=40 PATH="$(CURDIR)/$(BIN):$$PATH" \
 	  $(BIN)/python -m nbconvert --execute --to notebook \
 	  --ExecutePreprocessor.timeout=900 --log-level=WARN \
-	  --output-dir=build/notebooks notebooks/*.ipynb
+	  --output-dir=build/notebooks $(NOTEBOOKS)
 
 format: $(VENV)/.full ## Format the code and mend what can be mended
 	$(BIN)/ruff check --fix .

@@ -151,8 +151,8 @@ def test_exit_code_and_traceback_of_a_real_process():
   assert done.returncode == 2 and not done.stdout
   assert done.stderr == (
     "zofo_jax: expected one command of train, evaluate, predict, icl, "
-    "probe, head, metatrain, adapt, plan, export, ledger, report, sweep, models, "
-    "tasks, assets; found 'evaluat'. Did you mean 'evaluate'?\n"
+    "probe, head, metatrain, adapt, plan, export, ledger, report, sweep, "
+    "models, tasks, assets; found 'evaluat'. Did you mean 'evaluate'?\n"
   )
 
 

@@ -161,7 +161,11 @@ def test_select_leaves_the_rest_untouched():
 
 @pytest.mark.parametrize(
   "kind, layers",
-  [(RADEMACHER, (2,)), *((kind, (0, 3)) for kind in KINDS[1:])],
+  [
+    (RADEMACHER, (2,)),
+    (KINDS[1], (0, 3)),
+    *(pytest.param(kind, (0, 3), marks=pytest.mark.slow) for kind in KINDS[2:]),
+  ],
   ids=str,
 )
 def test_layers_leave_the_others_untouched(kind, layers):
