@@ -109,6 +109,7 @@ LONG_SEARCH: dict[str, list[dict[str, float]]] = {
     for first, zeroth in ((1e-3, 1e-6), (2e-3, 1e-6), (2e-3, 1e-5))
   ],
   "mezo": [{"zo.learning_rate": rate} for rate in (3e-6, 1e-5, 3e-5)],
+  "bilevel_all": [_both(rate) for rate in (1e-3, 2e-3, 4e-3)],
 }
 SEARCH_SEED = 100
 CURVE = ("step", "seconds", "forward_equivalents", "flops")

@@ -19,6 +19,7 @@ import numpy as np
 
 from zofo_jax import errors
 from zofo_jax.checkpoints import checksums, manager
+from zofo_jax.report import progress
 
 LEAVES, SIZE, KEEP = 8, 4096, 2
 # Of an interrupted save.
@@ -67,11 +68,15 @@ def main() -> None:
   start = time.monotonic()
   problems = []
   try:
-    with tempfile.TemporaryDirectory() as folder:
+    with (
+      tempfile.TemporaryDirectory() as folder,
+      progress.Progress(options.saves, "saves", unit="saves") as bar,
+    ):
       for step in range(1, options.saves + 1):
         if problem := save(pathlib.Path(folder), step):
           problems.append(problem)
           print(problem, file=sys.stderr)
+        bar.update(step)
   finally:
     for process in load:
       process.kill()
