@@ -331,7 +331,14 @@ def main() -> None:
   parser.add_argument("--json", type=pathlib.Path, required=True)
   parser.add_argument("--seed", type=int, default=0)
   parser.add_argument("--only", choices=FAULTS, help="one kind of fault")
+  parser.add_argument(
+    "--offload",
+    action="store_true",
+    help="with weights in the host's memory, written every third step",
+  )
   given = parser.parse_args()
+  if given.offload:
+    trial.CHANGES.update({"model.offload": "host", "zo.write_every": 3})
   os.environ["TOKENIZERS_PARALLELISM"] = "false"
   # Imported once, before the forks.
   import matplotlib.figure  # noqa: F401

@@ -11,11 +11,14 @@ import subprocess
 import sys
 import time
 import traceback
+from typing import Any
 
 import ml_collections
 import numpy as np
 
 ROOT = pathlib.Path(__file__).parents[2]
+# Changes of the tiny configuration, by name of a field; of the whole campaign.
+CHANGES: dict[str, Any] = {}
 STEPS, EVAL_EVERY, BASE_EVERY, MAX_NONFINITE = 20, 4, 8, 2
 # The processes that copy the output of a run to its log, by its id.
 _KEEPERS: dict[int, subprocess.Popen] = {}
@@ -52,6 +55,7 @@ def make_config(home: pathlib.Path, rare: bool) -> ml_collections.ConfigDict:
   config.train.max_nonfinite = MAX_NONFINITE
   config.ckpt.keep = STEPS
   config.ckpt.base_every_steps = BASE_EVERY if rare else 0
+  config.update_from_flattened_dict(CHANGES)
   return config
 
 

@@ -86,6 +86,18 @@ def test_too_little_memory_is_said_before_anything_is_read(model, monkeypatch):
   [
     ({"method": "full"}, "method 'full' needs gradients of all weights on the"),
     ({"zo.optimizer": "adam"}, "zo.optimizer 'adam' needs trees of the size"),
+    (
+      {"zo.write_every": 4, "zo.direction": "guided"},
+      "'guided' writes the weights in every step; expected 1; found 4",
+    ),
+    (
+      {"zo.write_every": 4, "model.offload": ""},
+      "weights on the device are written in every step",
+    ),
+    (
+      {"zo.write_every": 4, "method": "mezo_then_peft"},
+      "'mezo_then_peft' is neither 'bilevel' nor 'mezo'",
+    ),
     ({"model.offload": "disk"}, "expected one of .*host; found 'disk'"),
   ],
 )

@@ -38,7 +38,7 @@ def test_what_the_ledger_s_entries_mean_never_changes():
       by_answer[field.may_change].add(field.name.removeprefix("zo."))
   assert by_answer[fields.NEVER] == set(
     """
-    direction rank threshold select layers frame_steps optimizer
+    direction rank threshold select layers frame_steps optimizer write_every
     """.split()
   )
   assert by_answer[fields.ON_REQUEST] == set(

@@ -1,5 +1,7 @@
 """Weights in the host's memory: the same bits, and never all on the device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import SingleDeviceSharding
 from zofo_jax.core import (
   bilevel,
   directions,
+  es,
   factors,
   guided,
   mezo,
@@ -141,3 +144,61 @@ def test_what_forgets_to_fetch_is_an_error():
   base = params(host=True)
   with pytest.raises(ValueError, match="memory"):
     jax.jit(lambda w, x: x @ w)(base["layers"]["kernel"][0], X)
+
+
+def test_updates_that_wait_have_the_bits_of_those_written_at_once():
+  zo = zeroth_order.ZerothOrder(
+    dataclasses.replace(SAMPLER, layers=(1, 3)), num_directions=2
+  )
+  sgd = outer.sgd(1e-2, weight_decay=0.1)
+  kernels = []
+  for tx in (sgd, outer.write_every(3, sgd, num_directions=2)):
+    algorithm = mezo.make_mezo_step(
+      lambda params, batch: loss(params, adapter(), batch), tx, zo
+    )
+    step = jax.jit(algorithm.step, donate_argnums=0)
+    flush = jax.jit(lambda *trees, tx=tx: tx.flush(*trees, zo.sampler))
+    state = algorithm.init(jax.random.key(0), params(True, jnp.bfloat16))
+    stored = []
+    for _ in range(4):
+      state, info = step(state, X)
+      stored.append(np.asarray(state.params["layers"]["kernel"], np.float32))
+    kernels.append([*stored, flush(state.params, state.opt_state)[0], info])
+    assert stays_on_host(state.params)
+  at_once, waited = kernels
+  before = params(dtype=jnp.bfloat16)["layers"]["kernel"]
+  for i in (0, 1):
+    np.testing.assert_array_equal(waited[i], before)
+    assert np.any(at_once[i] != waited[i])
+  np.testing.assert_array_equal(waited[2], at_once[2])
+  np.testing.assert_array_equal(waited[3], at_once[2])
+  assert_same_bits(waited[4:], at_once[4:])
+
+
+def test_adapters_are_trained_on_weights_whose_updates_wait():
+  batch = BilevelBatch(lower=X[None], penalty=X, upper=X + 1)
+  results = []
+  for tx in (outer.sgd(1.0), outer.write_every(2, outer.sgd(1.0))):
+    algorithm = bilevel.make_bilevel_step(
+      loss,
+      lower_tx=optax.adam(1e-2),
+      upper_tx=optax.adam(1e-2),
+      base_tx=tx,
+      zo=zeroth_order.ZerothOrder(SAMPLER),
+    )
+    step = jax.jit(algorithm.step, donate_argnums=0)
+    state = algorithm.init(jax.random.key(0), params(host=True), adapter())
+    for _ in range(2):
+      state, info = step(state, batch)
+    results.append(((state.base, state.upper, state.lower), info))
+  assert_same_bits(*results)
+
+
+def test_what_reads_the_weights_itself_is_refused():
+  tx = outer.write_every(2, outer.sgd(1e-2))
+  with pytest.raises(ValueError, match="the weights in every step"):
+    es.make_es_step(lambda params, batch, key: 0.0, tx).update(None, None)
+  with pytest.raises(ValueError, match="expected a transformation in place"):
+    outer.write_every(2, outer.from_optax(optax.sgd(1e-2)))
+  with pytest.raises(ValueError, match="num_steps=0; expected at least 1"):
+    outer.write_every(0, outer.sgd(1e-2))

@@ -12,7 +12,7 @@ from tests import tiny
 from zofo_jax import errors, models
 from zofo_jax.builders import budget
 from zofo_jax.models.hf import published, weights
-from zofo_jax.plan import aot, planner, topologies
+from zofo_jax.plan import aot, largest, planner, topologies
 from zofo_jax.sharding import mesh as mesh_lib
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -88,7 +88,8 @@ def test_an_estimate(tmp_path, capsys):
   assert plan["would_fit"] is None
 
 
-def test_what_would_fit(capsys):
+def test_what_would_fit(capsys, monkeypatch):
+  monkeypatch.setattr(planner.largest, "largest", lambda *_: {})
   config = config_of("meta-llama/Llama-2-7b-hf", **{"model.dtype": "float32"})
   plan = planner.plan(config, "l4:1")
   assert not plan["fits"]
@@ -118,6 +119,16 @@ def test_a_plan_with_weights_on_the_host(capsys, monkeypatch):
   assert copied["to_device"] == 2 * host["weights"]
   assert copied["to_host"] == host["weights"]
   assert copied["seconds"] == pytest.approx(2 * matrices / 32e9, rel=0.01)
+  config.zo.write_every = 4
+  fewer = planner.estimate.transfers(
+    planner.make_run(config, mesh_lib.abstract(config.mesh, 1))
+  )
+  assert fewer.to_device == 1.25 * host["weights"]
+  assert fewer.to_host == 0.25 * host["weights"]
+  config.zo.write_every = 1
+
+  assert plan["largest"][""] == "meta-llama/Llama-3.1-70B"
+  monkeypatch.setattr(planner.largest, "largest", lambda *_: {})
 
   nothing = budget.Transfers(0.0, 0.0)
   monkeypatch.setattr(planner.estimate, "transfers", lambda run: nothing)
@@ -130,6 +141,37 @@ def test_a_plan_with_weights_on_the_host(capsys, monkeypatch):
   }
   said = capsys.readouterr().out
   assert "With --config.model.offload=host it is estimated to take" in said
+
+
+def test_the_largest_model_of_a_family():
+  tried = []
+
+  def fits(changes):
+    tried.append(changes)
+    if "model.quantize" in changes:
+      raise errors.UserError("no integers here")
+    small = ["125m"]
+    if "model.offload" in changes:
+      small += ["350m", "1.3b", "2.7b", "6.7b", "13b"]
+    return changes["model.name"].removeprefix("facebook/opt-") in small
+
+  assert largest.largest("opt", fits) == {
+    "": "facebook/opt-125m",
+    "--config.model.quantize=int4": None,
+    "--config.model.offload=host": "facebook/opt-13b",
+    "--config.model.quantize=int4 --config.model.offload=host": None,
+  }
+  assert len(tried) <= 4 * 4  # of nine models
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+  def no_devices(kind):
+    raise RuntimeError(f"no {kind}")
+
+  monkeypatch.setattr(jax, "devices", no_devices)
+  config = config_of("facebook/opt-125m")
+  with pytest.raises(errors.UserError, match="gpu:1 needs 1 devices; there"):
+    planner.plan(config, "gpu:1")
 
 
 REFUSALS = {

@@ -104,6 +104,16 @@ def test_results_are_fetched_one_step_late():
   ]
 
 
+def test_a_state_is_flushed_where_it_is_read_and_in_the_end():
+  log = []
+  flush = lambda state: state + 100
+  state = loop.train_loop(
+    jnp.float32(1), double, 0, 3, [Record(log, {2})], flush
+  )
+  assert [entry for entry in log if entry[0] == "state"] == [("state", 2, 104)]
+  assert state == 2 * 104 + 100
+
+
 def test_every_hook_is_asked_and_called_in_order():
   first, second = [], []
   loop.train_loop(

@@ -214,6 +214,15 @@ def make_base_update(
   kind = zo_config.direction
   if follows:
     kind = config.guided.random or "rademacher"
+  tx = make_base_tx(
+    zo_config.optimizer,
+    zo_config.learning_rate,
+    scaling=zo_config.scaling,
+    clip=zo_config.clip,
+    weight_decay=zo_config.weight_decay,
+  )
+  if zo_config.write_every > 1:
+    tx = outer.write_every(zo_config.write_every, tx, zo_config.num_directions)
   update = BaseUpdate(
     zeroth_order.ZerothOrder(
       make_sampler(
@@ -228,13 +237,7 @@ def make_base_update(
       subspace_steps=zo_config.frame_steps,
       map_fn=map_fn,
     ),
-    make_base_tx(
-      zo_config.optimizer,
-      zo_config.learning_rate,
-      scaling=zo_config.scaling,
-      clip=zo_config.clip,
-      weight_decay=zo_config.weight_decay,
-    ),
+    tx,
   )
   if follows:
     update = update._replace(guide=make_guide(zo=update.zo, **config.guided))

@@ -160,7 +160,7 @@ def published_model(
   Raises:
     UserError: the shapes of this model are not known.
   """
-  module, family = _make_module(_published_config(name), remat, mesh)
+  module, family = _make_module(published_config(name), remat, mesh)
   return Model(
     module,
     family,
@@ -173,8 +173,12 @@ def published_model(
   )
 
 
-def _published_config(name: str) -> dict[str, Any]:
-  """Returns config.json of a published model or of a local folder."""
+def published_config(name: str) -> dict[str, Any]:
+  """Returns config.json of a published model or of a local folder.
+
+  Raises:
+    UserError: there is no such model or folder.
+  """
   if name in published.CONFIGS:
     return published.CONFIGS[name]
   assets.make(name)

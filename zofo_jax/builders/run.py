@@ -155,6 +155,29 @@ class Run(NamedTuple):
     shardings = jax.tree.map(lambda x: x.sharding, self.abstract_state())
     return dispatch.jit_step(self.algorithm.step, self.mesh, shardings)
 
+  def jit_flush(self) -> Callable[[BilevelState], BilevelState]:
+    """Jits the function that writes a state's deferred updates in place.
+
+    The backbone in a state is up to date after it; see `outer.write_every`.
+    """
+    tx, sampler = self.base_update.tx, self.base_update.zo.sampler
+    if not tx.defers:
+      return lambda state: state
+    state = self.abstract_state()
+    jitted = jax.jit(
+      lambda base, base_opt: tx.flush(base, base_opt, sampler),
+      donate_argnums=(0, 1),
+      out_shardings=jax.tree.map(
+        lambda x: x.sharding, (state.base, state.base_opt)
+      ),
+    )
+
+    def flush(state):
+      base, base_opt = jitted(state.base, state.base_opt)
+      return state._replace(base=base, base_opt=base_opt)
+
+    return flush
+
   def shard_batch(self, batch: BilevelBatch, axis: int = 0) -> BilevelBatch:
     """Puts an iteration's rows on the mesh; they lie along `axis`."""
     return batch._replace(

@@ -184,6 +184,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("zo.clip", 0.0, NOT_NEGATIVE, "largest absolute coefficient; 0: any"),
   ("zo.weight_decay", 0.0, NOT_NEGATIVE,
    "of matrices, times the learning rate; sgd only"),
+  ("zo.write_every", 1, POSITIVE,
+   "steps whose updates of weights in the host's memory are written together; "
+   "until then, they are computed where a layer is read", NEVER),
   # Steps along what s has learnt.
   ("guided.lengths", "all", one_of("all", "parabola", "descend"),
    "how far theta follows: all of it, the least of a parabola, or descent"),

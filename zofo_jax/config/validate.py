@@ -39,6 +39,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_guided(fields)
   _check_quantize(fields)
   _check_offload(fields)
+  _check_write_every(fields)
   _check_own_task(fields)
   _check_adapter(fields)
   _check_generate(fields)
@@ -216,6 +217,27 @@ def _check_offload(fields: _Fields) -> None:
       f"config.model.offload: zo.optimizer '{fields['zo.optimizer']}' needs "
       "trees of the size of all weights on the device; expected '' or "
       f"{' or '.join(IN_PLACE)}; found 'host'."
+    )
+
+
+def _check_write_every(fields: _Fields) -> None:
+  """Checks that updates may be deferred: that nothing else reads theta."""
+  number, method = fields["zo.write_every"], fields["method"]
+  if number == 1:
+    return
+  direction = fields["zo.direction"]
+  reason = ""
+  if not fields["model.offload"]:
+    reason = "weights on the device are written in every step"
+  elif method not in ("bilevel", "mezo"):
+    reason = f"method '{method}' is neither 'bilevel' nor 'mezo'"
+  elif direction in ("guided", "per_example"):
+    reason = f"zo.direction '{direction}' writes the weights in every step"
+  elif methods.uses_reward(method, fields["zo.objective"]):
+    reason = "rewards are those of answers by the weights of every step"
+  if reason:
+    raise errors.UserError(
+      f"config.zo.write_every: {reason}; expected 1; found {number}."
     )
 
 

@@ -126,6 +126,12 @@ def bilevel_step(
       lower_loss_fn, upper_loss_fn
     )
   keys = keys_lib.step_keys(state.key, state.step, zo.subspace_steps)
+  base_tx = outer.to_outer_transform(base_tx)
+  if guide is not None:
+    outer.check_writes(base_tx, "a guided step changes")
+  if batch.scores is not None:
+    outer.check_writes(base_tx, "scores from outside of the program read")
+  read_base = base_tx.read(state.base, state.base_opt, zo.sampler)
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
 
   num_tasks = None
@@ -143,7 +149,7 @@ def bilevel_step(
     lower_key, upper_key = adapter_keys
     lower, lower_opt, lower_loss = inner.minimize(
       lower_value_fn,
-      state.base,
+      read_base,
       lower,
       lower_opt,
       rows.lower,
@@ -156,7 +162,7 @@ def bilevel_step(
       (lower_loss_fn, upper, rows.penalty),
     )
     losses, grads, aux = loss_terms.loss_gradients(
-      upper_terms, state.base, jax.random.split(upper_key, 2), has_aux=has_aux
+      upper_terms, read_base, jax.random.split(upper_key, 2), has_aux=has_aux
     )
     grads = jax.tree.map(lambda f, g: (f + penalty * g).astype(f.dtype), *grads)
     upper, upper_opt, norm = inner.apply_gradients(
@@ -197,7 +203,7 @@ def bilevel_step(
       objective_of_base = lambda base: penalized(base, state.upper, lower, rows)
       estimate = zo_lib.estimate_on_batch(
         lambda base, rows: penalized(base, state.upper, lower, rows),
-        state.base,
+        read_base,
         rows,
         keys.direction,
         hparams.zo_eps,
@@ -212,7 +218,7 @@ def bilevel_step(
       )
     estimate = estimate.mask_nonfinite(may_move)
     base, base_opt, move = outer.apply_transform(
-      outer.to_outer_transform(base_tx),
+      base_tx,
       state.base,
       state.base_opt,
       estimate,

@@ -47,13 +47,15 @@ def es_step(
     state: the one at which the population was evaluated.
     scores: of its members, the higher the better; float32, shape [Q, 2].
     hparams: reads `zo_eps`, the same as for the evaluation.
-    tx: update of the parameters, which cannot be `outer.conservative`.
+    tx: update of the parameters, which can be neither `outer.conservative` nor
+      `outer.write_every`.
     zo: as for the evaluation.
     shaping: what takes the scores' place; see `population.estimate`.
 
   Returns:
     The new state and the metrics of the step; its loss is minus the mean score.
   """
+  outer.check_writes(tx, "scores from outside of the program read")
   step_keys = keys_lib.step_keys(state.key, state.step, zo.subspace_steps)
   estimate = population.estimate(scores, step_keys, hparams.zo_eps, shaping)
   return mezo.apply_estimate(

@@ -99,10 +99,11 @@ def mezo_step(
     The new state and the metrics of the step.
   """
   loss_fn = checks.checked_loss(loss_fn, "loss_fn", has_aux)
+  tx = outer.to_outer_transform(tx)
   step_keys = keys.step_keys(state.key, state.step, zo.subspace_steps)
   estimate = zo_lib.estimate_on_batch(
     loss_fn,
-    state.params,
+    tx.read(state.params, state.opt_state, zo.sampler),
     batch,
     step_keys.direction,
     hparams.zo_eps,

@@ -7,9 +7,14 @@ one layer of it, and `fetch` copies this layer to the device. A donated stack is
 updated in place, a layer at a time; see `Sampler.apply_directions`.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import jax
+import numpy as np
+
+from zofo_jax.core.array_like import ArrayLike
 
 _T = TypeVar("_T")
 
@@ -57,6 +62,64 @@ def fetch(tree: _T) -> _T:
       else leaf
     ),
     tree,
+  )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deferred(ArrayLike):
+  """A weight in the host's memory whose last updates are deferred.
+
+  It is an array to whatever reads it, which gets the updated weight; see
+  `deferred.read`.
+
+  Attributes:
+    value: the stored weight, shape [...] or, stacked, [layers, ...].
+    updates: pytree of what `apply` takes; leaves [...] or [layers, ...].
+    count: how many updates there are, int32, shape [] or [layers].
+    apply: (weight on the device, updates, count) -> the updated weight.
+  """
+
+  value: jax.Array
+  updates: Any
+  count: jax.Array
+  apply: Callable[[jax.Array, Any, jax.Array], jax.Array] = dataclasses.field(
+    metadata={"static": True}
+  )
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Shape of the weight."""
+    return self.value.shape
+
+  @property
+  def dtype(self) -> Any:
+    """Dtype of the weight."""
+    return self.value.dtype
+
+  def __jax_array__(self) -> jax.Array:
+    """Returns the updated weight, on the device."""
+    if self.count.ndim:  # stacked layers, not sliced by a scan
+      return jax.lax.map(Deferred.__jax_array__, self)
+    return self.apply(fetch(self.value), self.updates, self.count)
+
+  def __getitem__(self, index: Any) -> Any:
+    """Indexes the weight; a layer of a stack is not read yet."""
+    if self.count.ndim and isinstance(index, (int, np.integer)):
+      return jax.tree.map(lambda leaf: leaf[index], self)
+    return self.__jax_array__()[index]
+
+
+def _is_deferred(x: Any) -> bool:
+  return isinstance(x, Deferred)
+
+
+def stored(tree: Any) -> Any:
+  """Returns a tree with the stored weights in place of `Deferred` nodes."""
+  return jax.tree.map(
+    lambda leaf: leaf.value if _is_deferred(leaf) else leaf,
+    tree,
+    is_leaf=_is_deferred,
   )
 
 

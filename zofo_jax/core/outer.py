@@ -10,6 +10,7 @@ Since z_q is a function of the run's key and the step, (step, weights, decay) is
 enough to replay such an update; see `replay_update`.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from zofo_jax.core import deferred, rounding, zo
 from zofo_jax.core import keys as keys_lib
-from zofo_jax.core import rounding, zo
 from zofo_jax.core import sampler as sampler_lib
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.coefficients import (
@@ -40,6 +41,29 @@ ComputeUpdateFn = Callable[
   [Any, Any, zo.Estimate, sampler_lib.Sampler, Objective],
   tuple[InPlaceUpdate, Any],
 ]
+# (base, state, estimate, sampler, move, key) -> (base, state)
+WriteFn = Callable[
+  [Any, Any, zo.Estimate, sampler_lib.Sampler, InPlaceUpdate, jax.Array],
+  tuple[Any, Any],
+]
+
+
+def _as_stored(base: Any, state: Any, sampler: sampler_lib.Sampler) -> Any:
+  """Returns the base: no update is deferred."""
+  del state, sampler
+  return base
+
+
+def _write_now(base, state, estimate, sampler, move, key):
+  base = sampler.apply_directions(
+    base, estimate.keys, move.weights, decay=move.decay, rounding_key=key
+  )
+  return base, state
+
+
+def _nothing_deferred(base, state, sampler):
+  del sampler
+  return base, state
 
 
 class OuterTransform(NamedTuple):
@@ -53,6 +77,11 @@ class OuterTransform(NamedTuple):
     compute_update: (base, state, estimate, sampler, objective) ->
       (InPlaceUpdate, state). Computes the in-place update without applying it.
       None for transforms that cannot be expressed as an `InPlaceUpdate`.
+    write: (base, state, estimate, sampler, move, key) -> (base, state). Applies
+      what `compute_update` returns.
+    read: (base, state, sampler) -> the base as losses are to read it; not the
+      stored one if updates are deferred, see `write_every`.
+    flush: (base, state, sampler) -> (base, state). Writes deferred updates.
   """
 
   init: Callable[[Any], Any]
@@ -61,24 +90,30 @@ class OuterTransform(NamedTuple):
     tuple[Any, Any],
   ]
   compute_update: ComputeUpdateFn | None = None
+  write: WriteFn = _write_now
+  read: Callable[[Any, Any, sampler_lib.Sampler], Any] = _as_stored
+  flush: Callable[[Any, Any, sampler_lib.Sampler], tuple[Any, Any]] = (
+    _nothing_deferred
+  )
+
+  @property
+  def defers(self) -> bool:
+    """Whether updates may be deferred: losses read the base through `read`."""
+    return self.read is not _as_stored
 
 
 def _in_place(
-  init: Callable[[Any], Any], compute_update: ComputeUpdateFn
+  init: Callable[[Any], Any], compute_update: ComputeUpdateFn, **deferral: Any
 ) -> OuterTransform:
   """Returns the transformation that applies what `compute_update` returns."""
 
   def update(base, state, estimate, sampler, objective, key):
-    move, state = compute_update(base, state, estimate, sampler, objective)
-    return _write(base, estimate, sampler, move, key), state
+    return apply_transform(
+      transform, base, state, estimate, sampler, objective, key
+    )[:2]
 
-  return OuterTransform(init, update, compute_update)
-
-
-def _write(base, estimate, sampler, move, key):
-  return sampler.apply_directions(
-    base, estimate.keys, move.weights, decay=move.decay, rounding_key=key
-  )
+  transform = OuterTransform(init, update, compute_update, **deferral)
+  return transform
 
 
 def apply_transform(
@@ -107,8 +142,10 @@ def apply_transform(
   if tx.compute_update is None:
     update = tx.update(base, state, estimate, sampler, objective, key)
     return (*update, None)
-  move, state = tx.compute_update(base, state, estimate, sampler, objective)
-  return _write(base, estimate, sampler, move, key), state, move
+  read = tx.read(base, state, sampler)
+  move, state = tx.compute_update(read, state, estimate, sampler, objective)
+  base, state = tx.write(base, state, estimate, sampler, move, key)
+  return base, state, move
 
 
 def replay_update(
@@ -260,6 +297,95 @@ def conservative(learning_rate: float) -> OuterTransform:
   return _in_place(inner_sgd.init, compute_update)
 
 
+class WriteEveryState(NamedTuple):
+  """State of `write_every`.
+
+  Attributes:
+    inner: of the transformation whose updates are deferred.
+    updates: the deferred updates.
+  """
+
+  inner: Any
+  updates: deferred.Updates
+
+
+def write_every(
+  num_steps: int, tx: OuterTransform, num_directions: int = 1
+) -> OuterTransform:
+  """Returns a transformation that defers updates of weights on the host.
+
+  Stacked weights in the host's memory are copied to the device and back once in
+  `num_steps` steps instead of once a step; in between, a layer that is read is
+  updated on the device, with the same bits. Weights on the device are written
+  in every step.
+
+  Until then the weights in a state are not those to be read: `flush` writes
+  them. Steps do this by themselves; evaluation and checkpoints come after a
+  `flush`.
+
+  Args:
+    num_steps: updates that are written together.
+    tx: a transformation in place, such as `sgd`.
+    num_directions: Q of its estimates.
+
+  Returns:
+    The transformation; its state is that of `tx`, and a few words and numbers
+    for every update.
+
+  Raises:
+    ValueError: `num_steps` is below 1, or `tx` is not in place.
+
+  Examples:
+    >>> import zofo_jax as zofo
+    >>> tx = zofo.outer.write_every(4, zofo.outer.sgd(1e-6))
+    >>> tx.init(base=None).updates.weights.shape
+    (4, 1)
+  """
+  if num_steps < 1:
+    raise ValueError(
+      f"outer.write_every: found num_steps={num_steps}; expected at least 1."
+    )
+  compute = tx.compute_update
+  if compute is None:
+    raise ValueError(
+      "outer.write_every: expected a transformation in place, such as "
+      "outer.sgd."
+    )
+
+  def init(base):
+    updates = deferred.none(num_steps, num_directions)
+    return WriteEveryState(tx.init(base), updates)
+
+  def compute_update(base, state, estimate, sampler, objective):
+    move, inner = compute(base, state.inner, estimate, sampler, objective)
+    return move, state._replace(inner=inner)
+
+  def read(base, state, sampler):
+    return deferred.read(base, state.updates, sampler)
+
+  def write(base, state, estimate, sampler, move, key):
+    later = deferred.paths(base, sampler)
+    others = dataclasses.replace(
+      sampler, select=lambda p: sampler.select(p) and p not in later
+    )
+    base, _ = _write_now(base, state, estimate, others, move, key)
+    updates = deferred.append(state.updates, estimate.keys, move, key)
+    state = state._replace(updates=updates)
+    return _flush(base, state, sampler, updates.num_deferred == num_steps)
+
+  return _in_place(init, compute_update, write=write, read=read, flush=_flush)
+
+
+def _flush(base, state, sampler, is_due=True):
+  updates = state.updates
+  is_due &= updates.num_deferred > 0
+  base = deferred.write(base, updates, sampler, is_due)
+  # Two states from which the same follows are equal.
+  nothing = jax.tree.map(jnp.zeros_like, updates)
+  updates = tree_lib.where(is_due, nothing, updates)
+  return base, state._replace(updates=updates)
+
+
 def from_optax(
   tx: optax.GradientTransformation, *scalings: CoefficientTransform
 ) -> OuterTransform:
@@ -306,6 +432,25 @@ def from_optax(
     return jax.lax.cond(any_finite, step, lambda carry: carry, (base, state))
 
   return OuterTransform(init, update)
+
+
+def check_writes(
+  tx: OuterTransform | optax.GradientTransformation, reader: str
+) -> None:
+  """Checks that the weights of a state are those to be read.
+
+  Args:
+    tx: their update.
+    reader: what reads them otherwise than through `tx.read`, for the message.
+
+  Raises:
+    ValueError: they are not; see `write_every`.
+  """
+  if isinstance(tx, OuterTransform) and tx.defers:
+    raise ValueError(
+      f"outer.write_every: {reader} the weights in every step; expected the "
+      "transformation itself."
+    )
 
 
 def to_outer_transform(

@@ -41,8 +41,8 @@ class Perturbed(ArrayLike):
   to say `is_leaf=is_perturbed`.
 
   Attributes:
-    value: the stored weight, shape [...] or, stacked, [layers, ...]; an array
-      or a `Quantized` node.
+    value: the stored weight, shape [...] or, stacked, [layers, ...]; an array,
+      or a `Quantized` or `offload.Deferred` node.
     key: key of z, a `keys.LeafKey`; of a kind that is given, what it is.
     scale: signed step along z, float32, shape [] or [layers].
     direction: the kind of z.
@@ -116,7 +116,7 @@ def is_perturbed(weight: Any) -> bool:
 
 def read(weight: Any) -> jax.Array:
   """Returns a whole weight, on the device: the array that a node stands for."""
-  if isinstance(weight, Quantized):
+  if isinstance(weight, (Quantized, offload.Deferred)):
     return weight.__jax_array__()
   if not is_perturbed(weight):
     return offload.fetch(weight)
@@ -186,7 +186,7 @@ def dot(
   if isinstance(weight, Quantized):
     return weight.matmul(x)
   if not is_perturbed(weight):
-    return x @ offload.fetch(weight)
+    return x @ read(weight)
   product = weight.direction.matmul(x, weight.key, weight.shape)
   if product is None:
     return x @ xla.by_platform(

@@ -133,18 +133,19 @@ class Sampler:
     """Returns tree + scale * z(key) as `Perturbed` nodes."""
     scale = jnp.asarray(scale, jnp.float32)
 
-    def node(path, leaf, leaf_key):
+    def node(path, leaf, leaf_key, weight):
       if not self._selects(path, leaf):
-        return leaf
+        return weight
       leaf_scale = jnp.broadcast_to(scale, leaf_key.direction.shape[:-1])
       if self.layers is not None and leaf_scale.ndim:
         chosen = np.zeros(leaf_scale.shape, np.float32)
         chosen[list(self.layers)] = 1.0
         leaf_scale = leaf_scale * chosen
-      return perturbed.Perturbed(leaf, leaf_key, leaf_scale, self.direction)
+      return perturbed.Perturbed(weight, leaf_key, leaf_scale, self.direction)
 
+    stored = offload.stored(tree)
     return jax.tree.map_with_path(
-      node, tree, keys_lib.leaf_keys(key, tree, self.stacked)
+      node, stored, keys_lib.leaf_keys(key, stored, self.stacked), tree
     )
 
   def apply_directions(
@@ -188,12 +189,7 @@ class Sampler:
     """
 
     def new(stored, leaf_keys, round_key, part=None):
-      block = stored.astype(jnp.float32)
-      if stored.ndim > 1:
-        block = block - decay * block
-      block = block + self._sum(stored, leaf_keys, weights, part)
-      rows = None if part is None else part[1]
-      return rounding.stochastic_round(block, stored.dtype, round_key, rows)
+      return self.moved(stored, leaf_keys, weights, decay, round_key, part)
 
     def add_leaf(leaf, leaf_keys, round_key):
       if leaf_keys is None:
@@ -201,6 +197,32 @@ class Sampler:
       return self._write(new, leaf, leaf, leaf_keys, round_key)
 
     return self._map_selected(add_leaf, tree, keys, rounding_key)
+
+  def moved(
+    self,
+    stored: jax.Array,
+    leaf_keys: keys_lib.LeafKey,
+    weights: jax.Array,
+    decay: jax.typing.ArrayLike,
+    round_key: jax.Array | None,
+    part: tuple[tuple[int, ...], prng.RowRange] | None = None,
+  ) -> jax.Array:
+    """Returns the new weights of a leaf, or of a layer of a stack.
+
+    Args:
+      stored: its weights, or some rows of them; on the device.
+      leaf_keys: keys of the leaf or layer, [Q, 2].
+      weights: as for `apply_directions`, and `decay` too.
+      decay: see `weights`.
+      round_key: uint32 words of its rounding key, shape [2]; None for none.
+      part: (shape of the whole, its rows in `stored`); None for all rows.
+    """
+    block = stored.astype(jnp.float32)
+    if stored.ndim > 1:
+      block = block - decay * block
+    block = block + self._sum(stored, leaf_keys, weights, part)
+    rows = None if part is None else part[1]
+    return rounding.stochastic_round(block, stored.dtype, round_key, rows)
 
   def weighted_sum(
     self, tree: Any, keys: keys_lib.DirectionKey, weights: jax.Array
@@ -227,8 +249,20 @@ class Sampler:
 
     return self._map_selected(write_leaf, tree, keys, None)
 
-  def _map_selected(self, fn, tree, keys, rounding_key):
-    """Maps fn(leaf, keys [Q, ...] or None if not selected, rounding key)."""
+  def leaf_keys(
+    self, tree: Any, keys: keys_lib.DirectionKey, rounding_key: jax.Array | None
+  ) -> tuple[Any, list[Any]]:
+    """Derives the keys of all leaves, for `moved`.
+
+    Args:
+      tree: pytree of weights.
+      keys: keys of the directions, `direction` [Q] and one `subspace` [].
+      rounding_key: typed PRNG key, shape []; None for none.
+
+    Returns:
+      A tree like `tree` of `LeafKey` [Q, 2] or [Q, layers, 2], and a list of
+      one of rounding keys [2] or [layers, 2], in `direction`; of none without.
+    """
     keys_tree = jax.vmap(
       lambda direction_key: keys_lib.leaf_keys(
         keys_lib.DirectionKey(direction_key, keys.subspace), tree, self.stacked
@@ -238,6 +272,11 @@ class Sampler:
     if rounding_key is not None:
       pair = keys_lib.DirectionKey(rounding_key, rounding_key)
       rounding_keys = [keys_lib.leaf_keys(pair, tree, self.stacked)]
+    return keys_tree, rounding_keys
+
+  def _map_selected(self, fn, tree, keys, rounding_key):
+    """Maps fn(leaf, keys [Q, ...] or None if not selected, rounding key)."""
+    keys_tree, rounding_keys = self.leaf_keys(tree, keys, rounding_key)
 
     def apply(path, leaf, leaf_keys, *round_key):
       selected = self._selects(path, leaf)

@@ -24,12 +24,17 @@ def devices_of(topology: topologies.Topology) -> list[Any]:
   """Returns the devices of a topology, or stand-ins that compile for it.
 
   Raises:
-    UserError: the TPU compiler is not installed, or too few CPU devices.
+    UserError: the TPU compiler is not installed, or too few devices of a CPU or
+      GPU.
   """
-  if topology.kind == "cpu":
+  if topology.kind in topologies.LOCAL:
     with contextlib.suppress(RuntimeError):  # jax is initialized already
-      jax.config.update("jax_num_cpu_devices", topology.num_chips)
-    devices = jax.devices("cpu")
+      if topology.kind == "cpu":
+        jax.config.update("jax_num_cpu_devices", topology.num_chips)
+    try:
+      devices = jax.devices(topology.kind)
+    except RuntimeError:
+      devices = []
     if len(devices) < topology.num_chips:
       raise errors.UserError(
         f"--topology: {topology.name} needs {topology.num_chips} devices; "
@@ -58,6 +63,14 @@ def devices_of(topology: topologies.Topology) -> list[Any]:
       f"'zofo-jax[tpu]' ({reason.rstrip('. ')})."
     ) from error
   return list(description.devices)[: topology.num_chips]
+
+
+def memory_bytes(device: Any) -> int | None:
+  """Returns the memory that jax may use on a device; None if it is not known.
+
+  By default that is three quarters of a GPU's.
+  """
+  return (device.memory_stats() or {}).get("bytes_limit")
 
 
 def lower_programs(

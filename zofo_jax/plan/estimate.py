@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from zofo_jax.builders import budget, storage
 from zofo_jax.builders import run as run_lib
@@ -75,8 +76,13 @@ def _local_bytes(tree: Any, on_host: bool = False) -> int:
   return sum(
     storage.array_bytes(leaf.sharding.shard_shape(leaf.shape), leaf.dtype)
     for leaf in jax.tree.leaves(tree)
-    if (leaf.sharding.memory_kind == offload.MEMORY_KIND) == on_host
+    if _is_on_host(leaf) == on_host
   )
+
+
+def _is_on_host(leaf: Any) -> bool:
+  """Returns whether a shape with a sharding is in the host's memory."""
+  return leaf.sharding.memory_kind == offload.MEMORY_KIND
 
 
 def _stored(leaf: Any) -> Any:
@@ -173,13 +179,25 @@ def memory_by_method(size: Mapping[str, int | None]) -> dict[str, int | None]:
 
 
 def transfers(run: run_lib.Run) -> budget.Transfers:
-  """Counts what an iteration copies between host and devices, on all chips."""
-  return budget.transfers(
-    run.algorithm.step,
-    run.abstract_state(),
-    abstract_batch(run),
-    BilevelHParams(),
+  """Counts what an iteration copies between host and devices, on all chips.
+
+  What is copied once in several iterations counts as its part of one.
+  """
+  state = run.abstract_state()
+  copied = budget.transfers(
+    run.algorithm.step, state, abstract_batch(run), BilevelHParams()
   )
+  every = run.config.zo.write_every
+  if every == 1:
+    return copied
+  # The loop that writes has no known length, and counts as one turn both ways.
+  written = sum(
+    storage.array_bytes(leaf.shape, leaf.dtype)
+    for leaf in jax.tree.leaves(state.base)
+    if _is_on_host(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
+  )
+  read = copied.to_device - copied.to_host
+  return budget.Transfers(read + written / every, written / every)
 
 
 def flops(run: run_lib.Run) -> float:

@@ -1,7 +1,8 @@
 """Plans a run: whether it fits, on how few chips, and at what cost.
 
-For TPUs the real compiler runs ahead of time, without a TPU; "cpu:8" runs XLA's
-compiler for CPUs; for GPUs the figures are estimated from shapes.
+For TPUs the real compiler runs ahead of time, without a TPU; "cpu:8" and
+"gpu:1" run XLA's compiler for this machine's CPU and GPU; for other GPUs the
+figures are estimated from shapes.
 """
 
 import math
@@ -18,7 +19,7 @@ from zofo_jax.builders import optimizers
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import validate
 from zofo_jax.core.types import BilevelState
-from zofo_jax.plan import aot, estimate, topologies
+from zofo_jax.plan import aot, estimate, largest, topologies
 from zofo_jax.sharding import mesh as mesh_lib
 from zofo_jax.sharding import rules
 
@@ -57,12 +58,16 @@ def plan(
     the config with which it is estimated to; None if no such are known.
     `offloaded` then has the estimated `per_chip_bytes` and
     `per_chip_host_bytes`, in total, with config.model.offload "host".
+    `largest`, for a single chip, has the largest models of the family that are
+    estimated to fit it, see `largest.largest`; else None.
 
   Raises:
     UserError: no such topology, or the config or its mesh is wrong.
   """
   topology = topologies.find(name)
   devices = aot.devices_of(topology) if topology.compiled else None
+  if devices and topology.kind == "gpu":
+    topology = topology._replace(chip_bytes=aot.memory_bytes(devices[0]))
   single = dict.fromkeys(mesh_lib.AXES, 1)
   chosen = dict(config.mesh) == {**single, "data": -1}
 
@@ -130,6 +135,12 @@ def plan(
     "offloaded": None
     if fits or config.model.offload
     else _offloaded(changed_run, run_mesh),
+    "largest": None
+    if topology.num_chips > 1 or not chip
+    else largest.largest(
+      model_lib.published_config(config.model.name)["model_type"],
+      lambda changes: _fits(estimated_total(changes), topology),
+    ),
   }
   if path:
     report.write_json(epath.Path(path), plan)
@@ -401,6 +412,14 @@ def _print_plan(plan: dict[str, Any]) -> None:
   print(
     f"Smallest slice, estimated: {plan['smallest_slice'] or 'none listed'}."
   )
+  if models := plan["largest"]:
+    report.results_table(
+      [
+        {"with": flags or "this config", "largest model": name or "none"}
+        for flags, name in models.items()
+      ],
+      title="of the family, estimated to fit this chip",
+    )
 
 
 def _gigabytes(size: int | None) -> float | str:

@@ -16,7 +16,7 @@ class Topology(NamedTuple):
     name: such as "v5p:4x4x4", "cpu:8" or "h100:8".
     kind: the part before the colon.
     num_chips: number of chips.
-    chip_bytes: memory of one; None if it is the host's.
+    chip_bytes: memory of one; None if it is the host's, or not known.
     compiled: whether plans come from their compiler, not from shapes.
   """
 
@@ -39,6 +39,8 @@ TPUS: dict[str, tuple[int, tuple[str, ...]]] = {
 }
 # One chip of the smallest slice.
 SINGLE_CHIP = "1x1"
+# Devices of this machine, whatever they are.
+LOCAL = ("cpu", "gpu")
 GPUS = {
   "l4": 24 * _GIB,
   "a100-40gb": 40 * _GIB,
@@ -53,13 +55,14 @@ def find(name: str) -> Topology:
   """Looks a topology up.
 
   Args:
-    name: KIND:SHAPE, for instance "v5e:4x4", "v5e:1x1", "cpu:8" or "h100:8".
+    name: KIND:SHAPE, for instance "v5e:4x4", "v5e:1x1", "cpu:8", "gpu:1" (the
+      GPU of this machine) or "h100:8".
 
   Raises:
     UserError: no such kind, or no such shape of it.
   """
   kind, _, shape = name.partition(":")
-  kinds = (*TPUS, *GPUS, "cpu")
+  kinds = (*TPUS, *GPUS, *LOCAL)
   if kind not in kinds:
     raise errors.UserError(
       f"--topology: expected KIND:SHAPE with one of {', '.join(kinds)}; found "
@@ -80,7 +83,7 @@ def find(name: str) -> Topology:
       f"--topology: expected a number of devices after '{kind}:'; found "
       f"'{shape}'."
     )
-  return Topology(name, kind, int(shape), GPUS.get(kind), kind == "cpu")
+  return Topology(name, kind, int(shape), GPUS.get(kind), kind in LOCAL)
 
 
 def slices(kind: str) -> list[Topology]:

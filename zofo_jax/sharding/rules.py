@@ -118,7 +118,8 @@ def state_shardings(
   whole = jax.tree.map(lambda _: replicated(mesh), state)
   return whole._replace(
     base=shardings(mesh, state.base, rules, on_host),
-    base_opt=shardings(mesh, state.base_opt, rules),
+    # What is no tree of weights is small.
+    base_opt=shardings(mesh, state.base_opt, (*rules, ("", P()))),
   )
 
 

@@ -28,11 +28,13 @@ class Step:
     jitted: (state, *batch and others) -> (state, info).
     arguments: (state, steps done) -> the arguments of `jitted`.
     finish: (state, steps done, state that `jitted` returned) -> the state.
+    flush: makes a state ready to be read; donates it.
   """
 
   jitted: jax.stages.Wrapped
   arguments: Callable[[Any, int], tuple[Any, ...]]
   finish: Callable[[Any, int, Any], Any] = lambda before, step, after: after
+  flush: Callable[[Any], Any] = lambda state: state
 
   def __call__(self, state: Any, step: int) -> tuple[Any, Any]:
     """Dispatches a step; returns (state, info)."""
@@ -145,6 +147,7 @@ def fit(
         ),
         hooks.Preemption(signals, save, store.wait, stop),
       ],
+      step.flush,
     )
   store.wait()
   if store.checkpoints.best_step() != int(state.step):

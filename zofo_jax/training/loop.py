@@ -55,6 +55,7 @@ def train_loop(
   start: int,
   stop: int,
   hooks: Sequence[Hook],
+  flush: Callable[[Any], Any] = lambda state: state,
 ) -> Any:
   """Takes the steps from `start` to `stop`.
 
@@ -64,6 +65,7 @@ def train_loop(
     start: how many steps are done.
     stop: how many are done in the end.
     hooks: are called in this order; one that raises ends the loop.
+    flush: makes a state ready to be read by hooks; donates it.
 
   Returns:
     The state after `stop` steps.
@@ -99,7 +101,8 @@ def train_loop(
     # A list, not a generator: some hooks synchronise processes.
     if any([hook.needs_state(step + 1) for hook in hooks]):
       fetch()
+      state = flush(state)
       for hook in hooks:
         hook.on_state(step + 1, state)
   fetch()
-  return state
+  return flush(state)

@@ -134,7 +134,7 @@ def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       config,
       folder,
       store,
-      fit.Step(run.jit_step(), arguments),
+      fit.Step(run.jit_step(), arguments, flush=run.jit_flush()),
       init=init,
       metrics_row=row_of_metrics,
       logs=() if scorer is None else (samples,),

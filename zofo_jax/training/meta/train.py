@@ -133,7 +133,7 @@ def _make_step(
   jitted = dispatch.jit_step(
     step_fn if on_host else on_device, family.mesh, shardings
   )
-  return fit.Step(jitted, arguments, finish)
+  return fit.Step(jitted, arguments, finish, family.run.jit_flush())
 
 
 def metatrain(
