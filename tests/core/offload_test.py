@@ -104,7 +104,8 @@ def test_steps_of_mezo_have_the_bits_of_weights_on_the_device():
   )
 
 
-def test_a_guided_iteration_has_the_bits_of_weights_on_the_device():
+@pytest.mark.parametrize("kind", ["", "int8"])
+def test_a_guided_iteration_has_the_bits_of_weights_on_the_device(kind):
   guide = guided.Guide(
     lambda s: {"layers/kernel": factors.Factors(s["down"], s["up"])},
     guided.constant(0.5),
@@ -121,10 +122,19 @@ def test_a_guided_iteration_has_the_bits_of_weights_on_the_device():
   batch = BilevelBatch(lower=jnp.stack([X, -X]), penalty=X, upper=X + 1)
   results = []
   for host in (False, True):
-    state = algorithm.init(jax.random.key(0), params(host), adapter())
+    base = params(host)
+    if kind:
+      node = quantized.quantize(np.asarray(base["layers"]["kernel"]), kind)
+      node = jax.tree.map(jnp.asarray, node)
+      base["layers"]["kernel"] = on_host(node) if host else node
+    before = np.asarray(jax.tree.leaves(base["layers"])[0])
+    state = algorithm.init(jax.random.key(0), base, adapter())
     state, info = step(state, batch)
     results.append((state._replace(key=()), info))
     assert stays_on_host(state.base) == host
+    assert np.any(
+      before != np.asarray(jax.tree.leaves(state.base["layers"])[0])
+    )
   assert_same_bits(*results)
 
 

@@ -188,3 +188,29 @@ def test_a_scan_reads_a_layer_at_a_time(kind):
   np.testing.assert_allclose(
     perturbed.dot(X, node[1]), X @ jnp.asarray(node)[1], rtol=1e-3, atol=1e-4
   )
+
+
+@kinds
+def test_a_change_is_added_to_integers_exactly_on_average(kind):
+  node = quantized.quantize(KERNELS, kind)
+  base = {"kernel": jax.tree.map(jnp.asarray, node), "bias": jnp.ones(3)}
+  left = jnp.asarray(RNG.normal(size=(2, 128, 1)), jnp.float32)
+  right = jnp.asarray(RNG.normal(size=(2, 1, 24)), jnp.float32)
+  write = jax.jit(
+    lambda size, seed: factors.add_in_place(
+      base,
+      {"kernel": factors.Factors(size * left, right)},
+      jax.random.key(seed),
+    )["kernel"]
+  )
+  jax.tree.map(np.testing.assert_array_equal, write(0.0, 0), node)
+  before, change = np.asarray(node.__jax_array__()), 1e-2 * left @ right
+  moves = [np.asarray(write(1e-2, seed)) - before for seed in range(32)]
+  assert np.sum(np.mean(moves, axis=0) * change) / np.sum(
+    change * change
+  ) == pytest.approx(1.0, abs=0.1)
+  # Between neighbouring levels, which are twice as far apart as the bound.
+  largest = np.max(np.abs(before))
+  assert np.max(np.abs(moves[0] - change)) < 2 * BOUNDS[kind] * largest
+  # No further than the last level.
+  assert np.max(np.abs(jnp.asarray(write(1e3, 0)))) <= largest * (1 + 1e-6)

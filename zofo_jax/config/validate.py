@@ -178,12 +178,6 @@ def _check_quantize(fields: _Fields) -> None:
       "all weights, and integers have none; expected '' or another method, "
       f"such as 'bilevel', 'mezo' or 'peft'; found '{kind}'."
     )
-  if fields["zo.direction"] == "guided":
-    raise errors.UserError(
-      "config.model.quantize: 'guided' folds an adapter into the weights, and "
-      "integers would round it off; expected '' or another zo.direction; found "
-      f"'{kind}'."
-    )
   per_example = "per_example" in (
     fields["zo.direction"],
     fields["guided.random"],

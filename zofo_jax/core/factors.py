@@ -15,6 +15,7 @@ from zofo_jax.core import directions, offload, perturbed, prng, rounding
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.array_like import is_array_like
+from zofo_jax.core.quantized import Quantized
 from zofo_jax.core.types import Params
 
 
@@ -186,43 +187,45 @@ def add_in_place(
   """Returns base + left right; a donated `base` is updated in place.
 
   Args:
-    base: the backbone, any float dtype.
+    base: the backbone, any float dtype, or quantized.
     factors: what is added to some of its matrices, by path.
     rounding_key: typed PRNG key, shape [], of the stochastic rounding to dtypes
-      narrower than float32.
+      narrower than float32, and to the levels of quantized matrices.
 
   Returns:
     A tree like `base`. The temporaries are one layer in float32.
   """
   _check_factors(base, factors)
-  leaves = tree_lib.named_leaves(base, is_array_like)
-  for path in factors:
-    if is_array_like(leaves[path]):
-      raise ValueError(
-        f"Guide.fold: '{path}' is quantized, and its integers would round the "
-        "change off; expected an array."
-      )
   pair = keys_lib.DirectionKey(rounding_key, rounding_key)
 
   def add(stored, factors, key):
-    total = stored.astype(jnp.float32) + _Product().sample(factors, None)
+    change = _Product().sample(factors, None)
+    if isinstance(stored, Quantized):
+      uniform = directions.sample_rows(prng.uniform, key, change.shape, None)
+      return stored.add(change, uniform)
+    total = stored.astype(jnp.float32) + change
     return rounding.stochastic_round(total, stored.dtype, key)
 
   def add_layers(stack, factors, keys):
     def write_layer(i, stack):
       at = lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-      stored = offload.fetch(at(stack))
+      stored = offload.fetch(jax.tree.map(at, stack))
       layer = add(stored, jax.tree.map(at, factors), at(keys))
-      layer = offload.move_like(layer, stack)
-      return jax.lax.dynamic_update_index_in_dim(stack, layer, i, 0)
+      return jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_index_in_dim(
+          whole, offload.move_like(part, whole), i, 0
+        ),
+        stack,
+        layer,
+      )
 
     return jax.lax.fori_loop(0, stack.shape[0], write_layer, stack)
 
-  def write(path, leaf, key):
+  def write(path, array, key, leaf):
     name = tree_lib.path_name(path)
     if name not in factors:
       return leaf
-    call = add if leaf.ndim == 2 else add_layers
+    call = add if array.ndim == 2 else add_layers
     return call(leaf, factors[name], key.direction)
 
   # Every matrix with a third axis is a stack: an adapter folds into matrices.
@@ -231,8 +234,13 @@ def add_in_place(
     for path, pair in factors.items()
     if pair.left.ndim == 3
   )
-  keys = keys_lib.leaf_keys(pair, base, stacked or None)
-  return jax.tree.map_with_path(write, base, keys)
+  arrays = jax.tree.map(
+    lambda leaf: leaf.values if isinstance(leaf, Quantized) else leaf,
+    base,
+    is_leaf=is_array_like,
+  )
+  keys = keys_lib.leaf_keys(pair, arrays, stacked or None)
+  return jax.tree.map_with_path(write, arrays, keys, base)
 
 
 def _check_factors(base: Params, factors: dict[str, Factors]) -> None:

@@ -8,7 +8,8 @@ A scale belongs to a block of weights along the axis over which a product sums:
 
 `nf4` has the quantiles of QLoRA (Dettmers et al., 2023, arXiv 2305.14314). The
 scales are leaves of the parameter tree like any other, at `PATH/scales`, so
-that a sampler perturbs and updates them; integers never move.
+that a sampler perturbs and updates them. Integers move only along an adapter,
+see `Quantized.add`.
 """
 
 import dataclasses
@@ -94,16 +95,47 @@ class Quantized(ArrayLike):
 
   def dequantize(self, values: jax.Array, scales: jax.Array) -> jax.Array:
     """Returns the weights of some values and of the scales of their blocks."""
-    levels = values.astype(jnp.float32)
+    scales = _repeat_blocks(scales, values.shape)
+    return (self._levels(values) * scales).astype(self.weight_dtype)
+
+  def _levels(self, values: jax.Array) -> jax.Array:
+    """Returns the multiples of a scale that values stand for, float32."""
+    if self.kind != "nf4":
+      return values.astype(jnp.float32)
+    codes = values.astype(jnp.int32) + _NF4_OFFSET
+    return jnp.take(jnp.asarray(_NF4), codes, mode="clip")
+
+  def add(self, change: jax.Array, uniform: jax.Array) -> "Quantized":
+    """Returns the weight plus a change, rounded stochastically.
+
+    Scales are kept. A weight between two levels becomes either, so that its
+    mean is exact, and moves by less than the distance between the two more or
+    less than it should; beyond the largest level it becomes that.
+
+    Args:
+      change: of the weight's shape, float32.
+      uniform: numbers between 0 and 1, of the same shape.
+
+    Returns:
+      The node, on the device.
+    """
+    values, scales = self._fetch()
+    repeated = _repeat_blocks(scales, values.shape)
+    # A block of zeros has the scale 0 and cannot move.
+    ratios = change / jnp.where(repeated > 0, repeated, jnp.inf)
+    ratios = self._levels(values) + ratios
     if self.kind == "nf4":
-      codes = values.astype(jnp.int32) + _NF4_OFFSET
-      levels = jnp.take(jnp.asarray(_NF4), codes, mode="clip")
-    for axis, (length, blocks) in enumerate(
-      zip(values.shape, scales.shape, strict=True)
-    ):
-      if 1 < blocks < length:
-        scales = jnp.repeat(scales, length // blocks, axis=axis)
-    return (levels * scales).astype(self.weight_dtype)
+      levels = jnp.asarray(_NF4)
+      low = jnp.searchsorted(levels, ratios, side="right") - 1
+      low = jnp.clip(low, 0, len(_NF4) - 2)
+      below, above = levels[low], levels[low + 1]
+      new = low + (uniform < (ratios - below) / (above - below)) - _NF4_OFFSET
+    else:
+      most = _LARGEST[self.kind]
+      new = jnp.clip(jnp.floor(ratios + uniform), -most, most)
+    return dataclasses.replace(
+      self, values=new.astype(jnp.int8).astype(values.dtype), scales=scales
+    )
 
   def matmul(self, x: jax.Array) -> jax.Array:
     """Returns x w for a matrix w [in, out], of the dtype of x.
@@ -119,6 +151,16 @@ class Quantized(ArrayLike):
     product = x @ values.astype(x.dtype)
     scales = scales.reshape((1,) * (x.ndim - 1) + (-1,))
     return (product.astype(jnp.float32) * scales).astype(x.dtype)
+
+
+def _repeat_blocks(scales: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns the scales of blocks so that they broadcast to weights."""
+  for axis, (length, blocks) in enumerate(
+    zip(shape, scales.shape, strict=True)
+  ):
+    if 1 < blocks < length:
+      scales = jnp.repeat(scales, length // blocks, axis=axis)
+  return scales
 
 
 def block_size(length: int, kind: str) -> int:
