@@ -72,6 +72,51 @@ def run_folder(command_line, chat_model, tmp_path_factory):
   return folder
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "method, changes",
+  [
+    ("bilevel", {"data.pack": True, "data.max_length": 48}),
+    ("bilevel", {"zo.objective": "reward"}),
+    ("mezo", {}),
+    ("mezo_peft", {"adapter.kind": "prefix", "data.pack": True}),
+    ("full", {"data.metric": "rouge_l"}),
+    ("es", {}),
+  ],
+)
+def test_every_method_learns_chats(
+  command_line, chat_model, tmp_path, method, changes
+):
+  rows = tmp_path / "chats.jsonl"
+  tiny._write_jsonl(rows, _chats(40))
+  if method == "es" or "zo.objective" in changes:
+    changes = {**changes, "reward.functions": ("token_f1",)}
+  fields = {
+    "method": method,
+    "model.name": chat_model,
+    "data.task": "support",
+    "data.dir": rows,
+    "data.num_lower": 12,
+    "data.num_upper": 6,
+    "data.num_selection": 4,
+    "data.num_test": 4,
+    "lower.num_steps": 1,
+    "train.num_steps": 2,
+    "train.eval_every_steps": 2,
+    "generate.max_new_tokens": 2,
+    "eval.batch_size": 8,
+    **changes,
+  }
+  code = command_line(
+    f"--config={LLAMA}",
+    f"--workdir={tmp_path / 'run'}",
+    *(f"--config.{name}={value}" for name, value in fields.items()),
+  )
+  assert code == 0
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  assert np.isfinite(summary[f"test_{summary['selection_metric']}"])
+
+
 def test_the_format_is_known_by_the_columns(run_folder):
   config = json.loads((run_folder / "config.json").read_text())
   assert config["data"]["format"] == "messages"
@@ -112,6 +157,9 @@ def test_chats_are_answered(command_line, run_folder, tmp_path):
   answers = report.read_jsonl(run_folder / "answers.jsonl")
   assert [a["id"] for a in answers] == [0, 1, 2, 3]
   assert all(isinstance(a["prediction"], str) for a in answers[:3])
+  for line, answer in zip(lines[:3], answers):
+    text = {"role": "assistant", "content": answer["prediction"]}
+    assert answer["messages"] == [*line["messages"], text]
   assert answers[3]["prediction"] is None
   assert "expected a list of messages" in answers[3]["error"]
 
@@ -163,6 +211,12 @@ def _config(path, **changes):
     (_chats(1)[0], {"loss": "classification"}, "config.loss: task support"),
     (_chats(1)[0], {"zo.objective": "accuracy"}, "has no options"),
     (_chats(1)[0], {"data.template": 1}, "no template version 1"),
+    ({"text": "a"}, {"method": "es"}, "rewards score answers, and rows of"),
+    (
+      _chats(1)[0],
+      {"data.pack": True, "zo.objective": "token_f1"},
+      "packed row has several answers",
+    ),
   ],
 )
 def test_mistakes_are_named(tmp_path, row, changes, sentence):
@@ -170,6 +224,14 @@ def test_mistakes_are_named(tmp_path, row, changes, sentence):
   tiny._write_jsonl(path, [row])
   with pytest.raises(errors.UserError, match=sentence):
     task_lib.load_task(_config(path, **changes))
+
+
+def test_rewards_need_answers(tmp_path):
+  path = tmp_path / "rows.jsonl"
+  tiny._write_jsonl(path, _chats(1))
+  task = task_lib.load_task(_config(path, **{"data.metric": "token_accuracy"}))
+  with pytest.raises(errors.UserError, match="token_f1, exact_match or rouge"):
+    task_lib.check_answers(task, reward=True, alone=False)
 
 
 def test_metrics_of_texts_make_a_chat_generate(tmp_path):

@@ -42,6 +42,11 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
     data.format = data.format or _find_format(data.task, data.dir)
     _check_new(data.task, "format")
     rewarded = methods.uses_reward(config.method, config.zo.objective)
+    if rewarded and data.format == "text":
+      raise errors.UserError(
+        "config.data.format: rewards score answers, and rows of 'text' have "
+        "none; expected another format."
+      )
     metric = data.metric or ("token_f1" if rewarded else None)
     task = tasks.formatted(data.task, data.format, metric=metric)
   else:
@@ -56,6 +61,12 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
     raise errors.UserError(
       f"config.data.pack: task {task.name} has a prompt; expected False, or "
       "rows of a data.format."
+    )
+  if data.pack and config.zo.objective not in ("loss", "reward"):
+    raise errors.UserError(
+      "config.data.pack: a packed row has several answers, and zo.objective "
+      f"compares one; expected False, or 'loss'; found "
+      f"'{config.zo.objective}'."
     )
   if task.document and config.zo.objective == "accuracy":
     raise errors.UserError(
@@ -85,6 +96,11 @@ def check_answers(task: tasks.Task, *, reward: bool, alone: bool) -> None:
     )
   if not reward:
     return
+  if task.kind == "text":
+    raise errors.UserError(
+      "config.data.metric: rewards score generated text; expected token_f1, "
+      f"exact_match or rouge_l; found '{task.metric}'."
+    )
   if task.kind != "generation":
     raise errors.UserError(
       f"config.data.task: rewards score generated text, and '{task.name}' has "

@@ -34,7 +34,8 @@ def predict(
       the columns of a row, in the order of the file, and `prediction` (the
       option's text or the generated one), with `scores` where there are
       options. A row that cannot be answered has the prediction null and an
-      `error` instead. Columns of these names are replaced.
+      `error` instead. Columns of these names are replaced. Of a chat, the
+      messages end in the answer.
     may_change: see `inputs.check`.
 
   Raises:
@@ -61,7 +62,12 @@ def predict(
   result = run.evaluate(
     state.base, run.selected_adapter(state), examples, "predict"
   )
-  answers = iter(_answers(run, items, result))
+  rows = [
+    item
+    for item, outcome in zip(items, encoded, strict=True)
+    if isinstance(item, tasks.Row) and not isinstance(outcome, errors.RowError)
+  ]
+  answers = iter(_answers(run, rows, result))
   report.write_lines(
     path,
     [
@@ -103,15 +109,16 @@ def _encode(run: run_lib.Run, items: Sequence[files.Item]) -> list[Any]:
 
 
 def _answers(
-  run: run_lib.Run, items: Sequence[files.Item], result: results.Result
+  run: run_lib.Run, rows: Sequence[tasks.Row], result: results.Result
 ) -> Iterator[dict[str, Any]]:
-  """Yields the answer of each example in the result."""
+  """Yields the columns that hold the answer of each row."""
   if isinstance(result, results.GeneratedAnswers):
-    yield from ({"prediction": text} for text in result.texts)
+    answered = run.task.answered or (lambda fields, text: {})
+    for row, text in zip(rows, result.texts, strict=True):
+      yield {**answered(row.fields, text), "prediction": text}
     return
-  rows = {item.source: item for item in items if isinstance(item, tasks.Row)}
-  for record in result.to_records():
-    options = run.task.options(rows[record["where"]], run.encoder.version)
+  for row, record in zip(rows, result.to_records(), strict=True):
+    options = run.task.options(row, run.encoder.version)
     answer = options[record["prediction"]].strip()
     yield {"prediction": answer, "scores": record["scores"]}
 

@@ -113,6 +113,8 @@ class Task:
     fills_mask: whether the templates are of this kind; see `with_mask`.
     document: (columns, whether they are labelled) -> the row as chat or text,
       for a format of `formats`, which has no prompt or options.
+    answered: (columns, an answer) -> the columns that hold the answer as a
+      message; none if the row has no messages.
     may_split: whether a long row may become several: plain text.
   """
 
@@ -133,6 +135,7 @@ class Task:
   masked: tuple[Template, ...] = ()
   fills_mask: bool = False
   document: Callable[[Fields, bool], Chat | Plain] | None = None
+  answered: Callable[[Fields, str], Fields] | None = None
   may_split: bool = False
 
   @property

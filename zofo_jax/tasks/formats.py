@@ -97,13 +97,26 @@ def _of_messages(column: str) -> Callable[[Fields, bool], Chat]:
   def read(fields, labelled):
     messages = _messages(fields[column], column)
     chat = _chat(messages, 0, column)
-    if not labelled and messages[-1]["role"] == "assistant":
-      chat = chat._replace(messages=messages[:-1])
-    if labelled and "assistant" not in {m["role"] for m in messages}:
+    if not labelled:
+      if messages[-1]["role"] == "assistant":
+        chat = chat._replace(messages=messages[:-1])
+      return _question(chat, column)
+    if "assistant" not in {m["role"] for m in messages}:
       raise ValueError(f"column '{column}' has no message of the assistant.")
     return chat
 
   return read
+
+
+def _question(chat: Chat, column: str) -> Chat:
+  """Returns a chat to be answered, which ends in a message of the user."""
+  role = chat.messages[-1]["role"]
+  if role != "user":
+    raise ValueError(
+      f"column '{column}' ends in a message of the {role}; expected one of the "
+      "user, which is answered."
+    )
+  return chat
 
 
 def _of_completion(fields: Fields, labelled: bool) -> Chat | Plain:
@@ -112,7 +125,9 @@ def _of_completion(fields: Fields, labelled: bool) -> Chat | Plain:
     before = _messages(prompt, "prompt")
     after = _messages(fields["completion"], "completion") if labelled else ()
     chat = _chat((*before, *after), len(before), "prompt")
-    if labelled and "assistant" not in {m["role"] for m in after}:
+    if not labelled:
+      return _question(chat, "prompt")
+    if "assistant" not in {m["role"] for m in after}:
       raise ValueError("column 'completion' has no message of the assistant.")
     return chat
   completion = _text(fields, "completion") if labelled else ""
@@ -168,30 +183,63 @@ def _of_instruction(fields: Fields, labelled: bool) -> Chat:
   return _one_question("\n\n".join(parts), answers)
 
 
+def _as_message(answer: str, like: Mapping[str, Any]) -> dict[str, str]:
+  """Returns an answer as a message, with the keys of another one."""
+  if like.get("value") is not None:
+    return {"from": "gpt", "value": answer}
+  return {"role": "assistant", "content": answer}
+
+
+def _append_answer(column: str) -> Callable[[Fields, str], Fields]:
+  def append(fields, answer):
+    chat = _of_messages(column)(fields, False)
+    messages = fields[column][: len(chat.messages)]
+    return {column: [*messages, _as_message(answer, messages[-1])]}
+
+  return append
+
+
+def _complete(fields: Fields, answer: str) -> Fields:
+  prompt = fields["prompt"]
+  if isinstance(prompt, str):
+    return {}
+  return {"completion": [_as_message(answer, prompt[-1])]}
+
+
 class _Format(NamedTuple):
-  """A format: the columns it is known by, and how a row is read."""
+  """A format: the columns it is known by, and how a row is read.
+
+  Attributes:
+    columns: all that a row must have.
+    read: see `Task.document`.
+    example: a row.
+    answered: see `Task.answered`.
+  """
 
   columns: tuple[str, ...]
   read: Callable[[Fields, bool], Chat | Plain]
   example: Fields
+  answered: Callable[[Fields, str], Fields] | None = None
 
 
 _HI = ({"role": "user", "content": "Hi!"},)
 _HELLO = ({"role": "assistant", "content": "Hello."},)
 # In the order in which they are looked for.
 FORMATS: dict[str, _Format] = {
-  "messages": _Format(
-    ("messages",), _of_messages("messages"), {"messages": [*_HI, *_HELLO]}
-  ),
-  "conversations": _Format(
-    ("conversations",),
-    _of_messages("conversations"),
-    {"conversations": [*_HI, *_HELLO]},
-  ),
+  **{
+    column: _Format(
+      (column,),
+      _of_messages(column),
+      {column: [*_HI, *_HELLO]},
+      _append_answer(column),
+    )
+    for column in ("messages", "conversations")
+  },
   "completion": _Format(
     ("prompt", "completion"),
     _of_completion,
     {"prompt": "Hi!", "completion": " Hello."},
+    _complete,
   ),
   "alpaca": _Format(
     ("instruction", "output"),
@@ -250,7 +298,7 @@ def formatted(name: str, form: str, *, metric: str | None = None) -> Task:
       f"Task {name}: metric is '{metric}'; expected one of "
       f"{', '.join(metrics)} with format '{form}'."
     )
-  columns, read, example = FORMATS[form]
+  columns, read, example, answered = FORMATS[form]
   return Task(
     name=name,
     templates=(Template("", ()),),
@@ -263,5 +311,6 @@ def formatted(name: str, form: str, *, metric: str | None = None) -> Task:
     if metric.startswith("token_") and metric != "token_f1"
     else "generation",
     document=read,
+    answered=answered,
     may_split=form == "text",
   )
