@@ -10,6 +10,7 @@ import http.server
 import json
 import re
 import threading
+import time
 import urllib.parse
 
 _DATE = "2026-01-01T00:00:00.000Z"
@@ -27,6 +28,9 @@ class Hub(http.server.ThreadingHTTPServer):
     requests: (method, path) of every request.
     faults: statuses to answer the next requests for a file or repository with,
       0 to drop the connection.
+    cuts: numbers of bytes after which the next contents end, with the
+      connection.
+    delays: seconds before the next answers about a file or repository.
     gated: ids that need a token.
   """
 
@@ -35,7 +39,7 @@ class Hub(http.server.ThreadingHTTPServer):
   def __init__(self, repos):
     super().__init__(("127.0.0.1", 0), _Handler)
     self.repos, self.requests, self.faults = repos, [], []
-    self.gated = set()
+    self.cuts, self.delays, self.gated = [], [], set()
 
   @property
   def url(self):
@@ -98,6 +102,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     hub = self.server
     path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
     hub.requests.append((self.command, path))
+    if hub.delays:
+      time.sleep(hub.delays.pop(0))
     if hub.faults:
       status = hub.faults.pop(0)
       if not status:
@@ -219,6 +225,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
   def _content(self, content, headers):
     asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+    if self.server.cuts and self.command == "GET":
+      self.send_response(200)
+      self.send_header("Content-Length", str(len(content)))
+      self.end_headers()
+      self.wfile.write(content[: self.server.cuts.pop(0)])
+      self.close_connection = True
+      return None
     if not asked:
       return self._send(200, content, **headers)
     start, end = int(asked[1]), int(asked[2] or len(content) - 1)

@@ -18,12 +18,16 @@ def _call(verb, name, source, split):
   try:
     if verb == "model":
       return sorted(path.name for path in models_hub.locate(name).iterdir())
+    if verb == "adapter":
+      place = models_hub.locate_adapter(name)
+      return {path.name: path.read_text() for path in place.iterdir()}
     task = tasks.get(name)
     if verb == "find":
       return hub.find_splits(task)
     if verb == "has":
       return sources.has_split(task, source, split)
-    rows = sources.load(task, source, split)
+    draw = hub.Stream(seed=0, num_rows=3) if verb == "draw" else None
+    rows = sources.load(task, source, split, stream=draw)
     return [[row.source, dict(row.fields)] for row in rows]
   except errors.UserError as error:
     return str(error)

@@ -19,6 +19,9 @@ RAW = {
   "financial_phrasebank": {"text": "Orders doubled .", "label": 2},
 }
 MODEL = ("config.json", "model.safetensors", "tokenizer.json", "chart.png")
+ADAPTER = {"adapter_config.json": "{}", "adapter_model.safetensors": "a"}
+# Of a script whose copy in the cache lacks a file.
+HALF = ["load", "liar", None, "validation"]
 GATED = ["load", "subj", "hub:a/gate", "train"]
 ON_HUB = [task for task in tasks.ALL.values() if task.hub]
 
@@ -64,7 +67,12 @@ def hub():
   repos["datasets", "a/gate"] = standin_hub.data_set(
     {None: {"train": _rows(tasks.get("subj"), "train")}}
   )
+  repos["datasets", "a/stream"] = standin_hub.data_set(
+    {None: {"train": _rows(tasks.get("subj"), "train") * 3}}
+  )
   repos["models", "a/model"] = {"main": dict.fromkeys(MODEL, b"{}")}
+  files = {name: text.encode() for name, text in ADAPTER.items()}
+  repos["models", "a/adapter"] = {"main": {**files, "chart.png": b"-"}}
   with standin_hub.serve(repos) as server:
     server.gated = {"a/gate"}
     yield server
@@ -104,6 +112,13 @@ def first_run(hub, cache):
   calls = [["load", task.name, None, "train"] for task in ON_HUB]
   results = _session([*calls, GATED], hub.url, cache)
   return dict(zip([*(t.name for t in ON_HUB), "gated"], results))
+
+
+def _halve(cache):
+  """Removes a file of a copy in the cache, as an interrupted run leaves it."""
+  (path,) = cache.glob("hub/*--liar/snapshots/*/*/validation/*.parquet")
+  path.resolve().unlink()
+  path.unlink()
 
 
 @pytest.mark.parametrize("task", ON_HUB, ids=lambda task: task.name)
@@ -166,20 +181,49 @@ def test_later_runs(hub, cache, first_run):
     ["load", "subj", f"hub:SetFit/subj@{name}", "train"]
     for name in (commit, "none")
   ]
-  others = [GATED, ["model", "a/model", None, None]]
+  others = [
+    GATED,
+    HALF,
+    ["draw", "subj", "hub:a/stream", "train"],
+    ["draw", "trec", None, "train"],
+    ["model", "a/model", None, None],
+    ["adapter", "hub:a/adapter", None, None],
+    ["adapter", "hub:no/where@v1", None, None],
+    ["adapter", "hub:a", None, None],
+  ]
   hub.requests.clear()
   hub.faults[:] = [500, 0, 429]
-  *results, gated, model = _session(
-    [*calls, *find, *mistakes, *others], hub.url, cache, HF_TOKEN="hf_secret"
+  # The first answer is later than the client waits for it, and the first files
+  # end too early.
+  hub.delays[:], hub.cuts[:] = [1.2], [10, 100]
+  _halve(cache)
+  *results, gated, half, drawn, script, model, adapter, missing, wrong = (
+    _session(
+      [*calls, *find, *mistakes, *others],
+      hub.url,
+      cache,
+      HF_TOKEN="hf_secret",
+      HF_HUB_DOWNLOAD_TIMEOUT="1",
+      HF_HUB_ETAG_TIMEOUT="1",
+    )
   )
-  assert "gated" in first_run["gated"] and len(gated) == 2
+  assert "gated" in first_run["gated"] and len(gated) == len(half) == 2
+  assert [source for source, _ in drawn] == [
+    f"a/stream/train, row {i} drawn" for i in (1, 2, 3)
+  ]
+  assert len(script) == 2 and not [
+    *cache.glob("datasets/a___stream/**/*.arrow")
+  ]
   assert model == sorted(MODEL[:3])
+  assert adapter == ADAPTER
+  assert missing.startswith("The adapter no/where at revision v1 is neither")
+  assert "'hub:a' is no hub id; expected hub:owner/name" in wrong
   _check(results)
-  assert not hub.faults
+  assert not (hub.faults or hub.delays or hub.cuts)
   assert not any(
     "resolve" in path
     and path.endswith("parquet")
-    and not re.search("/(old|a)/", path)
+    and not re.search("/(old|a)/|liar", path)
     for _, path in hub.requests
   )
   *names, missing, config, converted, configs, old, none = results[len(calls) :]
@@ -196,12 +240,15 @@ def test_later_runs(hub, cache, first_run):
 def test_without_a_connection(hub, cache, first_run):
   calls = [call for name in SOME for call in _calls(name)]
   hub.requests.clear()
-  *known, new = _session(
-    [*calls, ["load", "subj", "hub:old/set/part2", "train"]],
+  _halve(cache)
+  *known, half, new = _session(
+    [*calls, HALF, ["load", "subj", "hub:old/set/part2", "train"]],
     hub.url,
     cache,
     HF_HUB_OFFLINE="1",
   )
   _check(known)
   assert not hub.requests
+  assert half.startswith("Cannot read split 'validation' of 'ucsbai/liar' from")
+  assert "is incomplete" in half
   assert new.startswith("Cannot read split 'train' of 'old/set' from the hub")

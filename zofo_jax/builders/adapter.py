@@ -12,7 +12,7 @@ from zofo_jax.config import defaults
 from zofo_jax.core import keys
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.data import tokenizer as tokenizer_lib
-from zofo_jax.models.hf import peft
+from zofo_jax.models.hf import hub, peft
 
 # (typed PRNG key, folded and not consumed; backbone) -> a fresh adapter.
 InitAdapterFn = Callable[[jax.Array, Any], Any]
@@ -74,7 +74,7 @@ def load_adapter(
   """Reads the adapter that `config.adapter.init_from` names.
 
   Args:
-    folder: written by PEFT; None for none.
+    folder: written by PEFT, or "hub:owner/name"; None for none.
     model: the model that it is for.
     init_fn: makes an adapter of the kind that is expected.
 
@@ -86,7 +86,8 @@ def load_adapter(
   """
   if not folder:
     return None
-  loaded = peft.load(folder, model.family, model.module.config)
+  place = hub.locate_adapter(folder)
+  loaded = peft.load(place, model.family, model.module.config)
   expected = jax.eval_shape(
     lambda base: init_fn(keys.seed_key(0), base),
     model_lib.abstract_base(model),

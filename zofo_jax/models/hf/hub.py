@@ -1,4 +1,4 @@
-"""Locates a checkpoint: a local folder, or a download from the hub.
+"""Locates checkpoints and adapters: local folders, or downloads from the hub.
 
 Only files that are needed are downloaded: configuration, tokenizer and
 safetensors; older formats of weights only if a repository has no safetensors.
@@ -6,6 +6,7 @@ safetensors; older formats of weights only if a repository has no safetensors.
 
 import pathlib
 import re
+from collections.abc import Iterable, Sequence
 
 from zofo_jax import errors
 
@@ -30,6 +31,7 @@ _PATTERNS = {
   MSGPACK: ("flax_model*.msgpack", MSGPACK[1]),
   TORCH: ("pytorch_model*.bin", TORCH[1]),
 }
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -58,7 +60,8 @@ def locate(
       f"The model folder {name} does not exist;"
       " expected a folder or a hub id such as facebook/opt-125m."
     )
-  return _checked(_download(name, revision))
+  patterns = ((*_TEXT, *weights) for weights in _PATTERNS.values())
+  return _checked(_download("model", name, revision, patterns))
 
 
 def weights_format(folder: pathlib.Path) -> tuple[str, str] | None:
@@ -88,23 +91,52 @@ def _checked(folder: pathlib.Path) -> pathlib.Path:
   return folder
 
 
-def _download(name: str, revision: str | None) -> pathlib.Path:
-  """Downloads a repository, or finds it in the hub's cache when offline."""
+def locate_adapter(source: str) -> pathlib.Path:
+  """Returns the local folder of an adapter of PEFT, downloading it if needed.
+
+  Args:
+    source: a folder, or "hub:owner/name" and perhaps "@revision".
+
+  Raises:
+    UserError: the source is no valid id, or the download failed.
+  """
+  if not source.startswith("hub:"):
+    return pathlib.Path(source)
+  parts = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+  if not parts:
+    raise errors.UserError(
+      f"The adapter '{source}' is no hub id; expected hub:owner/name, and "
+      "perhaps @revision."
+    )
+  return _download("adapter", parts[1], parts[2], [_ADAPTER])
+
+
+def _download(
+  kind: str,
+  name: str,
+  revision: str | None,
+  choices: Iterable[Sequence[str]],
+) -> pathlib.Path:
+  """Downloads a repository, or finds it in the hub's cache when offline.
+
+  Args:
+    kind: of the repository, for messages.
+    name: its id.
+    revision: branch, tag or commit.
+    choices: patterns of files; those of the first that has weights.
+  """
   # Imported here because it takes half a second and local folders need none.
   import huggingface_hub
   from huggingface_hub import errors as hub_errors
 
-  def fetch(*patterns: str) -> pathlib.Path:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        name, revision=revision, allow_patterns=list(patterns)
-      )
-    )
-
   at = f" at revision {revision}" if revision else ""
   try:
-    for patterns in _PATTERNS.values():
-      folder = fetch(*_TEXT, *patterns)
+    for patterns in choices:
+      folder = pathlib.Path(
+        huggingface_hub.snapshot_download(
+          name, revision=revision, allow_patterns=list(patterns)
+        )
+      )
       if weights_format(folder):
         break
     return folder
@@ -127,4 +159,4 @@ def _download(name: str, revision: str | None) -> pathlib.Path:
     # Only the first line is meant for users.
     reason = (str(error) or type(error).__name__).splitlines()[0]
     problem = f"could not be fetched from the hub ({reason.rstrip('. ')})"
-  raise errors.UserError(f"The model {name}{at} {problem}.")
+  raise errors.UserError(f"The {kind} {name}{at} {problem}.")
