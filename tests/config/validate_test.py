@@ -135,6 +135,20 @@ def test_adapters_that_there_are_not(config, changes, words):
     validate.check(config)
 
 
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"data.dir": "rows"}, r"data\.dir is 'rows'; expected False, or hub:"),
+    ({"data.dir": "hub:a/b", "data.shots": 2}, r"data\.shots needs every row"),
+    ({"data.order": "content"}, r"data\.order needs every row"),
+  ],
+)
+def test_streams_are_of_the_hub(config, changes, words):
+  config.update_from_flattened_dict({"data.stream": True, **changes})
+  with pytest.raises(errors.UserError, match=rf"data\.stream: .*{words}"):
+    validate.check(config)
+
+
 def test_positions_that_adapters_take(config):
   taken = {}
   for config.adapter.kind in ("lora", "prefix", "prompt", "prompt+lora+prefix"):

@@ -34,7 +34,7 @@ def test_rows():
 def test_splits():
   members = rows("a", "b", "c", "d")
   parts = splits.Splits(members[:1], members[1:2], members[2:3], members[3:])
-  described = fingerprints.of_splits(parts)
+  described = fingerprints.of_splits(parts._asdict())
   for name in ("lower", "upper", "selection", "test"):
     of_set = getattr(parts, name)
     assert described[name] == {

@@ -8,7 +8,8 @@ import types
 import pytest
 
 from zofo_jax import errors, tasks
-from zofo_jax.data import files, sources
+from zofo_jax.data import files, fingerprints, sources
+from zofo_jax.data import hub as hub_lib
 from zofo_jax.data import splits as splits_lib
 
 TASK = tasks.get("rotten_tomatoes")
@@ -312,6 +313,55 @@ def test_of_a_large_table_only_what_is_needed_is_read(monkeypatch, tmp_path):
   assert sum(table.num_rows for table in read) == 4 * sum(counts)
   hub = _Hub({"train": records, "validation": _records(30, 500)})
   monkeypatch.setitem(sys.modules, "datasets", hub)
-  assert [r.fields for part in load("hub:some/set") for r in part] == [
-    r.fields for part in whole for r in part
-  ]
+
+  def fields(sets):
+    return [row.fields for part in sets for row in part]
+
+  def number(row):
+    return row.source.split(" row ")[1]
+
+  of_hub = load("hub:some/set")
+  assert fields(of_hub) == fields(whole)
+  # A script's converted copy is read in the same way.
+  hub.load_dataset = hub.get_dataset_split_names = _raise_script
+  monkeypatch.setattr(hub_lib, "_converted", lambda *_: tmp_path)
+  read.clear()
+  assert load("hub:some/set") == of_hub
+  assert sum(table.num_rows for table in read) == 4 * sum(counts)
+  # An Arrow stream of several batches, and a file.
+  for name, new in (("stream", "new_stream"), ("file", "new_file")):
+    table, folder = pyarrow.Table.from_pylist(records), tmp_path / name
+    _write(folder / "validation.jsonl", _records(30, 500))
+    with getattr(pyarrow.ipc, new)(
+      folder / "train.arrow", table.schema
+    ) as sink:
+      sink.write_table(table, max_chunksize=70)
+    read.clear()
+    of_arrow = load(folder)
+    assert fields(of_arrow) == fields(whole)
+    assert [number(r) for r in of_arrow.lower] == [
+      number(r) for r in of_hub.lower
+    ]
+    assert sum(table.num_rows for table in read) == 4 * sum(counts)
+
+
+def _raise_script(*args, **options):
+  raise RuntimeError("Dataset scripts are no longer supported")
+
+
+def test_sets_of_content_are_those_of_any_order_of_files(tmp_path):
+  records, test = _records(60), _records(20, 500)
+  shuffled = [records[7 * i % 60] for i in range(60)]
+  for name, rows, end in (("a", records, 25), ("b", shuffled, 40)):
+    for number, part in enumerate((rows[:end], rows[end:])):
+      _write(tmp_path / name / f"train-{number:05}-of-00002.jsonl", part)
+  for name, rows in (("a", test), ("b", test[::-1])):
+    _write(tmp_path / name / "validation.jsonl", rows)
+
+  def load(name, **options):
+    sets = splits_lib.load_splits(TASK, tmp_path / name, **options)
+    return fingerprints.of_splits(sets._asdict())
+
+  assert load("a", order="content") == load("b", order="content")
+  assert load("a", order="content", seed=1) != load("b", order="content")
+  assert load("a") != load("b")

@@ -35,6 +35,8 @@ class RowSource(NamedTuple):
     pooled: whether D_p and D_f are the same rows, all of both.
     bad_rows: what happens to rows that cannot be used, and which ones were
       left out.
+    order: as for `splits.load_splits`.
+    stream: likewise.
   """
 
   folder: str | None
@@ -44,6 +46,8 @@ class RowSource(NamedTuple):
   test_split: str | None
   pooled: bool
   bad_rows: bad_rows_lib.BadRows
+  order: splits_lib.Order = "file"
+  stream: bool = False
 
   def load(self, task: tasks.Task) -> splits_lib.Splits:
     """Reads and divides the rows of a task.
@@ -60,6 +64,8 @@ class RowSource(NamedTuple):
       seed=self.seed,
       test_split=self.test_split,
       bad_rows=self.bad_rows,
+      order=self.order,
+      stream=self.stream,
     )
 
 
@@ -79,6 +85,8 @@ def make_row_source(config: ml_collections.ConfigDict) -> RowSource:
     test_split=data.test_split or None,
     pooled=data.pooled or config.method != "bilevel",
     bad_rows=bad_rows_lib.BadRows(data.bad_rows),
+    order=data.order,
+    stream=data.stream,
   )
 
 
@@ -139,7 +147,7 @@ def load_examples(
     upper=upper,
     selection=encoder.encode_eval(task, splits.selection),
     test=encoder.encode_eval(task, splits.test),
-    fingerprints=fingerprints.of_splits(splits),
+    fingerprints=fingerprints.of_splits(splits._asdict()),
     questions=encoder.encode_eval(
       task, [*splits.lower, *splits.upper] if source.pooled else splits.upper
     )

@@ -53,7 +53,9 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
       f"text; expected 'none', found '{config.icl.calibration}'."
     )
   splits = run.row_source.load(run.task)
-  inputs.check(run, epath.Path(workdir), fingerprints.of_splits(splits))
+  inputs.check(
+    run, epath.Path(workdir), fingerprints.of_splits(splits._asdict())
+  )
   pool = [*splits.lower, *splits.upper]
   queries = encode_options.rows_of(
     splits.test, run.encoder.encode_eval(run.task, splits.test)

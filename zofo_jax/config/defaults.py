@@ -122,7 +122,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   # Adapters.
   ("adapter.kind", "lora", ANY,
    "lora, prefix or prompt; several are joined by +, as lora+prefix"),
-  ("adapter.init_from", str, PATH, "PEFT folder to start from"),
+  ("adapter.init_from", str, PATH,
+   "PEFT folder to start from, or hub:OWNER/NAME"),
   ("lora.rank", 8, POSITIVE, "rank of the two factors"),
   ("lora.alpha", 16.0, FINITE, "their product is scaled by alpha / rank"),
   ("lora.targets", r"attention/(query|value)$", ANY,
@@ -235,6 +236,11 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("data.dir", str, PATH,
    "folder with JSON, CSV, TSV or Parquet files, or one file; else the hub"),
   ("data.seed", 0, integer(0, 2**32 - 1), "of the draw of rows"),
+  ("data.order", "file", one_of("file", "content"),
+   "order of the rows before the draw: that of the files, or one that is the "
+   "same whatever file or line a row is in"),
+  ("data.stream", False, ANY,
+   "of a set of the hub, download only the part from which rows are drawn"),
   ("data.num_lower", 666, POSITIVE, "rows of D_p"),
   ("data.num_upper", 334, POSITIVE, "rows of D_f"),
   ("data.pooled", False, ANY, "use all of these rows as both D_p and D_f"),

@@ -41,6 +41,7 @@ def check(config: ml_collections.ConfigDict) -> None:
   _check_offload(fields)
   _check_write_every(fields)
   _check_own_task(fields)
+  _check_stream(fields)
   _check_adapter(fields)
   _check_generate(fields)
   _check_ckpt(fields)
@@ -264,6 +265,25 @@ def _check_own_task(fields: _Fields) -> None:
     raise errors.UserError(
       f"config.data.{name}: belongs to a task of one's own, which "
       f"config.data.prompt begins; found {value!r} without it."
+    )
+
+
+def _check_stream(fields: _Fields) -> None:
+  """Checks that a set of the hub is not to be read whole."""
+  if not fields["data.stream"]:
+    return
+  place = fields["data.dir"]
+  if place and not place.startswith("hub:"):
+    raise errors.UserError(
+      f"config.data.stream: rows are drawn from a set of the hub while it is "
+      f"downloaded, and data.dir is '{place}'; expected False, or "
+      "hub:OWNER/NAME."
+    )
+  if fields["data.shots"] or fields["data.order"] == "content":
+    name = "shots" if fields["data.shots"] else "order"
+    raise errors.UserError(
+      f"config.data.stream: data.{name} needs every row; expected False; "
+      "found True."
     )
 
 

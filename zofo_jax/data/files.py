@@ -39,8 +39,9 @@ _GZIP_MARK = b"\x1f\x8b"
 _GZIP_ERRORS = (gzip.BadGzipFile, EOFError, zlib.error)
 # Far above what rows have, far below where Python's recursion ends.
 _MAX_DEPTH = 100
-# Rows of a Parquet file that are decoded at a time.
+# Rows of a Parquet file that are decoded at a time, and bytes that are read.
 _BLOCK = 4096
+_BUFFER = 2**20
 
 
 def ending(path: pathlib.Path) -> str:
@@ -89,8 +90,8 @@ def read_all(
 
   Args:
     paths: of the files.
-    choose: which rows of Parquet files are read; None for all. Rows of other
-      files are all read.
+    choose: which rows of Parquet and Arrow files are read; None for all. Rows
+      of other files are all read.
 
   Returns:
     Rows and errors of rows, in the files' order or in that of the choice.
@@ -98,17 +99,17 @@ def read_all(
   Raises:
     UserError: a file cannot be read.
   """
-  tables = all(ending(path).lower() == ".parquet" for path in paths)
+  tables = all(ending(path).lower() in _TABLES for path in paths)
   if choose is None or not tables:
     return [item for path in paths for item in read(path)]
-  ends = np.cumsum([_open_parquet(path).metadata.num_rows for path in paths])
+  ends = np.cumsum([_num_rows(path) for path in paths])
   indices = choose(int(ends[-1]))
   if indices is None:
     return read_all(paths)
   items: dict[int, Item] = {}
   for path, start, end in zip(paths, [0, *ends[:-1]], ends, strict=True):
     inside = np.sort(indices[(indices >= start) & (indices < end)])
-    rows = _parquet_rows(path, inside - start)
+    rows = _chosen_rows(path, inside - start)
     items |= zip(inside.tolist(), rows, strict=True)
   return [items[i] for i in indices.tolist()]
 
@@ -280,14 +281,12 @@ def _broken(cells: list[str], header: list[str], delimiter: str) -> str | None:
 
 def _read_table(path: pathlib.Path) -> Iterator[Item]:
   """Reads Parquet, or Arrow: a file, or a stream as `datasets` saves it."""
-  if ending(path).lower() == ".parquet":
-    with _table_errors(path, "a Parquet"):
+  with _table_errors(path):
+    if _is_parquet(path):
       table = _open_parquet(path).read()
-  else:
-    ipc = _pyarrow(path, "ipc")
-    with _table_errors(path, "an Arrow"), path.open("rb") as stream:
-      is_file = stream.peek(6).startswith(b"ARROW1")
-      table = (ipc.open_file if is_file else ipc.open_stream)(stream).read_all()
+    else:
+      with path.open("rb") as stream:
+        table = _open_arrow(path, stream).read_all()
   yield from _table_rows(path, table, range(table.num_rows))
 
 
@@ -300,14 +299,19 @@ def _pyarrow(path: pathlib.Path, name: str) -> Any:
     ) from error
 
 
+def _is_parquet(path: pathlib.Path) -> bool:
+  return ending(path).lower() == ".parquet"
+
+
 @contextlib.contextmanager
-def _table_errors(path: pathlib.Path, kind: str) -> Iterator[None]:
+def _table_errors(path: pathlib.Path) -> Iterator[None]:
   """Raises the errors of pyarrow as `UserError`s."""
   try:
     yield
   except (OSError, ValueError, NotImplementedError) as error:
     if isinstance(error, errors.UserError):
       raise
+    kind = "a Parquet" if _is_parquet(path) else "an Arrow"
     raise errors.UserError(
       f"{path}: not {kind} file ({errors.first_line(error)})."
     ) from error
@@ -315,22 +319,51 @@ def _table_errors(path: pathlib.Path, kind: str) -> Iterator[None]:
 
 def _open_parquet(path: pathlib.Path) -> Any:
   parquet = _pyarrow(path, "parquet")
-  with _table_errors(path, "a Parquet"):
-    # One file, whatever the names of its folders ("label=1") suggest. Buffers
-    # would hold whole groups of rows.
-    return parquet.ParquetFile(path, pre_buffer=False)
+  # One file, whatever the names of its folders ("label=1") suggest. Without a
+  # buffer of this size, a column of a whole group of rows is in memory.
+  return parquet.ParquetFile(path, buffer_size=_BUFFER, pre_buffer=False)
 
 
-def _parquet_rows(path: pathlib.Path, indices: np.ndarray) -> Iterator[Item]:
+def _open_arrow(path: pathlib.Path, stream: Any) -> Any:
+  """Opens an Arrow file or stream."""
+  ipc = _pyarrow(path, "ipc")
+  is_file = stream.read(6) == b"ARROW1"
+  stream.seek(0)
+  return (ipc.open_file if is_file else ipc.open_stream)(stream)
+
+
+def _num_rows(path: pathlib.Path) -> int:
+  with _table_errors(path):
+    if _is_parquet(path):
+      return _open_parquet(path).metadata.num_rows
+    return sum(block.num_rows for block in _arrow_blocks(path))
+
+
+def _chosen_rows(path: pathlib.Path, indices: np.ndarray) -> Iterator[Item]:
   """Reads some rows, in ascending order, a block of the file at a time."""
   start = 0
-  with _table_errors(path, "a Parquet"):
-    for block in _open_parquet(path).iter_batches(_BLOCK):
+  with _table_errors(path):
+    blocks = (
+      _open_parquet(path).iter_batches(_BLOCK)
+      if _is_parquet(path)
+      else _arrow_blocks(path)
+    )
+    for block in blocks:
       end = start + block.num_rows
       inside = indices[(indices >= start) & (indices < end)]
       if len(inside):
         yield from _table_rows(path, block.take(inside - start), inside)
       start = end
+
+
+def _arrow_blocks(path: pathlib.Path) -> Iterator[Any]:
+  """Yields the batches of an Arrow file, which are read where they are used."""
+  with _pyarrow(path, "lib").memory_map(str(path)) as stream:
+    reader = _open_arrow(path, stream)
+    if hasattr(reader, "num_record_batches"):
+      yield from map(reader.get_batch, range(reader.num_record_batches))
+    else:
+      yield from reader
 
 
 def _table_rows(
@@ -359,6 +392,7 @@ def _table_rows(
     yield tasks.Row(fields, f"{path} row {number + 1}")
 
 
+_TABLES = (".parquet", ".arrow")
 # Reader of each ending.
 _READERS: dict[str, Callable[[pathlib.Path], Iterator[Item]]] = {
   ".jsonl": _read_json,

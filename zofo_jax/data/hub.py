@@ -6,9 +6,10 @@ Parquet files in a folder for each configuration, on a branch of their own.
 """
 
 import importlib
+import itertools
 import pathlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,6 +21,8 @@ CONVERTED = "refs/convert/parquet"
 # What `datasets` says of scripts; the second once an older call has left a
 # converted copy in its cache.
 _IS_SCRIPT = re.compile(r"scripts are no longer|Couldn't find cache for")
+# Rows among which the next one is drawn, of a set that is streamed.
+_BUFFER = 10_000
 # Folders of a data set's only configuration on the converted branch.
 _ONLY_CONFIG = ("default", "plain_text")
 
@@ -36,6 +39,18 @@ class HubSet(NamedTuple):
   name: str
   config: str | None = None
   revision: str | None = None
+
+
+class Stream(NamedTuple):
+  """How rows are drawn from the part of a set that is downloaded.
+
+  Attributes:
+    seed: of the draw.
+    num_rows: number of rows.
+  """
+
+  seed: int
+  num_rows: int
 
 
 def resolve(
@@ -74,6 +89,7 @@ def read(
   hub: HubSet,
   split: str,
   choose: files.Choose | None = None,
+  stream: Stream | None = None,
 ) -> list[files.Item]:
   """Reads the rows of a split.
 
@@ -82,27 +98,56 @@ def read(
     hub: the data set.
     split: "train", "validation" or "test".
     choose: which rows are read, and in what order; None for all.
+    stream: draws rows instead while they are downloaded, unless the set is a
+      script.
 
   Raises:
     UserError: the split cannot be read.
   """
   name = task.hub_splits.get(split, split)
   what = f"split '{name}' of '{hub[0]}'"
+  prefix = "/".join(filter(None, (*hub, name)))
   table = None
   if not _is_converted(task, hub):
-    table = _call_datasets("load_dataset", hub, what, split=name)
+    options = {} if stream is None else {"streaming": True}
+    table = _call_datasets("load_dataset", hub, what, split=name, **options)
+  if table is not None and stream is not None:
+    return _drawn(table, stream, prefix, what)
+  indices: np.ndarray | None = None
+
+  def remember(total):
+    nonlocal indices
+    indices = choose(total) if choose else None
+    return indices
+
+  rows: Iterable[Mapping[str, Any]]
   if table is None:
-    table = [row.fields for row in _converted_rows(task, hub, split, what)]
-  numbers: Iterable[int] = range(len(table))
-  indices = choose(len(table)) if choose else None
-  if indices is not None:
-    numbers = indices.tolist()
-  prefix = "/".join(filter(None, (*hub, name)))
-  # Indexing reads a row at a time; iteration reads all in larger parts.
-  rows = table if indices is None else (table[i] for i in numbers)
+    paths = _converted_files(task, hub, split, what)
+    items = files.read_all(paths, remember)
+    rows = [item.fields for item in items if isinstance(item, tasks.Row)]
+  else:
+    chosen = remember(len(table))
+    # Indexing reads a row at a time; iteration reads all in larger parts.
+    rows = table if chosen is None else (table[i] for i in chosen.tolist())
+  numbers = itertools.count() if indices is None else indices.tolist()
   return [
     tasks.Row(dict(fields), f"{prefix} row {number + 1}")
-    for number, fields in zip(numbers, rows, strict=True)
+    for number, fields in zip(numbers, rows)
+  ]
+
+
+def _drawn(
+  table: Any, stream: Stream, prefix: str, what: str
+) -> list[files.Item]:
+  """Draws rows of an `IterableDataset`."""
+  shuffled = table.shuffle(seed=stream.seed, buffer_size=_BUFFER)
+  try:
+    rows = list(shuffled.take(stream.num_rows))
+  except Exception as error:  # Network libraries raise many exceptions.
+    raise _unreadable(what, error) from error
+  return [
+    tasks.Row(dict(fields), f"{prefix}, row {number} drawn")
+    for number, fields in enumerate(rows, 1)
   ]
 
 
@@ -168,7 +213,7 @@ def _is_converted(task: tasks.Task, hub: HubSet) -> bool:
   return task.hub_script and hub == (*(task.hub or ()), None)
 
 
-def _call_datasets(name: str, hub: HubSet, what: str, **options: str) -> Any:
+def _call_datasets(name: str, hub: HubSet, what: str, **options: Any) -> Any:
   """Calls a function of the package `datasets`; None if the set is a script."""
   try:
     datasets = importlib.import_module("datasets")
@@ -193,18 +238,17 @@ def _unreadable(what: str, error: Exception) -> errors.UserError:
   )
 
 
-def _converted_rows(
+def _converted_files(
   task: tasks.Task, hub: HubSet, split: str, what: str
-) -> list[tasks.Row]:
-  """Reads the rows of a split from the converted branch."""
+) -> list[pathlib.Path]:
+  """Returns the files of a split on the converted branch."""
   paths = layouts.find(_converted(hub, what), task, split)
   if not paths:
     raise errors.UserError(
       f"Cannot read {what} from the hub: its branch {CONVERTED} has no "
       f"such split of {hub[1] or 'a single configuration'}."
     )
-  items = [item for path in paths for item in files.read(path)]
-  return [item for item in items if isinstance(item, tasks.Row)]
+  return paths
 
 
 def _converted(hub: HubSet, what: str) -> pathlib.Path:

@@ -21,6 +21,7 @@ def load(
   labelled: bool = True,
   bad_rows: bad_rows_lib.BadRows | None = None,
   choose: files.Choose | None = None,
+  stream: hub_lib.Stream | None = None,
 ) -> list[tasks.Row]:
   """Reads and checks every row of a split.
 
@@ -31,14 +32,14 @@ def load(
       files, as MetaICL names them (`DIR/mrpc_16_100` for
       `mrpc_16_100_<split>.jsonl`); a single file, which is the split "train";
       "hub:owner/name" or "hub:owner/name/config", and perhaps "@revision";
-      None for the task's default
-      data set on the hub.
+      None for the task's default data set on the hub.
     split: "train", "validation" or "test".
     labelled: False for rows to be predicted, which need no label.
     bad_rows: what happens to rows that cannot be used; None to stop at them.
       Rows without label are left out of data sets of the hub and copies of
       them, rows without text are left out of those of the hub.
-    choose: which rows of Parquet files and of the hub are read; None for all.
+    choose: which rows of tables and of the hub are read; None for all.
+    stream: as for `hub.read`.
 
   Returns:
     The rows, in the file's order or in that of the choice.
@@ -47,7 +48,9 @@ def load(
     UserError: there is no such data, or a row is invalid; names file and row.
   """
   bad_rows = bad_rows or bad_rows_lib.BadRows()
-  items = read(task, source, split, labelled=labelled, choose=choose)
+  items = read(
+    task, source, split, labelled=labelled, choose=choose, stream=stream
+  )
   hub = hub_lib.resolve(task, source)
 
   def is_known(error):
@@ -67,6 +70,7 @@ def read(
   *,
   labelled: bool = True,
   choose: files.Choose | None = None,
+  stream: hub_lib.Stream | None = None,
 ) -> list[files.Item]:
   """Reads a split: checked rows, and errors in the place of bad rows.
 
@@ -76,6 +80,7 @@ def read(
     split: as for `load`.
     labelled: as for `load`.
     choose: as for `load`.
+    stream: as for `load`.
 
   Raises:
     UserError: there is no such data, or a file cannot be read.
@@ -83,7 +88,7 @@ def read(
   hub = hub_lib.resolve(task, source)
   if hub:
     name = "/".join(filter(None, hub))
-    items = hub_lib.read(task, hub, split, choose)
+    items = hub_lib.read(task, hub, split, choose, stream)
   else:
     paths = _local_files(task, pathlib.Path(str(source)), split)
     name = str(paths[0])

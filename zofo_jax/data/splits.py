@@ -9,13 +9,16 @@ import json
 import logging
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import bad_rows as bad_rows_lib
-from zofo_jax.data import sources
+from zofo_jax.data import fingerprints, sources
+from zofo_jax.data import hub as hub_lib
+
+Order = Literal["file", "content"]
 
 
 class Counts(NamedTuple):
@@ -61,6 +64,8 @@ def load_splits(
   seed: int = 0,
   test_split: str | None = None,
   bad_rows: bad_rows_lib.BadRows | None = None,
+  order: Order = "file",
+  stream: bool = False,
 ) -> Splits:
   """Reads a task's data and splits it.
 
@@ -74,6 +79,11 @@ def load_splits(
       as in the paper; if there is none, test; if there is none either, rows
       held out of train.
     bad_rows: as for `sources.load`.
+    order: the order that is permuted: of the files, or of the rows' content,
+      so that splits are the same whatever file or line a row is in. The latter
+      reads every row.
+    stream: whether rows of a set of the hub are drawn while they are
+      downloaded, so that only a part of it is.
 
   Returns:
     The four splits.
@@ -84,19 +94,26 @@ def load_splits(
 
   def load(name, num_rows):
     """Reads rows in random order; of a large table, only as many as needed."""
-    order = np.arange(0)
+    chosen = np.arange(0)
+    # Rows of each label, or of each place in the order, are among all.
+    whole = shots or order == "content"
 
     def choose(total):
-      nonlocal order
-      if total <= _MAX_WHOLE or shots:  # all rows of each label, to draw from
+      nonlocal chosen
+      if total <= _MAX_WHOLE or whole:
         return None
-      order = np.random.RandomState(seed).permutation(total)
-      order = order[: _SPARE * num_rows]
-      return order
+      permuted = np.random.RandomState(seed).permutation(total)
+      chosen = permuted[: _SPARE * num_rows].copy()  # without the others
+      return chosen
 
-    rows = sources.load(task, source, name, bad_rows=bad_rows, choose=choose)
-    if len(order):
+    draw = hub_lib.Stream(seed, _SPARE * num_rows) if stream else None
+    rows = sources.load(
+      task, source, name, bad_rows=bad_rows, choose=choose, stream=draw
+    )
+    if len(chosen):
       return rows
+    if order == "content":
+      rows.sort(key=lambda row: fingerprints.of_rows([row]))
     return [rows[i] for i in np.random.RandomState(seed).permutation(len(rows))]
 
   _check_counts(counts)
