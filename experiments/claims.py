@@ -189,7 +189,7 @@ def answers(cells: Sequence[Cell]) -> dict[str, Any]:
 
 
 def guided_answers(cells: Sequence[Cell]) -> dict[str, Any]:
-  """Checks the claims about steps of theta along what s has learnt.
+  """Checks the claims about steps of theta along what s has learned.
 
   What zeroth order adds is compared for every way of choosing lengths by
   forward passes; the value is that of the best of them.

@@ -8,7 +8,7 @@ import pytest
 from etils import epath
 
 from zofo_jax import report
-from zofo_jax.config import validate
+from zofo_jax.config import defaults
 from zofo_jax.report import trackers
 
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
@@ -90,7 +90,7 @@ def test_the_others_write_beside_the_run(name, tmp_path, monkeypatch):
 
 
 def test_configs_name_all_trackers():
-  assert validate.TRACKERS == tuple(trackers.TRACKERS)
+  assert defaults.TRACKERS == tuple(trackers.TRACKERS)
 
 
 def test_a_package_that_is_not_there(tmp_path, monkeypatch):

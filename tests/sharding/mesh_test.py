@@ -255,6 +255,15 @@ def test_a_weight_without_a_rule():
     rules_lib.shardings(mesh, tree, models.opt.SHARDINGS)
 
 
+def test_rules_tell_embeddings_apart():
+  place = jax.sharding.PartitionSpec
+  mesh = mesh_lib.abstract(ONE | {"fsdp": 2}, 2)
+  tree = {"my_embed": {"embedding": jnp.ones((6, 12))}}
+  rules = (*models.opt.SHARDINGS, (r"my_embed/embedding$", place("fsdp")))
+  (found,) = jax.tree.leaves(rules_lib.shardings(mesh, tree, rules))
+  assert found.spec == place("fsdp")
+
+
 def test_a_weight_that_is_not_divided():
   mesh = mesh_lib.abstract(ONE | {"model": 8}, 8)
   tree = {"embed": {"embedding": jnp.ones((6, 12))}}

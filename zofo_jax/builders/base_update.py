@@ -142,9 +142,8 @@ def make_guide(
   penalty: bool,
   reset: bool,
   random: str,
-  batch_size: int,
 ) -> guided.Guide:
-  """Makes the step of theta along what s has learnt, for LoRA.
+  """Makes the step of theta along what s has learned, for LoRA.
 
   Args:
     lengths: one of `guided.lengths`' choices.
@@ -157,9 +156,7 @@ def make_guide(
     penalty: whether lengths are chosen by L(p; D_p) as well.
     reset: whether the moments of s are set to 0.
     random: kind of the directions along which theta moves as well, or "".
-    batch_size: not read here.
   """
-  del batch_size  # the rows are the data's part
   rules = {
     "all": guided.constant,
     "parabola": lambda: guided.parabola(largest=largest),
@@ -240,7 +237,20 @@ def make_base_update(
     tx,
   )
   if follows:
-    update = update._replace(guide=make_guide(zo=update.zo, **config.guided))
+    options = config.guided
+    guide = make_guide(
+      options.lengths,
+      update.zo,
+      per_matrix=options.per_matrix,
+      num_updates=options.num_updates,
+      learning_rate=options.learning_rate,
+      radius=options.radius,
+      largest=options.largest,
+      penalty=options.penalty,
+      reset=options.reset,
+      random=options.random,
+    )
+    update = update._replace(guide=guide)
   return update
 
 

@@ -94,7 +94,7 @@ class Examples(NamedTuple):
   """Encoded rows: D_p, D_f, those that choose a checkpoint, and the test's.
 
   Attributes:
-    lower: D_p; empty where nothing is learnt from the rows' answers.
+    lower: D_p; empty where nothing is learned from the rows' answers.
     upper: D_f; empty likewise.
     selection: rows that choose a checkpoint.
     test: rows of the final test.
@@ -130,7 +130,7 @@ def load_examples(
     encoder: encodes them.
     with_questions: whether the prompts of D_f are encoded as well, of a task
       that is answered by generating text.
-    with_answers: whether rows are encoded to be learnt from.
+    with_answers: whether rows are encoded to be learned from.
 
   Raises:
     UserError: names the file and row that is wrong.

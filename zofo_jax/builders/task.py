@@ -87,7 +87,7 @@ def check_answers(task: tasks.Task, *, reward: bool, alone: bool) -> None:
 
   Raises:
     UserError: rewards would score options, or rows without answers are to be
-      learnt from.
+      learned from.
   """
   if task.label is None and not alone:
     raise errors.UserError(

@@ -1,4 +1,4 @@
-"""What a run rests on besides its config: rows, tokenizer, model, versions.
+"""Inputs of a run besides its config: rows, tokenizer, model, versions.
 
 They are described in `inputs.json` in the folder of the run and in the header
 of its ledger, which every checkpoint holds, and compared by all commands that
@@ -33,7 +33,7 @@ def describe(
   *,
   chat: bool = False,
 ) -> dict[str, Any]:
-  """Describes what a run of this process rests on.
+  """Describes the inputs of a run of this process.
 
   Args:
     model: its model.
@@ -57,7 +57,7 @@ def describe(
 
 
 def read(folder: epath.Path) -> dict[str, Any]:
-  """Reads what the run of a folder rests on.
+  """Reads the inputs of a folder's run.
 
   Returns:
     The dictionary of `describe`; {} for a new run, and for one of a version
@@ -99,7 +99,7 @@ def check(
   rows: Mapping[str, Any] | None = None,
   may_change: Collection[str] | None = None,
 ) -> dict[str, Any]:
-  """Compares what a run rests on with what it began with.
+  """Compares a run's inputs with those that it began with.
 
   Other versions, devices and compiler flags are a warning: they may change the
   last bits of a number.

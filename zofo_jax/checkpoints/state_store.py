@@ -31,7 +31,7 @@ class Store:
 
   Attributes:
     checkpoints: of the whole state, or of all but the backbone.
-    inputs: what the run rests on besides its config.
+    inputs: of the run besides its config.
   """
 
   def __init__(
@@ -53,7 +53,7 @@ class Store:
       config: the run's config, which is saved with each state.
       abstract_state: () -> shapes and shardings of a state.
       load_base: () -> the model's own weights: θ before the first step.
-      inputs: what else the run rests on, which is saved with it; see
+      inputs: of the run besides its config, saved with it; see
         `checkpoints.inputs`.
       base_is_trained: whether the backbone changes at all.
       base_every_steps: how often it is written; 0 with every checkpoint.

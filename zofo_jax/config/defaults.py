@@ -34,6 +34,7 @@ from zofo_jax.config.fields import (
   Field,
   integer,
   one_of,
+  some_of,
 )
 
 ADAPTERS = ("lora", "prefix", "prompt")
@@ -53,6 +54,7 @@ RANDOM_DIRECTIONS = (
 )
 ZO_DIRECTIONS = (*RANDOM_DIRECTIONS, "guided")
 QUANTIZED = ("int8", "int4", "nf4")
+TRACKERS = ("tensorboard", "wandb", "mlflow")
 ZO_OPTIMIZERS = (*OPTIMIZERS, "conservative")
 
 # NumPy's generators take 32 bits; a run has three streams, up to 3 * seed + 2.
@@ -188,7 +190,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("zo.write_every", 1, POSITIVE,
    "steps whose updates of weights in the host's memory are written together; "
    "until then, they are computed where a layer is read", NEVER),
-  # Steps along what s has learnt.
+  # Steps along what s has learned.
   ("guided.lengths", "all", one_of("all", "parabola", "descend"),
    "how far theta follows: all of it, the least of a parabola, or descent"),
   ("guided.per_matrix", True, ANY,
@@ -277,7 +279,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "iterations of the first stage of a method with _then_"),
   ("train.eval_every_steps", 50, POSITIVE,
    "iterations between evaluations, each with a checkpoint"),
-  ("train.trackers", (), NAMES, "some of tensorboard, wandb, mlflow", ALWAYS),
+  ("train.trackers", (), some_of(*TRACKERS),
+   "services that get the rows of metrics as well", ALWAYS),
   ("train.profile_steps", 0, NOT_NEGATIVE,
    "iterations to trace into WORKDIR/profile", ALWAYS),
   ("train.max_nonfinite", 10, NOT_NEGATIVE,

@@ -60,6 +60,8 @@ class Field(NamedTuple):
     check = self.check
     if check.accepts(value):
       return
+    if check.choices and isinstance(value, tuple):
+      value = next(item for item in value if item not in check.choices)
     # Names are quoted, numbers are not.
     text = f"'{value}'" if check.choices else f"{value}"
     if check in _NUMBERS and not _is_usable(value):
@@ -118,6 +120,15 @@ _NUMBERS = (FINITE, POSITIVE, NOT_NEGATIVE, MESH_SIZE)
 def one_of(*choices: str) -> Check:
   """Returns the check of a field that takes one of several names."""
   return Check(f"one of {', '.join(choices)}", choices.__contains__, choices)
+
+
+def some_of(*choices: str) -> Check:
+  """Returns the check of a field that takes any of several names."""
+  return Check(
+    f"some of {', '.join(choices)}, as ('{choices[0]}',)",
+    lambda value: all(item in choices for item in value),
+    choices,
+  )
 
 
 def integer(smallest: int, largest: int) -> Check:

@@ -18,10 +18,9 @@ _Fields = Mapping[str, Any]  # dotted names and values
 IN_PLACE = ("sgd", "conservative")
 # The estimators that evaluate one point on the line of a direction.
 ONE_POINT = ("forward", "exact")
-# What a run rests on besides its config, as `ckpt.may_change` names it.
+# Inputs of a run besides its config, as `ckpt.may_change` names it.
 INPUTS = ("rows", "tokenizer", "model_config")
 OBJECTIVES = ("loss", "accuracy", "token_f1", "reward")
-TRACKERS = ("tensorboard", "wandb", "mlflow")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -35,7 +34,6 @@ def check(config: ml_collections.ConfigDict) -> None:
     field.validate(fields[field.name])
   _check_zo(fields)
   _check_method(fields)
-  _check_trackers(fields)
   _check_guided(fields)
   _check_quantize(fields)
   _check_offload(fields)
@@ -63,17 +61,6 @@ def _check_pattern(fields: _Fields, name: str) -> None:
       f"config.{name}: expected a regular expression; found "
       f"'{fields[name]}' ({error})."
     ) from error
-
-
-def _check_trackers(fields: _Fields) -> None:
-  """Checks the names of trackers."""
-  for name in fields["train.trackers"]:
-    if name not in TRACKERS:
-      raise errors.UserError(
-        "config.train.trackers: expected some of "
-        f"{', '.join(TRACKERS)}, as ('tensorboard',); found {name!r}."
-        f"{errors.nearest(str(name), TRACKERS)}"
-      )
 
 
 def _check_method(fields: _Fields) -> None:
@@ -119,7 +106,14 @@ def _check_method(fields: _Fields) -> None:
       "config.keep: only method 'bilevel' on one task can keep 's'; expected "
       f"'p' with method '{method}' and command '{fields['command']}'."
     )
-  if fields["command"] != "metatrain":
+  if fields["command"] not in ("metatrain", "adapt"):
+    return
+  for name in ("data.prompt", "data.format", "data.metric"):
+    if fields[name]:
+      raise errors.UserError(
+        f"config.{name}: belongs to one task; expected none with many tasks."
+      )
+  if fields["command"] == "adapt":
     return
   if method not in methods.OVER_TASKS:
     raise errors.UserError(
@@ -131,11 +125,6 @@ def _check_method(fields: _Fields) -> None:
       "config.meta.on_host: only method 'bilevel' has adapters of each task; "
       f"expected False with '{method}'."
     )
-  for name in ("data.prompt", "data.format"):
-    if fields[name]:
-      raise errors.UserError(
-        f"config.{name}: belongs to one task; expected none with many tasks."
-      )
 
 
 def _check_guided(fields: _Fields) -> None:

@@ -13,15 +13,13 @@ theta descends the mean of their G along one estimate.
 """
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from zofo_jax.core import checks, guided, inner, loss_terms, outer, population
+from zofo_jax.core import checks, guided, levels, loss_terms, outer, population
 from zofo_jax.core import keys as keys_lib
-from zofo_jax.core import zo as zo_lib
 from zofo_jax.core.types import (
   BilevelAlgorithm,
   BilevelBatch,
@@ -53,11 +51,6 @@ def _copy_shared(tree: Params, other: Params) -> Params:
   return jax.tree.map(
     lambda leaf: leaf.copy() if id(leaf) in others else leaf, tree
   )
-
-
-def _reset(tx: optax.GradientTransformation, state: Any) -> Any:
-  """Returns an optimizer's state with moments of zero and its other numbers."""
-  return optax.tree.map_params(tx.init, jnp.zeros_like, state)
 
 
 def bilevel_step(
@@ -117,14 +110,8 @@ def bilevel_step(
       `zo.per_example`; there are scores, and `base_tx` evaluates an objective.
   """
   checks.check_lower_batch(batch, axis=int(over_tasks))
-  lower_loss_fn, upper_loss_fn = _checked_losses(
-    lower_loss_fn, upper_loss_fn, has_aux
-  )
-  lower_value_fn, upper_value_fn = lower_loss_fn, upper_loss_fn
-  if has_aux:
-    lower_value_fn, upper_value_fn = loss_terms.without_aux(
-      lower_loss_fn, upper_loss_fn
-    )
+  losses = _checked_losses(lower_loss_fn, upper_loss_fn, has_aux)
+  values = loss_terms.without_aux(*losses) if has_aux else losses
   keys = keys_lib.step_keys(state.key, state.step, zo.subspace_steps)
   base_tx = outer.to_outer_transform(base_tx)
   if guide is not None:
@@ -133,159 +120,71 @@ def bilevel_step(
     outer.check_writes(base_tx, "scores from outside of the program read")
   read_base = base_tx.read(state.base, state.base_opt, zo.sampler)
   penalty = jnp.asarray(hparams.penalty, jnp.float32)
-
   num_tasks = None
-  adapter_keys = (keys.lower, keys.upper)
   if over_tasks:
     num_tasks = jax.tree.leaves(batch.upper)[0].shape[0]
-    adapter_keys = jax.tree.map(
-      lambda key: (
-        jax.random.split(key, num_tasks) if num_tasks > 1 else key[None]
-      ),
-      adapter_keys,
-    )
 
-  def move_adapters(upper, upper_opt, lower, lower_opt, rows, adapter_keys):
-    lower_key, upper_key = adapter_keys
-    lower, lower_opt, lower_loss = inner.minimize(
-      lower_value_fn,
-      read_base,
-      lower,
-      lower_opt,
-      rows.lower,
-      lower_key,
-      tx=lower_tx,
-    )
-
-    upper_terms = (
-      (upper_loss_fn, upper, rows.upper),
-      (lower_loss_fn, upper, rows.penalty),
-    )
-    losses, grads, aux = loss_terms.loss_gradients(
-      upper_terms, read_base, jax.random.split(upper_key, 2), has_aux=has_aux
-    )
-    grads = jax.tree.map(lambda f, g: (f + penalty * g).astype(f.dtype), *grads)
-    upper, upper_opt, norm = inner.apply_gradients(
-      grads, upper_opt, upper, tx=upper_tx
-    )
-    metrics = (lower_loss, losses[0], losses[1], norm, aux[0])
-    return upper, upper_opt, lower, lower_opt, metrics
-
-  upper, upper_opt, lower, lower_opt, adapter_metrics = loss_terms.over_tasks(
-    move_adapters, num_tasks
-  )(
-    state.upper,
-    state.upper_opt,
-    state.lower,
-    state.lower_opt,
-    batch._replace(weights=None, probe=None, scores=None),
-    adapter_keys,
+  adapters = levels.first_order_steps(
+    *(state, read_base, batch, keys, penalty, losses, values[0]),
+    lower_tx=lower_tx,
+    upper_tx=upper_tx,
+    has_aux=has_aux,
+    num_tasks=num_tasks,
   )
-  lower_loss, upper_loss, penalty_loss, upper_grad_norm, aux = adapter_metrics
-
-  penalized = loss_terms.make_objective(
-    probe_loss_fn or upper_value_fn,
-    probe_loss_fn or lower_value_fn,
+  objective_fn = loss_terms.make_objective(
+    probe_loss_fn or values[1],
+    probe_loss_fn or values[0],
     penalty,
     num_tasks,
     batch.weights,
   )
-  rows = (batch.upper, batch.penalty)
   # If p's gradient is not finite, theta does not move either. This data
   # dependency also lets XLA update theta in place: without it, it copies all
   # weights.
-  may_move = jnp.all(jnp.isfinite(upper_grad_norm))
-  base, base_opt, move = state.base, state.base_opt, None
-  values, coefficients = jnp.zeros([0]), jnp.zeros([0])
-  num_nonfinite = jnp.zeros([], jnp.int32)
+  may_move = jnp.all(jnp.isfinite(adapters.upper_grad_norm))
+  none = jnp.zeros([0])
+  theta = levels.Theta(
+    state.base, state.base_opt, None, none, none, jnp.zeros([], jnp.int32)
+  )
   if guide is None or guide.random:
-    if batch.scores is None:
-      objective_of_base = lambda base: penalized(base, state.upper, lower, rows)
-      estimate = zo_lib.estimate_on_batch(
-        lambda base, rows: penalized(base, state.upper, lower, rows),
-        read_base,
-        rows,
-        keys.direction,
-        hparams.zo_eps,
-        zo,
-        axis=int(over_tasks),
-        subspace_key=keys.subspace,
-      )
-    else:
-      objective_of_base = population.no_objective
-      estimate = population.estimate(
-        batch.scores, keys, hparams.zo_eps, shaping
-      )
-    estimate = estimate.mask_nonfinite(may_move)
-    base, base_opt, move = outer.apply_transform(
-      base_tx,
-      state.base,
-      state.base_opt,
-      estimate,
-      zo.sampler,
-      objective_of_base,
-      keys.rounding,
+    theta = levels.zeroth_order_step(
+      *(state, read_base, batch, keys, adapters.lower, objective_fn, may_move),
+      eps=hparams.zo_eps,
+      base_tx=base_tx,
+      zo=zo,
+      shaping=shaping,
+      axis=int(over_tasks),
     )
-    values, coefficients = estimate.values, estimate.coefficients
-    num_nonfinite = estimate.num_nonfinite
-
-  lengths = None
   if guide is not None:
-
-    def probed(base, index):
-      probe = batch.upper
-      if batch.probe is not None:
-        probe = jax.tree.map(
-          lambda leaf: jnp.take(leaf, index, axis=int(over_tasks)), batch.probe
-        )
-      return penalized(
-        base, state.upper, None, (probe, batch.penalty), guide.penalty
-      )
-
-    shares = None
-    if over_tasks:
-      weights = batch.weights
-      weights = jnp.ones(num_tasks) if weights is None else weights
-      shares = weights / jnp.sum(weights)
-    followed = guided.follow(
-      guide,
-      probed,
-      base,
-      state.lower,
-      lower,
-      guided.step_key(keys),
-      allowed=may_move,
-      shares=shares,
+    theta, adapters = levels.guided_step(
+      *(state, batch, keys, theta, adapters, objective_fn, may_move),
+      guide=guide,
+      lower_tx=lower_tx,
+      num_tasks=num_tasks,
     )
-    base, lower, lengths = followed.base, followed.lower, followed.lengths
-    values = jnp.concatenate([values.ravel(), followed.values])
-    num_nonfinite += followed.num_nonfinite
-    if guide.reset:
-      lower_opt = _reset(lower_tx, lower_opt)
-  objective = upper_loss + penalty * penalty_loss
-  objective = jnp.mean(values if values.size else objective)
 
+  objective = adapters.upper_loss + penalty * adapters.penalty_loss
   new_state = BilevelState(
     step=state.step + 1,
-    base=base,
-    upper=upper,
-    lower=lower,
-    base_opt=base_opt,
-    upper_opt=upper_opt,
-    lower_opt=lower_opt,
+    base=theta.base,
+    upper=adapters.upper,
+    lower=adapters.lower,
+    base_opt=theta.base_opt,
+    upper_opt=adapters.upper_opt,
+    lower_opt=adapters.lower_opt,
     key=state.key,
   )
   info = BilevelInfo(
-    lower_loss=lower_loss,
-    upper_loss=upper_loss,
-    penalty_loss=penalty_loss,
-    objective=objective,
-    coefficients=coefficients,
-    num_nonfinite=num_nonfinite,
-    upper_grad_norm=upper_grad_norm,
-    move=move,
-    aux=aux if has_aux else None,
-    lengths=lengths,
+    lower_loss=adapters.lower_loss,
+    upper_loss=adapters.upper_loss,
+    penalty_loss=adapters.penalty_loss,
+    objective=jnp.mean(theta.values if theta.values.size else objective),
+    coefficients=theta.coefficients,
+    num_nonfinite=theta.num_nonfinite,
+    upper_grad_norm=adapters.upper_grad_norm,
+    move=theta.move,
+    aux=adapters.aux if has_aux else None,
+    lengths=theta.lengths,
   )
   return new_state, info
 

@@ -203,10 +203,10 @@ def _encode_document(
 ) -> Example:
   """Encodes a chat or text, truncated at the left if it is too long."""
   document = task.read_document(row)
-  ids, learnt, num_leading = encode_text.tokenize(
+  ids, learned, num_leading = encode_text.tokenize(
     document, tokenizer, row.source
   )
-  count = max(i for i, is_learnt in enumerate(learnt) if is_learnt) + 1
+  count = max(i for i, is_learned in enumerate(learned) if is_learned) + 1
   excess = count - 1 - max_length  # the last token is not read
   indices = list(range(count))
   if excess > 0:
@@ -216,7 +216,7 @@ def _encode_document(
       )
     indices = [*range(num_leading), *range(num_leading + excess, count)]
   tokens = tuple(ids[i] for i in indices)
-  targets = [slot for slot, i in enumerate(indices) if slot and learnt[i]]
+  targets = [slot for slot, i in enumerate(indices) if slot and learned[i]]
   sequence = EncodedRow(
     tokens=tokens[:-1],
     positions=tuple(i - 1 for i in targets),

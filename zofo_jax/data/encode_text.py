@@ -1,8 +1,8 @@
 """Encodes chats, completions and plain text, whose tokens are to be predicted.
 
 A chat is rendered by the tokenizer's own chat template. Of it, the assistant's
-turns are learnt: their content and the token that ends a turn. A completion is
-learnt up to the token that ends a text, which is appended to it.
+turns are learned: their content and the token that ends a turn. A completion is
+learned up to the token that ends a text, which is appended to it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,19 +20,19 @@ class Tokens(NamedTuple):
 
   Attributes:
     ids: token ids.
-    learnt: for each, whether it is to be predicted.
+    learned: for each, whether it is to be predicted.
     num_leading: special tokens that begin the text.
   """
 
   ids: tuple[int, ...]
-  learnt: tuple[bool, ...]
+  learned: tuple[bool, ...]
   num_leading: int = 0
 
 
 def tokenize(
   document: tasks.Chat | tasks.Plain, tokenizer: Any, source: str
 ) -> Tokens:
-  """Returns the tokens of a chat or text, and which of them are learnt.
+  """Returns the tokens of a chat or text, and which of them are learned.
 
   Args:
     document: the chat or text.
@@ -40,7 +40,7 @@ def tokenize(
     source: file and row, for messages.
 
   Raises:
-    RowError: the chat template refuses the chat, or nothing is to be learnt.
+    RowError: the chat template refuses the chat, or nothing is to be learned.
     UserError: the tokenizer has no chat template.
   """
   if isinstance(document, tasks.Plain):
@@ -49,8 +49,8 @@ def tokenize(
     tokens = _marked_chat(document, tokenizer, source)
   else:
     tokens = _chat(document, tokenizer, source)
-  if not any(tokens.learnt[1:]):
-    raise errors.RowError(source, "no token of this row is to be learnt.")
+  if not any(tokens.learned[1:]):
+    raise errors.RowError(source, "no token of this row is to be learned.")
   return tokens
 
 
@@ -108,17 +108,17 @@ def _plain(document: tasks.Plain, tokenizer: Any) -> Tokens:
   if end and text.endswith(end):
     text = text.removesuffix(end)
   ids, ends, num_leading = tokenizer_lib.tokenize(tokenizer, text)
-  learnt = [
+  learned = [
     i >= num_leading and place > len(document.prompt)
     for i, place in enumerate(ends)
   ]
   if tokenizer.eos_token_id is not None:
-    ids, learnt = [*ids, tokenizer.eos_token_id], [*learnt, True]
-  return Tokens(tuple(ids), tuple(learnt), num_leading)
+    ids, learned = [*ids, tokenizer.eos_token_id], [*learned, True]
+  return Tokens(tuple(ids), tuple(learned), num_leading)
 
 
 def _marked_chat(chat: tasks.Chat, tokenizer: Any, source: str) -> Tokens:
-  """Tokenizes a chat whose template marks what is learnt ("generation")."""
+  """Tokenizes a chat whose template marks what is learned ("generation")."""
   out = _apply(
     tokenizer,
     chat.messages,
@@ -127,14 +127,14 @@ def _marked_chat(chat: tasks.Chat, tokenizer: Any, source: str) -> Tokens:
     return_dict=True,
     return_assistant_tokens_mask=True,
   )
-  ids, learnt = out["input_ids"], [bool(i) for i in out["assistant_masks"]]
+  ids, learned = out["input_ids"], [bool(i) for i in out["assistant_masks"]]
   # Each run of marked tokens is a turn of the assistant.
   turns = sum(m["role"] == "assistant" for m in chat.messages[: chat.start])
   started = 0
-  for i, is_learnt in enumerate(learnt):
-    started += is_learnt and (i == 0 or not out["assistant_masks"][i - 1])
-    learnt[i] = is_learnt and started > turns
-  return Tokens(tuple(ids), tuple(learnt), _num_leading(tokenizer, ids))
+  for i, is_learned in enumerate(learned):
+    started += is_learned and (i == 0 or not out["assistant_masks"][i - 1])
+    learned[i] = is_learned and started > turns
+  return Tokens(tuple(ids), tuple(learned), _num_leading(tokenizer, ids))
 
 
 def _chat(chat: tasks.Chat, tokenizer: Any, source: str) -> Tokens:
@@ -145,21 +145,21 @@ def _chat(chat: tasks.Chat, tokenizer: Any, source: str) -> Tokens:
   special = set(tokenizer.all_special_ids) | {
     i for i, token in tokenizer.added_tokens_decoder.items() if token.special
   }
-  learnt = [False] * len(ids)
+  learned = [False] * len(ids)
   for number, message in enumerate(messages):
     if message["role"] != "assistant" or number < chat.start:
       continue
     start, end = _find_content(tokenizer, messages, number, text, source)
     inside = [i for i, (a, b) in enumerate(places) if b > start and a < end]
     for i in inside:
-      learnt[i] = True
+      learned[i] = True
     for i in range(max(inside, default=len(ids)) + 1, len(ids)):
       if ids[i] in special:  # ends the turn
-        learnt[i] = True
+        learned[i] = True
         break
       if text[places[i][0] : places[i][1]].strip():
         break
-  return Tokens(tuple(ids), tuple(learnt), _num_leading(tokenizer, ids))
+  return Tokens(tuple(ids), tuple(learned), _num_leading(tokenizer, ids))
 
 
 def _find_content(

@@ -15,7 +15,7 @@ def pack(
   """Returns examples of which each holds several of the given ones.
 
   Each goes into the first row that has room; longer ones are split, so that
-  every token is learnt. Logs the number of rows.
+  every token is learned. Logs the number of rows.
 
   Args:
     examples: of one row and one option each.

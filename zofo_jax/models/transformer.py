@@ -177,7 +177,10 @@ SHARDINGS = (
   (r"project_out/kernel$", P("model", "fsdp")),
   # Columns, not rows: devices look tokens up without exchanging rows, and the
   # size of the vocabulary need not be divisible.
-  (r"(embed|head)/embedding$", P(None, ("fsdp", "model"))),
+  (
+    r"(^|/)(embed|position_embed|type_embed|head)/embedding$",
+    P(None, ("fsdp", "model")),
+  ),
   (r"head_transform/kernel$", P("fsdp", "model")),
   (r"norm/(scale|bias)$", P()),
   (r"head_(transform|bias)/bias$", P()),

@@ -63,7 +63,7 @@ def plot_curves(
 
   If the file has no such score, the last panel shows the size of the
   zeroth-order coefficients. Rewards have a panel of their own; where nothing
-  else is learnt, the losses have none.
+  else is learned, the losses have none.
 
   Args:
     metrics_path: `metrics.jsonl` of a run.

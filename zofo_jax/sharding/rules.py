@@ -1,8 +1,8 @@
 """Which array is sharded along which axes of a mesh.
 
-Weights are sharded by the rules of their family of models (`SHARDINGS` in
-`models/llama.py`, `models/opt.py`), batches by rows, and everything else is
-replicated; XLA partitions the program.
+Weights are sharded by the rules of their family of models (`SHARDINGS`, which
+is that of `models/transformer.py` in all families of this package), batches by
+rows, and everything else is replicated; XLA partitions the program.
 """
 
 import math

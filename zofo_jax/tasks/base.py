@@ -31,11 +31,11 @@ class Row(NamedTuple):
 
 
 class Chat(NamedTuple):
-  """A row as a chat; the assistant's turns are to be learnt.
+  """A row as a chat; the assistant's turns are to be learned.
 
   Attributes:
     messages: {"role": ..., "content": ...} each.
-    start: index of the first message that may be learnt.
+    start: index of the first message that may be learned.
     answers: accepted contents of the last message; () for that one alone.
   """
 
@@ -45,7 +45,7 @@ class Chat(NamedTuple):
 
 
 class Plain(NamedTuple):
-  """A row as text: a prompt, which may be empty, and what is to be learnt."""
+  """A row as text: a prompt, which may be empty, and what is to be learned."""
 
   prompt: str
   completion: str

@@ -67,10 +67,7 @@ def summarize(
     "num_outer_steps": num_steps,
     "num_inner_steps": num_steps * config.lower.num_steps,
     **compute,
-    "nonfinite_steps": run_metadata["guard"].get("nonfinite", 0),
     **cost(run_metadata),
-    "device": jax.devices()[0].device_kind,
-    **memory.peaks(),
   }
   names = {"zero_shot": "zero-shot", "test": config.method}
   if config.method == "bilevel":
@@ -102,11 +99,14 @@ def best_selection(folder: epath.Path) -> dict[str, float]:
 
 
 def cost(run_metadata: dict[str, Any]) -> dict[str, Any]:
-  """Returns the time and the memory of a program as fields of a summary."""
+  """Returns what every run's summary says of its program and its devices."""
   return {
+    "nonfinite_steps": run_metadata["guard"].get("nonfinite", 0),
     "train_seconds": run_metadata["seconds"],
     "compile_seconds": run_metadata["compile_seconds"],
     "program_bytes": run_metadata["program_bytes"],
+    "device": jax.devices()[0].device_kind,
+    **memory.peaks(),
   }
 
 

@@ -380,6 +380,21 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
     )
 
 
+@pytest.mark.many_devices
+def test_directions_are_divided_among_devices(config, family_rows):
+  config.command, config.method = "metatrain", "mezo"
+  config.data.dir = str(family_rows)
+  config.meta.train, config.meta.num_tasks = TRAINED[:1], 1
+  config.mesh.data, config.mesh.pert = 1, 2
+  config.zo.num_directions = 2
+  family = meta_train.make_run(config)
+  sampler = meta_train._TaskSampler(family, load_examples(family))
+  program = jax.make_jaxpr(family.run.algorithm.step)(
+    family.abstract_state(), sampler.batch(0), family.run.hparams_fn(0)
+  )
+  assert "shard_map" in str(program)
+
+
 @pytest.mark.parametrize(
   "changes, expected",
   [
@@ -402,6 +417,7 @@ def test_one_task_is_trained_as_a_run_of_it_bit_for_bit(config):
       ["config.method", "many tasks", "peft"],
     ),
     ({"meta.size_power": -1.0}, ["meta.size_power", "0 or more"]),
+    ({"data.metric": "macro_f1"}, ["data.metric", "many tasks"]),
   ],
 )
 def test_mistakes(config, changes, expected):

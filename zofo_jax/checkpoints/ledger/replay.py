@@ -56,7 +56,7 @@ def make_header(
     zo: the section `zo`.
     base: θ before the first step.
     key: the run's typed PRNG key.
-    inputs: what else the run rests on; see `checkpoints.inputs`.
+    inputs: of the run besides its config; see `checkpoints.inputs`.
 
   Returns:
     A dictionary of JSON.
@@ -194,7 +194,7 @@ def check_replayable(optimizer: str, direction: str) -> None:
   """
   if direction == "guided":
     raise errors.UserError(
-      "zo.direction 'guided' moves theta along what an adapter has learnt, "
+      "zo.direction 'guided' moves theta along what an adapter has learned, "
       "which a ledger does not hold, so theta cannot be rebuilt from it; its "
       "checkpoints have theta."
     )

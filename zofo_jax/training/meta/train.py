@@ -14,7 +14,6 @@ from zofo_jax.checkpoints import inputs, run_folder, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core import multitask
 from zofo_jax.evaluation import objectives
-from zofo_jax.report import memory
 from zofo_jax.sharding import dispatch
 from zofo_jax.training import fit, summary
 from zofo_jax.training import train as train_lib
@@ -89,6 +88,7 @@ def make_run(config: ml_collections.ConfigDict) -> multitask_run.MultitaskRun:
       config.zo.objective, run.model.module, run.model.tokenizer
     ),
     over_tasks=True,
+    map_fn=dispatch.map_directions(run.mesh),
   )
   return multitask_run.MultitaskRun(
     run._replace(algorithm=over_tasks),
@@ -253,7 +253,6 @@ def metatrain(
     "num_outer_steps": config.train.num_steps,
     **compute_used(config.train.num_steps),
     **summary.cost(run_metadata),
-    "peak_rss_bytes": memory.peak_rss_bytes(),
   }
   title = f"{config.method}: the tasks trained on, own test rows"
   summary.write(folder, fields, table, title)
