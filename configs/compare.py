@@ -9,10 +9,10 @@ rows use fewer of them, so that it is also the same in tokens. `size=opt-1.3b`
 is the same comparison on an accelerator, with the compute of the paper's runs;
 `size=smollm2-135m-long` has ten times that of a laptop.
 
-The learning rates of `bilevel`, `peft` and `mezo` were chosen on selection rows
-of seed 100, by nine trials each on SST-2 and some on COPA and TREC, and those
-of longer runs by three; those of the other methods follow from them or are
-common values.
+The learning rates of `bilevel`, `peft`, `mezo` and `bilevel_all20` were chosen
+on selection rows of seed 100, by nine trials each on SST-2 and some on COPA and
+TREC, and those of longer runs by three; those of the other methods follow from
+them or are common values.
 """
 
 from typing import NamedTuple
@@ -43,6 +43,8 @@ LONG = {
   "bilevel": (1e-3, 1e-6, 1e-3),
   "peft": (2e-3, 0.0, 1e-3),
   "mezo": (0.0, 1e-5, 1e-3),
+  "bilevel_all": (2e-3, 0.0, 1e-3),
+  "bilevel_guided": (2e-3, 0.0, 1e-3),
 }
 SIZES = {
   "smollm2-135m": Size(None, 960, 8, (400, 200, 64, 200), {}),
@@ -68,6 +70,7 @@ RATES = {
   # Theta follows s; see GUIDED.
   "bilevel_guided": (4e-3, 0.0, 1e-3),
   "bilevel_all": (4e-3, 0.0, 1e-3),
+  "bilevel_all20": (4e-3, 0.0, 1e-3),
   "bilevel_matrices": (4e-3, 0.0, 1e-3),
   "bilevel_metric": (4e-3, 0.0, 1e-3),
   "bilevel_mixed": (4e-3, 1e-6, 1e-3),
@@ -81,13 +84,14 @@ RATES = {
 }
 
 # Steps of theta along what s has learned: the length by a parabola, and its
-# controls: always all of it, a length for each matrix, by accuracy instead of
-# the loss, and a random direction in addition.
+# controls: always all of it, also with T = 20, a length for each matrix, by
+# accuracy instead of the loss, and a random direction in addition.
 _PARABOLA = {"guided.lengths": "parabola", "guided.penalty": True}
 _ALL = {"guided.lengths": "all"}
 GUIDED = {
   "guided": _PARABOLA,
   "all": _ALL,
+  "all20": _ALL | {"lower.num_steps": 20},
   "matrices": {
     "guided.lengths": "descend",
     "guided.largest": 2.0,

@@ -111,21 +111,36 @@ def claim(
   both = pairs(cells, method, other)
   if not both:
     return None
-  values = [measure(*pair) for pair in both]
+  numbers = [(c["task"], c["seed"], measure(c, o)) for c, o in both]
+  return {"method": method, **verdict(numbers, target, average)}
+
+
+def verdict(
+  numbers: Sequence[tuple[str, str, float]],
+  target: str,
+  average: Callable[[Any], Any] = np.mean,
+) -> dict[str, Any]:
+  """Returns an average with its interval, and whether it meets the target.
+
+  Args:
+    numbers: task, seed and number each.
+    target: as for `claim`.
+    average: as for `claim`.
+  """
+  values = [number for _, _, number in numbers]
   value = float(average(np.asarray(values), axis=0))
   sense, _, limit = target.partition(" ")
   met = value >= float(limit) if sense == ">=" else value <= float(limit)
   by_task: dict[str, list[float]] = {}
-  for (cell, _), number in zip(both, values, strict=True):
-    by_task.setdefault(cell["task"], []).append(round(number, 4))
+  for task, _, number in numbers:
+    by_task.setdefault(task, []).append(round(number, 4))
   return {
-    "method": method,
     "value": value,
     "interval": interval(values, average),
     "target": target,
     "met": bool(met),
     "tasks": sorted(by_task),
-    "seeds": sorted({cell["seed"] for cell, _ in both}),
+    "seeds": sorted({seed for _, seed, _ in numbers}),
     "by_task": by_task,
   }
 
@@ -188,21 +203,25 @@ def answers(cells: Sequence[Cell]) -> dict[str, Any]:
   }
 
 
-def guided_answers(cells: Sequence[Cell]) -> dict[str, Any]:
+def guided_answers(cells: Sequence[Cell], method: str = ALL) -> dict[str, Any]:
   """Checks the claims about steps of theta along what s has learned.
 
   What zeroth order adds is compared for every way of choosing lengths by
   forward passes; the value is that of the best of them.
+
+  Args:
+    cells: results.
+    method: whose theta takes all of it.
   """
 
   def compare(other: str, ending: str, target: str) -> dict[str, Any] | None:
-    return claim(cells, other, difference(ending), target, method=ALL)
+    return claim(cells, other, difference(ending), target, method=method)
 
   both = difference("_base", "_base")
   added = [
     found
-    for method in BY_FORWARD_PASSES
-    if (found := claim(cells, ALL, both, ">= 0.01", method=method))
+    for other in BY_FORWARD_PASSES
+    if (found := claim(cells, method, both, ">= 0.01", method=other))
   ]
   best = max(added, key=lambda found: found["value"], default=None)
   if best:
@@ -214,4 +233,28 @@ def guided_answers(cells: Sequence[Cell]) -> dict[str, Any]:
     "p_over_lora": compare(LORA, "_p", ">= -0.02"),
     "accuracy_gain_over_lora": compare(LORA, "", ">= 0"),
     "zeroth_order_over_all_of_it": best,
+  }
+
+
+def meta_answers(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+  """Checks the claims about held-out tasks after meta-training.
+
+  Args:
+    runs: of each seed, what `adapt` wrote about the bare model ("base"), the
+      theta that followed s ("guided") and LoRA's meta-trained adapter ("peft").
+  """
+  few, zero = [], []
+  for run in runs:
+    rows = {(row["backbone"], row["task"]): row for row in run["outcome"]}
+    for task in {task for _, task in rows}:
+      guided, lora, bare = (
+        rows[name, task] for name in ("guided", LORA, "base")
+      )
+      gains = np.subtract(guided["few_shot"], lora["few_shot"])
+      few.append((task, str(run["seed"]), float(np.mean(gains))))
+      gain = guided["zero_shot"] - bare["zero_shot"]
+      zero.append((task, str(run["seed"]), gain))
+  return {
+    "few_shot_over_lora": verdict(sorted(few), ">= 0.01"),
+    "meta_zero_shot_gain": verdict(sorted(zero), ">= 0.08"),
   }

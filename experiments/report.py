@@ -3,8 +3,9 @@
   python experiments/report.py [--results experiments/results]
 
 Reads `single_task.jsonl` and writes `table.md`, `curves.png`, `memory.png` and
-`claims.json` to the same folder. Of `guided.jsonl`, if it is there, `guided.md`
-and further claims.
+`claims.json` to the same folder. Of `guided.jsonl`, `guided_long.jsonl`,
+`guided_few.jsonl` and `guided_meta.json`, if they are there, `guided.md` and
+further claims.
 """
 
 import argparse
@@ -201,9 +202,21 @@ def main() -> None:
   answers = claims.answers(cells)
   if (path := folder / "guided.jsonl").exists():
     guided = read(path)
-    (folder / "guided.md").write_text(tables(guided))
     answers["published_gain_over_lora"] = answers["accuracy_gain_over_lora"]
     answers |= claims.guided_answers(guided)
+    with_20 = "bilevel_all20"
+    answers["guided_with_20_inner_steps"] = claims.guided_answers(
+      guided, with_20
+    )
+    parts = [tables(guided)]
+    for name, method in (("long", claims.ALL), ("few", with_20)):
+      if (path := folder / f"guided_{name}.jsonl").exists():
+        more = read(path)
+        parts.append(tables(more))
+        answers[f"guided_{name}"] = claims.guided_answers(more, method)
+    (folder / "guided.md").write_text("\n".join(parts))
+  if (path := folder / "guided_meta.json").exists():
+    answers |= claims.meta_answers(json.loads(path.read_text()))
   report.write_json(folder / "claims.json", answers)
   (folder / "table.md").write_text(tables(cells))
   timed = _timed(_complete(cells))
