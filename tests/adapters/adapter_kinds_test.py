@@ -97,8 +97,10 @@ def take_step(base, upper, lower, rate=1e-2):
   "upper, lower",
   [
     ("lora+prefix+prompt", "lora+prefix+prompt"),
-    ("prompt", "projected"),
-    pytest.param("projected", "lora", marks=pytest.mark.slow),
+    *(
+      pytest.param(*kinds, marks=pytest.mark.slow)
+      for kinds in (("prompt", "projected"), ("projected", "lora"))
+    ),
   ],
 )
 def test_bilevel_step_of_every_kind(base, upper, lower):

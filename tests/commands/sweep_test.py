@@ -34,6 +34,7 @@ def test_commands_for_elsewhere(tmp_path, capsys):
   assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_runs_and_runs_no_more_than_needed(
   tmp_path, tiny_model, tiny_rows, capsys
 ):

@@ -99,7 +99,11 @@ def _close(left, right, **tolerances):
 
 
 @pytest.mark.parametrize(
-  "name", ["central", "exact", pytest.param("forward", marks=pytest.mark.slow)]
+  "name",
+  [
+    "exact",
+    *(pytest.param(n, marks=pytest.mark.slow) for n in ("central", "forward")),
+  ],
 )
 def test_fused_forward_equals_separate_models(name):
   estimate = _estimate(
@@ -122,6 +126,7 @@ def test_fused_forward_equals_separate_models(name):
     _close(estimate.coefficients[i], c, rtol=2e-4, atol=4e-4)
 
 
+@pytest.mark.slow
 def test_whole_perturbed_trees_give_the_same():
   arguments = _base(), _examples(), jax.random.key(2)
   lazy, whole = _estimate(*arguments), _estimate(*arguments, sampler=WHOLE)

@@ -117,6 +117,7 @@ def test_quadratic_function():
   close(got[zo.forward], slope + eps / 2 * curvature)
 
 
+@pytest.mark.slow
 def test_written_gradient_is_the_mean():
   tree = _tree()
   for direction in (RADEMACHER, directions.PerExample()):

@@ -37,10 +37,12 @@ def test_every_model_is_here():
   "name",
   [
     "opt",
-    "llama",
     "gemma3_text",
-    # Llama's module, with a window or with biases.
-    *(pytest.param(n, marks=pytest.mark.slow) for n in ("mistral", "qwen2")),
+    # Llama's module; with a window or with biases.
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("llama", "mistral", "qwen2")
+    ),
   ],
 )
 def test_the_step_exports(name, monkeypatch):

@@ -98,6 +98,7 @@ def command_of(folder, model, rows, method="bilevel"):
   )
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_two_were(
   cache, tmp_path, tiny_model, tiny_rows, command_line
 ):

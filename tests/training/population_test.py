@@ -237,6 +237,7 @@ def last_base(config, folder):
     return store.restore(4)[0].base
 
 
+@pytest.mark.slow
 def test_a_run_by_rewards_resumes_as_if_never_stopped(
   tiny_model, rows, vowels, tmp_path
 ):
@@ -287,12 +288,15 @@ def test_a_run_by_rewards_resumes_as_if_never_stopped(
       "reward.pattern": "[aeiou]",
       "reward.max_words": 1,
     },
-    {
-      "method": "bilevel",
-      "zo.objective": "reward",
-      "zo.direction": "rademacher",
-      "zo.num_directions": 2,
-    },
+    pytest.param(
+      {
+        "method": "bilevel",
+        "zo.objective": "reward",
+        "zo.direction": "rademacher",
+        "zo.num_directions": 2,
+      },
+      marks=pytest.mark.slow,
+    ),
   ],
   ids=["es_peft", "bilevel"],
 )

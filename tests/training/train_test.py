@@ -272,6 +272,7 @@ def test_resumed_run_is_the_uninterrupted_one(
   }
 
 
+@pytest.mark.slow
 def test_a_resumed_run_whose_theta_follows_s(
   command_line, tmp_path, tiny_model, tiny_rows, monkeypatch, capsys
 ):
