@@ -370,6 +370,16 @@ def test_a_folder_for_each_configuration(tmp_path):
   assert not layouts.find(tmp_path, tasks.get("qqp"), "validation")
 
 
+def test_a_configuration_with_the_name_of_another_task(tmp_path):
+  task = tasks.get("tweet_eval_emotion")
+  put(tmp_path / "emotion" / "train.parquet", 1)
+  (path,) = layouts.find(tmp_path, task, "train")
+  assert path.parent.name == "emotion"  # as in the data set's own repository
+  put(tmp_path / "tweet_eval_emotion" / "train.parquet", 2)
+  (path,) = layouts.find(tmp_path, task, "train")
+  assert path.parent.name == "tweet_eval_emotion"
+
+
 def test_splits_are_of_one_folder(tmp_path):
   put(tmp_path / "data" / "train-00000-of-00001.parquet", 1)
   put(tmp_path / "rotten_tomatoes" / "test.parquet", 2)

@@ -38,7 +38,12 @@ def find(
   """
   if not source.is_dir():
     return _in_folder(source.parent, task, split, f"{source.name}_")
-  names = ("", task.name, *filter(None, (task.hub or ())[1:]))
+  names = ["", task.name]
+  config = task.hub[1] if task.hub else None
+  # Beside a folder of the task's name, that of another task is this task's.
+  is_other = config in tasks.ALL and (source / task.name).is_dir()
+  if config and not is_other:
+    names.append(config)
   folders = dict.fromkeys(source / n / s for n in names for s in _SUBFOLDERS)
   chosen: dict[str, list[pathlib.Path]] = {}
   for folder in folders:
