@@ -241,7 +241,8 @@ def test_the_estimate_is_the_projected_gradient(trees):
       )
 
 
-def test_tasks_give_their_shares(trees):
+@pytest.mark.parametrize("per_task", [False, True], ids=["shared", "own"])
+def test_tasks_give_their_shares(trees, per_task):
   base = trees[0]
   starts = [random_adapter(base, seed) for seed in (2, 3, 4)]
   ends = [
@@ -250,8 +251,17 @@ def test_tasks_give_their_shares(trees):
   ]
   stack = lambda trees: jax.tree.map(lambda *x: jnp.stack(x), *trees)
   shares = jnp.array([0.5, 0.3, 0.2])
+  rule, lengths = guided.constant(0.7), [0.7, 0.7, 0.7]
+  if per_task:
+    lengths = [0.7, 0.2, 1.0]
+
+    def choose(objective, units, key):
+      chosen = guided.constant().choose(objective, units, key)
+      return chosen._replace(lengths=jnp.array(lengths) * units)
+
+    rule = guided.Rule(choose, num_updates=0, evaluations=0)
   followed = guided.follow(
-    guide_of(guided.constant(0.7)),
+    guide_of(rule, per_task=per_task),
     lambda base, index: jnp.float32(0.0),
     base,
     stack(starts),
@@ -262,7 +272,7 @@ def test_tasks_give_their_shares(trees):
   )
   expected = base
   for i, (start, end) in enumerate(zip(starts, ends, strict=True)):
-    factors, back = moved_factors(start, end, 0.7 * shares[i])
+    factors, back = moved_factors(start, end, lengths[i] * shares[i])
     expected = dense(expected, factors)
     jax.tree.map(
       lambda stacked, one, i=i: np.testing.assert_allclose(

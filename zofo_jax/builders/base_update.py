@@ -135,6 +135,7 @@ def make_guide(
   zo: zeroth_order.ZerothOrder,
   *,
   per_matrix: bool,
+  per_task: bool,
   num_updates: int,
   learning_rate: float,
   radius: float,
@@ -149,6 +150,7 @@ def make_guide(
     lengths: one of `guided.lengths`' choices.
     zo: estimator and number of directions of "descend".
     per_matrix: whether every matrix has its own length; "descend" only.
+    per_task: whether every task has; "descend" only.
     num_updates: of "descend".
     learning_rate: of "descend".
     radius: of "descend".
@@ -176,6 +178,7 @@ def make_guide(
     adapters.fold_lora,
     rules[lengths](),
     per_matrix=per_matrix and lengths == "descend",
+    per_task=per_task and lengths == "descend",
     stacked=STACKED,
     penalty=penalty,
     random=bool(random),
@@ -242,6 +245,7 @@ def make_base_update(
       options.lengths,
       update.zo,
       per_matrix=options.per_matrix,
+      per_task=options.per_task,
       num_updates=options.num_updates,
       learning_rate=options.learning_rate,
       radius=options.radius,

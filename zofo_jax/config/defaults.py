@@ -195,6 +195,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "how far theta follows: all of it, the least of a parabola, or descent"),
   ("guided.per_matrix", True, ANY,
    "descend: a length for each matrix and layer; else one for all"),
+  ("guided.per_task", False, ANY,
+   "descend, over many tasks: a length for each task; else one for all"),
   ("guided.num_updates", 4, POSITIVE, "descend: zeroth-order steps on lengths"),
   ("guided.learning_rate", 0.3, POSITIVE,
    "descend: root mean square of such a step"),

@@ -17,6 +17,7 @@ are never formed.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +36,8 @@ from zofo_jax.core.zeroth_order import ZerothOrder
 # adapter -> {path of a matrix of the backbone: what the adapter adds to it}.
 FoldFn = Callable[[Params], dict[str, factors_lib.Factors]]
 # One length for all matrices, float32 [], or {path of a part of the adapter:
-# [] or, of stacked layers, [layers]}.
+# [] or, of stacked layers, [layers]}; each with a leading axis of M tasks if
+# every task has its own.
 Lengths = Any
 # (lengths, number of the update) -> the objective, float32 [].
 LengthsObjective = Callable[[Lengths, jax.typing.ArrayLike], jax.Array]
@@ -190,6 +192,7 @@ class Guide:
     per_matrix: whether every matrix, and every layer, has a length of its own.
     stacked: regular expression for the paths of the adapter's leaves whose axis
       0 counts layers; None if there are none. Read only with `per_matrix`.
+    per_task: whether every task has a length of its own, over several tasks.
     penalty: whether the objective has lam L(theta', p; D_p) besides
       L(theta', p; D_f).
     random: whether theta also takes the ordinary zeroth-order step.
@@ -224,13 +227,24 @@ class Guide:
   fold: FoldFn
   rule: Rule = _ALL
   per_matrix: bool = False
+  per_task: bool = False
   stacked: str | None = None
   penalty: bool = True
   random: bool = False
   reset: bool = False
 
-  def unit_lengths(self, adapter: Params) -> Lengths:
-    """Returns lengths of 1 for an adapter, or for its shapes."""
+  def unit_lengths(
+    self, adapter: Params, num_tasks: int | None = None
+  ) -> Lengths:
+    """Returns lengths of 1 for an adapter, or for its shapes.
+
+    Args:
+      adapter: of one task.
+      num_tasks: M; None for one adapter.
+    """
+    if self.per_task and num_tasks is not None:
+      one = dataclasses.replace(self, per_task=False).unit_lengths(adapter)
+      return jax.tree.map(lambda x: jnp.ones((num_tasks, *x.shape)), one)
     if not self.per_matrix:
       return jnp.ones([])
     lengths = {}
@@ -320,16 +334,20 @@ def follow(
   """
   lengths_key, rounding_key = jax.random.split(key)
   fold, back_by = guide.fold, retreat
-  single = after
+  units = guide.unit_lengths(after)
   if shares is not None:
     fold = jax.vmap(guide.fold)
-    single = jax.tree.map(lambda leaf: leaf[0], after)
+    first = jax.tree.map(lambda leaf: leaf[0], after)
+    units = guide.unit_lengths(first, len(shares))
 
-    def back_by(before, after, lengths):
-      back_in_task = lambda share, before, after: retreat(
-        before, after, jax.tree.map(lambda length: share * length, lengths)
-      )
-      return jax.vmap(back_in_task)(shares, before, after)
+    def back_in_task(share, before, after, lengths):
+      lengths = jax.tree.map(lambda length: share * length, lengths)
+      return retreat(before, after, lengths)
+
+    task_axis = 0 if guide.per_task else None
+    back_by = functools.partial(
+      jax.vmap(back_in_task, in_axes=(0, 0, 0, task_axis)), shares
+    )
 
   folded = fold(after)
 
@@ -343,7 +361,7 @@ def follow(
     lambda lengths, index: objective(
       factors_lib.displace(base, factors(lengths)), index
     ),
-    guide.unit_lengths(single),
+    units,
     lengths_key,
   )
   lengths = jax.tree.map(
