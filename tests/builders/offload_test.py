@@ -71,6 +71,17 @@ def test_an_export_is_read_a_layer_at_a_time(model, base, whole, tmp_path):
   )
 
 
+def test_tokens_are_generated_from_the_host(model, base, whole):
+  rows = np.arange(3, 19, dtype=np.int32).reshape(2, 8)
+  generate = jax.jit(model_lib.make_generate_fn(model, max_new_tokens=4))
+  keys = jax.random.split(jax.random.key(0), 2)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    generate(base, {}, rows, rows > 0, keys),
+    generate(whole, {}, rows, rows > 0, keys),
+  )
+
+
 def test_too_little_memory_is_said_before_anything_is_read(model, monkeypatch):
   monkeypatch.setattr(memory, "available_host_bytes", lambda: 10**5)
   with pytest.raises(errors.UserError, match="GB are available; expected more"):

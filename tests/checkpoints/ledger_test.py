@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from zofo_jax import errors, main
 from zofo_jax.checkpoints import ledger
 from zofo_jax.checkpoints.ledger import replay
+from zofo_jax.config import defaults
 from zofo_jax.core import bilevel, directions, outer, perturbed
+from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import sampler as sampler_lib
 from zofo_jax.core.types import BilevelBatch, BilevelHParams, InPlaceUpdate
 from zofo_jax.core.zeroth_order import ZerothOrder
@@ -149,6 +151,18 @@ def test_an_optimizer_with_a_memory_cannot_be_taken_again():
   header = {"model": {"name": "m"}, "zo": zo, "key": [0, 1]}
   with pytest.raises(errors.UserError, match="'adam' keeps more than a ledger"):
     ledger.advance({}, header, [line(1, 0.5)], "f")
+
+
+def test_a_header_does_not_say_how_many_updates_are_written_together():
+  zo = defaults.base_config().zo
+  every_step, deferred = (
+    ledger.make_header(
+      {"name": "m"}, {**zo, "write_every": n}, {}, keys_lib.seed_key(0), {}
+    )
+    for n in (1, 4)
+  )
+  assert every_step == deferred
+  assert ledger.advance({}, deferred, [], "f") == {}
 
 
 # Theta.

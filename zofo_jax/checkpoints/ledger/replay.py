@@ -61,9 +61,11 @@ def make_header(
   Returns:
     A dictionary of JSON.
   """
+  # The entries are the same however many updates are written together.
+  fields = {name: value for name, value in zo.items() if name != "write_every"}
   return {
     "model": dict(model),
-    "zo": _jsonable(dict(zo)),
+    "zo": _jsonable(fields),
     "base_sha256": fingerprint(base),
     "key": np.asarray(jax.random.key_data(key)).tolist(),
     "versions": versions(),
