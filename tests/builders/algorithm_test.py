@@ -71,7 +71,8 @@ def test_every_choice_takes_a_step(direction, optimizer, estimator):
     with pytest.raises(errors.UserError, match="one direction"):
       validate.check(config)
     return
-  algorithm = algorithm_lib.make_algorithm(config, loss_fn)
+  update = base_update.make_base_update(config)
+  algorithm = algorithm_lib.make_algorithm(config, update, loss_fn)
   x = jnp.ones((3, 4))
   lora = adapters.Lora(jnp.ones((4, 1)), jnp.ones((1, 2)), scale=1.0)
   state = jax.eval_shape(

@@ -1,6 +1,7 @@
 """One writer: who holds a folder, and whom a second process meets there."""
 
 import contextlib
+import importlib
 import json
 import os
 import socket
@@ -15,11 +16,13 @@ from etils import epath
 
 from zofo_jax import errors
 from zofo_jax.checkpoints import lock
+from zofo_jax.commands import arguments
 
 HOLD = """
 import os, signal, sys
 from etils import epath
 from zofo_jax.checkpoints import lock
+from zofo_jax.commands import arguments
 with lock.hold(epath.Path(sys.argv[1])):
   print("held", flush=True)
   sys.stdin.read()
@@ -244,3 +247,21 @@ def test_a_killed_process_is_recognized_at_once(other):
   with lock.hold(folder):
     owner = json.loads((folder / lock.NAME).read_text())
     assert owner["pid"] == os.getpid()
+
+
+def test_a_function_holds_its_folder_while_it_runs(tmp_path):
+  @lock.locked
+  def run(config, workdir):
+    return config, (epath.Path(workdir) / lock.NAME).exists()
+
+  folder = str(tmp_path / "run")
+  assert run("a", folder) == ("a", True)
+  assert run(config="b", workdir=folder) == ("b", True)
+  assert not (tmp_path / "run" / lock.NAME).exists()
+
+
+@pytest.mark.parametrize("function", arguments._RUNNERS.values())
+def test_whatever_writes_to_a_folder_holds_it(function, other):
+  module, _, name = function.partition(":")
+  with pytest.raises(errors.UserError, match="in use"):
+    getattr(importlib.import_module(module), name)(None, str(other[1]))

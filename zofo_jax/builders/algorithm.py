@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Callable
 
-import jax
 import ml_collections
 
 from zofo_jax.builders import base_update as base_update_lib
 from zofo_jax.builders import optimizers
 from zofo_jax.builders import reward as reward_lib
 from zofo_jax.config import methods
-from zofo_jax.core import baselines, bilevel, zeroth_order
+from zofo_jax.core import baselines, bilevel
 from zofo_jax.core.types import BilevelAlgorithm, BilevelHParams, LossFn
 
 
@@ -36,22 +35,21 @@ def make_hparams_fn(
 
 def make_algorithm(
   config: ml_collections.ConfigDict,
+  base_update: base_update_lib.BaseUpdate,
   loss_fn: LossFn,
   probe_loss_fn: LossFn | None = None,
   *,
   over_tasks: bool = False,
-  map_fn: zeroth_order.MapFn = jax.lax.map,
 ) -> BilevelAlgorithm:
   """Makes the (init, step) pair of `config.method`.
 
   Args:
     config: the run's config.
+    base_update: how theta is updated.
     loss_fn: of the first-order steps, and of theta by default.
     probe_loss_fn: of the zeroth-order step; None for `loss_fn`.
     over_tasks: whether states and batches have a leading axis of tasks.
-    map_fn: maps over the directions of an estimate.
   """
-  base_update = base_update_lib.make_base_update(config, map_fn)
   shaping = reward_lib.SHAPINGS[config.reward.shaping]
   num_steps = config.train.num_steps
 

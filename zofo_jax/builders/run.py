@@ -325,8 +325,9 @@ def make_run(
     if task.kind == "text"
     else scoring.make_score_fn(log_probs_fn)
   )
-  map_fn = dispatch.map_directions(mesh)
-  base_update = base_update_lib.make_base_update(config, map_fn)
+  base_update = base_update_lib.make_base_update(
+    config, dispatch.map_directions(mesh)
+  )
   reward, method = None, methods.METHODS[config.method]
   by_reward = methods.uses_reward(config.method, config.zo.objective)
   task_lib.check_answers(task, reward=by_reward, alone=method.by_reward)
@@ -349,11 +350,11 @@ def make_run(
     encoder=encode,
     algorithm=algorithm_lib.make_algorithm(
       config,
+      base_update,
       loss_fn,
       objectives.make_probe_loss_fn(
         config.zo.objective, module, model.tokenizer
       ),
-      map_fn=map_fn,
     ),
     base_update=base_update,
     hparams_fn=algorithm_lib.make_hparams_fn(

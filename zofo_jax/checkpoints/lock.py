@@ -7,7 +7,9 @@ file system are not used, since network file systems may lack them.
 """
 
 import contextlib
+import functools
 import hashlib
+import inspect
 import json
 import logging
 import os
@@ -17,8 +19,8 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 from etils import epath
 
@@ -26,6 +28,8 @@ from zofo_jax import errors, report
 from zofo_jax.checkpoints import folders
 from zofo_jax.sharding import multihost
 
+P = ParamSpec("P")
+T = TypeVar("T")
 NAME = "lock.json"
 # The holder touches the file this often.
 BEAT_SECONDS = 20.0
@@ -63,6 +67,19 @@ def hold(folder: epath.Path) -> Iterator[None]:
       for path in made:  # nothing may have been written
         with contextlib.suppress(OSError, ValueError):
           path.rmdir()
+
+
+def locked(function: Callable[P, T]) -> Callable[P, T]:
+  """Returns the function, which holds the folder `workdir` while it runs."""
+  signature = inspect.signature(function)
+
+  @functools.wraps(function)
+  def call(*args: P.args, **kwargs: P.kwargs) -> T:
+    workdir = signature.bind(*args, **kwargs).arguments["workdir"]
+    with hold(epath.Path(workdir)):
+      return function(*args, **kwargs)
+
+  return call
 
 
 class _Lock:

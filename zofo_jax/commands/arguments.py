@@ -15,11 +15,9 @@ from typing import Any, NoReturn, TypeVar
 
 import ml_collections
 from absl import flags
-from etils import epath
 from ml_collections import config_flags
 
 from zofo_jax import errors
-from zofo_jax.checkpoints import lock
 from zofo_jax.config import defaults, files, paths, show, validate
 from zofo_jax.sharding import multihost
 
@@ -352,5 +350,4 @@ def run_config(
   start_processes(options, command, defaults.flat(config))
   # Imports that take seconds: only once the arguments are right.
   module, _, function = _RUNNERS[command].partition(":")
-  with lock.hold(epath.Path(workdir)):
-    getattr(importlib.import_module(module), function)(config, workdir)
+  getattr(importlib.import_module(module), function)(config, workdir)

@@ -17,13 +17,14 @@ from etils import epath
 from zofo_jax import errors, tasks
 from zofo_jax.builders import demonstrations, model
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import inputs
+from zofo_jax.checkpoints import inputs, lock
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results as results_lib
 from zofo_jax.data import encode_options, fingerprints
 from zofo_jax.evaluation import calibration, in_context
 
 
+@lock.locked
 def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Answers the test rows with demonstrations before each; trains nothing.
 

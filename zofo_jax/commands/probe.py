@@ -12,7 +12,7 @@ from etils import epath
 from zofo_jax import errors
 from zofo_jax.builders import model
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import inputs
+from zofo_jax.checkpoints import inputs, lock
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results
 from zofo_jax.evaluation import linear_probe as linear_probe_lib
@@ -20,6 +20,7 @@ from zofo_jax.models import apply
 from zofo_jax.sharding import dispatch
 
 
+@lock.locked
 def linear_probe(
   config: ml_collections.ConfigDict, workdir: str
 ) -> dict[str, Any]:

@@ -243,8 +243,8 @@ class Guide:
       num_tasks: M; None for one adapter.
     """
     if self.per_task and num_tasks is not None:
-      one = dataclasses.replace(self, per_task=False).unit_lengths(adapter)
-      return jax.tree.map(lambda x: jnp.ones((num_tasks, *x.shape)), one)
+      lengths = self.unit_lengths(adapter)
+      return jax.tree.map(lambda x: jnp.ones((num_tasks, *x.shape)), lengths)
     if not self.per_matrix:
       return jnp.ones([])
     lengths = {}

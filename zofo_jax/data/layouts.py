@@ -40,7 +40,7 @@ def find(
     return _in_folder(source.parent, task, split, f"{source.name}_")
   names = ["", task.name]
   config = task.hub[1] if task.hub else None
-  # Beside a folder of the task's name, that of another task is this task's.
+  # Where the task has a folder of its own, another task's is not a candidate.
   is_other = config in tasks.ALL and (source / task.name).is_dir()
   if config and not is_other:
     names.append(config)

@@ -16,7 +16,7 @@ from zofo_jax.builders import adapter as adapter_lib
 from zofo_jax.builders import budget, data
 from zofo_jax.builders import model as model_lib
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import inputs, run_folder, state_store
+from zofo_jax.checkpoints import inputs, lock, run_folder, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core import baselines, keys
 from zofo_jax.core.types import BilevelBatch, BilevelInfo
@@ -65,6 +65,7 @@ def iteration_batch(
   )
 
 
+@lock.locked
 def train(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Trains a run to its end, from its latest checkpoint if there is one.
 

@@ -18,7 +18,7 @@ from zofo_jax.builders import demonstrations as demonstrations_lib
 from zofo_jax.builders import encoder as encoder_lib
 from zofo_jax.builders import model, optimizers
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import inputs, state_store
+from zofo_jax.checkpoints import inputs, lock, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core.types import BilevelState
 from zofo_jax.data import batching, encode_options
@@ -230,6 +230,7 @@ def _check_runs(folders: Sequence[str], fields: Mapping[str, Any]) -> None:
         )
 
 
+@lock.locked
 def adapt(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   """Tunes adapters on target tasks' few rows, on each backbone.
 

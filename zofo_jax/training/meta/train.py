@@ -10,7 +10,7 @@ from etils import epath
 from zofo_jax import errors, report
 from zofo_jax.builders import algorithm, data, model
 from zofo_jax.builders import run as run_lib
-from zofo_jax.checkpoints import inputs, run_folder, state_store
+from zofo_jax.checkpoints import inputs, lock, run_folder, state_store
 from zofo_jax.config import defaults
 from zofo_jax.core import multitask
 from zofo_jax.evaluation import objectives
@@ -83,12 +83,12 @@ def make_run(config: ml_collections.ConfigDict) -> multitask_run.MultitaskRun:
   run = run_lib.make_run(config, sources[0].task)
   over_tasks = algorithm.make_algorithm(
     config,
+    run.base_update,
     run.loss_fn,
     objectives.make_probe_loss_fn(
       config.zo.objective, run.model.module, run.model.tokenizer
     ),
     over_tasks=True,
-    map_fn=dispatch.map_directions(run.mesh),
   )
   return multitask_run.MultitaskRun(
     run._replace(algorithm=over_tasks),
@@ -136,6 +136,7 @@ def _make_step(
   return fit.Step(jitted, arguments, finish, family.run.jit_flush())
 
 
+@lock.locked
 def metatrain(
   config: ml_collections.ConfigDict, workdir: str
 ) -> dict[str, Any]:
