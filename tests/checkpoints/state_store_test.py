@@ -444,6 +444,7 @@ def test_export_says_what_is_wrong(done, tmp_path, capsys):
   assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_an_adapters_run_never_writes_theta(
   config, tmp_path, tiny_model, monkeypatch, capsys
 ):

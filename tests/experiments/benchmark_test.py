@@ -33,11 +33,12 @@ TORCH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "times, sizes",
   [
     (["zo_over_two_forwards.rademacher"], ["temp_over_params.step"]),
-    pytest.param(
+    (
       [
         "zo_over_two_forwards.rademacher",
         "metatrain_over_single",
@@ -45,7 +46,6 @@ TORCH = [
         *TORCH,
       ],
       ["temp_over_params.step", "temp_over_params.population.rank_1"],
-      marks=pytest.mark.slow,
     ),
   ],
   ids=["some", "all"],

@@ -230,6 +230,7 @@ def test_a_plan_says_what_was_refused(monkeypatch, tmp_path, capsys):
   assert "does not fit" in said and " 0.000" not in said
 
 
+@pytest.mark.slow
 def test_a_compiled_plan(tmp_path, monkeypatch):
   model = {
     **published.CONFIGS["TinyLlama/TinyLlama_v1.1"],

@@ -49,6 +49,7 @@ def read_tensorboard(folder):
   return actual
 
 
+@pytest.mark.slow
 def test_tensorboard_has_what_metrics_has(done):
   actual = read_tensorboard(done)
   for name in ("upper_loss", "flops", "selection_accuracy"):

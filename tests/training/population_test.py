@@ -276,6 +276,7 @@ def test_a_run_by_rewards_resumes_as_if_never_stopped(
   assert report.read_jsonl(parts / "samples.jsonl") == samples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "changes",
   [
@@ -288,15 +289,12 @@ def test_a_run_by_rewards_resumes_as_if_never_stopped(
       "reward.pattern": "[aeiou]",
       "reward.max_words": 1,
     },
-    pytest.param(
-      {
-        "method": "bilevel",
-        "zo.objective": "reward",
-        "zo.direction": "rademacher",
-        "zo.num_directions": 2,
-      },
-      marks=pytest.mark.slow,
-    ),
+    {
+      "method": "bilevel",
+      "zo.objective": "reward",
+      "zo.direction": "rademacher",
+      "zo.num_directions": 2,
+    },
   ],
   ids=["es_peft", "bilevel"],
 )

@@ -19,6 +19,7 @@ from zofo_jax.models.hf import peft
 LLAMA = pathlib.Path(__file__).parents[2] / "configs" / "llama.py"
 
 
+@pytest.mark.slow
 def test_s_may_be_kept(command_line, tmp_path, tiny_model, tiny_rows, capsys):
   folder = tmp_path / "run"
   code = command_line(

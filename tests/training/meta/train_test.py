@@ -310,6 +310,7 @@ def config(tiny_model, family_rows):
   return fields
 
 
+@pytest.mark.slow
 def test_all_targets_and_seeds_are_tuned_as_one_would_be(config):
   members = resolve(config, config.adapt.tasks, "target", "x")
   run = run_lib.make_run(config, members[0].task)
