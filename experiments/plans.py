@@ -3,9 +3,11 @@
 The second table has single chips, with weights in the host's memory.
 
   python experiments/plans.py --out experiments/plans [--only NAME]
+  python experiments/plans.py --storages
 
-Needs the extra `tpu`; takes minutes per cell. Cells whose file exists are
-skipped.
+The first needs the extra `tpu` and takes minutes per cell; cells whose file
+exists are skipped. The second takes seconds: it estimates single chips from
+shapes, for every way of storing weights, and writes single_chips.json.
 """
 
 import argparse
@@ -27,6 +29,9 @@ SINGLE = {
   "opt-175b": "configs/opt.py",
 }
 SINGLE_CHIPS = ("v5e:1x1", "v5p:1x1", "h100:1")
+STORED = (
+  *("meta-llama/Llama-2-70b-hf", "facebook/opt-66b", "facebook/opt-175b"),
+)
 ON_HOST = (
   *("--config.model.offload=host", "--config.model.remat=True"),
   *("--config.mesh.data=1", "--config.zo.select="),
@@ -84,6 +89,46 @@ def single_row(path):
   return "| " + " | ".join(cells) + " |"
 
 
+def storage_rows():
+  """Returns what a chip needs for every way of storing weights, in GB."""
+  from zofo_jax.config import defaults
+  from zofo_jax.plan import estimate, largest, planner, topologies
+  from zofo_jax.sharding import mesh as mesh_lib
+
+  mesh = mesh_lib.abstract(dict.fromkeys(mesh_lib.AXES, 1), 1)
+  config = defaults.base_config()
+  config.model.dtype, config.model.remat = "bfloat16", True
+  config.data.max_length = 512
+  config.lower.batch_size = config.upper.batch_size = 8
+  rows = []
+  for name in STORED:
+    for changes in largest.STORAGES:
+      cell = config.copy_and_resolve_references()
+      cell.model.name = name
+      cell.update_from_flattened_dict(dict(changes))
+      run = planner.make_run(cell, mesh)
+      state = run.abstract_state()
+      size = estimate.estimate(run, state, mesh)
+      step = size["weights"] + size["zo_temp"]
+      row = {
+        "model": name,
+        "weights": ", ".join(changes.values()) or "bfloat16",
+        "host": round(estimate.host_bytes(state) / 1e9, 1),
+        "ZO step": round(step / 1e9, 1),
+        "bilevel": round(size["total"] / 1e9, 1),
+      }
+      for chip in SINGLE_CHIPS:
+        room = 0.9 * topologies.find(chip).chip_bytes
+        fitting = [
+          what
+          for what, needed in (("ZO", step), ("bilevel", size["total"]))
+          if needed <= room
+        ]
+        row[chip] = " and ".join(fitting) or "no"
+      rows.append(row)
+  return rows
+
+
 def run_plan(config, flags, path):
   """Plans one cell, unless its file exists."""
   if path.exists():
@@ -100,8 +145,17 @@ def main():
     "--out", type=pathlib.Path, default=ROOT / "experiments/plans"
   )
   parser.add_argument("--only", default="")
+  parser.add_argument("--storages", action="store_true")
   arguments = parser.parse_args()
   arguments.out.mkdir(parents=True, exist_ok=True)
+  if arguments.storages:
+    rows = storage_rows()
+    path = arguments.out / "single_chips.json"
+    path.write_text(json.dumps(rows, indent=2) + "\n")
+    print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
+    for row in rows:
+      print(f"| {' | '.join(map(str, row.values()))} |")
+    return
   if importlib.util.find_spec("libtpu") is None:
     sys.exit("plans.py: needs the TPU compiler: pip install -e '.[tpu]'")
   for model, config in MODELS.items():
@@ -124,7 +178,7 @@ def main():
     *("smallest", "compile s"),
   )
   print(f"| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
-  paths = sorted(arguments.out.glob("*.json"))
+  paths = sorted(arguments.out.glob("*_*-*.json"))
   for path in paths:
     if not path.stem.endswith("_host"):
       print(row(path))
