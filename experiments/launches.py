@@ -16,13 +16,9 @@ import pathlib
 import re
 
 import jax
-import jax.numpy as jnp
 import rich.console
 import rich.table
 from bench import ours, workload
-
-import zofo_jax as zofo
-from zofo_jax.builders import model
 
 # Instructions without a kernel, or that run on the host only.
 FREE = frozenset(
@@ -91,33 +87,6 @@ def launches(text: str) -> int:
   return count(entry)
 
 
-def programs(work: workload.Work, on: jax.Device):
-  """Yields (name, compiled program) of a forward pass and of each kind."""
-  sharding = jax.sharding.SingleDeviceSharding(on)
-
-  def abstract(tree, dtype=None):
-    def leaf(x):
-      new = dtype if jnp.issubdtype(x.dtype, jnp.floating) and dtype else None
-      return jax.ShapeDtypeStruct(x.shape, new or x.dtype, sharding=sharding)
-
-    return jax.tree.map(leaf, tree)
-
-  module = ours.llama_module(work.llama)
-  rows = workload.full_rows(work.llama_rows, work.llama.vocab_size)
-  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), *[ids] * 5)["params"]
-  base = abstract(shapes, jnp.dtype(work.dtype))
-  batch, key = abstract(ours.make_batch(rows)), abstract(jax.random.key(0))
-  loss_fn = model.make_loss_fn("likelihood", module)
-  loss = lambda base, batch: loss_fn(base, {}, batch, None)
-  yield "forward", jax.jit(loss).trace(base, batch).lower().compile()
-  for name, direction in ours.DIRECTIONS.items():
-    step = ours.zo_step(loss, direction)
-    state = abstract(jax.eval_shape(zofo.outer.sgd(0.0).init, base))
-    traced = jax.jit(step, donate_argnums=0).trace(base, state, batch, key)
-    yield name, traced.lower().compile()
-
-
 def main() -> None:
   """Prints the table."""
   parser = argparse.ArgumentParser(
@@ -131,7 +100,10 @@ def main() -> None:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
   on = device(given.target)
   table = rich.table.Table("program", "kernels", "temporaries, MB")
-  for name, compiled in programs(workload.WORKS[given.work], on):
+  work, kinds = workload.WORKS[given.work], tuple(ours.DIRECTIONS)
+  module = ours.llama_module(work.llama)
+  programs, _ = ours.compile_zo(module, work, kinds, on)
+  for name, compiled in programs.items():
     size = compiled.memory_analysis().temp_size_in_bytes
     kernels = launches(compiled.as_text())
     table.add_row(name, str(kernels), f"{size / 1e6:.0f}")

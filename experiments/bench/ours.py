@@ -139,18 +139,65 @@ def zo_step(
   return step
 
 
-def make_zo(work: workload.Work, kinds: tuple[str, ...]) -> Zo:
+def compile_zo(
+  module: transformer.Transformer,
+  work: workload.Work,
+  kinds: tuple[str, ...],
+  on: jax.Device | None = None,
+) -> tuple[dict[str, Any], int]:
+  """Compiles from shapes, without weights.
+
+  Args:
+    module: the model.
+    work: the rows and the dtype.
+    kinds: names in `DIRECTIONS`.
+    on: the device; None for the default one.
+
+  Returns:
+    The compiled "forward" and step of each kind, and the bytes of the weights.
+  """
+  sharding = jax.sharding.SingleDeviceSharding(on or jax.devices()[0])
+
+  def abstract(tree, dtype=None):
+    def leaf(x):
+      new = dtype if jnp.issubdtype(x.dtype, jnp.floating) and dtype else None
+      return jax.ShapeDtypeStruct(x.shape, new or x.dtype, sharding=sharding)
+
+    return jax.tree.map(leaf, tree)
+
+  rows = workload.full_rows(work.llama_rows, module.config.vocab_size)
+  ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+  shapes = jax.eval_shape(module.init, jax.random.key(0), *[ids] * 5)["params"]
+  base = abstract(shapes, jnp.dtype(work.dtype))
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(base))
+  batch, key = abstract(make_batch(rows)), abstract(jax.random.key(0))
+  loss_fn = model.make_loss_fn("likelihood", module)
+  loss = lambda base, batch: loss_fn(base, {}, batch, None)
+  programs = {"forward": jax.jit(loss).trace(base, batch).lower().compile()}
+  state = abstract(jax.eval_shape(zofo.outer.sgd(0.0).init, base))
+  for kind in kinds:
+    step = jax.jit(zo_step(loss, DIRECTIONS[kind]), donate_argnums=0)
+    programs[kind] = step.trace(base, state, batch, key).lower().compile()
+  return programs, size
+
+
+def make_zo(
+  work: workload.Work,
+  kinds: tuple[str, ...],
+  module: transformer.Transformer | None = None,
+) -> Zo:
   """Compiles the step of each kind.
 
   Args:
     work: the sizes.
     kinds: names in `DIRECTIONS`.
+    module: the model; None for that of `work`.
 
   Returns:
     The step of each kind; all share one set of weights.
   """
-  module = llama_module(work.llama)
-  rows = workload.full_rows(work.llama_rows, work.llama.vocab_size)
+  module = module or llama_module(work.llama)
+  rows = workload.full_rows(work.llama_rows, module.config.vocab_size)
   batch = make_batch(rows)
   loss_fn = model.make_loss_fn("likelihood", module)
   base = _random_base(module, work.dtype)

@@ -11,13 +11,16 @@ from typing import Any
 
 
 def timed_in_turn(
-  programs: dict[str, Callable[[], Any]], repeats: int
+  programs: dict[str, Callable[[], Any]],
+  repeats: int,
+  clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
   """Times programs alternately, after one call of each to warm up.
 
   Args:
     programs: name -> function that waits for its result.
     repeats: rounds.
+    clock: returns seconds.
 
   Returns:
     name -> seconds of each round.
@@ -27,9 +30,9 @@ def timed_in_turn(
   seconds: dict[str, list[float]] = {name: [] for name in programs}
   for _ in range(repeats):
     for name, program in programs.items():
-      start = time.perf_counter()
+      start = clock()
       program()
-      seconds[name].append(time.perf_counter() - start)
+      seconds[name].append(clock() - start)
   return seconds
 
 

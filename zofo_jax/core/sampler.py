@@ -194,6 +194,10 @@ class Sampler:
     def add_leaf(leaf, leaf_keys, round_key):
       if leaf_keys is None:
         return leaf
+      # z is not drawn while the losses are evaluated.
+      leaf_keys = jax.tree.map(
+        lambda words: xla.after(words, weights), leaf_keys
+      )
       return self._write(new, leaf, leaf, leaf_keys, round_key)
 
     return self._map_selected(add_leaf, tree, keys, rounding_key)

@@ -49,6 +49,19 @@ def depends_on(x: _T, before: Any) -> _T:
   return x
 
 
+def after(x: jax.Array, floats: jax.Array) -> jax.Array:
+  """Returns x; on a CPU it exists only once `floats` have been computed.
+
+  CPU, which removes barriers: without it, XLA computes what follows from x at
+  the same time as the floats, and keeps both. No float is larger than infinity.
+  """
+
+  def select(x, floats):
+    return jnp.where(jnp.any(floats > jnp.inf), jnp.zeros_like(x), x)
+
+  return by_platform(x, floats, cpu=select, default=lambda x, _: x)
+
+
 def recompute(x: _T) -> _T:
   """Returns x, which XLA cannot tell to be the x used elsewhere.
 

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from zofo_jax.core import xla
 from zofo_jax.models import kv_cache, layers
 from zofo_jax.models import rope as rope_lib
 
@@ -250,6 +251,7 @@ class Block(nn.Module):
     attention_out, cache = attention(normed, allowed_Bx1xLxS, rotations, cache)
     if c.parallel:
       normed = normed if c.one_norm else before("mlp_norm", x)
+      normed = xla.after(normed, attention_out)  # for memory
       return (x + attention_out + mlp(normed), cache), None
     x = add(f"attention{second}", x, attention_out)
     return (add(f"mlp{second}", x, mlp(before("mlp_norm", x))), cache), None
