@@ -20,6 +20,7 @@ def test_every_family_has_published_sizes():
   [
     ("phi3", ["0.3 of each head", "longrope", "attention/qkv", "qkv_proj"]),
     ("gemma3_text", ["2 layers with a window of 3", "soft", "q_proj"]),
+    ("roberta", ["learned positions, fills masks, does not generate"]),
     ("smollm3", ["1 layers without positions", "tied head", "mlp/gate"]),
   ],
 )
@@ -35,6 +36,11 @@ def test_one_model(name, words, tmp_path, capsys):
   assert main.main(["models", str(tmp_path)]) == 0
   shown = capsys.readouterr().out
   assert all(word in shown for word in words), shown
+
+
+def test_what_all_models_have(capsys):
+  assert main.main(["models"]) == 0
+  assert "All but bert and roberta" in capsys.readouterr().out
 
 
 def test_a_model_that_is_not_known_names_the_nearest(capsys):

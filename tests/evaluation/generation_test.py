@@ -198,7 +198,9 @@ def hf_tokens(name, texts, **options):
   tensors = hf.load(name)[1]
   with torch.no_grad():
     for path, parameter in model.named_parameters():
-      parameter.copy_(torch.tensor(tensors[path]))
+      # In files, GPT-NeoX's head has another name.
+      tensor = tensors.get(path, tensors.get("embed_out.weight"))
+      parameter.copy_(torch.tensor(tensor))
   tokens, mask = left(texts)
   out = model.generate(
     torch.tensor(tokens.astype(np.int64)),
@@ -220,7 +222,11 @@ parity = lambda test: pytest.mark.parity(
 )
 
 
-# The others' full forwards are transformers', and their caches give the same.
+# Their full forwards are transformers', and their caches give the same. In a
+# batch, transformers stretches Phi-3's angles by the longest row.
+OTHERS = sorted({*models.FAMILIES} - {"llama", "opt", "phi3", *hf.MASKED})
+
+
 @parity
 @pytest.mark.parametrize(
   "name",
@@ -228,10 +234,7 @@ parity = lambda test: pytest.mark.parity(
     *("llama", "opt"),
     *(
       pytest.param(name, marks=pytest.mark.slow)
-      for name in (
-        *("mistral", "qwen2_window", "opt_350m", "gpt2", "smollm3"),
-        *("gemma2", "gemma3_text", "falcon"),
-      )
+      for name in ("qwen2_window", "opt_350m", *OTHERS)
     ),
   ],
 )

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.models.recorded import build, load
+from tests.models.recorded import Waves, build, load
 from tests.models.recorded import logits as logits_of
 from tests.models.reference import make_logits as hf
 from zofo_jax import errors, models
-from zofo_jax.core import directions, perturbed, prng, sampler
 from zofo_jax.core import keys as keys_lib
+from zofo_jax.core import perturbed, sampler
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.models.decoder import STACKED
 from zofo_jax.sharding import mesh as mesh_lib
@@ -140,25 +140,6 @@ def test_later_tokens_do_not_change_earlier_logits(name):
   assert (np.abs(before - after)[:, 7:].max(axis=-1) > 1e-4).all()
 
 
-@dataclasses.dataclass(frozen=True)
-class Waves(directions.Direction):
-  """A direction that compiles in no time: sines of row, column and key."""
-
-  def sample(self, key, shape, rows=None):
-    if rows is None:
-      rows = jnp.arange(shape[0])
-    elif isinstance(rows, prng.RowRange):
-      rows = rows.start + jnp.arange(rows.size)
-    columns = jnp.arange(np.prod(shape[1:], dtype=int)) * 0.7
-    phase = (key.direction[0] % 997).astype(jnp.float32)
-    z = jnp.sin(
-      phase
-      + rows[..., None] * 1.3
-      + jnp.expand_dims(columns, tuple(range(rows.ndim)))
-    )
-    return z.reshape(*rows.shape, *shape[1:])
-
-
 def targets():
   positions = jnp.array([[3, 11], [8, 6], [0, 7]], jnp.int32)
   slot = jnp.array([[0, 1, 1], [1, 0, 0], [1, 1, 0]], jnp.int32)
@@ -201,7 +182,21 @@ def test_perturbed_weights_act_as_their_values(name):
   assert np.abs(both[0] - both[1])[mask].max() > 1e-2
 
 
-@pytest.mark.parametrize("name", ["llama_llama3", "opt"])
+# Of each family one; the mean error is less than 2 % of the logits' spread.
+BFLOAT16 = ["llama_llama3", "opt", "gemma2", "bert"]
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *BFLOAT16,
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in models.FAMILIES
+      if name not in (*BFLOAT16, "llama")
+    ),
+  ],
+)
 def test_bfloat16_runs_and_is_near_float32(name):
   model, base, tokens, mask, logits = recorded(name)
   small = jax.tree.map(lambda w: w.astype(jnp.bfloat16), base)
@@ -219,8 +214,12 @@ def test_bfloat16_runs_and_is_near_float32(name):
   "model_type, words",
   [
     ("olmo3", "mean 'olmo2'.*Read as olmo2: .*layer_types"),
-    ("qwen3_moe", "a mixture of experts; .*mean 'qwen3'"),
-    ("gemma3", "a model of images too, whose text model is gemma3_text"),
+    ("qwen3_moe", "is like qwen3 but has mixtures of experts in place of MLPs"),
+    ("mixtral", "is like mistral but has mixtures of experts in place of MLPs"),
+    ("gemma3", "is like gemma3_text but reads images as well"),
+    ("bloom", "is like gpt2 but has ALiBi, .* in place of positions"),
+    ("deberta-v2", "is like bert but attends by relative positions"),
+    ("mamba2", "which is a state-space model"),
     ("xyz", "supported are opt, gpt2, gpt_neox, llama"),
   ],
 )
@@ -228,6 +227,26 @@ def test_an_unknown_model_type_names_the_nearest(model_type, words):
   fields = hf.CASES["llama"] | {"model_type": model_type, "layer_types": ["a"]}
   with pytest.raises(errors.UserError, match=words):
     models.from_hf(fields)
+
+
+@pytest.mark.parametrize(
+  "fields, words",
+  [
+    (
+      {"vision_config": {}, "text_config": {"model_type": "qwen3"}},
+      "is like qwen3 but reads images as well",
+    ),
+    (
+      {"model_type": "llama_moe", "num_local_experts": 8},
+      "is like llama but has mixtures of experts",
+    ),
+    ({"model_type": "falcon", "alibi": True}, "alibi = True; Falcon is"),
+    ({"model_type": "qwen3", "num_experts": 8}, "num_experts = 8"),
+  ],
+)
+def test_images_experts_and_alibi_are_refused_by_their_fields(fields, words):
+  with pytest.raises(errors.UserError, match=words):
+    models.from_hf(hf.CASES["llama"] | {"model_type": "new"} | fields)
 
 
 def test_remat_gives_the_same_gradients():

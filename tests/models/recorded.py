@@ -1,5 +1,6 @@
 """The recorded tiny models of every family, ready to be applied."""
 
+import dataclasses
 import functools
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 
 from tests.models.reference import make_logits
 from zofo_jax import models
+from zofo_jax.core import directions, prng
 
 
 class Recorded(NamedTuple):
@@ -43,3 +45,22 @@ def logits(model, base, tokens, mask, adapter=None):
   """Logits at every position, float32 [B, L, V]."""
   variables = {"params": base, "adapter": adapter or {}}
   return model.apply(variables, tokens, mask, method="logits")
+
+
+@dataclasses.dataclass(frozen=True)
+class Waves(directions.Direction):
+  """A direction that compiles in no time: sines of row, column and key."""
+
+  def sample(self, key, shape, rows=None):
+    if rows is None:
+      rows = jnp.arange(shape[0])
+    elif isinstance(rows, prng.RowRange):
+      rows = rows.start + jnp.arange(rows.size)
+    columns = jnp.arange(np.prod(shape[1:], dtype=int)) * 0.7
+    phase = (key.direction[0] % 997).astype(jnp.float32)
+    z = jnp.sin(
+      phase
+      + rows[..., None] * 1.3
+      + jnp.expand_dims(columns, tuple(range(rows.ndim)))
+    )
+    return z.reshape(*rows.shape, *shape[1:])

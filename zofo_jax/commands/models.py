@@ -25,6 +25,13 @@ def families() -> dict[str, list[str]]:
   return sizes
 
 
+def _masked() -> list[str]:
+  """Returns the model types of masked language models."""
+  from zofo_jax import models
+
+  return [name for name, f in models.FAMILIES.items() if f is models.bert]
+
+
 def describe(name: str) -> list[str]:
   """Returns lines on one model.
 
@@ -65,6 +72,8 @@ def _features(shape: Any) -> list[str]:
   if rope and rope.fraction != 1.0:
     positions = f"rotary ({rope.fraction:g} of each head)"
   features = [f"{positions} positions"]
+  if not shape.causal:
+    features.append("fills masks, does not generate")
   if rope and rope.kind != "default":
     features.append(f"RoPE scaled by {rope.kind}")
   if shape.other_rope_layers:
@@ -104,6 +113,7 @@ def main(arguments: Sequence[str]) -> None:
     for name in names:
       print(f"  {name}")
   print(
-    "\nAll of them: LoRA, prefix and prompt, generation, sharding, zofo plan,"
-    "\nzofo export. Other sizes of a family work as well."
+    "\nAll of them: LoRA, prefix and prompt, sharding, zofo plan, zofo export."
+    f"\nAll but {' and '.join(_masked())}, which fill masks: generation. Other"
+    "\nsizes of a family work as well."
   )

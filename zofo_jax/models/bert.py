@@ -27,17 +27,7 @@ _POOLER = """
 
 
 def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
-  """Reads a config.json of model_type bert or roberta.
-
-  Args:
-    config: the file as a dict, written by any version of transformers.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    UserError: a field is missing, or its value is not supported.
-  """
+  """Reads a config.json of model_type bert or roberta; see `models`."""
   config_lib.check_decoder(config, (_FIELDS + _POOLER).split())
   for name, expected in (("is_decoder", False), ("tie_word_embeddings", True)):
     if config_lib.flag(config, name, expected) is not expected:

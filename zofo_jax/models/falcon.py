@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from zofo_jax import errors
 from zofo_jax.models import rope as rope_lib
 from zofo_jax.models import transformer
 from zofo_jax.models.hf import config as config_lib
@@ -20,17 +21,12 @@ _FIELDS = """
 
 
 def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
-  """Reads a config.json of model_type falcon; ALiBi is not supported.
-
-  Args:
-    config: the file as a dict, written by any version of transformers.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    UserError: a field is missing, or its value is not supported.
-  """
+  """Reads a config.json of model_type falcon; see `models`."""
+  if config_lib.flag(config, "alibi"):
+    raise errors.UserError(
+      "config.json has alibi = True; Falcon is supported with rotary positions "
+      "only, not with ALiBi."
+    )
   config_lib.check_decoder(config, _FIELDS.split())
   new = config_lib.flag(config, "new_decoder_architecture")
   grouped = new and config.get("num_kv_heads") is not None

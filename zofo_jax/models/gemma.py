@@ -34,17 +34,7 @@ _WINDOW, _PATTERN = 4096, 6
 
 
 def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
-  """Reads a config.json of model_type gemma, gemma2 or gemma3_text.
-
-  Args:
-    config: the file as a dict, written by any version of transformers.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    UserError: a field is missing, or its value is not supported.
-  """
+  """Reads a config.json of any Gemma; see `models`."""
   family = config["model_type"]
   config_lib.check_decoder(config, (_FIELDS + _MORE_FIELDS[family]).split())
   num_layers = config_lib.integer(config, "num_hidden_layers")

@@ -21,17 +21,7 @@ _FIELDS = """
 
 
 def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
-  """Reads a config.json of model_type gpt2.
-
-  Args:
-    config: the file as a dict, written by any version of transformers.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    UserError: a field is missing, or its value is not supported.
-  """
+  """Reads a config.json of model_type gpt2; see `models`."""
   config_lib.check_decoder(config, _FIELDS.split())
   sizes = config_lib.attention_sizes(
     config, hidden="n_embd", heads="n_head", kv=None

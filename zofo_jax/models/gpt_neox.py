@@ -19,17 +19,7 @@ _FIELDS = """
 
 
 def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
-  """Reads a config.json of model_type gpt_neox.
-
-  Args:
-    config: the file as a dict, written by any version of transformers.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    UserError: a field is missing, or its value is not supported.
-  """
+  """Reads a config.json of model_type gpt_neox; see `models`."""
   config_lib.check_decoder(config, _FIELDS.split())
   sizes = config_lib.attention_sizes(config, kv=None)
   max_length = config_lib.integer(config, "max_position_embeddings")

@@ -162,17 +162,7 @@ def _rope_layers(
 
 
 def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
-  """Reads a config.json of one of the model types of this module.
-
-  Args:
-    config: the file as a dict, written by any version of transformers.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    UserError: a field is missing, or its value is not supported.
-  """
+  """Reads a config.json of a type in `_KINDS`; see `models`."""
   family = config.get("model_type", "llama")
   kind = _KINDS[family]
   config_lib.check_decoder(config, f"{_FIELDS} {kind.fields}".split())

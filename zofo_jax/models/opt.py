@@ -29,17 +29,7 @@ _FIELDS = frozenset(
 
 
 def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
-  """Reads a config.json of model_type opt.
-
-  Args:
-    config: the file as a dict, written by any version of transformers.
-
-  Returns:
-    The configuration.
-
-  Raises:
-    UserError: a field is missing, or its value is not supported.
-  """
+  """Reads a config.json of model_type opt; see `models`."""
   config_lib.check_decoder(config, _FIELDS)
   sizes = config_lib.attention_sizes(config, kv=None)
   embed_size = sizes["hidden_size"]

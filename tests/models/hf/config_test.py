@@ -115,7 +115,9 @@ def test_a_file_is_one_object(tmp_path):
       config_lib.read(path)
 
 
-@pytest.mark.parametrize("name", [*NAMES, *MORE, "llama_yarn", "mistral"])
+@pytest.mark.parametrize(
+  "name", [*NAMES, *MORE, "llama_yarn", "mistral", *hf.MASKED]
+)
 def test_mutations_are_read_or_refused(name):
   fields, *_ = hf.load(name)
   draw, refused = random.Random(0), 0
@@ -132,7 +134,11 @@ def test_mutations_are_read_or_refused(name):
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-  "name", NAMES + [pytest.param(name, marks=pytest.mark.slow) for name in MORE]
+  "name",
+  NAMES
+  + [
+    pytest.param(name, marks=pytest.mark.slow) for name in (*MORE, *hf.MASKED)
+  ],
 )
 def test_what_is_read_gives_the_logits_of_transformers(name, tmp_path):
   torch = pytest.importorskip("torch")
@@ -142,6 +148,9 @@ def test_what_is_read_gives_the_logits_of_transformers(name, tmp_path):
   safetensors.numpy.save_file(
     tensors, tmp_path / "model.safetensors", metadata={"format": "pt"}
   )
+  auto = transformers.AutoModelForCausalLM
+  if name in hf.MASKED:
+    auto = transformers.AutoModelForMaskedLM
   draw, ours, compared = random.Random(1), {}, 0
   for _ in range(40):
     text = json.dumps(mutations.mutate(draw, fields, CHOICES))
@@ -156,7 +165,7 @@ def test_what_is_read_gives_the_logits_of_transformers(name, tmp_path):
       variables = {"params": base}
       ours[model.config] = model.apply(variables, tokens, mask, method="logits")
     try:
-      theirs = transformers.AutoModelForCausalLM.from_pretrained(
+      theirs = auto.from_pretrained(
         tmp_path, dtype=torch.float32, attn_implementation="eager"
       ).eval()
       with torch.no_grad():

@@ -174,6 +174,63 @@ CASES |= {
 
 # Further values of every field, compared where torch is installed.
 VARIANTS = {
+  "llama_multi_head": _LLAMA
+  | dict(num_key_value_heads=None, hidden_act="gelu_pytorch_tanh"),
+  "mistral_head_dim": _LLAMA
+  | dict(
+    model_type="mistral",
+    head_dim=6,
+    rms_norm_eps=1e-2,
+    sliding_window=5,
+    tie_word_embeddings=True,
+  )
+  | _rope("yarn", factor=2.0, attention_factor=0.7),
+  "qwen2_types": _LLAMA
+  | dict(
+    model_type="qwen2",
+    hidden_act="relu",
+    max_position_embeddings=8,
+    use_sliding_window=True,
+    sliding_window=4,
+    layer_types=[_SLIDING, _FULL],
+  )
+  | _rope("dynamic", factor=2.0),
+  "opt_wide": _OPT
+  | dict(
+    do_layer_norm_before=False,
+    enable_bias=False,
+    word_embed_proj_dim=24,
+    activation_function="gelu_new",
+  ),
+  "opt_post_norm_untied": _OPT
+  | dict(
+    do_layer_norm_before=False,
+    layer_norm_elementwise_affine=False,
+    tie_word_embeddings=False,
+  ),
+  "bert_gelu_new": _BERT | dict(hidden_act="gelu_new", num_attention_heads=1),
+  "roberta_first_pad": _ROBERTA | dict(pad_token_id=0, type_vocab_size=3),
+  "gpt2_quick_gelu": _GPT2
+  | dict(activation_function="quick_gelu", n_head=1, n_layer=3),
+  "neox_dynamic": _NEOX
+  | dict(hidden_act="relu", max_position_embeddings=8)
+  | _rope("dynamic", factor=2.0, partial_rotary_factor=0.5),
+  "smollm3_types": _LLAMA
+  | dict(
+    model_type="smollm3",
+    no_rope_layers=[0, 1],
+    use_sliding_window=True,
+    sliding_window=3,
+    layer_types=[_SLIDING, _FULL],
+    pad_token_id=1,
+  ),
+  "granite_linear": _LLAMA
+  | dict(model_type="granite", hidden_act="gelu", rms_norm_eps=1e-2)
+  | dict(attention_multiplier=0.7, embedding_multiplier=0.3)
+  | _rope("linear", factor=4.0),
+  "gemma_multi_query": _GEMMA
+  | dict(model_type="gemma", num_key_value_heads=1, rms_norm_eps=1e-2)
+  | _rope("default"),
   "bert_unlike": _BERT
   | dict(
     hidden_act="relu",
@@ -307,6 +364,9 @@ VARIANTS = {
     norm_epsilon=1e-2,
     hidden_act="gelu",
   ),
+  "starcoder2_linear": _LLAMA
+  | dict(model_type="starcoder2", num_key_value_heads=1)
+  | _rope("linear", factor=4.0),
   "falcon_serial": _FALCON | dict(parallel_attn=False, bias=True),
   "falcon_multi_head": _FALCON
   | dict(multi_query=False, ffn_hidden_size=24, activation="relu"),
@@ -319,6 +379,10 @@ VARIANTS = {
     tie_word_embeddings=False,
   )
   | _rope("linear", factor=4.0),
+  "falcon_new_multi_head": _FALCON
+  | dict(new_decoder_architecture=True, layer_norm_epsilon=1e-2),
+  "falcon_serial_multi_head": _FALCON
+  | dict(parallel_attn=False, multi_query=False),
 }
 
 
@@ -362,6 +426,9 @@ def reference(fields, seed):
       if "norm" in name and name.endswith("weight"):
         parameter.add_(1.0)
   tokens, mask = batch(seed)
+  if config.model_type == "roberta":
+    # It finds padding by its token, where others use the mask.
+    tokens[~mask] = config.pad_token_id
   positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
   more = (
     {}
