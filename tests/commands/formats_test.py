@@ -1,13 +1,16 @@
 """Runs on chats, from files of any name to answers and an exported model."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from tests import tiny
+from tests import standin_hub, tiny
 from zofo_jax import errors, report, tasks
 from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
@@ -171,6 +174,52 @@ def test_the_exported_model_has_the_template(
   code = command_line("export", run_folder, folder, "--what=merged")
   assert code == 0
   assert (folder / "chat_template.jinja").read_text() == TEMPLATE
+
+
+@pytest.mark.slow
+def test_everything_comes_from_the_hub(
+  command_line, run_folder, chat_model, tmp_path
+):
+  """Weights, tokenizer, chat template, adapter and rows."""
+  pytest.importorskip("datasets")
+  folder = tmp_path / "adapter"
+  assert command_line("export", run_folder, folder, "--what=adapter") == 0
+  repos = {
+    ("models", f"a/{name}"): {
+      "main": {path.name: path.read_bytes() for path in place.iterdir()}
+    }
+    for name, place in (("model", chat_model), ("adapter", folder))
+  }
+  chats = {"train": _chats(40), "validation": _chats(50)[40:]}
+  repos["datasets", "a/chats"] = standin_hub.data_set({None: chats})
+  fields = {
+    "model.name": "a/model",
+    "adapter.init_from": "hub:a/adapter",
+    "data.task": "support",
+    "data.dir": "hub:a/chats",
+    "data.stream": True,
+    "data.num_test": 4,
+    "lower.num_steps": 1,
+    "train.num_steps": 1,
+    "train.eval_every_steps": 1,
+    "eval.batch_size": 8,
+  }
+  with standin_hub.serve(repos) as hub:
+    subprocess.run(
+      [
+        *(sys.executable, "-m", "zofo_jax.main", "train"),
+        *(f"--config={LLAMA}:method=peft", f"--workdir={tmp_path / 'run'}"),
+        *(f"--config.{name}={value}" for name, value in fields.items()),
+      ],
+      env={
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "cache"),
+      },
+      check=True,
+    )
+  summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+  assert np.isfinite(summary["test_token_loss"])
 
 
 def test_a_changed_template_is_a_changed_tokenizer(

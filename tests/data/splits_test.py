@@ -180,6 +180,12 @@ def test_hub_sets(monkeypatch, caplog):
     sources.load(tasks.get("mpqa"), None, "train")
 
 
+def test_columns_of_a_set_without_rows(monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasets", _Hub({"train": []}))
+  with pytest.raises(errors.UserError, match="some/set: there are no rows"):
+    sources.columns(TASK, "hub:some/set")
+
+
 def test_hub_names_of_splits(monkeypatch):
   task = tasks.get("mnli")
   hub = _Hub({"validation_matched": [task.example]})

@@ -39,7 +39,7 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
       metric=data.metric or None,
     )
   elif data.format or (data.task not in tasks.ALL and data.dir):
-    data.format = data.format or _find_format(data.task, data.dir)
+    data.format = data.format or _find_format(data.task, data.dir, data.stream)
     _check_new(data.task, "format")
     rewarded = methods.uses_reward(config.method, config.zo.objective)
     if rewarded and data.format == "text":
@@ -109,11 +109,12 @@ def check_answers(task: tasks.Task, *, reward: bool, alone: bool) -> None:
     )
 
 
-def _find_format(name: str, source: str) -> str:
+def _find_format(name: str, source: str, stream: bool) -> str:
   """Returns the format that the rows of a source have, by their columns."""
   assets.make(source)
   # Any format will do to find the rows.
-  columns = sources.columns(tasks.formatted(name, "text"), source)
+  rows = tasks.formatted(name, "text")
+  columns = sources.columns(rows, source, stream=stream)
   if form := tasks.recognise(columns):
     return form
   formats = "; ".join(" and ".join(f.columns) for f in tasks.FORMATS.values())

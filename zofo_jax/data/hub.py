@@ -21,8 +21,6 @@ CONVERTED = "refs/convert/parquet"
 # What `datasets` says of scripts; the second once an older call has left a
 # converted copy in its cache.
 _IS_SCRIPT = re.compile(r"scripts are no longer|Couldn't find cache for")
-# Rows among which the next one is drawn, of a set that is streamed.
-_BUFFER = 10_000
 # Folders of a data set's only configuration on the converted branch.
 _ONLY_CONFIG = ("default", "plain_text")
 
@@ -47,10 +45,12 @@ class Stream(NamedTuple):
   Attributes:
     seed: of the draw.
     num_rows: number of rows.
+    buffer: rows among which the next one is drawn.
   """
 
   seed: int
   num_rows: int
+  buffer: int = 10_000
 
 
 def resolve(
@@ -140,7 +140,7 @@ def _drawn(
   table: Any, stream: Stream, prefix: str, what: str
 ) -> list[files.Item]:
   """Draws rows of an `IterableDataset`."""
-  shuffled = table.shuffle(seed=stream.seed, buffer_size=_BUFFER)
+  shuffled = table.shuffle(seed=stream.seed, buffer_size=stream.buffer)
   try:
     rows = list(shuffled.take(stream.num_rows))
   except Exception as error:  # Network libraries raise many exceptions.
@@ -151,11 +151,21 @@ def _drawn(
   ]
 
 
-def columns(task: tasks.Task, hub: HubSet) -> tuple[str, ...]:
-  """Returns the columns of the first row to train on; as `read`."""
-  items = read(task, hub, "train", lambda total: np.arange(min(total, 1)))
-  first = next(item for item in items if isinstance(item, tasks.Row))
-  return tuple(first.fields)
+def columns(
+  task: tasks.Task, hub: HubSet, *, stream: bool = False
+) -> tuple[str, ...]:
+  """Returns the columns of a row to train on; as `read`."""
+  items = read(
+    task,
+    hub,
+    "train",
+    lambda total: np.arange(min(total, 1)),
+    Stream(seed=0, num_rows=1, buffer=1) if stream else None,
+  )
+  for item in items:
+    if isinstance(item, tasks.Row):
+      return tuple(item.fields)
+  raise errors.UserError(f"{hub.name}: there are no rows to train on.")
 
 
 def has_split(task: tasks.Task, hub: HubSet, split: str) -> bool:

@@ -110,19 +110,22 @@ def read(
   return [checked(item) for item in items]
 
 
-def columns(task: tasks.Task, source: str) -> tuple[str, ...]:
+def columns(
+  task: tasks.Task, source: str, *, stream: bool = False
+) -> tuple[str, ...]:
   """Returns the columns of the first usable row to train on.
 
   Args:
     task: its name may be that of a folder; what it reads is ignored.
     source: as for `load`.
+    stream: whether no more than needed of a set of the hub is downloaded.
 
   Raises:
     UserError: there is no such data, or every row is broken.
   """
   hub = hub_lib.resolve(task, source)
   if hub:
-    return hub_lib.columns(task, hub)
+    return hub_lib.columns(task, hub, stream=stream)
   (path, *_) = _local_files(task, pathlib.Path(source), "train")
   items = files.read_all([path], lambda total: np.arange(min(total, 1)))
   row = next((item for item in items if isinstance(item, tasks.Row)), None)
