@@ -1,30 +1,55 @@
-"""SmolLM2-135M by a reward: 1 for an answer of one word, 0 for any other.
+"""SmolLM2-135M by scores instead of losses, on one of three tasks.
 
   zofo train --config=reward --workdir=runs/reward
+  zofo train --config=reward:task=squad --config.data.dir=DIR --workdir=runs/f1
+  zofo train --config=reward:task=financial --config.data.dir=DIR \
+      --workdir=runs/macro
 
-θ follows the reward by evolution strategies; no answer is shown. At the start
-about a quarter of the answers have one word; the learning rate is not tuned.
-Weights and rows are those of configs/demo.py. Your own reward:
+`words`: answers of one word have the reward 1, others 0; no answer is shown.
+`squad`: adapters learn the rows' answers, and θ follows the token F1 of what is
+written. `financial`: adapters learn labels of which one has an eighth of the
+rows, and θ follows the macro F1 of a batch. With outer=loss the last two have
+the loss in that place; with outer=none they are an adapter's gradient steps
+alone, of as many forward-equivalents. Your own reward:
 --config.reward.functions="('my_rewards:reward',)".
 """
 
-from zofo_jax.builders import assets
-from zofo_jax.config import defaults
+from zofo_jax.builders import assets, budget
+from zofo_jax.config import defaults, files
+
+# Forward-equivalents of a run, in rows.
+ROWS = {"squad": 9_600, "financial": 19_200}
+OUTER = {"squad": "reward", "financial": "macro_f1"}
 
 
-def get_config():
-  """Returns the config of a run by a reward."""
-  config = defaults.base_config()
-  config.method = "es"
+def get_config(arg: str = ""):
+  """Returns the config of `task=...,outer=...,seed=...`."""
+  args = files.parse_arg(arg, task="words", outer="", seed="0")
+  task, config = args["task"], defaults.base_config()
+  files.choose("task", task, dict.fromkeys(("words", *OUTER), ""))
   config.model.name = str(assets.smollm2())
+  config.seed = config.data.seed = int(args["seed"])
+  if task == "words":
+    _words(config)
+    return config
+  outer = args["outer"] or OUTER[task]
+  files.choose("outer", outer, dict.fromkeys((OUTER[task], "loss", "none"), ""))
+  _bilevel(config, task, outer)
+  return config
+
+
+def _words(config):
+  """Sets the fields of a run by a reward alone."""
+  config.method = "es"
   config.data.task = "one_word"
   config.data.dir = str(assets.movie_reviews())
   config.data.prompt = "{text}\nOne word for this film:"
   config.data.label = ""  # no answer is shown
+  config.data.num_upper = 200
   config.data.num_selection = 32
   config.data.num_test = 100
-  config.data.max_length = 64
-  config.data.long_rows = "truncate"
+  config.data.max_length = 48
+  config.data.long_rows = "drop"
   config.generate.max_new_tokens = 8
   config.reward.functions = ("regex",)
   config.reward.pattern = r"^\w+\.?$"
@@ -33,8 +58,44 @@ def get_config():
   config.zo.direction = "low_rank"
   config.zo.rank = 1
   config.zo.num_directions = 8
-  config.zo.eps = 1e-2
-  config.zo.learning_rate = 1e-4
+  config.zo.eps = 3e-3
+  config.zo.learning_rate = 6e-6
   config.train.num_steps = 60
   config.train.eval_every_steps = 20
-  return config
+
+
+def _bilevel(config, task, outer):
+  """Sets the fields of a run whose adapters learn by gradients."""
+  config.data.task = {"financial": "financial_phrasebank"}.get(task, task)
+  config.data.num_lower, config.data.num_upper = 400, 200
+  config.data.num_selection, config.data.num_test = 64, 200
+  config.data.max_length = {"squad": 256, "financial": 80}[task]
+  config.data.long_rows = "drop"
+  config.generate.max_new_tokens = 16
+  config.loss = "likelihood" if task == "squad" else "classification"
+  config.penalty = 1.0
+  config.lower.learning_rate = config.upper.learning_rate = 4e-3
+  config.lower.schedule = config.upper.schedule = "cosine"
+  config.lower.num_steps, config.lower.batch_size = 10, 4
+  config.upper.batch_size = {"squad": 8, "financial": 32}[task]
+  config.keep = "s"
+  config.zo.num_directions = {"squad": 8, "financial": 4}[task]
+  config.zo.direction, config.zo.rank = "low_rank", 1
+  config.zo.eps = 3e-3
+  config.zo.learning_rate = {
+    "reward": 2e-6,
+    "macro_f1": 1e-5,
+    "loss": 1e-6,
+  }.get(outer, 0.0)
+  if outer == "none":  # learns from D_f as well
+    config.method = "peft"
+    config.lower.num_steps, config.lower.batch_size = 1, 8
+  elif outer == "reward":
+    config.reward.functions = ("token_f1",)
+    config.reward.temperature = 1.0
+  if outer != "none":
+    config.zo.objective = outer
+  passes = budget.make_budget(config).passes()
+  steps = max(1, ROWS[task] // passes.forward_equivalents)
+  config.train.num_steps = steps
+  config.train.eval_every_steps = max(1, -(-steps // 5))

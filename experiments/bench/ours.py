@@ -23,6 +23,7 @@ from zofo_jax.data import encode_options
 from zofo_jax.evaluation import generation, scoring
 from zofo_jax.models import apply, opt, transformer
 from zofo_jax.models.decoder import STACKED
+from zofo_jax.sharding import dispatch
 
 DIRECTIONS = {
   "rademacher": zofo.directions.Rademacher(),
@@ -501,9 +502,11 @@ def make_population(work: workload.Work, kinds: tuple[str, ...]) -> Population:
   for kind in kinds:
     programs[kind] = (make_members(*POPULATIONS[kind]), rows.tokens)
   calls, temp_bytes = {}, {}
+  mesh = jax.make_mesh((1,), ("data",), devices=jax.devices()[:1])
+  options = dispatch.compiler_options(mesh)  # those of a run
   for name, (fn, tokens) in programs.items():
     arguments = (base, tokens, np.ones(tokens.shape, bool))
-    program = jax.jit(fn).lower(*arguments).compile()
+    program = jax.jit(fn, compiler_options=options).lower(*arguments).compile()
     temp_bytes[name] = program.memory_analysis().temp_size_in_bytes
     calls[name] = functools.partial(_wait_for, program, *arguments)
   plain = calls.pop("plain")

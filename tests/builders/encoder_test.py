@@ -55,6 +55,7 @@ def test_answers_need_room():
     encoder.max_prompt_length()
 
 
-def test_accuracy_compares_all_options():
+def test_accuracy_and_macro_f1_compare_all_options():
   assert make_encoder().mode == "likelihood"
-  assert make_encoder(**{"zo.objective": "accuracy"}).mode == "classification"
+  for name in ("accuracy", "macro_f1"):
+    assert make_encoder(**{"zo.objective": name}).mode == "classification"

@@ -259,6 +259,7 @@ def _config(path, **changes):
     ),
     (_chats(1)[0], {"loss": "classification"}, "config.loss: task support"),
     (_chats(1)[0], {"zo.objective": "accuracy"}, "has no options"),
+    ({}, {"data.task": "copa", "zo.objective": "macro_f1"}, "no labels that"),
     (_chats(1)[0], {"data.template": 1}, "no template version 1"),
     ({"text": "a"}, {"method": "es"}, "rewards score answers, and rows of"),
     (

@@ -95,6 +95,7 @@ def test_check_names_the_choices(config, name):
     ("zo.optimizer", {"optimizer": "conservative", "scaling": "sign"}),
     ("zo.optimizer", {"optimizer": "conservative", "clip": 1.0}),
     ("zo.objective", {"objective": "accuracy", "estimator": "exact"}),
+    ("zo.objective", {"objective": "macro_f1", "direction": "per_example"}),
     ("zo.optimizer", {"optimizer": "adamw", "select": "norm"}),
     ("zo.optimizer", {"optimizer": "adamw", "layers": (0,)}),
     ("zo.weight_decay", {"weight_decay": 0.1, "optimizer": "adam"}),
@@ -222,6 +223,7 @@ BY_REWARD = {"method": "es", "reward.functions": ("exact_match",)}
     ({"zo.optimizer": "conservative"}, r"zo\.optimizer: 'conservative'"),
     ({"zo.direction": "per_example"}, r"zo\.direction: .*'per_example'"),
     ({"zo.objective": "accuracy"}, r"zo\.objective: .*'reward'; found 'acc"),
+    ({"train.max_loss_ratio": 4.0}, r"train\.max_loss_ratio: .*found 4"),
     ({"method": "mezo"}, r"reward\.functions: only methods 'es'"),
     (
       {"method": "mezo", "zo.objective": "reward"},

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from sklearn import metrics
 
 from zofo_jax.core import losses
 
@@ -118,6 +119,25 @@ def test_gradients(loss):
   )
   value, grads = jax.value_and_grad(loss)(log_probs, empty)
   assert float(value) == 0.0 and not np.any(grads)
+
+
+def test_macro_f1_is_scikit_learn_s():
+  rng, size, options = np.random.RandomState(0), 40, 4
+  label = rng.choice(options, size, p=(0.7, 0.2, 0.1, 0.0))
+  log_probs = rng.normal(size=(size, 1, options)).astype(np.float32)
+  log_probs[:, 0, 3] = -9.0  # neither right nor chosen
+  batch, _, _ = _batch()
+  batch = batch._replace(
+    target_option=jnp.broadcast_to(jnp.arange(options), log_probs.shape),
+    target_weight=jnp.ones(log_probs.shape),
+    label=jnp.asarray(label),
+    option_mask=jnp.ones((size, options), bool),
+    example_weight=jnp.arange(size) < 35.0,
+  )
+  chosen = log_probs[:, 0].argmax(-1)
+  expected = metrics.f1_score(label[:35], chosen[:35], average="macro")
+  error = jax.jit(losses.macro_f1_error)(log_probs, batch)
+  assert error == pytest.approx(1 - expected)
 
 
 def test_make_loss_fn():

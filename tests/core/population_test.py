@@ -10,6 +10,7 @@ import pytest
 import zofo_jax as zofo
 from zofo_jax.core import factors, perturbed
 from zofo_jax.evaluation import generation
+from zofo_jax.sharding import dispatch, mesh
 
 EPS = 0.1
 AT_ONCE = functools.partial(jax.lax.map, batch_size=64)
@@ -105,10 +106,66 @@ def test_low_rank_directions_are_drawn_once():
   key = zofo.keys.DirectionKey(*jax.random.split(jax.random.key(0)))
   nodes = sampler.perturb(tree, key, 1.0)
   drawn = factors.draw(nodes)
-  assert drawn["w"].key.left.shape == (2, 64, 2)
+  assert drawn["w"].key.left.shape == (2, 2, 64)
   assert drawn["w"].key.right.shape == (2, 2, 48)
   read = str(jax.make_jaxpr(perturbed.materialize)(drawn))
   assert "uint32" not in read and "u32" not in read
+
+
+@pytest.mark.parametrize("rank", [2, 12], ids=["fused", "a product"])
+def test_products_with_drawn_factors(rank):
+  sampler = zofo.Sampler(zofo.directions.LowRank(rank), lazy=True)
+  key = zofo.keys.DirectionKey(*jax.random.split(jax.random.key(0)))
+  node = factors.draw(sampler.perturb({"w": jnp.ones((24, 7))}, key, 0.5))["w"]
+  whole = perturbed.read(node)
+  assert np.ptp(whole) > 1
+  draw = np.random.RandomState(0)
+  x, y = (draw.normal(size=(2, 3, n)).astype(np.float32) for n in (24, 7))
+  close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+  close(perturbed.dot(jnp.asarray(x), node), x @ whole)
+  close(perturbed.dot_transposed(jnp.asarray(y), node), y @ whole.T)
+  rows = jnp.array([[5, 0], [23, 5]])
+  close(perturbed.take(node, rows), whole[rows])
+
+
+def test_a_hidden_state_is_stored_once():
+  """Two products read it; XLA would compute it for each, and keep its parts."""
+  width, inside, rows, count, rank = 64, 512, 32, 8, 2
+  shape = lambda *sizes: jax.ShapeDtypeStruct(sizes, "float32")
+  base = {
+    "gate": shape(width, inside),
+    "up": shape(width, inside),
+    "down": shape(inside, width),
+  }
+  left = {k: shape(count, rank, w.shape[0]) for k, w in base.items()}
+  right = {k: shape(rank, w.shape[1]) for k, w in base.items()}
+
+  def layer(tree, x):
+    gate = jax.nn.silu(perturbed.dot(x, tree["gate"]))
+    inner = gate * perturbed.dot(x, tree["up"])
+    return x + perturbed.dot(inner, tree["down"])
+
+  def members(base, left, right, x):
+    def member(left, scale, x):
+      nodes = {}
+      for name, value in base.items():
+        key = factors.DrawnFactors(left[name], right[name])
+        kind = factors._Drawn()
+        nodes[name] = perturbed.Perturbed(value, key, scale, kind)
+      return layer(nodes, x)
+
+    pair = jax.vmap(member, (None, 0, 0))
+    return jax.vmap(pair, (0, None, 0))(left, jnp.array([EPS, -EPS]), x)
+
+  def temporaries(fn, *arguments):
+    options = dispatch.compiler_options(mesh.make(dict.fromkeys(mesh.AXES, 1)))
+    program = jax.jit(fn, compiler_options=options).lower(*arguments).compile()
+    return program.memory_analysis().temp_size_in_bytes
+
+  plain = temporaries(layer, base, shape(2 * count * rows, width))
+  states = shape(count, 2, rows, width)
+  extra = temporaries(members, base, left, right, states) - plain
+  assert extra < 1.25 * (2 * count * rows * inside * 4)
 
 
 # A categorical toy: theta are logits, token k is worth reward[k].

@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from tests import tiny
@@ -101,6 +102,42 @@ def test_what_would_fit(capsys, monkeypatch):
   # No change of these makes 70 billion weights fit.
   config = config_of("meta-llama/Llama-2-70b-hf")
   assert planner.plan(config, "l4:1")["would_fit"] is None
+
+
+BY_REWARD = {
+  "method": "es",
+  "data.task": "squad",
+  "generate.max_new_tokens": 8,
+  "reward.functions": ("token_f1",),
+  "zo.direction": "low_rank",
+  "zo.num_directions": 4,
+}
+
+
+def test_a_plan_of_a_population_s_answers(monkeypatch):
+  monkeypatch.setattr(planner.estimate, "flops", lambda run: 0.0)
+  sizes = []
+  for at_once in (0, 2):
+    changes = {**BY_REWARD, "reward.directions_at_once": at_once}
+    config = config_of("HuggingFaceTB/SmolLM2-135M", **changes)
+    sizes.append(planner.plan(config, "h100:1")["per_chip_bytes"])
+  whole, part = (size["answers_temp"] for size in sizes)
+  assert whole == 2 * part
+  # Keys and values of 30 layers, 3 heads of width 64, in two bytes.
+  cached = 2 * 30 * 3 * 64 * (64 + 8) * 2
+  assert whole > 2 * 4 * config.upper.batch_size * cached
+  stored = sum(sizes[0][name] for name in ("weights", "optimizer"))
+  assert sizes[0]["total"] >= stored + whole
+
+
+@pytest.mark.slow
+def test_the_answers_are_compiled():
+  config = config_of("HuggingFaceTB/SmolLM2-135M", **BY_REWARD)
+  single = mesh_lib.make(dict.fromkeys(mesh_lib.AXES, 1))
+  programs = aot.lower_programs(planner.make_run(config, single), optax.sgd(1))
+  stats = aot.measure(programs["answers"])
+  cached = 2 * 30 * 3 * 64 * (64 + 8) * 2
+  assert stats.temp_bytes > 2 * 4 * config.upper.batch_size * cached
 
 
 def test_a_plan_with_weights_on_the_host(capsys, monkeypatch):

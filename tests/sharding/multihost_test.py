@@ -298,3 +298,80 @@ def test_what_two_processes_answer(command, cache, tmp_path, tiny_model):
     for one in outputs
   ]
   assert scores[0] and scores[0] == pytest.approx(scores[1], abs=1e-6)
+
+
+# Notes in files what a process scores, and what it exchanges.
+SCORED = """
+import json
+import pathlib
+
+import jax
+
+from zofo_jax.sharding import multihost
+
+FOLDER = pathlib.Path(__file__).parent
+_sum = multihost.sum_over_processes
+
+
+def note(name, value):
+  count, index = jax.process_count(), jax.process_index()
+  with open(FOLDER / f"{name}_{index}_of_{count}.jsonl", "a") as file:
+    file.write(json.dumps(value) + "\\n")
+
+
+def sum_over_processes(array):
+  note("exchanged", [*array.shape, array.dtype.name])
+  return _sum(array)
+
+
+multihost.sum_over_processes = sum_over_processes
+
+
+def reward(completions, prompts, **columns):
+  note("scored", prompts)
+  return [sum(letter in "aeiou" for letter in text) for text in completions]
+"""
+
+
+@pytest.mark.slow
+def test_processes_score_their_own_rows(
+  cache, tmp_path, tiny_model, monkeypatch
+):
+  (tmp_path / "scored.py").write_text(SCORED)
+  monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+  rows = tmp_path / "rows"
+  rows.mkdir()
+  for split, count in (("train", 24), ("validation", 8)):
+    lines = [{"name": f"{split} {i}"} for i in range(count)]
+    report.write_lines(rows / f"{split}.jsonl", lines)
+  seen = []
+  for num_processes in (1, 2):
+    folder = tmp_path / str(num_processes)
+    command = (
+      *command_of(folder, tiny_model, rows, method="es"),
+      *("--config.data.task=pets", "--config.data.prompt={name} has a"),
+      *("--config.data.label=", "--config.generate.max_new_tokens=3"),
+      "--config.reward.functions=('scored:reward',)",
+      *("--config.reward.temperature=1.0", "--config.upper.batch_size=8"),
+      *("--config.zo.direction=low_rank", "--config.zo.num_directions=2"),
+      *("--config.zo.eps=0.1", "--config.train.num_steps=2"),
+    )
+    for code, text in launch(cache, num_processes, *command):
+      assert code == 0, text
+    metrics = report.read_jsonl(folder / "metrics.jsonl")
+    seen.append([row["reward"] for row in metrics if "reward" in row])
+
+    def notes(name, index, count=num_processes):
+      path = tmp_path / f"{name}_{index}_of_{count}.jsonl"
+      return [json.loads(line) for line in path.read_text().splitlines()]
+
+    for step in range(2):
+      shares = []
+      for index in range(num_processes):
+        assert notes("exchanged", index)[step] == [1, 2, 2, 8, "float32"]
+        # Those of evaluations have a prompt each, once.
+        calls = [p for p in notes("scored", index) if len({*p}) < len(p)]
+        assert len(calls[step]) == 4 * 8 // num_processes
+        shares.append({*calls[step]})
+      assert len(set().union(*shares)) == sum(map(len, shares)) == 8
+  assert len(seen[0]) == 2 and seen[0] == pytest.approx(seen[1], rel=1e-4)

@@ -91,6 +91,7 @@ def test_scores_are_means_over_prompts():
   assert row["reward_best"] == pytest.approx(1.5)
   assert row["reward_std"] == pytest.approx(0.5)
   assert row["zero_spread"] == 0 and row["answer_tokens"] == 2
+  assert row["tied_directions"] == 0
   assert row["reward_share_of_a:reward"] == pytest.approx(0.5)
   (sample,) = samples
   assert sample["step"] == 5 and sample["where"].startswith("row ")
@@ -120,7 +121,8 @@ def test_rewards_that_never_differ_are_told(caplog):
   with caplog.at_level(logging.WARNING, "zofo_jax"):
     for step in range(12):
       assert np.ptp(made.scores(None, step)) == 0
-      assert made.metrics(step)["zero_spread"] == 1
+      row = made.metrics(step)
+      assert row["zero_spread"] == 1 and row["tied_directions"] == 2
   assert caplog.text.count("has changed the reward for 10 steps") == 1
 
 
@@ -254,6 +256,9 @@ def test_a_run_by_rewards_resumes_as_if_never_stopped(
     assert 0 < line["reward_best"] and 1 <= line["answer_tokens"] <= 3
   assert any(np.any(line["coefficients"]) for line in steps)
   assert summary["selection_metric"] == "reward"
+  assert summary["tied_steps"] == sum(
+    line["tied_directions"] == 3 for line in steps
+  )
   assert 0 <= summary["test_reward"] <= 3
   samples = report.read_jsonl(whole / "samples.jsonl")
   assert [s["step"] for s in samples] == [1, 1, 2, 2, 3, 3, 4, 4]

@@ -49,6 +49,7 @@ class Budget(NamedTuple):
     length_evaluations: of the objective of a guided step's lengths.
     length_losses: in one of these.
     length_rows: in one of these.
+    zo_losses: in an evaluation of the objective; one where rewards are it.
   """
 
   method: str
@@ -61,11 +62,13 @@ class Budget(NamedTuple):
   length_evaluations: int = 0
   length_losses: int = 1
   length_rows: int = 0
+  zo_losses: int = 3
 
   def passes(self, method: str | None = None) -> Passes:
     """Counts the passes of an iteration on one task.
 
-    The penalised objective is three losses.
+    The penalised objective is three losses, and the reward of an answer counts
+    as one.
 
     Args:
       method: one of `config.methods.METHODS` of one stage; None for the run's.
@@ -75,11 +78,12 @@ class Budget(NamedTuple):
     zeroth_order = methods.METHODS[method].zeroth_order
     points = self.zo_evaluations if zeroth_order else 0
     if method == "bilevel":
+      points *= self.zo_losses
       return Passes(
-        steps + 2 + 3 * points + self.length_losses * self.length_evaluations,
+        steps + 2 + points + self.length_losses * self.length_evaluations,
         steps + 2,
         (2 + recomputed) * (steps * self.lower_rows + 2 * self.upper_rows)
-        + 3 * points * self.upper_rows
+        + points * self.upper_rows
         + self.length_evaluations * self.length_rows,
       )
     if points:
@@ -132,6 +136,7 @@ def make_budget(config: ml_collections.ConfigDict) -> Budget:
     length_evaluations=guide.rule.evaluations if guide else 0,
     length_losses=1 + penalty,
     length_rows=(config.guided.batch_size or upper_rows) + penalty * upper_rows,
+    zo_losses=1 if config.zo.objective == "reward" else 3,
   )
 
 

@@ -12,6 +12,7 @@ from zofo_jax.config import defaults
 from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import encode_options, encode_prompts, packing
 from zofo_jax.data import tokenizer as tokenizer_lib
+from zofo_jax.evaluation import objectives
 
 
 class Encoder(NamedTuple):
@@ -282,15 +283,15 @@ def make_encoder(
       f"positions; expected fewer than the model's {context} (prefix.length, "
       "prompt.length)."
     )
-  # Accuracy compares the options, whatever the loss.
-  accuracy = config.zo.objective == "accuracy"
+  # Some objectives compare the options, whatever the loss.
+  all_options = config.zo.objective in objectives.OF_OPTIONS
   return Encoder(
     tokenizer=model.tokenizer,
     vocab_size=model.module.config.vocab_size,
     context_length=context - num_virtual,
     max_length=config.data.max_length,
     max_new_tokens=config.generate.max_new_tokens,
-    mode="classification" if accuracy else config.loss,
+    mode="classification" if all_options else config.loss,
     version=config.data.template,
     long_rows=config.data.long_rows,
     bad_rows=bad_rows_lib.BadRows(config.data.bad_rows),

@@ -17,6 +17,7 @@ import flax.linen as nn
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from zofo_jax import errors, models, report
 from zofo_jax.builders import assets, storage
@@ -337,7 +338,8 @@ def make_generate_fn(
   The keyword arguments are the fields of `config.generate`.
 
   Args:
-    model: gives the module, the tokenizer and the tokens that end a text.
+    model: gives the module, the tokenizer and the tokens that end a text;
+      without a tokenizer no token does, which is enough for a plan.
     stop: strings that end an answer.
     **options: of `generation.make_generate_fn`.
   """
@@ -346,16 +348,13 @@ def make_generate_fn(
       f"config.model.name: '{model.name}' is a masked language model, which "
       "does not generate text; expected a task with options."
     )
+  size, pad = model.module.config.vocab_size, 0
+  stops = np.zeros(size, bool)
+  if model.tokenizer is not None:
+    pad, ids = model.pad, _end_ids(model)
+    stops = generation.stop_table(model.tokenizer, size, ids=ids, texts=stop)
   return generation.make_generate_fn(
-    model.module,
-    stops=generation.stop_table(
-      model.tokenizer,
-      model.module.config.vocab_size,
-      ids=_end_ids(model),
-      texts=stop,
-    ),
-    pad=model.pad,
-    **options,
+    model.module, stops=stops, pad=pad, **options
   )
 
 

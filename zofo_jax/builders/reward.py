@@ -30,13 +30,17 @@ class Reward(NamedTuple):
 
   Attributes:
     functions: score answers.
-    answer_fn: jitted; writes the answers of a population.
+    write_fn: writes the answers of a population; not jitted.
+    answer_fn: the same, jitted for the mesh and host arrays of rows.
+    members_at_once: how many members of the population write at the same time.
     num_samples: prompts of each step whose answers are written to a file.
     alone: whether it is trained by nothing else, such as the rows' answers.
   """
 
   functions: rewards.Rewards
+  write_fn: AnswerFn
   answer_fn: AnswerFn
+  members_at_once: int
   num_samples: int
   alone: bool
 
@@ -56,6 +60,21 @@ class Reward(NamedTuple):
     return self.answer_fn(
       state.base, state.upper, state.key, state.step, eps, *rows
     )
+
+
+def num_at_once(
+  directions_at_once: int, zo: zeroth_order.ZerothOrder, train_base: bool
+) -> int:
+  """Returns how many directions' members write at the same time.
+
+  Args:
+    directions_at_once: this many; 0 for all of them, or one where members share
+      no products with theta.
+    zo: of steps on theta; its directions are those of the population.
+    train_base: whether the backbone is perturbed; else the adapter.
+  """
+  shares_products = not train_base or zo.sampler.direction.has_factors
+  return directions_at_once or (zo.num_directions if shares_products else 1)
 
 
 def make_reward(
@@ -89,8 +108,7 @@ def make_reward(
     stop: strings that end an answer.
     functions: names of reward functions.
     weights: of the functions; () for 1.
-    directions_at_once: directions whose members write at the same time; 0 for
-      all of them, or one where members share no products with theta.
+    directions_at_once: see `num_at_once`.
     pattern: see `rewards.Options`.
     keys: see `rewards.Options`.
     max_words: see `rewards.Options`.
@@ -107,8 +125,7 @@ def make_reward(
   )
   if not train_base:
     zo = base_update.of_adapter(zo)
-  shares_products = not train_base or zo.sampler.direction.has_factors
-  at_once = directions_at_once or (zo.num_directions if shares_products else 1)
+  at_once = num_at_once(directions_at_once, zo, train_base)
   zo = dataclasses.replace(zo, map_fn=dispatch.map_directions(mesh, at_once))
 
   def answer(base, adapter, key, step, eps, tokens, mask, numbers):
@@ -124,7 +141,9 @@ def make_reward(
   options = rewards.Options(pattern, tuple(keys), max_words)
   return Reward(
     rewards.Rewards(functions, weights, options),
+    answer,
     dispatch.jit_on_batches(answer, mesh, 5),
+    2 * min(at_once, zo.num_directions),
     num_samples,
     alone,
   )

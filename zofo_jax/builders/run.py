@@ -331,7 +331,7 @@ def make_run(
   reward, method = None, methods.METHODS[config.method]
   by_reward = methods.uses_reward(config.method, config.zo.objective)
   task_lib.check_answers(task, reward=by_reward, alone=method.by_reward)
-  if by_reward and model.tokenizer is not None:
+  if by_reward:
     reward = reward_lib.make_reward(
       model,
       base_update.zo,

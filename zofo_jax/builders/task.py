@@ -11,7 +11,7 @@ from zofo_jax import errors, tasks
 from zofo_jax.builders import assets
 from zofo_jax.config import methods
 from zofo_jax.data import sources
-from zofo_jax.evaluation import metrics
+from zofo_jax.evaluation import metrics, objectives
 
 _log = logging.getLogger("zofo_jax")
 
@@ -62,16 +62,22 @@ def load_task(config: ml_collections.ConfigDict) -> tasks.Task:
       f"config.data.pack: task {task.name} has a prompt; expected False, or "
       "rows of a data.format."
     )
-  if data.pack and config.zo.objective not in ("loss", "reward"):
+  objective = config.zo.objective
+  if data.pack and objective not in ("loss", "reward"):
     raise errors.UserError(
       "config.data.pack: a packed row has several answers, and zo.objective "
-      f"compares one; expected False, or 'loss'; found "
-      f"'{config.zo.objective}'."
+      f"compares one; expected False, or 'loss'; found '{objective}'."
     )
-  if task.document and config.zo.objective == "accuracy":
+  if task.document and objective in objectives.OF_OPTIONS:
     raise errors.UserError(
       f"config.zo.objective: task {task.name} has no options; expected 'loss' "
-      "or 'token_f1'; found 'accuracy'."
+      f"or 'token_f1'; found '{objective}'."
+    )
+  if objective == "macro_f1" and task.kind != "classification":
+    raise errors.UserError(
+      f"config.zo.objective: task {task.name} has no labels that its rows "
+      "share; expected 'accuracy' or 'loss', or a task with such labels; found "
+      "'macro_f1'."
     )
   task.template(data.template)
   return task

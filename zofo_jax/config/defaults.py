@@ -168,8 +168,8 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
   ("zo.threshold", 0.67, POSITIVE,
    "sparse: moves weights up to this multiple of their row's rms", NEVER),
   ("zo.objective", "loss", ANY,
-   "what steps on theta improve: loss, accuracy, token_f1, reward, or "
-   "MODULE:SCORE"),
+   "what steps on theta improve: loss, accuracy, macro_f1, token_f1, reward, "
+   "or MODULE:SCORE"),
   ("zo.select", "", ANY,
    "regular expression for the paths of the weights to update; empty: all",
    NEVER),

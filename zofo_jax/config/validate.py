@@ -20,7 +20,7 @@ IN_PLACE = ("sgd", "conservative")
 ONE_POINT = ("forward", "exact")
 # Inputs of a run besides its config, as `ckpt.may_change` names it.
 INPUTS = ("rows", "tokenizer", "model_config")
-OBJECTIVES = ("loss", "accuracy", "token_f1", "reward")
+OBJECTIVES = ("loss", "accuracy", "macro_f1", "token_f1", "reward")
 
 
 def check(config: ml_collections.ConfigDict) -> None:
@@ -289,6 +289,17 @@ def _check_zo_parts(fields: _Fields) -> None:
     raise errors.UserError(
       f"config.zo.objective: '{objective}' has no derivative for zo.estimator "
       "'exact'; expected 'loss', or the estimator 'central' or 'forward'."
+    )
+  if objective == "macro_f1" and fields["zo.direction"] == "per_example":
+    raise errors.UserError(
+      "config.zo.objective: 'macro_f1' is of a whole batch, and zo.direction "
+      "'per_example' evaluates its rows one by one; expected another objective "
+      "or direction."
+    )
+  if objective == "macro_f1" and fields["command"] == "metatrain":
+    raise errors.UserError(
+      "config.zo.objective: 'macro_f1' is of the labels of one task; expected "
+      "'loss' or 'accuracy' with command 'metatrain'."
     )
   _check_pattern(fields, "zo.select")
   if fields["zo.optimizer"] == "adamw" and (

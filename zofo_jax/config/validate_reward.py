@@ -73,6 +73,11 @@ def _check_use(fields: Mapping[str, Any], method: str) -> None:
       "config.zo.direction: members of a population have a direction each; "
       "expected another than 'per_example' with rewards."
     )
+  if fields["train.max_loss_ratio"] and methods.METHODS[method].by_reward:
+    raise errors.UserError(
+      "config.train.max_loss_ratio: a ratio of losses, and there are rewards "
+      f"alone; expected 0; found {fields['train.max_loss_ratio']}."
+    )
   if fields["zo.direction"] == "guided" and not fields["guided.random"]:
     raise errors.UserError(
       "config.guided.random: the lengths of guided steps follow the loss; "

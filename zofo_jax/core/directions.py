@@ -101,6 +101,16 @@ class Direction(Protocol):
     del x, key, shape, transposed
     return None
 
+  def before_products(self, x: jax.Array, key: LeafKey) -> jax.Array:
+    """Returns x, of which both x theta and x z are computed. Default: x itself.
+
+    Args:
+      x: [..., in].
+      key: key of a matrix z [in, out].
+    """
+    del key
+    return x
+
   def weighted_sum(
     self, keys: LeafKey, weights: jax.Array, shape: Shape
   ) -> jax.Array | None:

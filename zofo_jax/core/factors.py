@@ -5,18 +5,23 @@ A model reads base + left right through the product path of low-rank directions
 """
 
 import dataclasses
+import functools
 import re
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import custom_batching
 
-from zofo_jax.core import directions, offload, perturbed, prng, rounding
+from zofo_jax.core import directions, offload, perturbed, prng, rounding, xla
 from zofo_jax.core import keys as keys_lib
 from zofo_jax.core import tree as tree_lib
 from zofo_jax.core.array_like import is_array_like
 from zofo_jax.core.quantized import Quantized
 from zofo_jax.core.types import Params
+
+# Of so many products a sum is fused; with more, a matrix product is faster.
+_FEW_TERMS = 8
 
 
 class Factors(NamedTuple):
@@ -102,6 +107,71 @@ class _Product(directions.Direction):
     return (x.astype(jnp.float32) @ left) @ right
 
 
+class DrawnFactors(NamedTuple):
+  """A matrix left^T @ right, stored by rank: the terms are rows in memory.
+
+  Attributes:
+    left: float16, [R, in] or, of stacked layers, [layers, R, in].
+    right: float32, [R, out] or [layers, R, out].
+  """
+
+  left: jax.Array
+  right: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class _Drawn(directions.Direction):
+  """A low-rank direction that is drawn: its factors take the place of a key."""
+
+  def sample(self, key: Any, shape: Any, rows: Any = None) -> jax.Array:
+    """Returns z, or some rows of it; see `Direction`."""
+    del shape
+    left, right = key
+    if isinstance(rows, prng.RowRange):
+      left = jax.lax.dynamic_slice_in_dim(left, rows.start, rows.size, axis=1)
+    elif rows is not None:
+      left = jnp.take(left, rows, axis=1)
+    return _sum_of_outer(left, right)
+
+  def before_products(self, x: jax.Array, key: Any) -> jax.Array:
+    """Returns x, stored: all members' are as large as a batch of their rows."""
+    # Directions share it, so that it is not a condition for each of them.
+    number = key.right.ravel()[0]
+    word = jax.lax.bitcast_convert_type(number, jnp.uint32)
+    return xla.by_platform(
+      *(x, word), cpu=xla.in_a_loop, default=lambda x, word: x
+    )
+
+  def matmul(
+    self, x: jax.Array, key: Any, shape: Any, *, transposed: bool = False
+  ) -> jax.Array:
+    """Returns x z, or x z^T, in float32."""
+    del shape
+    left, right = key
+    first, second = (right, left) if transposed else (left, right)
+    x, first = x.astype(jnp.float32), first.astype(jnp.float32)
+    products = jnp.einsum("...i,ri->...r", x, first)  # x as it lies in memory
+    return _sum_of_outer(jnp.moveaxis(products, -1, 0), second)
+
+
+def _sum_of_outer(columns: jax.Array, rows: jax.Array) -> jax.Array:
+  """Returns the sum over r of columns[r] rows[r]; float32 [..., N].
+
+  Few terms are products that XLA fuses with whatever the sum is added to; a
+  matrix product would be written to memory, as large as that.
+
+  Args:
+    columns: [R, ...].
+    rows: [R, N].
+  """
+  columns, rows = columns.astype(jnp.float32), rows.astype(jnp.float32)
+  if len(rows) > _FEW_TERMS:
+    return jnp.einsum("r...,rn->...n", columns, rows)
+  rows = rows.reshape(len(rows), *(1,) * (columns.ndim - 1), -1)
+  terms = [c[..., None] * row for c, row in zip(columns, rows, strict=True)]
+  return functools.reduce(jnp.add, terms)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Given(directions.Direction):
   """A direction that is given: z itself takes the place of its key."""
@@ -117,7 +187,8 @@ def draw(tree: Params) -> Params:
 
   Without it, each reading draws the factors of z, as one forward pass needs
   them once. Drawn, they are kept: for a matrix, rank numbers for each row and
-  column; for a vector all of z.
+  column; for a vector all of z. A draw needs three times what it gives, and is
+  done a layer at a time or, under `vmap` over directions, a table at a time.
 
   Args:
     tree: pytree with `Perturbed` nodes, of which those along
@@ -135,22 +206,24 @@ def draw(tree: Params) -> Params:
     direction, num_layers = node.direction, node.scale.ndim  # axes of layers
     shape = node.shape[num_layers:]
 
-    def factors(key):
-      left, right = direction.factors(key, shape)
+    def left(key):
       # One of these for each direction, while all share those at the right;
       # fixed-point numbers, of which float16 has all but one bit at most.
-      return Factors(left.astype(jnp.float16), right)
+      return direction.factors(key, shape)[0].T.astype(jnp.float16)
+
+    def factors(key):
+      draw_left = left if num_layers else custom_batching.sequential_vmap(left)
+      return DrawnFactors(draw_left(key), direction.factors(key, shape)[1])
 
     def whole(key):
       return direction.sample(key, shape)
 
     draw_leaf, kind = (
-      (factors, _Product()) if len(shape) == 2 else (whole, _Given())
+      (factors, _Drawn()) if len(shape) == 2 else (whole, _Given())
     )
-    if num_layers:  # a layer at a time: what a draw needs is larger than it
-      drawn = jax.lax.map(draw_leaf, node.key)
-    else:
-      drawn = draw_leaf(node.key)
+    drawn = (
+      jax.lax.map(draw_leaf, node.key) if num_layers else draw_leaf(node.key)
+    )
     return perturbed.Perturbed(node.value, drawn, node.scale, kind)
 
   return jax.tree.map(replace, tree, is_leaf=perturbed.is_perturbed)

@@ -127,6 +127,34 @@ def option_errors(log_probs: jax.Array, batch: Batch) -> jax.Array:
   )
 
 
+def macro_f1_error(log_probs: jax.Array, batch: Batch) -> jax.Array:
+  """Returns 1 minus the mean F1 of the labels that occur, chosen or right.
+
+  A figure of the whole batch, not a mean over its examples. Piecewise constant,
+  as `option_errors` is.
+
+  Args:
+    log_probs: log p of every target, float32 [B, R, K].
+    batch: the rows they belong to, with all options of every example; option o
+      has the same meaning in all of them.
+
+  Returns:
+    float32, shape [].
+  """
+  scores = option_scores(log_probs, batch)
+  best = jnp.argmax(scores, axis=-1)
+
+  def marks(options):  # float32 [B, O], 0 for examples that pad the batch
+    marked = jax.nn.one_hot(options, scores.shape[-1], dtype=jnp.float32)
+    return marked * batch.example_weight[:, None]
+
+  chosen, right = marks(best), marks(batch.label)
+  both = jnp.sum(chosen * right, axis=0)
+  count = jnp.sum(chosen + right, axis=0)
+  f1 = 2 * both / jnp.where(count > 0, count, 1.0)
+  return 1.0 - jnp.sum(f1) / jnp.maximum(jnp.sum(count > 0), 1)
+
+
 def make_loss_fn(
   log_probs_fn: LogProbsFn,
   reduce_fn: Callable[[jax.Array, Batch], jax.Array],

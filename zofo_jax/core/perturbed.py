@@ -187,6 +187,7 @@ def dot(
     return weight.matmul(x)
   if not is_perturbed(weight):
     return x @ read(weight)
+  x = weight.direction.before_products(x, weight.key)
   product = weight.direction.matmul(x, weight.key, weight.shape)
   if product is None:
     return x @ xla.by_platform(

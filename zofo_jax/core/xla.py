@@ -71,6 +71,26 @@ def recompute(x: _T) -> _T:
   return jax.lax.optimization_barrier(x)
 
 
+def in_a_loop(x: jax.Array, word: Any) -> jax.Array:
+  """Returns x, computed once and stored, however many products read it.
+
+  CPU: XLA fuses what is cheap with the layout of each operand, and keeps what
+  it reads until the last one is computed. What a loop carries is in memory.
+
+  Args:
+    x: float, any shape.
+    word: any traced uint32, shape []: the condition, never true, is made of it
+      so that XLA cannot remove the loop.
+  """
+  # An iteration would change x; it is not carried otherwise.
+  loop = jax.lax.while_loop(
+    lambda carry: (carry[0] | 1) == 0,
+    lambda carry: (carry[0], -carry[1]),
+    (word, x),
+  )
+  return loop[1]
+
+
 def in_a_branch(fn: Callable[[Any], jax.Array], arg: Any, word: Any) -> Any:
   """Returns fn(arg), computed once and stored.
 

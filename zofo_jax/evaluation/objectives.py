@@ -1,8 +1,8 @@
 """Non-differentiable objectives for the zeroth-order step on theta.
 
-The fraction of wrong options, the token F1 of the predicted tokens, or a user's
-Python function: a zeroth-order step needs no derivative. Each objective is an
-error, 1 minus a score.
+The fraction of wrong options, their macro F1, the token F1 of the predicted
+tokens, or a user's Python function: a zeroth-order step needs no derivative.
+Each objective is an error, 1 minus a score.
 """
 
 import functools
@@ -21,6 +21,11 @@ from zofo_jax.models import apply
 
 # (predicted text, correct answer) -> score, the higher the better.
 Score = Callable[[str, str], float]
+# By the names of `zo.objective`, those that compare all options.
+OF_OPTIONS = {
+  "accuracy": losses.option_errors,
+  "macro_f1": losses.macro_f1_error,
+}
 
 
 def _right_targets(batch: losses.Batch) -> jax.Array:
@@ -104,9 +109,9 @@ def make_probe_loss_fn(
   """Returns the objective that `config.zo.objective` names.
 
   Args:
-    name: "loss", "accuracy", "token_f1" or "MODULE:SCORE", a function of
-      (predicted text, correct answer); or "reward", which is computed outside
-      of the step.
+    name: "loss", "accuracy", "macro_f1", "token_f1" or "MODULE:SCORE", a
+      function of (predicted text, correct answer); or "reward", which is
+      computed outside of the step.
     module: a decoder of `zofo_jax.models`.
     tokenizer: decodes texts for a SCORE.
 
@@ -119,9 +124,9 @@ def make_probe_loss_fn(
   """
   if name in ("loss", "reward"):
     return None
-  if name == "accuracy":
+  if name in OF_OPTIONS:
     return losses.make_loss_fn(
-      apply.make_log_probs_fn(module), losses.option_errors
+      apply.make_log_probs_fn(module), OF_OPTIONS[name]
     )
   score = (
     token_f1

@@ -85,7 +85,8 @@ def lower_programs(
   Returns:
     `forward`: one loss of `upper.batch_size` rows; `zo`: a zeroth-order step of
     the backbone on that loss; `lora`: a first-order step of an adapter on it;
-    `iteration`: an outer iteration of Bilevel-ZOFO.
+    `iteration`: an outer iteration of Bilevel-ZOFO. And `answers`, those of a
+    population, if the run is trained by rewards.
   """
   state, batch = run.abstract_state(), estimate.abstract_batch(run)
   loss_fn, base_update = run.loss_fn, run.base_update
@@ -103,6 +104,16 @@ def lower_programs(
 
   rows, key = batch.upper, state.key
   options = dispatch.compiler_options(run.mesh)
+  answers = {}
+  if run.reward is not None:
+    answers["answers"] = jax.jit(
+      run.reward.write_fn,
+      out_shardings=rules.replicated(run.mesh),
+      compiler_options=options,
+    ).lower(
+      *(state.base, state.upper, state.key, state.step, hparams.zo_eps),
+      *estimate.abstract_prompts(run),
+    )
   return {
     "forward": jax.jit(
       loss_fn, static_argnums=3, compiler_options=options
@@ -115,6 +126,7 @@ def lower_programs(
     ).lower(state.base, state.base_opt, state.upper, rows, key),
     "lora": first_order_program(run, adapter_tx),
     "iteration": run.jit_step().lower(state, batch, hparams),
+    **answers,
   }
 
 

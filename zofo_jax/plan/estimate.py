@@ -57,6 +57,28 @@ def abstract_batch(run: run_lib.Run) -> BilevelBatch:
   )
 
 
+def abstract_prompts(run: run_lib.Run) -> tuple[Any, Any, Any]:
+  """Returns the shapes and shardings of prompts that a population answers.
+
+  Args:
+    run: the run.
+
+  Returns:
+    Tokens and mask, of the longest training length, and numbers of the rows.
+  """
+  size, length = run.batch_sizes.upper, run.encoder.max_train_length
+  sharding = rules.batch_sharding(run.mesh, 0)
+  tokens, mask, numbers = (
+    jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+    for shape, dtype in (
+      ((size, length), "int32"),
+      ((size, length), "bool"),
+      ((size,), "uint32"),
+    )
+  )
+  return tokens, mask, numbers
+
+
 def state_bytes(state: BilevelState) -> dict[str, int]:
   """Returns the bytes per chip of the weights, and of the rest of a state.
 
@@ -144,12 +166,20 @@ def estimate(
   saved = (hidden if module.remat else products) * width
   backward = read + 2 * (rows * length * saved * depth + 2 * layer)
   temp = max(3 * zo_temp - 2 * read, backward)
+  answers = {}
+  if run.reward is not None:
+    sizes = module.config
+    cached = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * width
+    cached *= rows * (length + run.encoder.max_new_tokens)
+    members = run.reward.members_at_once
+    answers["answers_temp"] = read + members * (cached + 2 * layer)
   return stored | {
     "forward_temp": forward,
     "zo_temp": zo_temp,
     "lora_temp": backward,
     "iteration_temp": temp,
-    "total": sum(stored.values()) + temp,
+    **answers,
+    "total": sum(stored.values()) + max([temp, *answers.values()]),
   }
 
 

@@ -41,7 +41,8 @@ def plan(
 
   Returns:
     What is in the file: `mesh`; `per_chip_bytes` of weights, optimizer (all
-    other state), forward_temp, zo_temp, lora_temp, iteration_temp and total;
+    other state), forward_temp, zo_temp, lora_temp, iteration_temp and total,
+    with rewards also answers_temp, of the program that writes a population's;
     `per_chip_host_bytes` of weights in the host's memory, and in total, with
     copies that the compiler makes there; `host_transfers` of an iteration, on
     all chips: bytes to_device and to_host, and the seconds that the larger of
@@ -111,7 +112,7 @@ def plan(
     }
   size = figures["per_chip_bytes"]
   chip, total = topology.chip_bytes, size["total"]
-  refused = "iteration" in figures["refused"]
+  refused = bool({"iteration", "answers"} & figures["refused"].keys())
   fits = not refused and total <= (chip or math.inf)
   plan = {
     "model": config.model.name,
@@ -275,6 +276,9 @@ def _compile(
   total = iteration.total_bytes
   if total is None and iteration.temp_bytes is not None:
     total = sum(stored.values()) + iteration.temp_bytes
+  answers = measured.get("answers")
+  if answers and answers.temp_bytes and total is not None:
+    total = max(total, sum(stored.values()) + answers.temp_bytes)
   return {
     "estimate": False,
     "per_chip_bytes": {

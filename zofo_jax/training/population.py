@@ -102,10 +102,10 @@ class Scorer:
     # [functions, Q, 2, B], each process its own rows and zeros elsewhere.
     scores = multihost.sum_over_processes(scores)
     total = self._functions.total(scores)
-    members = total.mean(axis=-1)
-    self._note(step, scores, total, answers.lengths)
+    members = total.mean(axis=-1).astype(np.float32)
+    self._note(step, scores, total, members, answers.lengths)
     self._write_samples(step, questions, texts, total)
-    return members.astype(np.float32)
+    return members
 
   def _score_own_rows(self, answers, questions):
     """Returns the texts {(q, side, row): text} and scores of this process."""
@@ -129,14 +129,15 @@ class Scorer:
       scores[:, *place] = score
     return texts, scores
 
-  def _note(self, step, scores, total, lengths) -> None:
+  def _note(self, step, scores, total, members, lengths) -> None:
     """Computes the metrics of a step."""
-    members = total.mean(axis=-1)
+    tied = members[:, 0] == members[:, 1]  # they move nothing
     spread = np.ptp(total, axis=(0, 1))  # of each prompt, over members
     row = {
       "reward": float(total.mean()),
       "reward_best": float(members.max()),
       "reward_std": float(members.std()),
+      "tied_directions": int(tied.sum()),
       "zero_spread": float(np.mean(spread == 0)),
       "answer_tokens": float(lengths.mean()),
     }
@@ -144,9 +145,7 @@ class Scorer:
       names = self._functions.names
       row |= {f"reward_{n}": float(s.mean()) for n, s in zip(names, scores)}
     self._metrics[step] = row
-    self._equal_in_a_row += 1
-    if np.any(members[:, 0] != members[:, 1]):
-      self._equal_in_a_row = 0
+    self._equal_in_a_row = self._equal_in_a_row + 1 if tied.all() else 0
     if self._equal_in_a_row == _PATIENCE:
       _log.warning(
         "No direction has changed the reward for %d steps, so nothing has "

@@ -67,6 +67,7 @@ def summarize(
     "num_outer_steps": num_steps,
     "num_inner_steps": num_steps * config.lower.num_steps,
     **compute,
+    **tied_steps(folder, run),
     **cost(run_metadata),
   }
   names = {"zero_shot": "zero-shot", "test": config.method}
@@ -96,6 +97,22 @@ def best_selection(folder: epath.Path) -> dict[str, float]:
         better = min if metric in metrics.LOWER_IS_BETTER else max
         best[name] = better(score, best.get(name, score))
   return best
+
+
+def tied_steps(folder: epath.Path, run: run_lib.Run) -> dict[str, int]:
+  """Returns how many steps moved nothing, as no direction changed the reward.
+
+  Args:
+    folder: of the run.
+    run: the run; nothing is counted if it is not trained by rewards.
+  """
+  if run.reward is None:
+    return {}
+  count = run.base_update.zo.num_directions
+  rows = report.read_jsonl(folder / "metrics.jsonl")
+  return {
+    "tied_steps": sum(row.get("tied_directions") == count for row in rows)
+  }
 
 
 def cost(run_metadata: dict[str, Any]) -> dict[str, Any]:
