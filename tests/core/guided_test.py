@@ -1,4 +1,4 @@
-"""Steps along what an adapter has learnt: exact, at the best length."""
+"""Steps along what an adapter has learned: exact, at the best length."""
 
 import functools
 

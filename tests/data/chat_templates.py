@@ -1,6 +1,6 @@
-"""Chat templates by hand, which mark what is learnt, and a tokenizer.
+"""Chat templates by hand, which mark what is learned, and a tokenizer.
 
-Without these marks, as in most published templates, what is learnt must be
+Without these marks, as in most published templates, what is learned must be
 found in the rendered text.
 """
 
@@ -64,7 +64,7 @@ _SPECIAL = (
 
 
 def without_blocks(template):
-  """Returns a template that does not mark what is learnt."""
+  """Returns a template that does not mark what is learned."""
   return template.replace("{% generation %}", "{{- '' }}").replace(
     "{% endgeneration %}", "{{- '' }}"
   )

@@ -54,7 +54,7 @@ def test_ids_and_mask_are_those_of_transformers(marked, unmarked, name):
   for tokenizer in (marked, unmarked):
     tokens = encode_text.tokenize(tasks.Chat(CHATS[name]), tokenizer, "row 1")
     assert list(tokens.ids) == expected["input_ids"]
-    assert list(map(int, tokens.learnt)) == expected["assistant_masks"]
+    assert list(map(int, tokens.learned)) == expected["assistant_masks"]
 
 
 @pytest.mark.parametrize("name", ["one turn", "two turns"])
@@ -89,12 +89,12 @@ def test_chatml_by_hand():
   )
   line = tokenizer.encode("\n", add_special_tokens=False)
   assert list(tokens.ids) == [*head, *answer, *line]
-  assert [i for i, learnt in enumerate(tokens.learnt) if learnt] == list(
+  assert [i for i, learned in enumerate(tokens.learned) if learned] == list(
     range(len(head), len(head) + len(answer))
   )
 
 
-def test_only_the_completion_s_turns_are_learnt(marked, unmarked):
+def test_only_the_completion_s_turns_are_learned(marked, unmarked):
   form = tasks.formatted("own", "completion")
   row = _row(prompt=TURNS[:3], completion=TURNS[3:])
   for tokenizer in (marked, unmarked):
@@ -103,11 +103,11 @@ def test_only_the_completion_s_turns_are_learnt(marked, unmarked):
     assert part.ids == whole.ids
     last = max(
       i
-      for i, learnt in enumerate(whole.learnt)
-      if not learnt and any(whole.learnt[i:])
+      for i, learned in enumerate(whole.learned)
+      if not learned and any(whole.learned[i:])
     )
-    assert part.learnt == tuple(
-      learnt and i > last for i, learnt in enumerate(whole.learnt)
+    assert part.learned == tuple(
+      learned and i > last for i, learned in enumerate(whole.learned)
     )
 
 
@@ -117,14 +117,16 @@ def test_completions_end(unmarked):
   tokens = encode_text.tokenize(form.read_document(row), unmarked, "row 1")
   ids = unmarked.encode("Where is it? On the mat.")  # with <s>
   assert list(tokens.ids) == [*ids, unmarked.eos_token_id]
-  learnt = [i for i, is_learnt in zip(tokens.ids, tokens.learnt) if is_learnt]
-  assert unmarked.decode(learnt) == " On the mat.</s>"
+  learned = [
+    i for i, is_learned in zip(tokens.ids, tokens.learned) if is_learned
+  ]
+  assert unmarked.decode(learned) == " On the mat.</s>"
   question = encode_prompts.encode_question(form, row, unmarked, max_length=99)
   assert list(question.tokens) == unmarked.encode("Where is it?")
   assert question.answers == ("On the mat.",)
 
 
-def test_every_token_of_a_text_is_learnt(unmarked):
+def test_every_token_of_a_text_is_learned(unmarked):
   form = tasks.formatted("own", "text")
   row = _row(text="A day.</s>")
   example = encode_options.encode(form, row, unmarked, max_length=99)

@@ -1,4 +1,4 @@
-"""Packed rows: every token learnt once, the same loss, no attention across."""
+"""Packed rows: every token learned once, the same loss, no attention across."""
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from zofo_jax.models import apply, llama
 
 
 def _example(draw, length, name="row"):
-  """An example of which two thirds of the tokens are learnt."""
+  """An example of which two thirds of the tokens are learned."""
   tokens = draw.randint(1, 30, length + 1).tolist()
-  learnt = [i for i in range(1, length + 1) if i % 3]
+  learned = [i for i in range(1, length + 1) if i % 3]
   row = encode_options.EncodedRow(
     tokens=tuple(tokens[:-1]),
-    positions=tuple(i - 1 for i in learnt),
-    targets=tuple((slot, tokens[i], 0) for slot, i in enumerate(learnt)),
+    positions=tuple(i - 1 for i in learned),
+    targets=tuple((slot, tokens[i], 0) for slot, i in enumerate(learned)),
   )
   return encode_options.Example((row,), 0, (0,), (True,), name)
 

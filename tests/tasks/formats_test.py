@@ -39,7 +39,7 @@ def test_answers_are_messages(form, fields, expected):
   row = tasks.Row(fields, "row 1")
   task.check(row, labelled=False)
   assert task.answered(fields, "Bye.") == expected
-  if expected and form != "completion":  # which may be learnt from
+  if expected and form != "completion":  # which may be learned from
     task.check(tasks.Row(expected, "row 1"))
     asked = task.read_document(tasks.Row(expected, "row 1"), labelled=False)
     assert asked == task.read_document(row, labelled=False)
