@@ -261,7 +261,11 @@ def test_a_function_holds_its_folder_while_it_runs(tmp_path):
 
 
 @pytest.mark.parametrize("function", arguments._RUNNERS.values())
-def test_whatever_writes_to_a_folder_holds_it(function, other):
+def test_whatever_writes_to_a_folder_holds_it(function, tmp_path):
   module, _, name = function.partition(":")
-  with pytest.raises(errors.UserError, match="in use"):
-    getattr(importlib.import_module(module), name)(None, str(other[1]))
+  call = getattr(importlib.import_module(module), name)
+  with (
+    lock.hold(epath.Path(tmp_path)),
+    pytest.raises(errors.UserError, match="in use"),
+  ):
+    call(None, str(tmp_path))
