@@ -185,6 +185,7 @@ def test_updates_that_wait_have_the_bits_of_those_written_at_once():
   assert_same_bits(waited[4:], at_once[4:])
 
 
+@pytest.mark.slow
 def test_adapters_are_trained_on_weights_whose_updates_wait():
   batch = BilevelBatch(lower=X[None], penalty=X, upper=X + 1)
   results = []

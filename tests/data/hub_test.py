@@ -167,6 +167,7 @@ def _check(results):
         assert result.startswith("Cannot read split 'validation' of"), result
 
 
+@pytest.mark.slow
 def test_later_runs(hub, cache, first_run):
   calls = [call for name in SOME for call in _calls(name)]
   find = [["find", name, None, None] for name in SOME]

@@ -96,6 +96,7 @@ def test_decoding_scores_as_a_full_forward(name):
       texts = [t + [int(new)] for t, new in zip(texts, more[:, step])]
 
 
+@pytest.mark.slow
 def test_perturbed_weights_and_adapters_generate():
   module, base, _, _ = recorded("llama")
   lora = adapters.init_lora(jax.random.key(1), base, rank=2, alpha=8.0)
