@@ -38,7 +38,6 @@ def answers(folder, sizes):
     keys=(),
     max_words=1,
     num_samples=0,
-    shaping="none",
     temperature=1.0,
   )
   prompts = [[5, 6, 7], [8] * 7, [9, 10], [11]]

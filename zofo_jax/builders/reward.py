@@ -93,7 +93,6 @@ def make_reward(
   keys: Sequence[str],
   max_words: int,
   num_samples: int,
-  shaping: str,
   temperature: float,
 ) -> Reward:
   """Makes what `config.reward` describes.
@@ -113,13 +112,11 @@ def make_reward(
     keys: see `rewards.Options`.
     max_words: see `rewards.Options`.
     num_samples: see `Reward`.
-    shaping: not read here, but by the step.
     temperature: of the answers.
 
   Raises:
     UserError: there is no such function.
   """
-  del shaping
   generate_fn = model_lib.make_generate_fn(
     model, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature
   )

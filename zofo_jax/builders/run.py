@@ -340,7 +340,14 @@ def make_run(
       alone=method.by_reward,
       max_new_tokens=config.generate.max_new_tokens,
       stop=stop,
-      **config.reward,
+      functions=config.reward.functions,
+      weights=config.reward.weights,
+      directions_at_once=config.reward.directions_at_once,
+      pattern=config.reward.pattern,
+      keys=config.reward.keys,
+      max_words=config.reward.max_words,
+      num_samples=config.reward.num_samples,
+      temperature=config.reward.temperature,
     )
   run = Run(
     config=config,
