@@ -79,12 +79,14 @@ def test_check_names_the_choices(config, name):
   choices = defaults.FIELDS[name].check.choices
   listed, value = f"one of {', '.join(choices)}", "nothing"
   if isinstance(DEFAULTS[name], tuple):
-    listed, value = f"some of {', '.join(choices)}", (choices[0], "nothing")
+    listed = f"some of {', '.join(choices)}, as ('{choices[0]}',)"
+    value = (choices[0], "nothing")
   config.update_from_flattened_dict({name: value})
   with pytest.raises(errors.UserError) as caught:
     validate.check(config)
-  assert str(caught.value).startswith(f"config.{name}: expected {listed}")
-  assert "; found 'nothing'." in str(caught.value)
+  assert str(caught.value).startswith(
+    f"config.{name}: expected {listed}; found 'nothing'."
+  )
 
 
 @pytest.mark.parametrize(

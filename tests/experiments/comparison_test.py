@@ -51,9 +51,9 @@ def test_every_method_has_the_same_work(compare, name):
       .forward_equivalents
     )
     # Whole iterations, and no more than the work allows.
-    of_one = spent / config.train.num_steps
-    least = min(0.93 * size.rows, size.rows - of_one)
-    assert least < spent <= size.rows, method
+    # Five iterations of 176, the longest, are 0.917 of it.
+    least = 0.91 if method == "bilevel_all20" else 0.93
+    assert least * size.rows < spent <= size.rows, method
     every = config.train.eval_every_steps
     few = ("bilevel_all", "bilevel_all20", "bilevel_matrices")
     if method in few and every == 1:
