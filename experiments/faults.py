@@ -348,7 +348,7 @@ def main() -> None:
   import zofo_jax.training.train  # noqa: F401
   from zofo_jax import report
 
-  transformers.PreTrainedTokenizerFast  # noqa: B018 - is read lazily
+  transformers.AutoTokenizer  # noqa: B018 - is read lazily
   with tempfile.TemporaryDirectory() as folder:
     summary = campaign(
       given.trials,

@@ -168,6 +168,7 @@ def test_generated_answers(config, tmp_path):
     icl.icl(config, str(tmp_path))
 
 
+@pytest.mark.slow
 def test_every_row_is_calibrated_by_its_own_options(config, tmp_path):
   pairs = [("dull", "warm"), ("film", "sea"), ("cast", "dog")]
 

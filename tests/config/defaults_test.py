@@ -16,6 +16,13 @@ def test_names_are_unique_and_in_known_sections():
   assert [section for section, _ in sections] == list(defaults.SECTIONS)
 
 
+def test_no_field_has_the_name_of_a_method():
+  """`config.reward.keys` would be the method, whatever was set."""
+  methods = dir(config_dict.ConfigDict())
+  for name in defaults.FIELDS:
+    assert not set(name.split(".")) & set(methods), name
+
+
 def test_every_field_is_read_somewhere():
   read = set()
   package = pathlib.Path(defaults.__file__).parents[1]

@@ -75,7 +75,10 @@ def _slow_sgd(rate):
     (zo.central, 1, "sgd", directions.Rademacher(), False),
     (zo.central, 3, "adam", directions.LowRank(2), False),
     (zo.forward, 1, "adam", directions.Rademacher(), False),
-    (zo.forward, 3, "sgd", directions.Rademacher(), False),
+    pytest.param(
+      *(zo.forward, 3, "sgd", directions.Rademacher(), False),
+      marks=pytest.mark.slow,
+    ),
     (zo.central, ROWS, "sgd", directions.PerExample(), True),
   ],
 )

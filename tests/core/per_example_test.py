@@ -133,6 +133,7 @@ def test_whole_perturbed_trees_give_the_same():
   _close(lazy.values, whole.values)
 
 
+@pytest.mark.slow
 def test_other_kinds_and_a_loop_over_examples():
   # Of any kind; here without anything to share.
   sampler = SELECTED(directions.Rademacher(), lazy=True)

@@ -152,7 +152,8 @@ def bare_tokens(name, lengths):
       pytest.param("llama", kind, marks=pytest.mark.slow)
       for kind in ("prefix", "prompt")
     ),
-    *((name, "lora+prefix+prompt") for name in ("llama", "opt", "mistral")),
+    *((name, "lora+prefix+prompt") for name in ("llama", "opt")),
+    pytest.param("mistral", "lora+prefix+prompt", marks=pytest.mark.slow),
   ],
 )
 def test_adapters_generate_as_in_full_forwards(name, kinds):

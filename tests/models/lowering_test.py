@@ -36,12 +36,11 @@ def test_every_model_is_here():
 @pytest.mark.parametrize(
   "name",
   [
-    "opt",
     "gemma3_text",
-    # Llama's module; with a window or with biases.
+    # Parts of it, or with biases.
     *(
       pytest.param(name, marks=pytest.mark.slow)
-      for name in ("llama", "mistral", "qwen2")
+      for name in ("opt", "llama", "mistral", "qwen2")
     ),
   ],
 )

@@ -90,7 +90,7 @@ def make_reward(
   weights: Sequence[float],
   directions_at_once: int,
   pattern: str,
-  keys: Sequence[str],
+  json_keys: Sequence[str],
   max_words: int,
   num_samples: int,
   temperature: float,
@@ -109,7 +109,7 @@ def make_reward(
     weights: of the functions; () for 1.
     directions_at_once: see `num_at_once`.
     pattern: see `rewards.Options`.
-    keys: see `rewards.Options`.
+    json_keys: see `rewards.Options`.
     max_words: see `rewards.Options`.
     num_samples: see `Reward`.
     temperature: of the answers.
@@ -135,7 +135,7 @@ def make_reward(
     params = base if train_base else adapter
     return population.evaluate(write, params, step_keys, eps, zo)
 
-  options = rewards.Options(pattern, tuple(keys), max_words)
+  options = rewards.Options(pattern, tuple(json_keys), max_words)
   return Reward(
     rewards.Rewards(functions, weights, options),
     answer,

@@ -344,7 +344,7 @@ def make_run(
       weights=config.reward.weights,
       directions_at_once=config.reward.directions_at_once,
       pattern=config.reward.pattern,
-      keys=config.reward.keys,
+      json_keys=config.reward.json_keys,
       max_words=config.reward.max_words,
       num_samples=config.reward.num_samples,
       temperature=config.reward.temperature,

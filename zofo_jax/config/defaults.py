@@ -225,7 +225,7 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "of an adapter, one of the others"),
   ("reward.pattern", "", ANY,
    "regex: regular expression, searched in the answer"),
-  ("reward.keys", (), NAMES, "json: keys that the object must have"),
+  ("reward.json_keys", (), NAMES, "json: keys that the object must have"),
   ("reward.max_words", 0, NOT_NEGATIVE,
    "length: words of an answer that cost nothing"),
   ("reward.num_samples", 2, NOT_NEGATIVE,

@@ -224,7 +224,9 @@ def test_the_fields_of_peft_that_are_read_exist_there():
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", MORE)
-@pytest.mark.parametrize("name", ["llama", "opt"])
+@pytest.mark.parametrize(
+  "name", ["llama", pytest.param("opt", marks=pytest.mark.slow)]
+)
 def test_what_is_read_gives_the_logits_of_peft(name, kind, tmp_path):
   peft = pytest.importorskip("peft")
   import torch
