@@ -7,6 +7,7 @@ bit. README.md describes the faults.
 """
 
 import argparse
+import gc
 import json
 import os
 import pathlib
@@ -349,6 +350,9 @@ def main() -> None:
   from zofo_jax import report
 
   transformers.AutoTokenizer  # noqa: B018 - is read lazily
+  # What is imported stays: the processes need not look through it again.
+  gc.freeze()
+  gc.set_threshold(50_000)
   with tempfile.TemporaryDirectory() as folder:
     summary = campaign(
       given.trials,
