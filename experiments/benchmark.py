@@ -83,11 +83,11 @@ class Wanted(NamedTuple):
 
 def zeroth_order(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   """Times zeroth-order steps against two forward passes and MeZO's step."""
-  from bench import ours
+  from bench import steps
 
   kinds = tuple(
     kind
-    for kind in ours.DIRECTIONS
+    for kind in steps.DIRECTIONS
     if any(
       name in wanted.names
       for name in (
@@ -97,7 +97,7 @@ def zeroth_order(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
       )
     )
   )
-  side = ours.make_zo(work, kinds)
+  side = steps.make_zo(work, kinds)
   for kind in kinds:
     extra = side.temp_bytes[kind] - side.temp_bytes["forward"]
     yield {TEMP_OF[kind]: timing.bytes_ratio(extra, side.base_bytes)}
@@ -117,9 +117,9 @@ def zeroth_order(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   if compared:
     from bench import theirs
 
-    steps = {kind: side.steps[kind] for kind in compared}
+    programs = {kind: side.steps[kind] for kind in compared}
     seconds = timing.timed_in_turn(
-      {"torch": theirs.make_mezo(work), **steps}, wanted.repeats
+      {"torch": theirs.make_mezo(work), **programs}, wanted.repeats
     )
     for kind in compared:
       yield {MEZO_OF[kind]: timing.ratio(seconds["torch"], seconds[kind])}
@@ -127,9 +127,10 @@ def zeroth_order(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
 
 def bilevel(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   """Times the reference's bilevel iteration in PyTorch against ours."""
-  from bench import ours, theirs
+  from bench import iterations, theirs
 
-  torch_side, our_side = theirs.make_bilevel(work), ours.make_bilevel(work)
+  torch_side = theirs.make_bilevel(work)
+  our_side = iterations.make_bilevel(work)
   seconds = timing.timed_in_turn(
     {
       "torch_outer": torch_side.outer,
@@ -157,9 +158,9 @@ def bilevel(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
 
 def metatrain(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   """Times an iteration over tasks against one over as many rows of one task."""
-  from bench import ours
+  from bench import iterations
 
-  sides = ours.make_metatrain(work)._asdict()
+  sides = iterations.make_metatrain(work)._asdict()
   seconds = timing.timed_in_turn(sides, wanted.repeats)
   yield {
     "metatrain_over_single": timing.ratio(seconds["tasks"], seconds["single"])
@@ -168,9 +169,9 @@ def metatrain(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
 
 def guided(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   """Times an iteration whose theta follows s against the published one."""
-  from bench import ours
+  from bench import iterations
 
-  sides = ours.make_guided(work)._asdict()
+  sides = iterations.make_guided(work)._asdict()
   seconds = timing.timed_in_turn(sides, wanted.repeats)
   yield {
     "guided_over_published": timing.ratio(
@@ -181,7 +182,7 @@ def guided(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
 
 def population(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   """Times the answers of a population against as many of one model."""
-  from bench import ours
+  from bench import answers
 
   fields = {
     "low_rank": "temp_over_params.population",
@@ -193,7 +194,7 @@ def population(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
     for kind, temp in fields.items()
     if {f"population_over_batch.{kind}", temp} & {*wanted.names}
   )
-  side = ours.make_population(work, kinds)
+  side = answers.make_population(work, kinds)
   for kind in kinds:
     if name := fields[kind]:
       extra = side.temp_bytes[kind] - side.temp_bytes["plain"]
@@ -229,13 +230,13 @@ def rss_torch(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
 
 def evaluate(work: workload.Work, wanted: Wanted) -> Iterator[Results]:
   """Times the scoring of rows in PyTorch against ours."""
-  from bench import ours, theirs
+  from bench import answers, theirs
 
   torch_side = theirs.make_evaluation(work)
   seconds = timing.timed_in_turn(
     {
       "by_option": torch_side.by_option,
-      "ours": ours.make_evaluation(work),
+      "ours": answers.make_evaluation(work),
       "by_row": torch_side.by_row,
     },
     wanted.repeats,

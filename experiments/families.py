@@ -17,7 +17,7 @@ import pathlib
 import time
 from typing import Any
 
-from bench import ours, timing, workload
+from bench import steps, timing, workload
 
 from zofo_jax import errors, models
 from zofo_jax.models import decoder, transformer
@@ -79,7 +79,7 @@ def at_one_size(
 
 def memory(module: transformer.Transformer) -> dict[str, Any]:
   """Compiles a forward pass and a step; returns their temporaries."""
-  programs, num_bytes = ours.compile_zo(module, workload.FULL, (KIND,))
+  programs, num_bytes = steps.compile_zo(module, workload.FULL, (KIND,))
   step, forward = (
     programs[name].memory_analysis().temp_size_in_bytes
     for name in (KIND, "forward")
@@ -90,7 +90,7 @@ def memory(module: transformer.Transformer) -> dict[str, Any]:
 def seconds(module: transformer.Transformer, repeats: int) -> dict[str, Any]:
   """Times a step against two forward passes, in seconds of the processor."""
   config = at_one_size(module.config, TIMED.llama)
-  side = ours.make_zo(TIMED, (KIND,), transformer.Transformer(config))
+  side = steps.make_zo(TIMED, (KIND,), transformer.Transformer(config))
 
   def two_forwards():
     side.forward()

@@ -18,7 +18,7 @@ import re
 import jax
 import rich.console
 import rich.table
-from bench import ours, workload
+from bench import models, steps, workload
 
 # Instructions without a kernel, or that run on the host only.
 FREE = frozenset(
@@ -100,9 +100,9 @@ def main() -> None:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
   on = device(given.target)
   table = rich.table.Table("program", "kernels", "temporaries, MB")
-  work, kinds = workload.WORKS[given.work], tuple(ours.DIRECTIONS)
-  module = ours.llama_module(work.llama)
-  programs, _ = ours.compile_zo(module, work, kinds, on)
+  work, kinds = workload.WORKS[given.work], tuple(steps.DIRECTIONS)
+  module = models.llama_module(work.llama)
+  programs, _ = steps.compile_zo(module, work, kinds, on)
   for name, compiled in programs.items():
     size = compiled.memory_analysis().temp_size_in_bytes
     kernels = launches(compiled.as_text())

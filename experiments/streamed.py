@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from bench import ours, timing, workload
+from bench import models, timing, workload
 
 import zofo_jax as zofo
 from zofo_jax import adapters, report
@@ -131,11 +131,11 @@ def measure(
     on_host: whether the layers' matrices are in the host's memory.
     repeats: calls of each step, after one that is not counted.
   """
-  module = ours.llama_module(sizes).clone(remat=True)
+  module = models.llama_module(sizes).clone(remat=True)
   base = random_base(module, "bfloat16", kind, on_host)
   adapter = adapters.init_lora(jax.random.key(0), base, rank=8, alpha=16.0)
   opt = optax.adam(1e-4).init(adapter)
-  batch = ours.make_batch(workload.full_rows(shape, sizes.vocab_size))
+  batch = models.make_batch(workload.full_rows(shape, sizes.vocab_size))
   results = {}
   for name, step in steps(module).items():
     keys = jax.random.split(jax.random.key(1), repeats + 1)

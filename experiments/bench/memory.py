@@ -50,12 +50,12 @@ def main(side: str, name: str, model: str = "") -> None:
   if model == "toy":
     work = workload.toy(work)
   if side == "ours":
-    from bench import ours
+    from bench import iterations, models
 
-    run = ours.make_bilevel(work)
+    run = iterations.make_bilevel(work)
     for _ in range(NUM_ITERATIONS):
       run.iteration()
-    on_device = ours.device_peak_bytes()
+    on_device = models.device_peak_bytes()
   else:
     from bench import theirs
 
