@@ -199,6 +199,15 @@ def test_the_largest_model_of_a_family():
     "--config.model.quantize=int4 --config.model.offload=host": None,
   }
   assert len(tried) <= 4 * 4  # of nine models
+  with_remat = lambda changes: "model.remat" in changes
+  assert largest.largest("opt", with_remat, remat=False) == {
+    "": None,
+    "--config.model.quantize=int4": None,
+    "--config.model.offload=host": None,
+    "--config.model.quantize=int4 --config.model.offload=host": None,
+    "--config.model.quantize=int4 --config.model.offload=host "
+    "--config.model.remat=True": "facebook/opt-175b",
+  }
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

@@ -16,13 +16,17 @@ STORAGES: tuple[Mapping[str, str], ...] = (
 
 
 def largest(
-  model_type: str, fits: Callable[[Mapping[str, str]], bool]
+  model_type: str,
+  fits: Callable[[Mapping[str, Any]], bool],
+  remat: bool = True,
 ) -> dict[str, str | None]:
   """Finds the largest published models of a family that fit.
 
   Args:
     model_type: of the family, as in config.json.
     fits: changes of the config, `model.name` among them, to whether it fits.
+    remat: `model.remat` of the config. Without it activations may decide,
+      however weights are stored: the last of `STORAGES` is tried with it, too.
 
   Returns:
     For each of `STORAGES`, as flags, the name of the model; None if the
@@ -35,12 +39,16 @@ def largest(
   }
   names = sorted(sizes, key=lambda name: sizes[name])
 
+  ways: list[Mapping[str, Any]] = [*STORAGES]
+  if not remat:
+    ways.append({**STORAGES[-1], "model.remat": True})
+
   def last(changes):
     return _last(names, lambda name: fits({**changes, "model.name": name}))
 
   return {
     " ".join(f"--config.{k}={v}" for k, v in changes.items()): last(changes)
-    for changes in STORAGES
+    for changes in ways
   }
 
 

@@ -19,12 +19,10 @@ from zofo_jax.builders import optimizers
 from zofo_jax.builders import run as run_lib
 from zofo_jax.config import validate
 from zofo_jax.core.types import BilevelState
-from zofo_jax.plan import aot, estimate, largest, topologies
+from zofo_jax.plan import aot, estimate, largest, show, topologies
 from zofo_jax.sharding import mesh as mesh_lib
 from zofo_jax.sharding import rules
 
-# Bytes a second between a chip and its host, each way: 16 lanes of PCIe 4.
-HOST_BANDWIDTH = 32e9
 _SHARDS = tuple(2**i for i in range(9))
 
 
@@ -46,7 +44,7 @@ def plan(
     `per_chip_host_bytes` of weights in the host's memory, and in total, with
     copies that the compiler makes there; `host_transfers` of an iteration, on
     all chips: bytes to_device and to_host, and the seconds that the larger of
-    them takes at HOST_BANDWIDTH a chip;
+    them takes at `topologies.HOST_BANDWIDTH` a chip;
     `remat_temp_bytes` of a first-order step, `off` and `on`, unless estimated;
     `method_bytes`, see `estimate.memory_by_method`;
     `chip_bytes` and `fits`; `flops` of the matrix products, on all chips;
@@ -141,11 +139,12 @@ def plan(
     else largest.largest(
       model_lib.published_config(config.model.name)["model_type"],
       lambda changes: _fits(estimated_total(changes), topology),
+      config.model.remat,
     ),
   }
   if path:
     report.write_json(epath.Path(path), plan)
-  _print_plan(plan)
+  show.print_plan(plan)
   return plan
 
 
@@ -316,7 +315,7 @@ def _host_transfers(
 ) -> dict[str, float]:
   """Returns what an iteration copies, and the time that it takes at least."""
   copied = estimate.transfers(run)
-  seconds = max(copied) / (HOST_BANDWIDTH * topology.num_chips)
+  seconds = max(copied) / (topologies.HOST_BANDWIDTH * topology.num_chips)
   return {**copied._asdict(), "seconds": seconds}
 
 
@@ -354,78 +353,3 @@ def _smallest_slice(
     if _fits(estimate.estimate(run, state, mesh)["total"], topology):
       return topology.name
   return None
-
-
-def _print_plan(plan: dict[str, Any]) -> None:
-  """Prints a plan as tables."""
-  how = "estimated from shapes" if plan["estimate"] else "by the compiler"
-  mesh = ", ".join(f"mesh.{k}={v}" for k, v in plan["mesh"].items())
-  report.results_table(
-    [
-      {"a chip": name, "GB": _gigabytes(size)}
-      for name, size in plan["per_chip_bytes"].items()
-    ],
-    title=f"{plan['model']} on {plan['topology']}, {how}",
-  )
-  report.results_table(
-    [
-      {"with": name, "GB a chip": _gigabytes(size)}
-      for name, size in plan["method_bytes"].items()
-    ],
-    title="to compare with; full: at least",
-  )
-  if host := plan["per_chip_host_bytes"]["total"]:
-    copied = plan["host_transfers"]
-    print(
-      f"In the host's memory: {host / 1e9:.2f} GB a chip. An iteration copies "
-      f"{copied['to_device'] / 1e9:.1f} GB to the devices and "
-      f"{copied['to_host'] / 1e9:.1f} GB back: at least "
-      f"{copied['seconds']:.1f} s at {HOST_BANDWIDTH / 1e9:.0f} GB/s a chip."
-    )
-  if plan.get("collective_bytes"):
-    report.results_table(
-      [
-        {"a chip receives": k, "GB an iteration": v / 1e9}
-        for k, v in plan["collective_bytes"].items()
-      ]
-    )
-  if remat := plan.get("remat_temp_bytes"):
-    off, on = (
-      "an unknown size" if size is None else f"{size / 1e9:.2f} GB"
-      for size in (remat["off"], remat["on"])
-    )
-    print(
-      f"Temporaries of a first-order step: {off} without model.remat, {on} "
-      f"with it; it is {'on' if plan['remat'] else 'off'}."
-    )
-  for program, reason in plan["refused"].items():
-    print(f"The compiler refused the program of {program}_temp: {reason}.")
-  chip = plan["chip_bytes"]
-  limit = f" in {chip / 1e9:.1f} GB" if chip else ""
-  verdict = "fits" if plan["fits"] else "does not fit"
-  print(f"{mesh}: the run {verdict}{limit}.")
-  if changes := plan["would_fit"]:
-    flags = " ".join(f"--config.{k}={v}" for k, v in changes.items())
-    print(f"It is estimated to fit with {flags}.")
-  if offloaded := plan["offloaded"]:
-    print(
-      "With --config.model.offload=host it is estimated to take "
-      f"{offloaded['per_chip_bytes'] / 1e9:.1f} GB a chip and "
-      f"{offloaded['per_chip_host_bytes'] / 1e9:.1f} GB of the host's memory."
-    )
-  print(
-    f"Smallest slice, estimated: {plan['smallest_slice'] or 'none listed'}."
-  )
-  if models := plan["largest"]:
-    report.results_table(
-      [
-        {"with": flags or "this config", "largest model": name or "none"}
-        for flags, name in models.items()
-      ],
-      title="of the family, estimated to fit this chip",
-    )
-
-
-def _gigabytes(size: int | None) -> float | str:
-  """Returns a size for a table; one that is not known is a question mark."""
-  return "?" if size is None else size / 1e9

@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 from zofo_jax import errors
 
+# Bytes a second between a chip and its host, each way: 16 lanes of PCIe 4.
+HOST_BANDWIDTH = 32e9
 _GIB = 2**30
 
 
