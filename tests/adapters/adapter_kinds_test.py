@@ -121,6 +121,7 @@ def test_bilevel_step_of_every_kind(base, upper, lower):
       assert set(jax.tree.leaves(changed)) == {not should}, path
 
 
+@pytest.mark.slow
 def test_dropout_is_never_in_theta_s_losses(base):
   infos = []
   for dropout in (0.0, 0.5):

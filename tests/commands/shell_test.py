@@ -270,7 +270,9 @@ def test_a_variable_that_jax_cannot_read(name):
   )
 
 
-@pytest.mark.parametrize("platform", ["cuda", "cpuu"])
+@pytest.mark.parametrize(
+  "platform", ["cuda", pytest.param("cpuu", marks=pytest.mark.slow)]
+)
 def test_a_platform_that_is_not_there(platform):
   """In a process of its own: JAX looks for devices once."""
   code = """

@@ -154,9 +154,9 @@ def test_one_after_the_other_is_each_in_its_time(adapter_first):
 
 # Of those by rewards, which need a task without options: tests/training.
 METHODS = [
-  # Parts or the reverse of mezo_then_peft.
+  # Parts or the reverse of mezo_then_peft, or like it.
   pytest.param(name, marks=pytest.mark.slow)
-  if name in ("peft", "mezo", "peft_then_mezo")
+  if name in ("peft", "mezo", "mezo_peft", "peft_then_mezo")
   else name
   for name, method in methods.METHODS.items()
   if name != "bilevel" and not method.by_reward

@@ -150,6 +150,7 @@ def test_other_kinds_and_a_loop_over_examples():
     _close(estimate.values[i], alone(direction_key, example))
 
 
+@pytest.mark.slow
 def test_fused_update_is_the_sum_of_rank_one_updates():
   estimate = _estimate(_base(), _examples(), jax.random.key(2))
   total = jax.tree.map(np.zeros_like, _base())

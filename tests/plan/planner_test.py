@@ -89,6 +89,7 @@ def test_an_estimate(tmp_path, capsys):
   assert plan["would_fit"] is None
 
 
+@pytest.mark.slow
 def test_what_would_fit(capsys, monkeypatch):
   monkeypatch.setattr(planner.largest, "largest", lambda *_: {})
   config = config_of("meta-llama/Llama-2-7b-hf", **{"model.dtype": "float32"})

@@ -62,6 +62,7 @@ def test_tensorboard_has_what_metrics_has(done):
   assert "coefficients" not in actual  # a list
 
 
+@pytest.mark.slow
 def test_a_trace_is_written(done):
   assert glob.glob(f"{done}/profile/plugins/profile/*/*.xplane.pb")
 

@@ -106,9 +106,13 @@ def _assert_as_on_one_device(results, step):
 @pytest.mark.parametrize(
   "kind, estimator, per_example",
   [
-    pytest.param(directions.Sparse(), zo.forward, False, id="sparse"),
     pytest.param(directions.PerExample(), zo.central, True, id="per_example"),
-    # Each part of these is in one of the others, or in the test of groups.
+    # Each part of these is in the first, or in the test of groups.
+    pytest.param(
+      *(directions.Sparse(), zo.forward, False),
+      id="sparse",
+      marks=pytest.mark.slow,
+    ),
     pytest.param(
       *(directions.Rademacher(), zo.central, False),
       id="rademacher",
