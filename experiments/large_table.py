@@ -1,11 +1,13 @@
-"""What a Parquet file of 4 million rows costs, against one of 4 thousand.
+"""What a file of 4 million rows costs, against one of 4 thousand.
 
 Starts `zofo train` on each, alternately: seconds and peak memory of a run of
 one step with a tiny model.
 
-python experiments/large_table.py
+python experiments/large_table.py --ending jsonl --repeats 1
 """
 
+import argparse
+import json
 import multiprocessing
 import os
 import pathlib
@@ -18,7 +20,6 @@ import time
 ROOT = pathlib.Path(__file__).parents[1]
 
 SIZES = (4_000, 4_000_000)
-REPEATS = 3
 FIELDS = {
   "data.task": "texts",
   "data.format": "text",
@@ -40,22 +41,40 @@ def write_model(folder):
   tiny.write_model(folder)
 
 
-def write_rows(path, num_rows, block=1_000_000):
-  """Writes rows of 60 to 120 characters, a million to a group."""
-  import pyarrow
-  import pyarrow.parquet
+def blocks(num_rows, size=1_000_000):
+  """Yields columns of rows of 60 to 120 characters, a million at a time."""
+  for start in range(0, num_rows, size):
+    ids = range(start, min(start + size, num_rows))
+    texts = [
+      f"Row {i} of a table, whose text differs: {i * 7919 % 1_000_003} "
+      + "and more words " * (i % 5)
+      for i in ids
+    ]
+    yield {"text": texts, "id": ids}
 
-  with pyarrow.parquet.ParquetWriter(
-    path, pyarrow.schema({"text": pyarrow.string(), "id": pyarrow.int64()})
-  ) as writer:
-    for start in range(0, num_rows, block):
-      ids = range(start, min(start + block, num_rows))
-      texts = [
-        f"Row {i} of a table, whose text differs: {i * 7919 % 1_000_003} "
-        + "and more words " * (i % 5)
-        for i in ids
-      ]
-      writer.write(pyarrow.table({"text": texts, "id": ids}))
+
+def write_rows(path, num_rows):
+  """Writes a file, by its ending."""
+  if path.suffix == ".parquet":
+    import pyarrow
+    import pyarrow.parquet
+
+    schema = pyarrow.schema({"text": pyarrow.string(), "id": pyarrow.int64()})
+    with pyarrow.parquet.ParquetWriter(path, schema) as writer:
+      for columns in blocks(num_rows):
+        writer.write(pyarrow.table(columns))
+    return
+  with path.open("w") as file:
+    if path.suffix == ".csv":
+      file.write("text,id\n")
+    for columns in blocks(num_rows):
+      for text, number in zip(*columns.values(), strict=True):
+        line = (
+          f'"{text}",{number}'
+          if path.suffix == ".csv"
+          else json.dumps({"text": text, "id": number})
+        )
+        file.write(line + "\n")
 
 
 def call(function, *args):
@@ -87,18 +106,24 @@ def run(table, model, folder):
 
 def main():
   """Prints medians and ratios."""
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument(
+    "--ending", choices=("parquet", "jsonl", "csv"), default="parquet"
+  )
+  parser.add_argument("--repeats", type=int, default=3)
+  args = parser.parse_args()
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     model = folder / "model"
     model.mkdir()
-    tables = {size: folder / f"{size}.parquet" for size in SIZES}
+    tables = {size: folder / f"{size}.{args.ending}" for size in SIZES}
     # In other processes: a run's peak would not be below this process's.
     call(write_model, model)
     for size, path in tables.items():
       call(write_rows, path, size)
     # The first run also fills the cache of compiled programs, if there is one.
     figures = {size: [] for size in SIZES}
-    for number in range(REPEATS + 1):
+    for number in range(args.repeats + 1):
       for size, path in tables.items():
         figure = run(path, model, folder / f"run_{size}_{number}")
         figures[size] += [figure] if number else []

@@ -7,6 +7,7 @@ import io
 import json
 
 import hypothesis
+import numpy as np
 import pytest
 from hypothesis import strategies as st
 
@@ -321,6 +322,58 @@ def test_bytes_that_are_not_utf_8(tmp_path):
   (tmp_path / "a.csv").write_bytes(b"text,label\ngood,1\ncaf\xe9,0\n")
   with pytest.raises(errors.UserError, match=r"a\.csv line 3: not UTF-8"):
     rows_of(tmp_path / "a.csv")
+
+
+LINES = '\n{"text": "a", "n": 1}\r\n \n{"text": \n3\n{"text": "caf\u00e9"}'
+CELLS = 'text,label\n\n"a\nb",0\nc\nd,1\ntext,label\ncaf\u00e9,1\n'
+
+
+@pytest.mark.parametrize(
+  "name, text, encoding",
+  [
+    ("a.jsonl", LINES, "utf-8"),
+    ("a.jsonl.gz", LINES, "utf-16"),
+    ("a.json", '[{"text": "a"}, 3, {"text": "b"}]', "utf-8-sig"),
+    ("a.csv", CELLS, "utf-8"),
+    ("a.csv.gz", "sep=,\n" + CELLS, "utf-8-sig"),
+  ],
+)
+def test_rows_that_are_chosen_are_those_of_the_whole(
+  tmp_path, name, text, encoding
+):
+  """Broken ones too, with their numbers and lines."""
+  path = write(tmp_path / name, text, encoding)
+  whole = list(map(repr, files.read(path)))
+  order = [*range(len(whole))][::-1]
+
+  def choose(total):
+    assert total == 2 * len(whole)
+    return np.array([i + len(whole) for i in order[1:]] + order)
+
+  chosen = list(map(repr, files.read_all([path, path], choose)))
+  assert len(whole) > 2
+  assert chosen == [whole[i] for i in (*order[1:], *order)]
+  assert repr(files.first(path)) == whole[0]
+
+
+@pytest.mark.parametrize("line", [1, 5_000])
+def test_the_line_that_is_not_utf_8(tmp_path, line):
+  """Also far behind what is read at a time."""
+  path = tmp_path / "a.jsonl.gz"
+  lines = [b'{"text": "a film"}\n'] * 6_000
+  lines[line - 1] = b'{"text": "caf\xe9"}\n'
+  path.write_bytes(gzip.compress(b"".join(lines)))
+  sentence = rf"a\.jsonl\.gz line {line}: not UTF-8 text"
+  with pytest.raises(errors.UserError, match=sentence):
+    files.read(path)
+  with pytest.raises(errors.UserError, match=sentence):
+    files.read_all([path], lambda total: np.arange(0))
+
+
+def test_the_first_row_that_can_be_read(tmp_path):
+  path = write(tmp_path / "a.jsonl", '3\n{"text": "a"}\n{"b": "c"}\n')
+  assert files.first(path).fields == {"text": "a"}
+  assert files.first(write(path, "3\n")) is None
 
 
 # Where the files of a split are.

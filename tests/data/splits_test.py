@@ -8,7 +8,7 @@ import types
 import pytest
 
 from zofo_jax import errors, tasks
-from zofo_jax.data import files, fingerprints, sources
+from zofo_jax.data import fingerprints, sources, tables, text_files
 from zofo_jax.data import hub as hub_lib
 from zofo_jax.data import splits as splits_lib
 
@@ -310,9 +310,9 @@ def test_of_a_large_table_only_what_is_needed_is_read(monkeypatch, tmp_path):
 
   whole = load(tmp_path)
   read = []
-  rows_of = files._table_rows
+  rows_of = tables._table_rows
   monkeypatch.setattr(
-    files, "_table_rows", lambda *args: read.append(args[1]) or rows_of(*args)
+    tables, "_table_rows", lambda *args: read.append(args[1]) or rows_of(*args)
   )
   monkeypatch.setattr(splits_lib, "_MAX_WHOLE", 100)
   assert load(tmp_path) == whole
@@ -349,6 +349,33 @@ def test_of_a_large_table_only_what_is_needed_is_read(monkeypatch, tmp_path):
       number(r) for r in of_hub.lower
     ]
     assert sum(table.num_rows for table in read) == 4 * sum(counts)
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv"])
+def test_of_a_large_text_only_what_is_needed_is_parsed(
+  monkeypatch, tmp_path, ending
+):
+  records = [{"text": f"film {i % 280}", "label": i % 2} for i in range(300)]
+  path = _write(tmp_path / f"train.{ending}", records)
+  if ending == "csv":
+    lines = [f"{r['text']},{r['label']}" for r in records]
+    path.write_text("\n".join(["text,label", *lines]))
+  _write(tmp_path / "validation.jsonl", _records(30, 500))
+  counts = splits_lib.Counts(9, 4, 3, 5)
+  whole = splits_lib.load_splits(TASK, tmp_path, counts=counts, seed=3)
+  parsed = []
+  name = {"jsonl": "_json_line", "csv": "_csv_row"}[ending]
+  parse = getattr(text_files, name)
+
+  def record(value, source, **options):
+    parsed.append(source)
+    return parse(value, source, **options)
+
+  monkeypatch.setattr(text_files, name, record)
+  monkeypatch.setattr(splits_lib, "_MAX_WHOLE", 100)
+  part = splits_lib.load_splits(TASK, tmp_path, counts=counts, seed=3)
+  assert part == whole
+  assert len([s for s in parsed if "train" in s]) == 4 * sum(counts)
 
 
 def _raise_script(*args, **options):

@@ -5,8 +5,6 @@ Every row keeps its file and row number, so that error messages can name them.
 
 import pathlib
 
-import numpy as np
-
 from zofo_jax import errors, tasks
 from zofo_jax.data import bad_rows as bad_rows_lib
 from zofo_jax.data import files, layouts
@@ -127,9 +125,9 @@ def columns(
   if hub:
     return hub_lib.columns(task, hub, stream=stream)
   (path, *_) = _local_files(task, pathlib.Path(source), "train")
-  items = files.read_all([path], lambda total: np.arange(min(total, 1)))
-  row = next((item for item in items if isinstance(item, tasks.Row)), None)
+  row = files.first(path)
   if row is None:
+    items = files.read(path)
     raise errors.UserError(
       f"{path}: " + (str(items[0]) if items else "has no rows.")
     )
