@@ -34,7 +34,7 @@ NEWEST ?= $(shell for version in $(NEWER); do \
     "$$python" -c "" && command -v "$$python" && exit; done; done 2>/dev/null)
 # What a new version of jax or Python may break: the engine, files, a whole run.
 # At least a quarter of the tests, the quick ones.
-CORE := api bilevel inner prng rounding zo
+CORE := api bilevel inner prng rounding
 QUARTER := $(CORE:%=tests/core/%_test.py) tests/config tests/data tests/tasks \
   tests/models/hf/config_test.py tests/models/hf/peft_config_test.py \
   tests/checkpoints/manager_test.py tests/training/train_test.py \
