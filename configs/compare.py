@@ -72,6 +72,7 @@ RATES = {
   "bilevel_all": (4e-3, 0.0, 1e-3),
   "bilevel_all20": (4e-3, 0.0, 1e-3),
   "bilevel_matrices": (4e-3, 0.0, 1e-3),
+  "bilevel_history": (4e-3, 0.0, 1e-3),
   "bilevel_metric": (4e-3, 0.0, 1e-3),
   "bilevel_mixed": (4e-3, 1e-6, 1e-3),
   "peft": (4e-3, 0.0, 1e-3),
@@ -84,21 +85,24 @@ RATES = {
 }
 
 # Steps of theta along what s has learned: the length by a parabola, and its
-# controls: always all of it, also with T = 20, a length for each matrix, by
-# accuracy instead of the loss, and a random direction in addition.
+# controls: always all of it, also with T = 20, a length for each matrix, or for
+# each of the last three displacements, by accuracy instead of the loss, and a
+# random direction in addition.
 _PARABOLA = {"guided.lengths": "parabola", "guided.penalty": True}
 _ALL = {"guided.lengths": "all"}
+_DESCEND = {
+  "guided.lengths": "descend",
+  "guided.largest": 2.0,
+  "guided.num_updates": 1,
+  "guided.batch_size": 16,
+  "zo.num_directions": 2,
+}
 GUIDED = {
   "guided": _PARABOLA,
   "all": _ALL,
   "all20": _ALL | {"lower.num_steps": 20},
-  "matrices": {
-    "guided.lengths": "descend",
-    "guided.largest": 2.0,
-    "guided.num_updates": 1,
-    "guided.batch_size": 16,
-    "zo.num_directions": 2,
-  },
+  "matrices": _DESCEND,
+  "history": _DESCEND | {"guided.per_matrix": False, "guided.history": 3},
   "metric": _PARABOLA | {"zo.objective": "accuracy"},
   "mixed": _ALL | {"guided.random": "rademacher"},
 }

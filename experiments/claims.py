@@ -14,7 +14,8 @@ BILEVEL, LORA, MEZO = "bilevel", "peft", "mezo"
 # forward passes say. The first is the recommended one.
 ALL = "bilevel_all"
 BY_FORWARD_PASSES = (
-  *("bilevel_guided", "bilevel_matrices", "bilevel_metric", "bilevel_mixed"),
+  *("bilevel_guided", "bilevel_matrices", "bilevel_history"),
+  *("bilevel_metric", "bilevel_mixed"),
 )
 
 

@@ -2,11 +2,13 @@
 
   python experiments/single_task.py --data DIR [--jobs 2] [--out runs/compare]
   python experiments/single_task.py --data DIR --search
+  python experiments/single_task.py --data DIR --print
 
 Finished cells are skipped, unfinished ones resumed. Every cell has `--threads`
 threads, so that its numbers and its seconds do not depend on the number of
 concurrent runs. Results in --out are merged into --results, one JSON line per
-cell; cells that --results has are skipped as well.
+cell; cells that --results has are skipped as well. --print prints the commands
+of all others, and runs none.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import itertools
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -276,17 +279,20 @@ def main() -> None:
   parser.add_argument("--shots", type=int, help="rows of a label, each level")
   parser.add_argument("--tasks", nargs="+", default=TASKS)
   parser.add_argument("--methods", nargs="+", default=METHODS)
+  parser.add_argument("--print", action="store_true", help="run nothing")
   given = parser.parse_args()
   name = "search" if given.search else "single_task"
   given.out = given.out or ROOT / "runs" / name
   results = given.results or ROOT / "experiments/results" / f"{name}.jsonl"
   finished = read(results)
   cells = list((of_search if given.search else of_table)(given))
+  missing = [c for c in cells if c.folder.name not in finished]
+  if given.print:
+    for cell in missing:
+      print(shlex.join(["python", *cell.command[1:]]))
+    return
   rows = [finished[c.folder.name] for c in cells if c.folder.name in finished]
-  rows = [
-    *rows,
-    *run([c for c in cells if c.folder.name not in finished], given),
-  ]
+  rows = [*rows, *run(missing, given)]
   ends = (given.out.glob(f"*/{name}.json") for name in ("summary", IN_CONTEXT))
   for path in itertools.chain(*ends):
     finished[path.parent.name] = result(path.parent)

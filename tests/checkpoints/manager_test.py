@@ -100,6 +100,29 @@ def test_round_trip_is_bit_identical(tmp_path, impl):
   )
 
 
+def test_a_field_of_none_is_not_stored(tmp_path):
+  class Later(NamedTuple):
+    step: Any
+    base: Any
+    history: Any = None
+
+  class Earlier(NamedTuple):
+    step: Any
+    base: Any
+
+  later = Later(jnp.int32(1), {"w": jnp.arange(3.0)})
+  earlier = Earlier(*later[:2])
+  with manager.Checkpoints(tmp_path / "c", keep=2) as checkpoints:
+    checkpoints.save(1, later, {})
+    checkpoints.save(2, earlier, {})
+    for step, wanted in ((1, earlier), (2, later), (1, later)):
+      restored, _ = checkpoints.restore(wanted, step)
+      assert_identical(restored, wanted)
+    more = later._replace(history={"layers/w": jnp.zeros(2)})
+    with pytest.raises(errors.UserError, match="'history/layers/w' is missing"):
+      checkpoints.restore(more, 1)
+
+
 def test_state_may_be_donated_while_it_is_written(tmp_path):
   width = 512
   state = make_state(1, width)

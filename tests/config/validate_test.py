@@ -254,3 +254,21 @@ def test_rewards_have_what_they_need(config, changes, words):
   config.update_from_flattened_dict(changes)
   with pytest.raises(errors.UserError, match=rf"^config\.{words}"):
     validate.check(config)
+
+
+@pytest.mark.parametrize(
+  "changes, words",
+  [
+    ({"guided.lengths": "parabola"}, "'parabola' has no lengths of earlier"),
+    ({"command": "metatrain"}, "expected 1; found 3"),
+  ],
+)
+def test_a_history_has_lengths_and_one_task(config, changes, words):
+  config.zo.direction, config.guided.lengths = "guided", "descend"
+  config.guided.history = 3
+  validate.check(config)
+  config.update_from_flattened_dict(changes)
+  with pytest.raises(
+    errors.UserError, match=rf"^config\.guided\.history: .*{words}"
+  ):
+    validate.check(config)

@@ -187,16 +187,19 @@ def test_a_parabola_that_opens_downwards_or_is_not_finite():
 
 def test_descent_finds_the_best_lengths():
   best = {"a": jnp.array([0.2, 1.6]), "b": jnp.float32(0.9)}
+  best |= {"earlier": jnp.array([0.7, -1.2])}
   rule = guided.descend(
     zofo.ZerothOrder(zofo.directions.Rademacher(), num_directions=8),
     num_updates=40,
     learning_rate=0.1,
   )
-  ones = jax.tree.map(jnp.ones_like, best)
-  chosen = jax.jit(lambda key: rule.choose(quadratic(best), ones, key))(
+  units = jax.tree.map(jnp.ones_like, best) | {"earlier": jnp.zeros(2)}
+  chosen = jax.jit(lambda key: rule.choose(quadratic(best), units, key))(
     jax.random.key(0)
   )
   for name, value in best.items():
+    # Of one that theta has taken, no more than all is taken back.
+    value = jnp.maximum(value, -1.0)
     np.testing.assert_allclose(chosen.lengths[name], value, atol=0.15)
   assert chosen.values.size == rule.evaluations == 40 * 16
 
@@ -334,6 +337,16 @@ def toy_step(guide, **options):
   )
 
 
+def slow_steps(base, s, opt, rows):
+  for t in range(5):
+    grads = jax.grad(toy_loss, argnums=1)(
+      base, s, jax.tree.map(lambda leaf, t=t: leaf[t], rows), None
+    )
+    updates, opt = optax.adam(1e-2).update(grads, opt)
+    s = optax.apply_updates(s, updates)
+  return s, opt
+
+
 @pytest.mark.parametrize("penalty", [False, True])
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_is_its_slow_transcription(rule, penalty):
@@ -344,13 +357,7 @@ def test_a_step_is_its_slow_transcription(rule, penalty):
   hparams = zofo.BilevelHParams(penalty=0.5)
   new, info = jax.jit(algorithm.step)(state, batch, hparams)
 
-  s, opt = lower, optax.adam(1e-2).init(lower)
-  for t in range(5):
-    grads = jax.grad(toy_loss, argnums=1)(
-      base, s, jax.tree.map(lambda leaf, t=t: leaf[t], batch.lower), None
-    )
-    updates, opt = optax.adam(1e-2).update(grads, opt)
-    s = optax.apply_updates(s, updates)
+  s, _ = slow_steps(base, lower, optax.adam(1e-2).init(lower), batch.lower)
 
   def moved(length):
     back = jax.tree.map(lambda a, b: b - length * (b - a), lower, s)
@@ -442,11 +449,145 @@ def test_a_step_that_is_not_finite_moves_neither_theta_nor_s():
   assert float(info.lengths) == 0.0 and int(info.num_nonfinite) == 3
 
 
-@pytest.mark.many_devices
-def test_a_mesh_changes_nothing():
+def given(lengths):
+  """Returns the rule of these lengths; its value is the objective at them."""
+
+  def choose(objective, units, key):
+    del key
+    assert jax.tree.structure(units) == jax.tree.structure(lengths)
+    value = objective(lengths, 0)[None]
+    return guided.ChosenLengths(lengths, value, jnp.zeros([], jnp.int32))
+
+  return guided.Rule(choose, num_updates=1, evaluations=1)
+
+
+def product(adapter):
+  return adapter["a"] @ adapter["b"]
+
+
+def test_steps_with_a_history_are_their_slow_transcription():
+  theta, upper, s, batch = toy(updates=1)
+  lengths = (jnp.float32(0.7), jnp.array([-0.4]))
+  guide = guided.Guide(toy_fold, given(lengths), penalty=False, history=2)
+  algorithm = toy_step(guide)
+  state = algorithm.init(jax.random.key(3), theta, upper, s)
+  assert not any(np.any(leaf) for leaf in jax.tree.leaves(state.history))
+  step = jax.jit(algorithm.step)
+  opt, last = optax.adam(1e-2).init(s), None
+  rows = jax.tree.map(lambda leaf: leaf[0], batch.probe)
+  for _ in range(3):
+    start = s
+    end, opt = slow_steps(theta, start, opt, batch.lower)
+    s = jax.tree.map(lambda a, b: b - 0.7 * (b - a), start, end)
+    moved = theta["w"] + product(end) - product(s)
+    if last is not None:
+      moved = moved - 0.4 * last
+    theta = {**theta, "w": moved}
+    value = toy_loss(theta, state.upper, rows, None)
+    state, info = step(state, batch)
+    close = functools.partial(np.testing.assert_allclose, atol=2e-5, rtol=1e-5)
+    jax.tree.map(close, state.base, theta)
+    jax.tree.map(close, state.lower, s)
+    close(info.objective, value)
+    assert float(info.lengths) == np.float32(0.7)
+    # A displacement of zero, before there is another, has a length of zero.
+    assert float(info.earlier[0]) == np.float32(0.0 if last is None else -0.4)
+    last = product(end) - product(start)
+    left, right = state.history["w"]
+    assert left.shape == (1, 6, 4) and right.shape == (1, 4, 4)  # of rank 2r
+    close(left[0] @ right[0], last)
+
+
+def test_a_history_is_that_of_steps_that_were_taken():
   base, upper, lower, batch = toy(updates=1)
+  algorithm = toy_step(guided.Guide(toy_fold, RULES["descend"], history=3))
+  state = algorithm.init(jax.random.key(3), base, upper, lower)
+  step = jax.jit(algorithm.step)
+  first, _ = step(state, batch._replace(probe=None))
+  same = functools.partial(jax.tree.map, np.testing.assert_array_equal)
+  # Neither p's gradient nor a displacement of zero adds to it.
+  broken = jax.tree.map(lambda leaf: leaf * jnp.nan, batch)._replace(probe=None)
+  for rows in (broken, batch._replace(lower=broken.lower, probe=None)):
+    state, info = step(first, rows)
+    same(state.history, first.history)
+  state, info = step(first, broken)
+  same(state.base, first.base)
+  assert not np.any(info.earlier)
+  state, info = step(first, batch._replace(probe=None))
+  assert info.earlier[0] and not info.earlier[1]
+  pair = state.history["w"]
+  same(pair.left[1], first.history["w"].left[0])
+
+
+def test_the_estimate_on_a_span_is_the_projected_gradient():
+  base, upper, start, batch = toy(updates=1)
+  end = jax.tree.map(lambda a, b: 0.8 * a + 0.2 * b, start, upper)
+  rows = jax.tree.map(lambda leaf: leaf[0], batch.probe)
+  rng = np.random.default_rng(1)
+  pair = factors_lib.Factors(
+    rng.normal(size=(2, 6, 4)), rng.normal(size=(2, 4, 4))
+  )
+
+  def choose(objective, units, key):
+    of = lambda lengths: objective(lengths, 0)
+    estimate = zofo.zo.estimate(of, units, key, 1e-3, zo)
+    return guided.ChosenLengths(units, estimate, estimate.num_nonfinite)
+
+  zo = zofo.ZerothOrder(
+    zofo.directions.Gaussian(), estimator=zofo.zo.exact, num_directions=4
+  )
+  guide = guided.Guide(toy_fold, guided.Rule(choose, 1, 4), history=3)
+
+  @jax.jit
+  def estimate_of(base, history):
+    return guided.follow(
+      guide,
+      lambda theta, index: toy_loss(theta, upper, rows, None),
+      *(base, start, end, jax.random.key(0)),
+      allowed=jnp.array(True),
+      history=history,
+    ).values
+
+  estimate = estimate_of(base, {"w": jax.tree.map(jnp.float32, pair)})
+  # At lengths of 1 and 0; d W(s') / d eta is then that at s_0.
+  change = jax.tree.map(jnp.subtract, end, start)
+  span = [change["a"] @ start["b"] + start["a"] @ change["b"]]
+  span += [pair.left[j] @ pair.right[j] for j in range(2)]
+  moved = {**base, "w": base["w"] + product(end) - product(start)}
+  gradient = jax.grad(toy_loss)(moved, upper, rows, None)["w"]
+  slopes = np.array([np.sum(np.asarray(z) * gradient) for z in span])
+  ones = (jnp.zeros([]), jnp.zeros([2]))
+  for q in range(4):
+    key = zofo.keys.DirectionKey(
+      estimate.keys.direction[q], estimate.keys.subspace
+    )
+    xi = jax.tree.leaves(zo.sampler.perturb(ones, key, 1.0))
+    expected = np.concatenate([np.ravel(x) for x in xi]) @ slopes
+    np.testing.assert_allclose(estimate.coefficients[q], expected, rtol=1e-4)
+
+
+def test_a_history_belongs_to_one_adapter():
+  base, upper, lower, batch = toy(2)
+  guide = guided.Guide(toy_fold, RULES["descend"], history=2)
+  algorithm = toy_step(guide, over_tasks=True)
+  state = algorithm.init(jax.random.key(3), base, upper, lower)
+  with pytest.raises(ValueError, match=r"over tasks, .* expected 1"):
+    jax.eval_shape(algorithm.step, state, batch)
+
+
+@pytest.mark.many_devices
+@pytest.mark.parametrize(
+  "rule, history",
+  [
+    (guided.parabola(largest=9.0), 1),
+    pytest.param(RULES["descend"], 3, marks=pytest.mark.slow),
+  ],
+  ids=["parabola", "history"],
+)
+def test_a_mesh_changes_nothing(rule, history):
+  base, upper, lower, batch = toy(updates=rule.num_updates)
   guide = guided.Guide(
-    toy_fold, guided.parabola(largest=9.0), penalty=True, random=True
+    toy_fold, rule, penalty=True, random=True, history=history
   )
   algorithm = toy_step(guide)
   mesh = jax.make_mesh((4, 2), ("data", "model"))
@@ -457,8 +598,10 @@ def test_a_mesh_changes_nothing():
 
   step = jax.jit(algorithm.step)
   start = algorithm.init(jax.random.key(3), base, upper, lower)
+  for _ in range(history - 1):
+    start, _ = step(start, batch)
   expected, info = step(start, batch)
-  sharded = {**base, "w": place(base["w"], None, "model")}
+  sharded = {**start.base, "w": place(start.base["w"], None, "model")}
   start = place(start)._replace(base=sharded)
   rows = batch._replace(
     lower=place(batch.lower, None, "data"),
@@ -473,7 +616,9 @@ def test_a_mesh_changes_nothing():
     for state in (expected, actual)
   )
   jax.tree.map(close, actual, expected)
-  close(other.lengths, info.lengths)
+  jax.tree.map(
+    close, (other.lengths, other.earlier), (info.lengths, info.earlier)
+  )
   assert 0 < info.lengths < 9
 
 

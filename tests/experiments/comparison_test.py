@@ -56,8 +56,8 @@ def test_every_method_has_the_same_work(compare, name):
     assert least * size.rows < spent <= size.rows, method
     every = config.train.eval_every_steps
     few = ("bilevel_all", "bilevel_all20", "bilevel_matrices")
-    if method in few and every == 1:
-      continue  # 10, 5 and 6 iterations, an evaluation after each
+    if method in (*few, "bilevel_history") and every == 1:
+      continue  # 10, 5, 6 and 6 iterations, an evaluation after each
     assert 7 <= -(-config.train.num_steps // every) <= 9, method
 
 
@@ -206,7 +206,9 @@ def test_cells_are_distinct_and_can_be_read_again(single, tmp_path):
       assert actual[name] == str(one.fields[name])
 
 
-def test_cells_that_are_known_are_left_alone(single, tmp_path, monkeypatch):
+def test_cells_that_are_known_are_left_alone(
+  single, tmp_path, monkeypatch, capsys
+):
   asked = []
 
   def run(cells, jobs):
@@ -232,6 +234,14 @@ def test_cells_that_are_known_are_left_alone(single, tmp_path, monkeypatch):
   for out in ("one", "two"):
     monkeypatch.setattr(sys, "argv", [*arguments, f"--out={tmp_path / out}"])
     single["main"]()
+  assert len(asked) == 2
+  # Of those that are missing, the commands.
+  more = ["bilevel_history", f"--out={tmp_path / 'three'}", "--print"]
+  monkeypatch.setattr(sys, "argv", [*arguments, *more])
+  capsys.readouterr()
+  single["main"]()
+  (command,) = capsys.readouterr().out.splitlines()
+  assert "compare.py:size=smollm2-135m,task=sst2,method=bilevel_hist" in command
   assert len(asked) == 2
   # Each cell once, whether it was run or left alone.
   assert [len(rows) for rows in tables] == [2, 2]

@@ -273,13 +273,21 @@ def test_resumed_run_is_the_uninterrupted_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+  "options",
+  [
+    ("--config.guided.lengths=parabola",),
+    ("--config.guided.lengths=descend", "--config.guided.history=2"),
+  ],
+  ids=["parabola", "history"],
+)
 def test_a_resumed_run_whose_theta_follows_s(
-  command_line, tmp_path, tiny_model, tiny_rows, monkeypatch, capsys
+  command_line, tmp_path, tiny_model, tiny_rows, monkeypatch, capsys, options
 ):
   def run(name, *more):
     return start(
       *(command_line, tmp_path / name, tiny_model, tiny_rows),
-      *("--config.zo.direction=guided", "--config.guided.lengths=parabola"),
+      *("--config.zo.direction=guided", *options),
       *("--config.train.num_steps=4", "--config.train.eval_every_steps=2"),
       *more,
     )

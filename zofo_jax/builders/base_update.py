@@ -142,6 +142,7 @@ def make_guide(
   largest: float,
   penalty: bool,
   reset: bool,
+  history: int,
   random: str,
 ) -> guided.Guide:
   """Makes the step of theta along what s has learned, for LoRA.
@@ -157,6 +158,7 @@ def make_guide(
     largest: length that is not exceeded.
     penalty: whether lengths are chosen by L(p; D_p) as well.
     reset: whether the moments of s are set to 0.
+    history: displacements of s along which theta moves; "descend" only.
     random: kind of the directions along which theta moves as well, or "".
   """
   rules = {
@@ -183,6 +185,7 @@ def make_guide(
     penalty=penalty,
     random=bool(random),
     reset=reset,
+    history=history,
   )
 
 
@@ -252,6 +255,7 @@ def make_base_update(
       largest=options.largest,
       penalty=options.penalty,
       reset=options.reset,
+      history=options.history,
       random=options.random,
     )
     update = update._replace(guide=guide)

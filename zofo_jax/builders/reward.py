@@ -8,8 +8,8 @@ import jax
 
 from zofo_jax.builders import base_update
 from zofo_jax.builders import model as model_lib
+from zofo_jax.core import factors, population, zeroth_order
 from zofo_jax.core import keys as keys_lib
-from zofo_jax.core import population, zeroth_order
 from zofo_jax.core.types import BilevelState
 from zofo_jax.evaluation import generation, rewards
 from zofo_jax.sharding import dispatch
@@ -73,7 +73,7 @@ def num_at_once(
     zo: of steps on theta; its directions are those of the population.
     train_base: whether the backbone is perturbed; else the adapter.
   """
-  shares_products = not train_base or zo.sampler.direction.has_factors
+  shares_products = not train_base or factors.draws(zo.sampler.direction)
   return directions_at_once or (zo.num_directions if shares_products else 1)
 
 

@@ -151,7 +151,9 @@ class Checkpoints:
       started = self._manager.save(
         step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(jax.tree.map(_copy_numpy, state)),
+          state=ocp.args.StandardSave(
+            jax.tree.map(_copy_numpy, structure.without_none(state))
+          ),
           extra=ocp.args.JsonSave(dict(extra)),
         ),
         metrics={"metric": metric},
@@ -219,15 +221,19 @@ class Checkpoints:
       raise CorruptCheckpointError(
         f"The checkpoint '{name}' has lost its description."
       )
-    structure.check_structure(metadata.tree, abstract_state, name)
+    expected = structure.without_none(abstract_state)
+    structure.check_structure(metadata.tree, expected, name)
     args = ocp.args.Composite(
       state=ocp.args.StandardRestore(
-        jax.tree.map(structure.with_default_sharding, abstract_state)
+        jax.tree.map(structure.with_default_sharding, expected)
       ),
       extra=ocp.args.JsonRestore(),
     )
     restored = self._read(step, args)
-    return restored.state, dict(restored.extra)
+    state = restored.state
+    if expected is not abstract_state:
+      state = abstract_state._replace(**state)
+    return state, dict(restored.extra)
 
   def wait(self) -> None:
     """Waits until the last save is complete; raises its errors."""

@@ -36,6 +36,20 @@ def check_structure(saved: Any, expected: Any, name: str) -> None:
       )
 
 
+def without_none(state: Any) -> Any:
+  """Returns a named tuple as a dictionary without the fields that are None.
+
+  Older states, which lack these fields, are stored as the same.
+
+  Args:
+    state: any pytree; one that is no named tuple, or has no such field, is
+      returned unchanged.
+  """
+  if not hasattr(state, "_asdict") or all(v is not None for v in state):
+    return state
+  return {k: v for k, v in state._asdict().items() if v is not None}
+
+
 def with_default_sharding(leaf: Any) -> Any:
   """Returns the description of a leaf that orbax restores it by.
 

@@ -208,6 +208,9 @@ _ROWS: tuple[tuple[Any, ...], ...] = (
    "choose lengths by lambda L(p; D_p) as well, not by L(p; D_f) alone"),
   ("guided.reset", False, ANY,
    "set the moments of s to 0 when it stands back"),
+  ("guided.history", 1, POSITIVE,
+   "descend: h, theta moves along the last h displacements of s, each kept one "
+   "with a length of its own and twice the adapter's bytes", NEVER),
   ("guided.random", "", one_of("", *RANDOM_DIRECTIONS),
    "theta also takes a step along these directions; empty: none"),
   # Rewards of generated text.

@@ -155,6 +155,17 @@ def _check_guided(fields: _Fields) -> None:
       "config.guided.batch_size: guided.lengths 'all' evaluates nothing; "
       f"expected 0; found {fields['guided.batch_size']}."
     )
+  lengths, history = fields["guided.lengths"], fields["guided.history"]
+  if history > 1 and lengths != "descend":
+    raise errors.UserError(
+      f"config.guided.history: guided.lengths '{lengths}' has no lengths of "
+      f"earlier displacements; expected 1, or 'descend'; found {history}."
+    )
+  if history > 1 and fields["command"] in ("metatrain", "adapt"):
+    raise errors.UserError(
+      "config.guided.history: over many tasks, displacements are those of "
+      f"other tasks in every iteration; expected 1; found {history}."
+    )
 
 
 def _check_quantize(fields: _Fields) -> None:

@@ -107,7 +107,8 @@ def bilevel_step(
   Raises:
     ValueError: a loss is not a floating-point scalar, `batch.lower` lacks the
       axis of the inner steps, or the batches differ in size with
-      `zo.per_example`; there are scores, and `base_tx` evaluates an objective.
+      `zo.per_example`; there are scores, and `base_tx` evaluates an objective;
+      `guide` has a history, over tasks.
   """
   checks.check_lower_batch(batch, axis=int(over_tasks))
   losses = _checked_losses(lower_loss_fn, upper_loss_fn, has_aux)
@@ -116,6 +117,11 @@ def bilevel_step(
   base_tx = outer.to_outer_transform(base_tx)
   if guide is not None:
     outer.check_writes(base_tx, "a guided step changes")
+    if over_tasks and guide.history > 1:
+      raise ValueError(
+        f"Guide(history={guide.history}): over tasks, displacements are those "
+        "of other tasks in every iteration; expected 1."
+      )
   if batch.scores is not None:
     outer.check_writes(base_tx, "scores from outside of the program read")
   read_base = base_tx.read(state.base, state.base_opt, zo.sampler)
@@ -173,6 +179,7 @@ def bilevel_step(
     upper_opt=adapters.upper_opt,
     lower_opt=adapters.lower_opt,
     key=state.key,
+    history=theta.history,
   )
   info = BilevelInfo(
     lower_loss=adapters.lower_loss,
@@ -185,6 +192,7 @@ def bilevel_step(
     move=theta.move,
     aux=adapters.aux if has_aux else None,
     lengths=theta.lengths,
+    earlier=theta.earlier,
   )
   return new_state, info
 
@@ -259,6 +267,7 @@ def make_bilevel_step(
       upper_opt=map_tasks(upper_tx.init)(upper),
       lower_opt=map_tasks(lower_tx.init)(lower),
       key=key,
+      history=guide.no_history(lower) if guide else None,
     )
 
   step = functools.partial(

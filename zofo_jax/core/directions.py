@@ -50,14 +50,6 @@ class Direction(Protocol):
     """Whether every float dtype represents z exactly. Default: False."""
     return False
 
-  @property
-  def has_factors(self) -> bool:
-    """Whether z of a matrix is a product of two thin ones. Default: False.
-
-    A population then shares the products with theta; see `factors.draw`.
-    """
-    return False
-
   def sample(
     self, key: LeafKey, shape: Shape, rows: Rows | None = None
   ) -> jax.Array:
@@ -209,11 +201,6 @@ class LowRank(Direction):
   def elementwise(self) -> bool:
     """True for a small rank: an element depends on 2 * rank numbers."""
     return self.rank <= 8
-
-  @property
-  def has_factors(self) -> bool:
-    """True: U and V."""
-    return True
 
   def _scale(self) -> np.float32:
     return np.float32(self.rank**-0.5)

@@ -57,8 +57,8 @@ def difference(
   }
 
 
-def sum_over_tasks(factors: dict[str, Factors]) -> dict[str, Factors]:
-  """Returns the sums of matrices over a leading axis of tasks, as one product.
+def sum_products(factors: dict[str, Factors]) -> dict[str, Factors]:
+  """Returns the sums of matrices over a leading axis, each as one product.
 
   Args:
     factors: of shapes [M, ..., in, R] and [M, ..., R, out].
@@ -182,6 +182,17 @@ class _Given(directions.Direction):
     return key
 
 
+def draws(direction: directions.Direction) -> bool:
+  """Returns whether `draw` replaces directions of a kind by their factors.
+
+  Readings of a weight along several of these then share the product with theta.
+
+  Args:
+    direction: the kind.
+  """
+  return isinstance(direction, directions.LowRank)
+
+
 def draw(tree: Params) -> Params:
   """Draws the low-rank directions of a tree for many readings of its weights.
 
@@ -199,9 +210,7 @@ def draw(tree: Params) -> Params:
   """
 
   def replace(node):
-    if not perturbed.is_perturbed(node) or not isinstance(
-      node.direction, directions.LowRank
-    ):
+    if not perturbed.is_perturbed(node) or not draws(node.direction):
       return node
     direction, num_layers = node.direction, node.scale.ndim  # axes of layers
     shape = node.shape[num_layers:]

@@ -14,6 +14,10 @@ with another adapter, does change; the lengths eta, one for all matrices or one
 for each, are chosen by forward passes (`parabola`, `descend`) or given
 (`constant`). The differences W(s_T) - W(s') have twice the adapter's rank and
 are never formed.
+
+With a history, theta also moves, further or back, along the displacements of
+earlier iterations, W(s_T) - W(s_0), which are kept as factors; s does not
+change by this.
 """
 
 import dataclasses
@@ -41,6 +45,9 @@ FoldFn = Callable[[Params], dict[str, factors_lib.Factors]]
 Lengths = Any
 # (lengths, number of the update) -> the objective, float32 [].
 LengthsObjective = Callable[[Lengths, jax.typing.ArrayLike], jax.Array]
+# The displacements W(s_T) - W(s_0) of the last iterations, the latest first:
+# factors with a leading axis [h - 1]; zeros until there are as many.
+History = dict[str, factors_lib.Factors]
 
 
 class ChosenLengths(NamedTuple):
@@ -62,7 +69,8 @@ class Rule:
   """How lengths are chosen; made by `constant`, `parabola` or `descend`.
 
   Attributes:
-    choose: (objective, lengths of 1, typed PRNG key) -> ChosenLengths.
+    choose: (objective, units, typed PRNG key) -> ChosenLengths. The units are
+      1 for a length, and 0 for that of an earlier displacement.
     num_updates: updates of the lengths, each of which may read other rows.
     evaluations: of the objective, in all.
   """
@@ -134,7 +142,9 @@ def descend(
 
   eta <- clip(eta - learning_rate g / rms(g), 0, largest), with g an estimate of
   the gradient with respect to eta from forward passes. There are as many
-  lengths as matrices, not as weights: the estimate is a good one.
+  lengths as matrices, not as weights: the estimate is a good one. Earlier
+  displacements are in theta already: their lengths start at 0 and are between
+  -1, which takes one back, and largest - 1.
 
   Args:
     estimator: how g is estimated.
@@ -159,9 +169,12 @@ def descend(
       sizes = jnp.concatenate([g.ravel() for g in jax.tree.leaves(gradient)])
       scale = learning_rate * jax.lax.rsqrt(jnp.mean(sizes**2) + 1e-16)
       lengths = jax.tree.map(
-        lambda length, g: jnp.clip(length - scale * g, 0.0, largest),
+        lambda length, g, unit: jnp.clip(
+          length - scale * g, unit - 1.0, unit - 1.0 + largest
+        ),
         lengths,
         gradient,
+        units,
       )
       return lengths, (estimate.values.ravel(), estimate.num_nonfinite)
 
@@ -198,6 +211,10 @@ class Guide:
     random: whether theta also takes the ordinary zeroth-order step.
     reset: whether the moments of the optimizer of s are set to 0 after each
       step.
+    history: h, the displacements along which theta moves: that of the iteration
+      and the h - 1 before it, one length for each of these. Only `descend` has
+      lengths for them other than 0. The state then has h - 1 displacements,
+      each of twice the adapter's bytes. For one adapter, not over tasks.
 
   Examples:
     >>> import jax, jax.numpy as jnp, optax
@@ -232,6 +249,25 @@ class Guide:
   penalty: bool = True
   random: bool = False
   reset: bool = False
+  history: int = 1
+
+  def no_history(self, adapter: Params) -> History | None:
+    """Returns displacements of zero for a first state; None if h = 1.
+
+    Args:
+      adapter: an adapter, or its shapes.
+    """
+    if self.history == 1:
+      return None
+    pair = jax.eval_shape(
+      lambda adapter: factors_lib.difference(
+        self.fold(adapter), self.fold(adapter)
+      ),
+      adapter,
+    )
+    return jax.tree.map(
+      lambda x: jnp.zeros((self.history - 1, *x.shape), x.dtype), pair
+    )
 
   def unit_lengths(
     self, adapter: Params, num_tasks: int | None = None
@@ -290,6 +326,9 @@ class Followed(NamedTuple):
     lengths: the lengths taken, zero if there was no step.
     values: of the objective at the points evaluated, float32 [points].
     num_nonfinite: how many of them were not finite, int32 [].
+    history: the displacements for the next step; None without.
+    earlier: the lengths taken along those before it, float32 [h - 1]; None
+      without.
   """
 
   base: Params
@@ -297,6 +336,8 @@ class Followed(NamedTuple):
   lengths: Lengths
   values: jax.Array
   num_nonfinite: jax.Array
+  history: History | None = None
+  earlier: jax.Array | None = None
 
 
 def step_key(keys: keys_lib.StepKeys) -> jax.Array:
@@ -314,6 +355,7 @@ def follow(
   *,
   allowed: jax.Array,
   shares: jax.Array | None = None,
+  history: History | None = None,
 ) -> Followed:
   """Moves theta along what has changed in s, and s back by as much.
 
@@ -328,6 +370,7 @@ def follow(
     shares: of M tasks, whose adapters have a leading axis: how much of its own
       change each gives to theta, float32 [M], 1 in sum. None: there is one
       adapter.
+    history: the displacements of earlier steps; None for none.
 
   Returns:
     The new theta and s, and the lengths.
@@ -350,12 +393,25 @@ def follow(
     )
 
   folded = fold(after)
+  split: Callable[[Any], tuple[Any, Any]] = lambda lengths: (lengths, None)
+  if history is not None:
+    split = lambda pair: pair
+    units = (units, jnp.zeros([guide.history - 1]))
 
   def factors(lengths):
+    lengths, earlier = split(lengths)
     moved = factors_lib.difference(
       folded, fold(back_by(before, after, lengths))
     )
-    return moved if shares is None else factors_lib.sum_over_tasks(moved)
+    if shares is not None:
+      moved = factors_lib.sum_products(moved)
+    if history is None:
+      return moved
+    scaled = {
+      path: pair._replace(left=jax.vmap(jnp.multiply)(pair.left, earlier))
+      for path, pair in history.items()
+    }
+    return factors_lib.sum_products(_prepend(moved, scaled))
 
   chosen = guide.rule.choose(
     lambda lengths, index: objective(
@@ -364,13 +420,54 @@ def follow(
     units,
     lengths_key,
   )
-  lengths = jax.tree.map(
+  taken = jax.tree.map(
     lambda length: jnp.where(allowed, length, 0.0), chosen.lengths
   )
+  lengths, earlier = split(taken)
+  if history is not None:
+    earlier = jnp.where(_are_displacements(history), earlier, 0.0)
+    taken = (lengths, earlier)
   return Followed(
-    factors_lib.add_in_place(base, factors(lengths), rounding_key),
+    factors_lib.add_in_place(base, factors(taken), rounding_key),
     back_by(before, after, lengths),
     lengths,
     chosen.values,
     chosen.num_nonfinite,
+    _remember(history, folded, fold(before), allowed),
+    earlier,
   )
+
+
+def _prepend(new: Any, others: Any) -> Any:
+  """Returns trees of arrays [n, ...] with one more array in front."""
+  return jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), new, others)
+
+
+def _are_displacements(history: History) -> jax.Array:
+  """Returns which are not the zeros of a first state, bool [h - 1]."""
+  lefts = [pair.left for pair in history.values()]
+  return functools.reduce(
+    jnp.logical_or,
+    [jnp.any(x != 0, axis=tuple(range(1, x.ndim))) for x in lefts],
+  )
+
+
+def _remember(
+  history: History | None, after: Any, before: Any, allowed: jax.Array
+) -> History | None:
+  """Returns a history with one more displacement, unless nothing has changed.
+
+  Args:
+    history: of earlier steps; None for none.
+    after: s_T, folded.
+    before: s_0, folded.
+    allowed: whether there was a step, bool [].
+  """
+  if history is None:
+    return None
+  changed = jax.tree.map(lambda a, b: jnp.any(a != b), after, before)
+  changed = functools.reduce(jnp.logical_or, jax.tree.leaves(changed))
+  moved = factors_lib.difference(after, before)
+  longer = _prepend(moved, history)
+  new = jax.tree.map(lambda xs: xs[:-1], longer)
+  return tree_lib.where(allowed & changed, new, history)

@@ -42,6 +42,8 @@ class Theta(NamedTuple):
   coefficients: jax.Array
   num_nonfinite: jax.Array
   lengths: Any = None
+  history: Any = None
+  earlier: Any = None
 
 
 def first_order_steps(
@@ -203,12 +205,15 @@ def guided_step(
     guided.step_key(keys),
     allowed=may_move,
     shares=shares,
+    history=state.history,
   )
   theta = theta._replace(
     base=followed.base,
     values=jnp.concatenate([theta.values.ravel(), followed.values]),
     num_nonfinite=theta.num_nonfinite + followed.num_nonfinite,
     lengths=followed.lengths,
+    history=followed.history,
+    earlier=followed.earlier,
   )
   lower_opt = adapters.lower_opt
   if guide.reset:  # moments of zero, other numbers unchanged

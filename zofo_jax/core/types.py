@@ -41,6 +41,8 @@ class BilevelState(NamedTuple):
     upper_opt: optimizer state of p.
     lower_opt: optimizer state of s.
     key: typed PRNG key, shape []; never advanced, folded with `step`.
+    history: what s has changed by in the last iterations, if theta still moves
+      along it, see `guided`; None without.
   """
 
   step: jax.Array
@@ -51,6 +53,7 @@ class BilevelState(NamedTuple):
   upper_opt: optax.OptState
   lower_opt: optax.OptState
   key: jax.Array
+  history: Any = None
 
 
 # Fields of a state that have a leading axis of tasks with `over_tasks`.
@@ -112,6 +115,8 @@ class BilevelInfo(NamedTuple):
     aux: auxiliary output of L(theta, p; D_f), over tasks with a leading axis of
       tasks; None without `has_aux`.
     lengths: of the step along an adapter, see `guided`; None without.
+    earlier: lengths along what the adapter had changed by in the iterations
+      before, the latest first, shape [h - 1]; None without.
   """
 
   lower_loss: jax.Array
@@ -124,6 +129,7 @@ class BilevelInfo(NamedTuple):
   move: InPlaceUpdate | None = None
   aux: Any = None
   lengths: Any = None
+  earlier: Any = None
 
 
 class BilevelAlgorithm(NamedTuple):

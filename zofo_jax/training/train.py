@@ -228,7 +228,9 @@ def metrics_row(
   row = info._asdict()
   del row["move"]  # in the ledger
   row.pop("aux", None)  # of a loss with has_aux, which no run has
-  lengths = row.pop("lengths", None)
+  lengths, earlier = row.pop("lengths", None), row.pop("earlier", None)
+  if earlier is not None:
+    row["earlier_lengths"] = earlier
   if lengths is not None:
     leaves = [np.ravel(leaf) for leaf in jax.tree.leaves(lengths)]
     if not np.size(row["coefficients"]):
