@@ -268,6 +268,7 @@ def campaign(
   seed: int,
   path: pathlib.Path,
   faults: list[str],
+  first: int = 0,
 ) -> dict[str, Any]:
   """Runs trials, each fault in turn; writes the file after each."""
   for name in ("model", "rows"):
@@ -289,7 +290,7 @@ def campaign(
     expected[rare] = trial.result(folder, reference)
   if expected[False] != expected[True]:
     sys.exit("Runs of the two kinds of checkpoints differ.")
-  for number in range(trials):
+  for number in range(first, trials):
     draw = random.Random(f"{seed} {number}")
     fault, rare = faults[number % len(faults)], draw.random() < 0.5
     run = folder / f"run-{number}"
@@ -302,7 +303,7 @@ def campaign(
       wrong.append(f"trial {number}, {fault}, rare {rare}: {problem}")
       print(wrong[-1], case.output(), sep="\n", file=sys.stderr)
     summary = {
-      "trials": number + 1,
+      "trials": number + 1 - first,
       **{n: sum(row[n] for row in rows.values()) for n in WRONG},
       "seconds": time.monotonic() - begun,
       "faults": rows,
@@ -331,6 +332,9 @@ def main() -> None:
   parser.add_argument("--trials", type=int, default=200)
   parser.add_argument("--json", type=pathlib.Path, required=True)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--first", type=int, default=0, help="number of the first trial"
+  )
   parser.add_argument("--only", choices=FAULTS, help="one kind of fault")
   parser.add_argument(
     "--offload",
@@ -360,6 +364,7 @@ def main() -> None:
       given.seed,
       given.json,
       [given.only] if given.only else list(FAULTS),
+      given.first,
     )
   report.results_table(
     [{"fault": name, **row} for name, row in summary["faults"].items()],

@@ -47,6 +47,8 @@ def make_config(home: pathlib.Path, rare: bool) -> ml_collections.ConfigDict:
   config.data.task = "rotten_tomatoes"
   config.data.dir = str(home / "rows")
   config.data.num_selection = config.data.num_test = 16
+  # All rows, so that no message says how many there are.
+  config.data.num_lower, config.data.num_upper = 118, 58
   config.lower.num_steps = 2
   config.lower.learning_rate = config.upper.learning_rate = 1e-2
   config.zo.learning_rate = 1e-4

@@ -110,6 +110,22 @@ def test_a_row_that_was_corrected(config, folder, tmp_path):
     check(config, folder)
 
 
+def test_other_weights(config, folder, tmp_path, monkeypatch):
+  """θ of a checkpoint hides them, where they are not read again."""
+  monkeypatch.setattr(state_store, "check_exists", lambda folder: None)
+  path = tmp_path / "model" / "model.safetensors"
+  content = path.read_bytes()
+  path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+  message = r"weights changed since the run began: model\.safetensors; expected"
+  with pytest.raises(errors.UserError, match=message):
+    train.train(config, str(folder))
+  with pytest.raises(errors.UserError, match=message):
+    evaluate.evaluate_run(str(folder))
+  check(config, folder, may_change=["weights"])
+  path.write_bytes(content)
+  check(config, folder)
+
+
 def test_another_tokenizer(config, folder, tmp_path, monkeypatch):
   monkeypatch.setattr(state_store, "check_exists", lambda folder: None)
 

@@ -28,7 +28,7 @@ from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
 from zofo_jax.models.decoder import STACKED
 from zofo_jax.models.hf import config as config_lib
-from zofo_jax.models.hf import hub, published, weights
+from zofo_jax.models.hf import hub, published, tensor_files, weights
 from zofo_jax.sharding import dispatch, rules
 from zofo_jax.sharding import mesh as mesh_lib
 
@@ -289,6 +289,11 @@ def tokenizer_digests(model: Model, *, chat: bool = False) -> dict[str, str]:
       template.encode(), digest_size=16
     ).hexdigest()
   return digests
+
+
+def weights_digests(model: Model) -> dict[str, str]:
+  """Returns a digest of each file of weights; see `tensor_files.digests`."""
+  return tensor_files.digests(model.folder)
 
 
 def _content(path: pathlib.Path) -> bytes:

@@ -2,7 +2,8 @@
 
 They are described in `inputs.json` in the folder of the run and in the header
 of its ledger, which every checkpoint holds, and compared by all commands that
-read the run. The weights are compared where they are read, by the ledger.
+read the run. Of large files of weights, blocks are compared here; all of it is
+compared where they are read, by the ledger.
 """
 
 import dataclasses
@@ -46,6 +47,7 @@ def describe(
   """
   described = {
     "random": replay.RANDOM,
+    "weights": model_lib.weights_digests(model),
     "tokenizer": model_lib.tokenizer_digests(model, chat=chat),
     "model_config": dataclasses.asdict(model.module.config),
     "rows": dict(rows or {}),
@@ -126,6 +128,7 @@ def check(
     flag, may_change = "config.ckpt.may_change", run.config.ckpt.may_change
   for name, describe_change in (
     ("random", _describe_fields),
+    ("weights", _describe_files),
     ("tokenizer", _describe_files),
     ("model_config", _describe_fields),
     ("rows", _describe_rows),

@@ -19,7 +19,7 @@ IN_PLACE = ("sgd", "conservative")
 # The estimators that evaluate one point on the line of a direction.
 ONE_POINT = ("forward", "exact")
 # Inputs of a run besides its config, as `ckpt.may_change` names it.
-INPUTS = ("rows", "tokenizer", "model_config")
+INPUTS = ("rows", "tokenizer", "model_config", "weights")
 OBJECTIVES = ("loss", "accuracy", "macro_f1", "token_f1", "reward")
 
 

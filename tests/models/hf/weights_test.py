@@ -415,5 +415,25 @@ def test_bad_index(checkpoint, content, complaint):
   assert complaint in text and str(path) in text
 
 
+def test_digests(tmp_path):
+  """A small file counts whole; of a large one, its size and its blocks."""
+  path = tmp_path / "model.safetensors"
+  small, large = bytearray(b"weights" * 10), bytearray(20 * 2**20)
+
+  def digest(content, flip=None):
+    changed = bytearray(content)
+    if flip is not None:
+      changed[flip] ^= 1
+    path.write_bytes(changed)
+    return tensor_files.digests(tmp_path)["model.safetensors"]
+
+  places = (0, 23, len(small) - 1)
+  assert len({digest(small), *(digest(small, flip) for flip in places)}) == 4
+  places = (0, 2**20 - 1, len(large) - 1)
+  assert len({digest(large), *(digest(large, flip) for flip in places)}) == 4
+  between = (20 - 1) * 2**20 // 15 - 1  # after the first block, before the next
+  assert digest(large, between) == digest(large) != digest(large[1:])
+
+
 def test_no_weights(checkpoint):
   assert "has no weights" in error_of(checkpoint.load)

@@ -5,6 +5,7 @@ one at a time; of safetensors, parts of a tensor can be read.
 """
 
 import functools
+import hashlib
 import json
 import os
 import pathlib
@@ -25,6 +26,8 @@ from zofo_jax.models.hf import hub
 
 # A part of an array: a slice for each axis.
 Index = tuple[slice, ...]
+# Of `digests`: how many blocks, and their bytes.
+_NUM_BLOCKS, _BLOCK = 16, 2**20
 
 
 class LazyTensor(NamedTuple):
@@ -64,11 +67,7 @@ def open_folder(
     hub.MSGPACK: _open_msgpack,
     hub.TORCH: _open_torch,
   }
-  names = hub.weights_format(folder)
-  if names is None:
-    raise errors.UserError(
-      f"{folder} has no weights: neither {', '.join(n for n, _ in formats)}."
-    )
+  names = _format(folder)
   if names == hub.TORCH and not pickle:
     raise errors.UserError(
       f"The weights in {folder} are pickles of PyTorch, which may hide code; "
@@ -79,6 +78,45 @@ def open_folder(
   for path in _files(folder, names):
     tensors.update(formats[names](path))
   return tensors
+
+
+def digests(folder: pathlib.Path) -> dict[str, str]:
+  """Returns a digest of each file of weights, quickly.
+
+  Of a large file, its size and 16 blocks count: other weights differ in all of
+  them.
+
+  Args:
+    folder: as for `open_folder`.
+
+  Raises:
+    UserError: there are no weights, or a file is missing.
+  """
+  files = _files(folder, _format(folder))
+  return {path.name: _digest(path) for path in files}
+
+
+def _digest(path: pathlib.Path) -> str:
+  size = path.stat().st_size
+  digest = hashlib.blake2b(str(size).encode(), digest_size=16)
+  # From the first byte to the last; of a small file, everything.
+  last = max(size - _BLOCK, 0)
+  with path.open("rb") as file:
+    for start in np.linspace(0, last, _NUM_BLOCKS).astype(int).tolist():
+      file.seek(start)
+      digest.update(file.read(_BLOCK))
+  return digest.hexdigest()
+
+
+def _format(folder: pathlib.Path) -> tuple[str, str]:
+  """Returns the names of a file of weights, and of the index of several."""
+  names = hub.weights_format(folder)
+  if names is None:
+    formats = hub.SAFETENSORS, hub.MSGPACK, hub.TORCH
+    raise errors.UserError(
+      f"{folder} has no weights: neither {', '.join(n for n, _ in formats)}."
+    )
+  return names
 
 
 def _files(folder: pathlib.Path, names: tuple[str, str]) -> list[pathlib.Path]:
