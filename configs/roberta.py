@@ -13,6 +13,8 @@ from zofo_jax.config import presets
 SIZES = {
   "base": "FacebookAI/roberta-base",
   "large": "FacebookAI/roberta-large",
+  "xlm-base": "FacebookAI/xlm-roberta-base",
+  "xlm-large": "FacebookAI/xlm-roberta-large",
   "bert-base": "google-bert/bert-base-uncased",
   "bert-base-cased": "google-bert/bert-base-cased",
   "bert-large": "google-bert/bert-large-uncased",

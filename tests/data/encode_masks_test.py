@@ -67,6 +67,30 @@ def test_all_words_are_scored_at_the_mask(tokenizer, prompt, expected):
   assert row.targets == ((0, IDS["good"], 1),)
 
 
+def test_a_word_is_one_piece_of_a_sentencepiece_vocabulary():
+  """As XLM-RoBERTa's, where a space is a part of the word after it."""
+  pieces = [f"▁{word}" for word in ("a", "film", "it", "was", "good", "bad")]
+  names = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", ".", "▁", *pieces]
+  inner = tokenizers.Tokenizer(
+    models.Unigram([(name, -1.0) for name in names], unk_id=3)
+  )
+  inner.pre_tokenizer = pre_tokenizers.Sequence(
+    [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]
+  )
+  inner.post_processor = processors.TemplateProcessing(
+    single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
+  )
+  tokenizer = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=inner,
+    pad_token="<pad>",
+    mask_token=tokenizers.AddedToken("<mask>", lstrip=True),
+  )
+  (row,) = encode(tokenizer, task()).rows
+  text = [names[i] for i in row.tokens]
+  assert text[:6] == ["<s>", "▁a", "▁film", "▁it", "▁was", "<mask>"]
+  assert [names[token] for _, token, _ in row.targets] == ["▁bad", "▁good"]
+
+
 @pytest.mark.parametrize(
   "prompt, length, expected",
   [

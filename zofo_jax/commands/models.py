@@ -114,6 +114,6 @@ def main(arguments: Sequence[str]) -> None:
       print(f"  {name}")
   print(
     "\nAll of them: LoRA, prefix and prompt, sharding, zofo plan, zofo export."
-    f"\nAll but {' and '.join(_masked())}, which fill masks: generation. Other"
-    "\nsizes of a family work as well."
+    f"\nAll but those that fill masks ({', '.join(_masked())}): generation."
+    "\nOther sizes of a family work as well."
   )

@@ -51,6 +51,7 @@ FAMILIES: dict[str, ModuleType] = {
   "falcon": falcon,
   "bert": bert,
   "roberta": bert,
+  "xlm-roberta": bert,
 }
 
 

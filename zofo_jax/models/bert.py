@@ -1,4 +1,4 @@
-"""Masked language models: BERT and RoBERTa.
+"""Masked language models: BERT, RoBERTa and XLM-RoBERTa.
 
 Tokens see each other in both directions, and a mask is filled. All tokens are
 of the first type, as in a text of one segment.
@@ -27,7 +27,7 @@ _POOLER = """
 
 
 def config_from_hf(config: Mapping[str, Any]) -> transformer.Config:
-  """Reads a config.json of model_type bert or roberta; see `models`."""
+  """Reads a config.json of a masked language model; see `models`."""
   config_lib.check_decoder(config, (_FIELDS + _POOLER).split())
   for name, expected in (("is_decoder", False), ("tie_word_embeddings", True)):
     if config_lib.flag(config, name, expected) is not expected:

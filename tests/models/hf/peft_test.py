@@ -69,9 +69,10 @@ PAIRS = [(name, kind) for kind in KINDS for name in CASES] + MORE
 MASKED = ("roberta", "lora")
 # The other families, every night.
 OTHERS = [
-  pytest.param(name, "lora", marks=pytest.mark.slow)
+  pytest.param(name, kind, marks=pytest.mark.slow)
+  for kind in ("lora", "prefix", "prompt")
   for name in models.FAMILIES
-  if (name, "lora") not in [*PAIRS, MASKED]
+  if (name, kind) not in [*PAIRS, MASKED]
 ]
 
 
@@ -131,7 +132,7 @@ def logits_there(model, name, kind, tokens, mask):
     each = [logits_there(model, name, kind, tokens[r], mask[r]) for r in rows]
     return torch.cat(each)
   inputs = {"input_ids": tokens.astype(np.int64), "attention_mask": mask * 1}
-  if not name.startswith(("opt", "roberta")) and kind != "prompt":
+  if not name.startswith(("opt", *hf.ROBERTAS)) and kind != "prompt":
     inputs["position_ids"] = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
   out = model(**{k: torch.tensor(v) for k, v in inputs.items()})
   return out.logits[:, -tokens.shape[1] :]
@@ -181,8 +182,7 @@ def made_there(kind, name):
       "falcon": ["query_key_value", "dense_4h_to_h"],
       "phi3": ["qkv_proj", "gate_up_proj"],
       "starcoder2": ["k_proj", "v_proj", "c_proj"],
-      "bert": ["key", "value", "intermediate.dense"],
-      "roberta": ["key", "value", "intermediate.dense"],
+      **{key: ["key", "value", "intermediate.dense"] for key in hf.MASKED},
     }.get(name, ["k_proj", "v_proj", "down_proj"]),
   )
   virtual = dict(num_virtual_tokens=3)
@@ -197,6 +197,9 @@ def made_there(kind, name):
   }[kind]()
   if name not in hf.MASKED:
     config.task_type = "CAUSAL_LM"
+  elif kind != "lora":
+    # The one by which PEFT puts virtual tokens in front of a masked model's.
+    config.task_type = "FEATURE_EXTRACTION"
   torch.manual_seed(0)
   model = peft.get_peft_model(backbone(name), config)
   with torch.no_grad():

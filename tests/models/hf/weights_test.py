@@ -52,7 +52,7 @@ MORE = {
   name: (models.FAMILIES[hf.CASES[name]["model_type"]], hf.CASES[name])
   for name in ("gpt2", "gpt_neox", "qwen3", "olmo2", "smollm3", "granite")
   + ("phi3", "gemma", "gemma2", "gemma3_text", "starcoder2", "falcon")
-  + ("bert", "roberta")
+  + ("bert", "roberta", "xlm-roberta")
 }
 
 

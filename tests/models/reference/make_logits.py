@@ -143,7 +143,9 @@ _BERT = dict(
   max_position_embeddings=20,
 )
 _ROBERTA = _BERT | dict(model_type="roberta", type_vocab_size=1)
-MASKED = ("bert", "roberta")
+# They count positions of tokens that are not padding.
+ROBERTAS = ("roberta", "xlm-roberta")
+MASKED = ("bert", *ROBERTAS)
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -170,6 +172,7 @@ CASES |= {
   "falcon": _FALCON,
   "bert": _BERT,
   "roberta": _ROBERTA,
+  "xlm-roberta": _ROBERTA | dict(model_type="xlm-roberta"),
 }
 
 # Further values of every field, compared where torch is installed.
@@ -426,13 +429,13 @@ def reference(fields, seed):
       if "norm" in name and name.endswith("weight"):
         parameter.add_(1.0)
   tokens, mask = batch(seed)
-  if config.model_type == "roberta":
+  if config.model_type in ROBERTAS:
     # It finds padding by its token, where others use the mask.
     tokens[~mask] = config.pad_token_id
   positions = np.maximum(np.cumsum(mask, axis=1) - 1, 0)
   more = (
     {}
-    if config.model_type in ("opt", "roberta")
+    if config.model_type in ("opt", *ROBERTAS)
     else {"position_ids": torch.tensor(positions)}
   )
 
@@ -459,6 +462,10 @@ def reference(fields, seed):
   if config.model_type == "gpt_neox" and "lm_head.weight" in tensors:
     # The name in files, which transformers 5 changes when it reads them.
     tensors["embed_out.weight"] = tensors.pop("lm_head.weight")
+  if "lm_head.decoder.weight" in tensors:
+    # Tied; in files, the embedding.
+    table = tensors.pop("lm_head.decoder.weight")
+    tensors["roberta.embeddings.word_embeddings.weight"] = table
   written = json.loads(config.to_json_string(use_diff=False))
   return written, tensors, tokens, mask, logits
 

@@ -20,10 +20,11 @@ FILE = "config.json"
 # Fields that do not change a decoder's outputs, by the reason.
 _HARMLESS = {
   "names, versions, and the dtype of the file": """
-    _commit_hash _name_or_path architectures auto_map dtype is_llama_config
-    keys_to_ignore_at_inference model_type name_or_path processor_class
-    tokenizer_class torch_dtype transformers.js_config transformers_version
-    unsloth_fixed unsloth_training_staged unsloth_version""",
+    _commit_hash _model_name_or_path _name_or_path architectures auto_map dtype
+    is_llama_config keys_to_ignore_at_inference model_type name_or_path
+    processor_class tokenizer_class torch_dtype transformers.js_config
+    transformers_version unsloth_fixed unsloth_training_staged
+    unsloth_version""",
   "initial weights": "_fast_init init_std initializer_range",
   "dropout, which the backbone does not use": """
     activation_dropout attention_dropout attention_probs_dropout_prob attn_pdrop

@@ -75,9 +75,11 @@ def save(
   folder = pathlib.Path(folder)
   for kind, nodes in by_kind.items():
     fields, tensors = write[kind](family, config, nodes)
+    # PEFT has no task that fills masks, and ignores virtual tokens without one.
+    masked = None if kind == "lora" else "FEATURE_EXTRACTION"
     fields = {
       "peft_type": KINDS[kind],
-      "task_type": "CAUSAL_LM" if config.causal else None,
+      "task_type": "CAUSAL_LM" if config.causal else masked,
       "base_model_name_or_path": model_name,
       "inference_mode": True,
       **fields,

@@ -41,7 +41,7 @@ _READ = {
 _VALUES: dict[str, tuple[Any, ...]] = {
   "bias": ("none",),
   "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal"),
-  "task_type": ("CAUSAL_LM",),
+  "task_type": ("CAUSAL_LM", "FEATURE_EXTRACTION"),
 }
 # Initialisations that take a part out of the base model's weights.
 _CHANGE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")

@@ -385,4 +385,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
   "google-bert/bert-large-uncased": _bert("bert", 30522, 512, large=True),
   "FacebookAI/roberta-base": _bert("roberta", 50265, 514),
   "FacebookAI/roberta-large": _bert("roberta", 50265, 514, large=True),
+  "FacebookAI/xlm-roberta-base": _bert("xlm-roberta", 250002, 514),
+  "FacebookAI/xlm-roberta-large": _bert("xlm-roberta", 250002, 514, large=True),
 }
