@@ -56,3 +56,17 @@ def test_descent_finds_the_best_lengths():
     value = jnp.maximum(value, -1.0)
     np.testing.assert_allclose(chosen.lengths[name], value, atol=0.15)
   assert chosen.values.size == rule.evaluations == 40 * 16
+
+
+def test_descent_without_a_finite_value_takes_nothing():
+  estimator = zofo.ZerothOrder(zofo.directions.Rademacher(), num_directions=2)
+  rule = lengths_lib.descend(estimator, num_updates=2)
+
+  def choose(first):
+    """Some values are finite only in the first update, or none are."""
+    objective = lambda x, index: jnp.where(first & (index == 0), x, jnp.nan)
+    return rule.choose(objective, jnp.ones([]), jax.random.key(0))
+
+  nothing = choose(False)
+  assert float(nothing.lengths) == 0.0 and int(nothing.num_nonfinite) > 0
+  assert float(choose(True).lengths) == pytest.approx(0.7)  # 1 - 0.3

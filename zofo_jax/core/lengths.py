@@ -117,7 +117,8 @@ def descend(
   the gradient with respect to eta from forward passes. There are as many
   lengths as matrices, not as weights: the estimate is a good one. Earlier
   displacements are in theta already: their lengths start at 0 and are between
-  -1, which takes one back, and largest - 1.
+  -1, which takes one back, and largest - 1. If no value is finite, all lengths
+  are 0.
 
   Args:
     estimator: how g is estimated.
@@ -157,6 +158,9 @@ def descend(
       lengths,
       (jax.random.split(key, num_updates), jnp.arange(num_updates)),
     )
+    # Of a point from which no value is finite, nothing is known.
+    any_finite = jnp.any(jnp.isfinite(values))
+    lengths = jax.tree.map(lambda x: jnp.where(any_finite, x, 0.0), lengths)
     return ChosenLengths(lengths, values.ravel(), jnp.sum(num_nonfinite))
 
   kind = estimator.estimator
