@@ -153,18 +153,32 @@ def test_chats_are_answered(command_line, run_folder, tmp_path):
   lines = [
     {"messages": c["messages"][:1], "id": i} for i, c in enumerate(_chats(3))
   ]
-  lines.append({"messages": [], "id": 3})
+  ask, broken = lines[0]["messages"][0], "\ud83d"
+  unanswered = [
+    ([], "expected a list of messages"),
+    ([{"role": "system", "content": "Hm"}], "ends in a message of the system"),
+    ([{**ask, "content": broken}], "half of a surrogate pair"),
+    ([{**ask, "content": "film " * 99}], "at most 60 fit beside the answer"),
+    (json.dumps([ask]), "expected a list of messages"),
+    (None, "expected a list of messages"),
+  ]
+  for number, (messages, _) in enumerate(unanswered, 3):
+    lines.append({"messages": messages, "id": number})
+  lines.append({"text": "film?", "id": 9})
   tiny._write_jsonl(asked, lines)
   code = command_line("predict", f"--workdir={run_folder}", f"--input={asked}")
   assert code == 0
   answers = report.read_jsonl(run_folder / "answers.jsonl")
-  assert [a["id"] for a in answers] == [0, 1, 2, 3]
+  assert [a["id"] for a in answers] == [*range(10)]
   assert all(isinstance(a["prediction"], str) for a in answers[:3])
   for line, answer in zip(lines[:3], answers):
     text = {"role": "assistant", "content": answer["prediction"]}
     assert answer["messages"] == [*line["messages"], text]
-  assert answers[3]["prediction"] is None
-  assert "expected a list of messages" in answers[3]["error"]
+  reasons = [*(reason for _, reason in unanswered), "no entry 'messages'"]
+  for number, (answer, reason) in enumerate(zip(answers[3:], reasons), 4):
+    assert answer["prediction"] is None
+    assert answer["error"].startswith(f"{asked} row {number}: ")
+    assert reason in answer["error"]
 
 
 def test_the_exported_model_has_the_template(
@@ -274,6 +288,17 @@ def test_mistakes_are_named(tmp_path, row, changes, sentence):
   tiny._write_jsonl(path, [row])
   with pytest.raises(errors.UserError, match=sentence):
     task_lib.load_task(_config(path, **changes))
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, caplog):
+  path = tmp_path / "rows.jsonl"
+  row = {"instruction": "a", "input": "b", "output": "c"}
+  tiny._write_jsonl(path, [row])
+  task_lib.load_task(_config(path))
+  assert not caplog.text
+  tiny._write_jsonl(path, [{**row, "system": "d", "history": []}])
+  task_lib.load_task(_config(path))
+  assert "data.format=alpaca, which has no column system, hist" in caplog.text
 
 
 def test_rewards_need_answers(tmp_path):

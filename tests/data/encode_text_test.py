@@ -163,6 +163,7 @@ def test_the_prompt_of_a_chat(unmarked):
   [
     ("question", {"question": "Who?", "answer": ["I", "we"]}, "Who?", "I"),
     ("question", {"question": "Who?", "answer": {"text": "I"}}, "Who?", "I"),
+    ("question", {"question": "1 + 2", "answer": 3}, "1 + 2", "3"),
     ("alpaca", {"instruction": "Add", "output": "3"}, "Add", "3"),
     (
       "alpaca",
@@ -213,11 +214,65 @@ def _said(*roles, **more):
     ([{"role": "user", "content": " "}], "message 1 .* has no content"),
     ([{"role": "user", "content": 3}], "content of type int; expected text"),
     ([{"role": "user"}], "message 1 .* has no content"),
+    ([[{"role": "user", "content": "x"}]], "message 1 .*; expected an object"),
+    (_said("system"), "no message of the assistant"),
+    (_said("user", name=3), "message 1 .* has name of type int"),
+    (_said("user", "assistant", name="\ud83d"), "half of a surrogate pair"),
+    ([{"from": "chatgpt", "value": "x"}], "has the role 'chatgpt'"),
+    ([{"from": "human", "value": ["x"]}], "content of type list"),
   ],
 )
 def test_broken_chats_are_named(messages, reason):
   with pytest.raises(errors.RowError, match=f"^row 1: .*{reason}"):
     FORM.check(_row(messages=messages))
+
+
+HI = {"prompt": _said("user")}
+
+
+@pytest.mark.parametrize(
+  "form, fields, reason",
+  [
+    ("conversations", {"conversations": None}, "holds null; expected a list"),
+    ("completion", {"prompt": "a"}, "no column 'completion'"),
+    ("completion", {"prompt": "a", "completion": ""}, "'completion' is empty"),
+    ("completion", {"prompt": " ", "completion": "b"}, "'prompt' is empty"),
+    (
+      "completion",
+      {"prompt": "a", "completion": _said("assistant")},
+      "ed text",
+    ),
+    ("completion", {**HI, "completion": "b"}, "expected a list of messages"),
+    ("completion", {**HI, "completion": _said("user")}, "no message of the as"),
+    (
+      "completion",
+      {"prompt": _said("user", "assistant"), "completion": _said("assistant")},
+      "message 3 .* after assistant",
+    ),
+    ("alpaca", {"instruction": "a", "output": " "}, "'output' is empty"),
+    ("alpaca", {"instruction": "a", "output": 3}, "of type int; expected text"),
+    (
+      "alpaca",
+      {"instruction": "a", "input": {"b": 1}, "output": "c"},
+      "'input' holds .* of type dict; expected text",
+    ),
+    ("question", {"question": "a", "answer": None}, "'answer' is empty"),
+    (
+      "question",
+      {"question": "a", "answer": {"text": []}},
+      "'answer' is empty",
+    ),
+    ("question", {"question": "a", "answer": {"b": "c"}}, "a list of texts"),
+    ("question", {"question": 3, "answer": "b"}, "of type int; expected text"),
+    ("text", {"text": ""}, "'text' is empty"),
+    ("text", {"text": ["a"]}, "of type list; expected text"),
+    ("text", {"text": "a \ud83d"}, "half of a surrogate pair"),
+    ("text", {"texts": "a"}, "no column 'text'.* Did you mean 'texts'"),
+  ],
+)
+def test_broken_rows_are_named(form, fields, reason):
+  with pytest.raises(errors.RowError, match=f"^row 1: .*{reason}"):
+    tasks.formatted("own", form).check(_row(**fields))
 
 
 def test_what_a_template_refuses_is_a_bad_row():

@@ -692,6 +692,16 @@ def test_check_names_the_sets_that_cannot_be_loaded(monkeypatch, capsys):
   assert "rte: aps/super_glue/rte has train, dev" in lines
 
 
+def test_check_stops_without_a_connection(monkeypatch, capsys):
+  def find_splits(task):
+    raise errors.UserError("Cannot reach the hub.") from ConnectionError()
+
+  monkeypatch.setattr(hub, "find_splits", find_splits)
+  with pytest.raises(errors.UserError, match=r"^Cannot reach the hub\.$"):
+    tasks_command.main(["--check"])
+  assert not capsys.readouterr().out
+
+
 def test_local_copies_of_mirrors_are_read_too(tmp_path):
   path = tmp_path / "train.jsonl"
   for row, text in (

@@ -122,6 +122,12 @@ def _find_format(name: str, source: str, stream: bool) -> str:
   rows = tasks.formatted(name, "text")
   columns = sources.columns(rows, source, stream=stream)
   if form := tasks.recognise(columns):
+    read = (*tasks.FORMATS[form].columns, *tasks.FORMATS[form].optional)
+    if others := [column for column in columns if column not in read]:
+      _log.warning(
+        "%s: rows are read as data.format=%s, which has no column %s",
+        *(name, form, ", ".join(others)),
+      )
     return form
   formats = "; ".join(" and ".join(f.columns) for f in tasks.FORMATS.values())
   raise errors.UserError(

@@ -44,6 +44,9 @@ def check(names: Sequence[str] = tuple(tasks.ALL)) -> list[str]:
 
   Returns:
     The names of those that cannot.
+
+  Raises:
+    UserError: there is no connection to the hub.
   """
   failed = []
   for task in map(tasks.get, names):
@@ -54,6 +57,8 @@ def check(names: Sequence[str] = tuple(tasks.ALL)) -> list[str]:
       splits = ", ".join(hub.find_splits(task))
       print(f"{task.name}: {'/'.join(filter(None, task.hub))} has {splits}")
     except errors.UserError as error:
+      if isinstance(error.__cause__, ConnectionError):
+        raise
       print(f"{task.name}: FAILS. {error}")
       failed.append(task.name)
   return failed

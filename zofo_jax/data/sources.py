@@ -128,9 +128,7 @@ def columns(
   row = files.first(path)
   if row is None:
     items = files.read(path)
-    raise errors.UserError(
-      f"{path}: " + (str(items[0]) if items else "has no rows.")
-    )
+    raise errors.UserError(str(items[0]) if items else f"{path}: has no rows.")
   return tuple(map(str, row.fields))
 
 

@@ -259,7 +259,7 @@ class Task:
     assert read is not None
     document = _call(lambda _: read(row.fields, labelled), row)
     parts = (
-      [message["content"] for message in document.messages]
+      [text for message in document.messages for text in message.values()]
       if isinstance(document, Chat)
       else document
     )

@@ -64,15 +64,17 @@ def _message(message: Any, what: str) -> dict[str, str]:
     raise ValueError(
       f"{what} has the key '{unknown[0]}'; expected role, content and name."
     )
-  content = fields.get("content")
-  if is_missing(content):
+  if is_missing(fields.get("content")):
     raise ValueError(f"{what} has no content.")
-  if not isinstance(content, str):
-    raise ValueError(
-      f"{what} has content of type {type(content).__name__}; expected text."
-    )
-  named = {"name": fields["name"]} if fields.get("name") else {}
-  return {"role": role, "content": content, **named}
+  read = {"role": role, "content": fields["content"]}
+  if not is_missing(fields.get("name")):
+    read["name"] = fields["name"]
+  for key, value in read.items():
+    if not isinstance(value, str):
+      raise ValueError(
+        f"{what} has {key} of type {type(value).__name__}; expected text."
+      )
+  return read
 
 
 def _chat(messages: Sequence[dict[str, str]], start: int, column: str) -> Chat:
@@ -151,13 +153,9 @@ def _text(fields: Fields, column: str) -> str:
   return value
 
 
-def _one_question(
-  question: str, answers: Sequence[str], system: str = ""
-) -> Chat:
+def _one_question(question: str, answers: Sequence[str]) -> Chat:
   """Returns a chat of one question and its first answer."""
   messages = [{"role": "user", "content": question}]
-  if system:
-    messages.insert(0, {"role": "system", "content": system})
   if answers:
     messages.append({"role": "assistant", "content": answers[0]})
   return Chat(tuple(messages), 0, tuple(answers))
@@ -167,12 +165,11 @@ def _of_question(fields: Fields, labelled: bool) -> Chat:
   answer = fields["answer"] if labelled else []
   if isinstance(answer, Mapping) and "text" in answer:
     answer = answer["text"]
-  if isinstance(answer, str):
+  if labelled and is_missing(answer):
+    raise ValueError("column 'answer' is empty.")
+  if isinstance(answer, str | int | float):
     answer = [answer]
-  answers = texts(answer, "answer")
-  if labelled and not answers:
-    raise ValueError("column 'answer' has no answer.")
-  return _one_question(_text(fields, "question"), answers)
+  return _one_question(_text(fields, "question"), texts(answer, "answer"))
 
 
 def _of_instruction(fields: Fields, labelled: bool) -> Chat:
@@ -214,12 +211,14 @@ class _Format(NamedTuple):
     read: see `Task.document`.
     example: a row.
     answered: see `Task.answered`.
+    optional: columns that a row may have.
   """
 
   columns: tuple[str, ...]
   read: Callable[[Fields, bool], Chat | Plain]
   example: Fields
   answered: Callable[[Fields, str], Fields] | None = None
+  optional: tuple[str, ...] = ()
 
 
 _HI = ({"role": "user", "content": "Hi!"},)
@@ -245,6 +244,7 @@ FORMATS: dict[str, _Format] = {
     ("instruction", "output"),
     _of_instruction,
     {"instruction": "Say it in French.", "input": "Hi!", "output": "Salut !"},
+    optional=("input",),
   ),
   "question": _Format(
     ("question", "answer"),
@@ -298,7 +298,7 @@ def formatted(name: str, form: str, *, metric: str | None = None) -> Task:
       f"Task {name}: metric is '{metric}'; expected one of "
       f"{', '.join(metrics)} with format '{form}'."
     )
-  columns, read, example, answered = FORMATS[form]
+  columns, read, example, answered, _ = FORMATS[form]
   return Task(
     name=name,
     templates=(Template("", ()),),
