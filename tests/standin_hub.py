@@ -1,7 +1,8 @@
 """A hub on loopback, for the clients `huggingface_hub` and `datasets`.
 
 Serves repositories from memory: information, trees, files with redirects and
-ranges, branches. `Hub.faults` makes requests fail.
+ranges, branches. `Hub.faults` makes requests fail; a client may set it, with
+the other faults, by posting them to `/faults`.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import threading
 import time
 import urllib.parse
 
+FAULTS = ("faults", "cuts", "delays")
 _DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -101,6 +103,12 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _answer(self):
     hub = self.server
     path = urllib.parse.unquote(urllib.parse.urlsplit(self.path).path)
+    if path == "/faults":
+      left = {name: list(getattr(hub, name)) for name in FAULTS}
+      posted = json.loads(self._body)
+      for name in FAULTS:
+        getattr(hub, name)[:] = posted.get(name, [])
+      return self._json(left)
     hub.requests.append((self.command, path))
     if hub.delays:
       time.sleep(hub.delays.pop(0))

@@ -4,13 +4,16 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import types
 
 import pytest
 
 from tests import standin_hub
 from zofo_jax import tasks
+from zofo_jax.data import sources
 
 pytest.importorskip("datasets")
 # Columns of mirrors, where they are not the task's.
@@ -253,3 +256,155 @@ def test_without_a_connection(hub, cache, first_run):
   assert half.startswith("Cannot read split 'validation' of 'ucsbai/liar' from")
   assert "is incomplete" in half
   assert new.startswith("Cannot read split 'train' of 'old/set' from the hub")
+
+
+def test_a_table_that_the_cache_has_lost_is_made_again(monkeypatch):
+  modes = []
+
+  def load_dataset(*hub, download_mode="reuse_dataset_if_exists", **options):
+    modes.append(download_mode)
+    if len(modes) == 1:
+      raise FileNotFoundError("Failed to open local file 'a.arrow'")
+    return [dict(tasks.get("subj").example)]
+
+  module = types.SimpleNamespace(load_dataset=load_dataset)
+  monkeypatch.setitem(sys.modules, "datasets", module)
+  assert len(sources.load(tasks.get("subj"), None, "train")) == 1
+  assert modes == ["reuse_dataset_if_exists", "reuse_cache_if_exists"]
+
+
+# The first answers about a task's data set.
+FAULTS = {
+  "slow": {"delays": [1.2, 1.2]},  # later than the client waits
+  "dropped": {"faults": [0]},
+  "cut": {"cuts": [10]},
+  "busy": {"faults": [429]},
+  "broken": {"faults": [500]},
+}
+SHORT = {"HF_HUB_DOWNLOAD_TIMEOUT": "1", "HF_HUB_ETAG_TIMEOUT": "1"}
+
+
+def _each(*verbs):
+  """Returns calls of (verb, split) for every task."""
+  return [[v, t.name, None, split] for t in ON_HUB for v, split in verbs]
+
+
+def _by_task(results):
+  """Yields each task and the results of its calls, as many for every task."""
+  size = len(results) // len(ON_HUB)
+  for i, task in enumerate(ON_HUB):
+    yield task, results[size * i : size * (i + 1)]
+
+
+def _is_sentence(result):
+  return (
+    isinstance(result, str)
+    and re.match(r"Cannot read (split|splits)", result)
+    and "\n" not in result
+  )
+
+
+def _loaded(task, rows, split="train"):
+  """Returns whether these are the rows of a split."""
+  return (
+    isinstance(rows, list)
+    and len(rows) == 2
+    and all(source.startswith(task.hub[0]) for source, _ in rows)
+    and (not task.text or f"{split} 1" in rows[0][1][task.text[0]])
+  )
+
+
+def _assert_right(task, results):
+  """Checks the results of `ALL_CALLS`, or of the first two of them."""
+  train, validation, *has = results
+  is_split = "" not in task.hub_splits.values()
+  assert _loaded(task, train), train
+  if is_split:
+    assert _loaded(task, validation, "validation"), validation
+  else:
+    assert _is_sentence(validation), validation
+  assert has in ([], [is_split, False])
+
+
+ALL_CALLS = (
+  ("load", "train"),
+  ("load", "validation"),
+  ("has", "validation"),
+  ("has", "test"),
+)
+
+
+def _remove_parts(cache, *, prepared):
+  """Leaves a cache as an interrupted run or a full disk does.
+
+  Args:
+    cache: the folder.
+    prepared: whether a table of each prepared set is missing; or else the
+      tables are, and half of each file that was downloaded.
+  """
+  if prepared:
+    for path in cache.glob("datasets/*/**/*-train.arrow"):
+      path.unlink()
+    return
+  shutil.rmtree(cache / "datasets")
+  for path in cache.glob("hub/datasets--*/snapshots/**/*.parquet"):
+    blob = path.resolve()
+    path.unlink()
+    if blob.exists():  # as the content of one file, or of several
+      content = blob.read_bytes()
+      blob.unlink()
+      part = blob.with_name(f"{blob.name}.incomplete")
+      part.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.slow
+def test_all_tasks_with_a_cache_that_is_whole_or_not(hub, tmp_path):
+  def run(*verbs, **environment):
+    hub.requests.clear()
+    results = _session(_each(*verbs), hub.url, tmp_path, **environment)
+    return _by_task(results)
+
+  def contents():
+    return [p for _, p in hub.requests if "resolve" in p and "parquet" in p]
+
+  for task, results in run(*ALL_CALLS):  # a first run, several splits
+    _assert_right(task, results)
+  for task, results in run(*ALL_CALLS):  # a second one
+    _assert_right(task, results)
+  assert not any(p.endswith("parquet") for p in contents())
+  for task, results in run(*ALL_CALLS, HF_HUB_OFFLINE="1"):
+    _assert_right(task, results)
+  assert not hub.requests
+  for prepared in (False, True):
+    _remove_parts(tmp_path, prepared=prepared)
+    for task, (rows,) in run(("load", "train"), HF_HUB_OFFLINE="1"):
+      assert _is_sentence(rows) or _loaded(task, rows), rows
+    for task, results in run(*ALL_CALLS[:2]):
+      _assert_right(task, results)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", FAULTS)
+def test_all_tasks_of_a_hub_with_faults(tmp_path, kind):
+  """An answer that fails is asked for again, or said in a sentence."""
+  calls = [
+    call
+    for task in ON_HUB
+    for call in (
+      ["faults", FAULTS[kind], None, None],
+      ["load", task.name, None, "train"],
+      ["faults", {}, None, None],
+      ["load", task.name, None, "train"],
+    )
+  ]
+  with standin_hub.serve(_repos()) as server:
+    results = _session(calls, server.url, tmp_path, **SHORT)
+  sentences, known = [], set()
+  for task, (_, first, left, again) in _by_task(results):
+    # Files of a set that another task has loaded are asked for no more.
+    assert not any(left.values()) or task.hub[0] in known, (task.name, left)
+    known.add(task.hub[0])
+    assert _loaded(task, first) or _is_sentence(first), first
+    assert _loaded(task, again), again
+    sentences += [first] if isinstance(first, str) else []
+  print(kind, len(ON_HUB) - len(sentences), "at once;", *sentences[:1])

@@ -5,6 +5,7 @@ loading script, which it no longer runs, is read from the hub's converted copy:
 Parquet files in a folder for each configuration, on a branch of their own.
 """
 
+import functools
 import importlib
 import itertools
 import pathlib
@@ -21,6 +22,8 @@ CONVERTED = "refs/convert/parquet"
 # What `datasets` says of scripts; the second once an older call has left a
 # converted copy in its cache.
 _IS_SCRIPT = re.compile(r"scripts are no longer|Couldn't find cache for")
+# What it says where its cache has lost a table, which it can make again.
+_LOST_TABLE = "Failed to open local file"
 # Folders of a data set's only configuration on the converted branch.
 _ONLY_CONFIG = ("default", "plain_text")
 
@@ -232,10 +235,16 @@ def _call_datasets(name: str, hub: HubSet, what: str, **options: Any) -> Any:
       f"Reading {what} from the hub needs the package datasets; or point "
       "data.dir at a folder of JSONL files."
     ) from error
+  if hub.revision:
+    options["revision"] = hub.revision
+  call = functools.partial(getattr(datasets, name), hub.name, hub.config)
   try:
-    if hub.revision:
-      options["revision"] = hub.revision
-    return getattr(datasets, name)(hub.name, hub.config, **options)
+    try:
+      return call(**options)
+    except FileNotFoundError as error:
+      if _LOST_TABLE not in str(error):
+        raise
+      return call(**options, download_mode="reuse_cache_if_exists")
   except Exception as error:  # Its exceptions share no base class.
     if _IS_SCRIPT.search(str(error)) and not hub.revision:
       return None
