@@ -252,11 +252,18 @@ def test_greedy_tokens_are_those_of_transformers(name):
 
 
 @parity
-def test_dynamic_rope_grows_as_in_transformers():
-  for text in prompts():
-    actual = new_tokens("llama_dynamic", [text])
-    expected = hf_tokens("llama_dynamic", [text], eos_token_id=None)
-    assert_same_tokens(actual, expected)
+@pytest.mark.parametrize(
+  "name, lengths",
+  [
+    ("llama_dynamic", (12, 5, 8, 1)),
+    # On either side of the 8 tokens at which its factors change.
+    pytest.param("phi3", (12, 1), marks=pytest.mark.slow),
+  ],
+)
+def test_dynamic_rope_grows_as_in_transformers(name, lengths):
+  for text in prompts(lengths=lengths):
+    actual = new_tokens(name, [text])
+    assert_same_tokens(actual, hf_tokens(name, [text], eos_token_id=None))
 
 
 @parity
