@@ -57,6 +57,20 @@ def test_long_rows_are_split(examples):
   assert [e.source for e in pieces[:3]] == ["row 5", "row 5", "row 11"]
 
 
+def test_a_long_row_is_read_once():
+  class Watched(tuple):
+    reads = 0
+
+    def __iter__(self):
+      Watched.reads += 1
+      return super().__iter__()
+
+  example = _example(np.random.RandomState(0), 200)
+  row = example.rows[0]._replace(targets=Watched(example.rows[0].targets))
+  pieces = packing.split([example._replace(rows=(row,))], 8)
+  assert len(pieces) == 25 and Watched.reads == 1
+
+
 @pytest.fixture(scope="module")
 def model():
   config = llama.config_from_hf(

@@ -222,6 +222,16 @@ def test_same_text_never_in_two_sets():
   assert len(set(together)) == len(together) == 70
 
 
+def test_rows_that_differ_in_an_optional_column_differ():
+  task = tasks.formatted("own", "alpaca")
+  fields = {"instruction": "Good or bad?", "output": "Good."}
+  inputs = [*({"input": f"film {i}"} for i in range(6)), {}, {"input": " "}]
+  rows = [tasks.Row({**fields, **one}, "a row") for one in (*inputs, *inputs)]
+  sets = splits_lib.split(task, rows)
+  inputs = [row.fields.get("input", " ") for part in sets for row in part]
+  assert sorted(inputs) == [" ", *(f"film {i}" for i in range(6))]
+
+
 def test_test_rows_held_out_of_train():
   counts = splits_lib.Counts(lower=30, upper=20, selection=10, test=40)
   sets = splits_lib.split(TASK, _rows(100), counts=counts)

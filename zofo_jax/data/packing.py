@@ -1,5 +1,6 @@
 """Packs several chats or texts into one row, and splits long texts."""
 
+import itertools
 import logging
 from collections.abc import Iterator, Sequence
 
@@ -77,19 +78,14 @@ def _split(
   row: encode_options.EncodedRow, length: int
 ) -> Iterator[encode_options.EncodedRow]:
   """Yields the pieces of a row that have something to learn."""
-  for start in range(0, len(row.tokens), length):
-    end = start + length
-    targets = [
-      (row.positions[slot] - start, token)
-      for slot, token, _ in row.targets
-      if start <= row.positions[slot] < end
-    ]
-    if targets:
-      yield encode_options.EncodedRow(
-        tokens=row.tokens[start:end],
-        positions=tuple(position for position, _ in targets),
-        targets=tuple((i, token, 0) for i, (_, token) in enumerate(targets)),
-      )
+  pairs = ((row.positions[slot], token) for slot, token, _ in row.targets)
+  for piece, group in itertools.groupby(pairs, lambda pair: pair[0] // length):
+    targets, start = [*group], piece * length
+    yield encode_options.EncodedRow(
+      tokens=row.tokens[start : start + length],
+      positions=tuple(position - start for position, _ in targets),
+      targets=tuple((i, token, 0) for i, (_, token) in enumerate(targets)),
+    )
 
 
 def _join(

@@ -281,7 +281,12 @@ def _distinct(
 
   def text(row):
     columns = (*task.text, *task.other)
-    return json.dumps([row.fields[c] for c in columns], default=str)
+    read = (
+      task.read_document(row)
+      if task.document
+      else [row.fields[c] for c in columns]
+    )
+    return json.dumps(read, default=str)
 
   seen = {text(row) for row in excluded}
   distinct = []
