@@ -95,7 +95,7 @@ def test_sets_of_demonstrations_and_calibration(config, tmp_path):
 
 
 def test_demonstrations_are_read_once(config, tmp_path, monkeypatch):
-  """Scores are those of rows that hold them; a window forbids it."""
+  """Scores are those of rows that hold them, with a window too."""
   config.icl.num_shots = 4
   seen, split = [], in_context.split_shared
 

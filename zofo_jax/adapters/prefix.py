@@ -1,8 +1,9 @@
 """Prefix tuning (Li and Liang, 2021): trained keys and values in every layer.
 
 Tokens attend to P extra positions in each layer, and their own positions start
-at P. Keys are stored as attention uses them: in a model with rotary positions,
-already rotated.
+at P; an attention window hides the extra ones as it hides tokens. Keys are
+stored as attention uses them: in a model with rotary positions, already
+rotated.
 """
 
 import dataclasses
@@ -68,18 +69,16 @@ def prepend(
   prefix: Prefix,
   key_BxSxKxF: jax.Array,
   value_BxSxKxF: jax.Array,
-  allowed_Bx1xLxS: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
   """Prepends one layer's prefix to its keys and values.
 
   Args:
     prefix: [P, K, F].
     key_BxSxKxF: keys of the tokens.
     value_BxSxKxF: values of the tokens.
-    allowed_Bx1xLxS: bool, attention mask.
 
   Returns:
-    Keys, values and mask with P + S slots; every query attends to the prefix.
+    Keys and values of P + S slots.
   """
 
   def front(extra, tokens):
@@ -88,12 +87,7 @@ def prepend(
     )
     return jnp.concatenate([extra, tokens], axis=1)
 
-  visible = jnp.ones((*allowed_Bx1xLxS.shape[:-1], prefix.key.shape[0]), bool)
-  return (
-    front(prefix.key, key_BxSxKxF),
-    front(prefix.value, value_BxSxKxF),
-    jnp.concatenate([visible, allowed_Bx1xLxS], axis=-1),
-  )
+  return front(prefix.key, key_BxSxKxF), front(prefix.value, value_BxSxKxF)
 
 
 def prefix_of_tokens(module: Any, base: Any, tokens: jax.Array) -> Any:

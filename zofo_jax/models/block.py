@@ -140,8 +140,10 @@ class Attention(nn.Module):
       query = rope_lib.rotate(query, *rotations)
       key = rope_lib.rotate(key, *rotations)
     key, value, cache = kv_cache.append(cache, key, value)
-    context = layers.with_prefix(self, key, value, allowed_Bx1xLxS)
-    out = layers.attend(query, *context, c.attention_scale, c.attention_cap)
+    key, value = layers.with_prefix(self, key, value)
+    out = layers.attend(
+      query, key, value, allowed_Bx1xLxS, c.attention_scale, c.attention_cap
+    )
     return layers.Linear(c.hidden_size, c.out_bias, name="out")(out), cache
 
   def _separate(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

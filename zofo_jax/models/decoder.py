@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from zofo_jax import adapters
 from zofo_jax.core import perturbed
 from zofo_jax.models import kv_cache
-from zofo_jax.models.layers import soft_cap, token_positions
+from zofo_jax.models.layers import soft_cap
 
 # Paths of the weights that `stack_layers` stacks: axis 0 counts layers.
 STACKED = r"(^|/)layers/"
@@ -169,11 +169,6 @@ class Decoder(nn.Module):
       x = jnp.concatenate([jnp.broadcast_to(virtual, size), x], axis=1)
       mask = jnp.concatenate([jnp.ones(size[:2], bool), mask], axis=1)
     return x, mask
-
-  def _positions(self, mask_BxS: jax.Array) -> jax.Array:
-    """Returns positions, int32 [B, S]; a prefix takes the first ones."""
-    start = adapters.prefix_length(self.variables.get("adapter", {}))
-    return token_positions(mask_BxS) + start
 
   def _body(
     self,

@@ -213,8 +213,7 @@ def with_prefix(
   attention: nn.Module,
   key_BxSxKxF: jax.Array,
   value_BxSxKxF: jax.Array,
-  allowed_Bx1xLxS: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array]:
   """Prepends an adapter's prefix, if there is one, to keys and values.
 
   Call it directly before `attend`. If the collection "context" is mutable, keys
@@ -224,11 +223,10 @@ def with_prefix(
     attention: the module whose collection "adapter" may hold a "prefix".
     key_BxSxKxF: keys as passed to `attend`.
     value_BxSxKxF: values.
-    allowed_Bx1xLxS: bool, attention mask.
 
   Returns:
-    Keys, values and mask of P + S slots with a prefix of P positions, of S
-    slots without.
+    Keys and values of P + S slots with a prefix of P positions, of S slots
+    without.
   """
   if not attention.is_initializing():
     attention.sow(
@@ -242,8 +240,8 @@ def with_prefix(
     "adapter", "prefix", None
   )
   if prefix is None:
-    return key_BxSxKxF, value_BxSxKxF, allowed_Bx1xLxS
-  return adapters.prepend(prefix, key_BxSxKxF, value_BxSxKxF, allowed_Bx1xLxS)
+    return key_BxSxKxF, value_BxSxKxF
+  return adapters.prepend(prefix, key_BxSxKxF, value_BxSxKxF)
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

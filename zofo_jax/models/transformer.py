@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
+from zofo_jax import adapters
 from zofo_jax.models import decoder, kv_cache, layers
 from zofo_jax.models import rope as rope_lib
 from zofo_jax.models.block import Block, PerLayer
@@ -67,14 +68,13 @@ class Transformer(decoder.Decoder):
   def prefix_acts_as_tokens(self) -> bool:
     """Returns whether a prefix made of tokens is equivalent to these tokens.
 
-    It is not where these tokens would see later ones, nor with attention
-    windows, which never hide a prefix, nor where keys are rotated by angles
-    that depend on the length of the row.
+    It is not where these tokens would see later ones, nor where keys are
+    rotated by angles that depend on the length of the row.
     """
     c = self.config
     ropes = (rope for rope in (c.rope, c.other_rope) if rope)
     fixed = not any(r.depends_on_length for r in ropes)
-    return c.causal and c.windows is None and fixed
+    return c.causal and fixed
 
   def _per_layer(self) -> PerLayer:
     """Returns what differs between layers, [layers] each."""
@@ -109,7 +109,8 @@ class Transformer(decoder.Decoder):
     """Runs everything before the last norm; [B, L, D]."""
     c = self.config
     mask_BxS, slots_L, cache = kv_cache.reserve_slots(mask_BxL, cache)
-    positions_BxS = self._positions(mask_BxS)
+    prefix = adapters.prefix_length(self.variables.get("adapter", {}))
+    positions_BxS = layers.token_positions(mask_BxS) + prefix
     positions_BxL = jnp.take(positions_BxS, slots_L, axis=1)
     x = x_BxLxE
     if c.input_scale != 1.0:
@@ -125,8 +126,14 @@ class Transformer(decoder.Decoder):
     if c.embed_norm:
       x = self.embed_norm(x)
     allowed_Bx1xLxS = layers.attention_mask(mask_BxS, slots_L, c.causal)
+    if prefix:
+      # It takes the first slots, as it does positions, and is visible to all.
+      front = ((0, 0), (0, 0), (0, 0), (prefix, 0))
+      allowed_Bx1xLxS = jnp.pad(allowed_Bx1xLxS, front, constant_values=True)
     distance_BxLxS = None
     if c.windows is not None:
+      first_BxP = jnp.broadcast_to(jnp.arange(prefix), (len(x), prefix))
+      positions_BxS = jnp.concatenate([first_BxP, positions_BxS], axis=1)
       distance_BxLxS = positions_BxL[:, :, None] - positions_BxS[:, None, :]
     (x, cache), _ = self.layers(
       (x, cache),

@@ -141,8 +141,11 @@ def logits_there(model, name, kind, tokens, mask):
 def rows(name, kind):
   """Rows without padding, padded left and padded right."""
   *_, tokens, mask = recorded(name)
-  if kind == "prompt" and not name.startswith("opt"):
-    # There padding stands between a Llama's prompt and its text, and counts.
+  windowed = recorded(name)[0].config.windows is not None
+  virtual = {"prefix": windowed, "prompt": not name.startswith("opt")}
+  if virtual.get(kind):
+    # There padding stands between a Llama's prompt and its text, and counts;
+    # so it does between a prefix and the end of a window.
     return tokens[[0, 2]], mask[[0, 2]]
   return tokens, mask
 
@@ -186,6 +189,9 @@ def made_there(kind, name):
     }.get(name, ["k_proj", "v_proj", "down_proj"]),
   )
   virtual = dict(num_virtual_tokens=3)
+  if name == "falcon" and kind == "prefix":
+    # It does not find out that Falcon has one kv head, of width 4.
+    virtual |= dict(num_attention_heads=1, token_dim=4)
   config = {
     "lora": lambda: peft.LoraConfig(**lora),
     "rslora": lambda: peft.LoraConfig(**lora),
