@@ -35,6 +35,7 @@ STORED = (
 ON_HOST = (
   *("--config.model.offload=host", "--config.model.remat=True"),
   *("--config.mesh.data=1", "--config.zo.select="),
+  *("--config.lower.batch_size=8", "--config.upper.batch_size=8"),
 )
 SLICES = ("v5e:4x4", "v5p:2x2x4", "v6e:4x4")
 FIXED = (
@@ -74,17 +75,22 @@ def row(path):
 def single_row(path):
   """Returns a line of the table of single chips, in GB and seconds."""
   plan = json.loads(path.read_text())
-  size, copied = plan["per_chip_bytes"], plan["host_transfers"]
-  step = size["weights"] + size["optimizer"] + size["zo_temp"]
+  size, host = plan["per_chip_bytes"], plan["per_chip_host_bytes"]["total"]
+  step, chip = plan["method_bytes"]["mezo"], plan["chip_bytes"]
+
+  def fitting(needed):
+    if needed is None:
+      return "too much, no"
+    return f"{needed / 1e9:.1f}, {'yes' if needed <= chip else 'no'}"
+
   cells = [
     *(path.stem.split("_")[0], plan["topology"]),
     "shapes" if plan["estimate"] else "compiler",
-    *(
-      f"{n / 1e9:.1f}"
-      for n in (plan["per_chip_host_bytes"]["total"], step, size["total"])
-    ),
-    f"{plan['chip_bytes'] / 1e9:.1f}, {'yes' if plan['fits'] else 'no'}",
-    f"{copied['seconds']:.0f}",
+    f"{chip / 1e9:.1f}",
+    fitting(host + step if step else host),
+    f"{host / 1e9:.1f}",
+    *(fitting(n) for n in (step, size["total"])),
+    f"{plan['host_transfers']['seconds']:.0f}",
   ]
   return "| " + " | ".join(cells) + " |"
 
@@ -153,8 +159,8 @@ def main():
     path = arguments.out / "single_chips.json"
     path.write_text(json.dumps(rows, indent=2) + "\n")
     print(f"| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
-    for row in rows:
-      print(f"| {' | '.join(map(str, row.values()))} |")
+    for line in rows:
+      print(f"| {' | '.join(map(str, line.values()))} |")
     return
   if importlib.util.find_spec("libtpu") is None:
     sys.exit("plans.py: needs the TPU compiler: pip install -e '.[tpu]'")
@@ -182,8 +188,8 @@ def main():
   for path in paths:
     if not path.stem.endswith("_host"):
       print(row(path))
-  columns = ("model", "chip", "figures", "host", "ZO step", "bilevel")
-  columns += ("chip, fits", "copies, s at 32 GB/s")
+  columns = ("model", "chip", "figures", "its memory", "ZO step without")
+  columns += ("host", "ZO step", "bilevel", "copies, s at 32 GB/s")
   print(f"\n| {' | '.join(columns)} |\n|{' --- |' * len(columns)}")
   for path in paths:
     if path.stem.endswith("_host"):

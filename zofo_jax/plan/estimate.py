@@ -118,7 +118,9 @@ def estimate(
   """Estimates the bytes per chip from shapes alone, named as in a plan.
 
   Counts a layer's activations as if all were alive at once, with attention
-  scores in float32; a backward pass keeps every product.
+  scores in float32. A zeroth-order step has those of both signs, a layer
+  of weights, and of its largest matrix the direction and both signs. A backward
+  pass keeps every product, or with `model.remat` what enters each layer.
 
   Args:
     run: the run, on any mesh.
@@ -142,30 +144,31 @@ def estimate(
     ).items()
     if name.endswith("kernel")
   ]
-  width = kernels[0].dtype.itemsize
+  width, depth = kernels[0].dtype.itemsize, kernels[0].shape[0]
   length = run.encoder.max_train_length
   rows = batch_sizes.upper // (mesh.shape["data"] * mesh.shape["fsdp"])
-  heads = module.config.num_heads
+  tokens = rows * length
+  scores = tokens * length * module.config.num_heads // mesh.shape["model"]
   products = sum(leaf.shape[-1] for leaf in kernels) // mesh.shape["model"]
-  layer = rows * length * products * width
-  layer += 2 * rows * heads // mesh.shape["model"] * length**2 * 4
-  one_layer = sum(
+  hidden = tokens * module.config.hidden_size * width  # whole on every chip
+  layer = tokens * products * width + 2 * scores * 4 + 2 * hidden
+  sizes = [
     math.prod(_stored(leaf).sharding.shard_shape(leaf.shape)[1:])
     for leaf in kernels
-  )
-  depth = kernels[0].shape[0]
-  perturbed_layer = one_layer * mesh.shape["fsdp"] * (2 * width + 4)
-  # Two fetched layers, one of them in use; and one of floats.
-  copies = 2 * bool(run.model.offload) + bool(run.model.quantize)
-  read = copies * one_layer * width
-  forward = read + layer + one_layer * (mesh.shape["fsdp"] - 1) * width
-  # Both signs at once; the bilevel objective has three losses, not one.
-  zo_temp = read + 2 * layer + perturbed_layer
-  # The TPU compiler's backward pass holds up to twice what it keeps.
-  hidden = module.config.hidden_size
-  saved = (hidden if module.remat else products) * width
-  backward = read + 2 * (rows * length * saved * depth + 2 * layer)
-  temp = max(3 * zo_temp - 2 * read, backward)
+  ]
+  one_layer = sum(sizes) * width
+  # Of the weights, what exists besides them: the layer that is fetched, the one
+  # that is dequantized.
+  read = (bool(run.model.offload) + bool(run.model.quantize)) * one_layer
+  gathered = one_layer * (mesh.shape["fsdp"] - 1)
+  forward = read + gathered + layer
+  zo_temp = max(read, one_layer) + gathered + 2 * layer
+  zo_temp += max(sizes) * mesh.shape["fsdp"] * (2 * width + 4)
+  saved = hidden
+  if not module.remat:
+    saved += (tokens * products + scores) * width
+  backward = read + gathered + depth * saved + 2 * layer
+  temp = max(zo_temp, backward)
   answers = {}
   if run.reward is not None:
     sizes = module.config

@@ -1,5 +1,6 @@
 """Memory of this process and of its devices, in bytes."""
 
+import pathlib
 import sys
 from typing import Any
 
@@ -22,8 +23,43 @@ def rss_bytes() -> int:
 
 
 def available_host_bytes() -> int | None:
-  """Returns the memory that programs may still allocate, if it is known."""
-  return _kilobytes("/proc/meminfo", "MemAvailable")
+  """Returns the memory that this process may still allocate, if it is known.
+
+  That is what the machine has left, or the limit of the process's container or
+  job, if that is less.
+  """
+  sizes = [_kilobytes("/proc/meminfo", "MemAvailable"), *_limits()]
+  return min((size for size in sizes if size is not None), default=None)
+
+
+def _limits(root: pathlib.Path = pathlib.Path("/")) -> list[int]:
+  """Returns the limits of the control groups that this process is in.
+
+  Args:
+    root: the root of the file system.
+  """
+  try:
+    lines = (root / "proc/self/cgroup").read_text().splitlines()
+  except OSError:
+    return []
+  limits = []
+  for line in lines:  # such as 0::/job/step (version 2), 4:memory:/job
+    _, controllers, path = line.split(":", 2)
+    if controllers not in ("", "memory"):
+      continue
+    mount = root / "sys/fs/cgroup" / controllers
+    file = "memory.limit_in_bytes" if controllers else "memory.max"
+    group = mount / path.lstrip("/")
+    for place in (group, *group.parents):
+      if not place.is_relative_to(mount):
+        break
+      try:
+        text = (place / file).read_text().strip()
+      except OSError:  # of the root, or in a container
+        continue
+      if text != "max":
+        limits.append(int(text))
+  return limits
 
 
 def device_bytes(which: str = "bytes_in_use") -> int | None:
