@@ -77,7 +77,8 @@ def test_sizes_of_the_mesh(config, axis):
 @pytest.mark.parametrize("name", NAMES)
 def test_check_names_the_choices(config, name):
   choices = defaults.FIELDS[name].check.choices
-  listed, value = f"one of {', '.join(choices)}", "nothing"
+  named = ", ".join(choice or "''" for choice in choices)
+  listed, value = f"one of {named}", "nothing"
   if isinstance(DEFAULTS[name], tuple):
     listed = f"some of {', '.join(choices)}, as ('{choices[0]}',)"
     value = (choices[0], "nothing")

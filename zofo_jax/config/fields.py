@@ -119,7 +119,8 @@ _NUMBERS = (FINITE, POSITIVE, NOT_NEGATIVE, MESH_SIZE)
 
 def one_of(*choices: str) -> Check:
   """Returns the check of a field that takes one of several names."""
-  return Check(f"one of {', '.join(choices)}", choices.__contains__, choices)
+  named = ", ".join(choice or "''" for choice in choices)
+  return Check(f"one of {named}", choices.__contains__, choices)
 
 
 def some_of(*choices: str) -> Check:

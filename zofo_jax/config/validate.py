@@ -190,9 +190,9 @@ def _check_quantize(fields: _Fields) -> None:
     )
   if method.updates_base and fields["zo.optimizer"] not in IN_PLACE:
     raise errors.UserError(
-      "config.model.quantize: only scales move, by zo.optimizer "
-      f"{' or '.join(IN_PLACE)}; found '{kind}' with "
-      f"'{fields['zo.optimizer']}'."
+      f"config.model.quantize: zo.optimizer '{fields['zo.optimizer']}' needs "
+      "gradients of all weights, and integers have none; expected '', or "
+      f"zo.optimizer {' or '.join(map(repr, IN_PLACE))}; found '{kind}'."
     )
 
 
@@ -210,8 +210,8 @@ def _check_offload(fields: _Fields) -> None:
   if fields["zo.optimizer"] not in IN_PLACE:
     raise errors.UserError(
       f"config.model.offload: zo.optimizer '{fields['zo.optimizer']}' needs "
-      "trees of the size of all weights on the device; expected '' or "
-      f"{' or '.join(IN_PLACE)}; found 'host'."
+      "trees of the size of all weights on the device; expected '', or "
+      f"zo.optimizer {' or '.join(map(repr, IN_PLACE))}; found 'host'."
     )
 
 
