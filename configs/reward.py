@@ -83,7 +83,6 @@ def _bilevel(config, task, outer):
   config.lower.schedule = config.upper.schedule = "cosine"
   config.lower.num_steps, config.lower.batch_size = 10, 4
   config.upper.batch_size = {"squad": 4, "financial": 24}[task]
-  config.keep = "s"
   _move_last_norm(config, {"squad": 4, "financial": 2}[task])
   config.zo.learning_rate = {"reward": 0.03, "none": 0.0}.get(outer, 0.3)
   if outer == "none":  # learns from D_f as well
@@ -93,7 +92,7 @@ def _bilevel(config, task, outer):
     config.reward.functions = ("token_f1",)
     config.reward.temperature = 1.0
   if outer != "none":
-    config.zo.objective = outer
+    config.zo.objective, config.keep = outer, "s"
   passes = budget.make_budget(config).passes()
   steps = max(1, ROWS[task] // passes.forward_equivalents)
   config.train.num_steps = steps

@@ -9,7 +9,7 @@ import pytest
 from etils import epath
 
 from zofo_jax import errors, tasks
-from zofo_jax.builders import assets, run
+from zofo_jax.builders import assets, budget, run
 from zofo_jax.config import defaults, methods, presets, validate
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -148,6 +148,19 @@ def test_adapt_is_of_its_first_run(tmp_path):
   assert adapted.adapt.runs == (str(tmp_path), "other")
   assert (adapted.model.name, adapted.lora.rank) == ("some/model", 3)
   assert adapted.meta.target == ("nli",)
+
+
+@pytest.mark.parametrize("task", ["squad", "financial"])
+@pytest.mark.parametrize("outer", ["", "loss", "none"])
+def test_rewards_and_what_they_are_compared_with(task, outer):
+  module = load("reward")
+  config = module.get_config(f"task={task},outer={outer}")
+  validate.check(config)
+  run_passes = budget.make_budget(config).total(config.train.num_steps)
+  share = run_passes.forward_equivalents / module.ROWS[task]
+  assert 0.8 < share <= 1
+  with pytest.raises(errors.UserError, match=r"no outer 'none'; .* reward"):
+    module.get_config("task=words,outer=none")
 
 
 def test_files():
