@@ -256,7 +256,6 @@ def test_a_run_by_rewards_resumes_as_if_never_stopped(
     assert 0 < line["reward_best"] and 1 <= line["answer_tokens"] <= 3
   assert any(np.any(line["coefficients"]) for line in steps)
   assert summary["selection_metric"] == "reward"
-  assert summary["num_inner_steps"] == 0
   assert summary["tied_steps"] == sum(
     line["tied_directions"] == 3 for line in steps
   )

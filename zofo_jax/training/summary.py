@@ -48,8 +48,6 @@ def summarize(
     result = run.evaluate(state.base, adapter, examples, name)
     scores[name] = result.metrics()
   num_steps = config.train.num_steps
-  # Methods of forward passes alone have no inner level.
-  inner_steps = config.lower.num_steps if compute["backward_passes"] else 0
   fields: dict[str, Any] = {
     "task": run.task.name,
     "model": config.model.name,
@@ -67,7 +65,7 @@ def summarize(
     "num_test_rows": len(examples),
     "best_step": int(state.step),
     "num_outer_steps": num_steps,
-    "num_inner_steps": num_steps * inner_steps,
+    "num_inner_steps": num_steps * config.lower.num_steps,
     **compute,
     **tied_steps(folder, run),
     **cost(run_metadata),
