@@ -1,6 +1,7 @@
 """Errors that a user can correct, each described in one sentence."""
 
 import difflib
+import json
 import os
 import signal
 import sys
@@ -64,10 +65,18 @@ class InterruptedRun(Exception):
     self.code = 128 + number
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
+def nearest(name: str, valid: Iterable[str], cutoff: float = 0.5) -> str:
   """Returns a sentence that suggests the closest valid name, or ""."""
-  close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+  close = difflib.get_close_matches(name, list(valid), n=1, cutoff=cutoff)
   return f" Did you mean '{close[0]}'?" if close else ""
+
+
+def as_json(value: Any) -> str:
+  """Returns a value of a row for a message; dots stand for its end."""
+  if isinstance(value, str):
+    return json.dumps(value if len(value) <= 40 else f"{value[:40]}...")
+  text = json.dumps(value, default=str)
+  return text if len(text) <= 60 else f"{text[:60]}..."
 
 
 def first_line(error: BaseException) -> str:

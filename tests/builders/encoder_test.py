@@ -36,7 +36,7 @@ def test_virtual_tokens_take_room():
   [
     ("error", 100, 100, 1998),
     ("truncate", 100, 100, 100),
-    # Rows that are answered are never dropped.
+    # Rows that are answered may be as long as the context.
     ("drop", 100, 2048, 1998),
   ],
 )

@@ -142,6 +142,12 @@ def test_broken_generation_configs_are_named(folder):
   model = model_lib.load_model(str(folder))
   path.write_text('{"eos_token_id": [5, 10000, null]}')
   assert model_lib._end_ids(model) == sorted({5, model.tokenizer.eos_token_id})
+  # The token that ends a turn of the assistant may be another one.
+  model.tokenizer.chat_template = (
+    "{% for m in messages %}{{ m.content }}<s>{% endfor %}"
+  )
+  chat_ids = {5, model.tokenizer.bos_token_id, model.tokenizer.eos_token_id}
+  assert model_lib._end_ids(model, chat=True) == sorted(chat_ids)
   for text in ("{", "[]", '{"eos_token_id": "x"}', '{"eos_token_id": [[1]]}'):
     path.write_text(text)
     with pytest.raises(errors.UserError, match=r"generation_config\.json"):

@@ -14,6 +14,7 @@ from tests import standin_hub, tiny
 from zofo_jax import errors, report, tasks
 from zofo_jax.builders import data, encoder
 from zofo_jax.builders import model as model_lib
+from zofo_jax.builders import run as run_lib
 from zofo_jax.builders import task as task_lib
 from zofo_jax.config import validate
 
@@ -47,22 +48,28 @@ def chat_model(tiny_model, tmp_path_factory):
   return folder
 
 
-@pytest.fixture(scope="module")
-def run_folder(command_line, chat_model, tmp_path_factory):
-  """A run of two iterations on chats."""
-  folder = tmp_path_factory.mktemp("run")
-  rows = folder / "chats.jsonl"
-  tiny._write_jsonl(rows, _chats(40))
-  code = command_line(
+def _rows_of(folder, chat_model):
+  """Arguments that name the model and the rows of `run_folder`."""
+  return (
     f"--config={LLAMA}:method=peft",
-    f"--workdir={folder}",
     f"--config.model.name={chat_model}",
     "--config.data.task=support",
-    f"--config.data.dir={rows}",
+    f"--config.data.dir={folder / 'chats.jsonl'}",
     "--config.data.num_lower=12",
     "--config.data.num_upper=6",
     "--config.data.num_selection=6",
     "--config.data.num_test=6",
+  )
+
+
+@pytest.fixture(scope="module")
+def run_folder(command_line, chat_model, tmp_path_factory):
+  """A run of two iterations on chats."""
+  folder = tmp_path_factory.mktemp("run")
+  tiny._write_jsonl(folder / "chats.jsonl", _chats(40))
+  code = command_line(
+    *_rows_of(folder, chat_model),
+    f"--workdir={folder}",
     "--config.lower.num_steps=2",
     "--config.lower.learning_rate=0.01",
     "--config.upper.learning_rate=0.01",
@@ -146,6 +153,23 @@ def test_tokens_are_scored(command_line, run_folder):
   for name in ("token_loss", "token_accuracy"):
     mean = np.average([line[name] for line in lines], weights=counts)
     np.testing.assert_allclose(mean, evaluation[name], rtol=1e-6)
+
+
+def test_chats_in_context(command_line, run_folder, chat_model, tmp_path):
+  summary = json.loads((run_folder / "summary.json").read_text())
+  losses = []
+  for shots in (0, 1):
+    code = command_line(
+      "icl",
+      *_rows_of(run_folder, chat_model),
+      f"--workdir={tmp_path}",
+      f"--config.icl.num_shots={shots}",
+    )
+    assert code == 0
+    outcome = json.loads((tmp_path / "icl.json").read_text())
+    losses.append(outcome["token_loss"])
+  np.testing.assert_allclose(losses[0], summary["zero_shot_token_loss"])
+  assert abs(losses[1] - losses[0]) > 1e-3
 
 
 def test_chats_are_answered(command_line, run_folder, tmp_path):
@@ -260,7 +284,17 @@ def _config(path, **changes):
 @pytest.mark.parametrize(
   "row, changes, sentence",
   [
-    ({"a": 1}, {}, "no built-in task 'support', and rows with the columns a"),
+    (
+      {"a": 1},
+      {},
+      "no built-in task 'support', and rows with the columns a .*prompt.$",
+    ),
+    ({"a": 1}, {"data.task": "sst-2"}, "Did you mean 'sst2'"),
+    (
+      {"text": "a", "label": 1},
+      {},
+      "data.format=text to learn .*el.$",
+    ),
     (
       {"text": "a"},
       {"data.format": "messages", "data.task": "rte"},
@@ -316,6 +350,70 @@ def test_metrics_of_texts_make_a_chat_generate(tmp_path):
   assert (task.kind, task.metric) == ("generation", "rouge_l")
   assert task_lib.load_task(_config(path)).kind == "text"
   assert tasks.recognise(["text", "label"]) is None
+
+
+def test_rows_that_the_template_refuses_are_replaced(
+  chat_model, tmp_path, caplog
+):
+  path = tmp_path / "chats.jsonl"
+  rows = _chats(40)
+  for row in rows[::2]:
+    row["messages"].insert(0, {"role": "system", "content": "Be brief."})
+  tiny._write_jsonl(path, rows)
+  changes = {
+    "model.name": str(chat_model),
+    "data.num_lower": 6,
+    "data.num_upper": 6,
+    "data.num_selection": 4,
+    "data.num_test": 4,
+    "data.bad_rows": "drop",
+  }
+  model = model_lib.load_model(str(chat_model))
+  model.tokenizer.chat_template = (
+    "{% if messages[0].role == 'system' %}{{ raise_exception('No.') }}"
+    "{% endif %}" + TEMPLATE
+  )
+  run = run_lib.make_run(_config(path, **changes), model=model)
+  splits, examples = run.row_source.load(run.task), run.load_examples()
+  sizes = [len(part) for part in splits]
+  assert sizes == [6, 6, 4, 4]
+  assert sizes == [len(getattr(examples, name)) for name in splits._fields]
+  (warning,) = {r.getMessage() for r in caplog.records if "left out" in r.msg}
+  assert "the chat template refuses it: No." in warning
+  assert len(run.encoder.bad_rows.dropped) == int(
+    warning.split("support: ")[1].split(" of")[0]
+  )
+
+
+def test_rows_that_do_not_fit_are_counted(chat_model, tmp_path, caplog):
+  path = tmp_path / "rows.jsonl"
+  tiny._write_jsonl(
+    path, [{"text": "film " * (99 if i % 3 else 2) + str(i)} for i in range(40)]
+  )
+  changes = {
+    "model.name": str(chat_model),
+    "data.num_lower": 8,
+    "data.num_upper": 4,
+    "data.num_selection": 9,
+    "data.num_test": 9,
+  }
+  counts = {}
+  for policy in ("drop", "truncate"):
+    config = _config(path, **changes, **{"data.long_rows": policy})
+    task, source = task_lib.load_task(config), data.make_row_source(config)
+    encode = encoder.make_encoder(config, model_lib.load_model(**config.model))
+    caplog.clear()
+    examples = data.load_examples(task, source, encode)
+    splits = source.load(task)
+    for name in ("lower", "selection", "test"):
+      rows, part = getattr(splits, name), getattr(examples, name)
+      long = sum(len(row.fields["text"]) > 99 for row in rows)
+      assert 0 < long < len(rows)
+      assert len(part) == len(rows) - long * (policy == "drop")
+      text = {"drop": "do not fit in 64", "truncate": "are cut to 64"}[policy]
+      assert f"{long} of {len(rows)} rows {text} tokens" in caplog.text
+    counts[policy] = len(encode.bad_rows.dropped)
+  assert counts["truncate"] == 0 < counts["drop"]
 
 
 def test_training_rows_are_packed(chat_model, tmp_path):

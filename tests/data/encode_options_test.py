@@ -293,6 +293,11 @@ def test_long_rows(tokenizer, caplog):
   cut = encode_options.encode(
     CUSTOM[0], long, tokenizer, max_length=20, long_rows="truncate"
   )
+  rows = encode_options.encode_rows(
+    CUSTOM[0], data, tokenizer, max_length=20, long_rows="truncate"
+  )
+  assert rows[1] == cut and len(rows) == 2
+  assert "1 of 2 rows are cut to 20 tokens at the left" in caplog.text
   whole = encode_options.encode(CUSTOM[0], long, tokenizer, max_length=999)
   assert max(len(r.tokens) for r in cut.rows) == 20
   head = tokenizer("x", return_special_tokens_mask=True)

@@ -18,7 +18,18 @@ CHATS = {
   "two turns": TURNS,
   "system": (SYSTEM, *TURNS),
   "ends in a question": (*TURNS, TURNS[0]),
+  "the mark": (TURNS[0], {"role": "assistant", "content": encode_text._MARK}),
 }
+# As that of Qwen3, which writes thoughts before the last answer alone.
+THINK = chat_templates.without_blocks(chat_templates.CHATML).replace(
+  "message['content'] + '<|im_end|>' }}{{- '' }}",
+  """('' if '<think>' in message['content'] or not loop.last else
+  '<think>\n\n</think>\n\n') + message['content'] + '<|im_end|>' }}""",
+)
+PLAIN_ENDS = (
+  "{% for m in messages %}### {{ m.role }}\n{{ m.content }}\n### END\n"
+  "{% endfor %}{% if add_generation_prompt %}### assistant\n{% endif %}"
+)
 FORM = tasks.formatted("own", "messages")
 
 
@@ -158,6 +169,90 @@ def test_the_prompt_of_a_chat(unmarked):
   assert new.tokens == question.tokens and new.answers == ()
 
 
+def _parts(*texts):
+  return [{"type": "text", "text": text} for text in texts]
+
+
+@pytest.mark.parametrize(
+  "form, fields",
+  [
+    ("messages", {"messages": TURNS}),
+    ("completion", {"prompt": "Q: ", "completion": "A"}),
+    ("completion", {"prompt": "Q:\n\n", "completion": "A"}),
+    ("completion", {"prompt": "Q:", "completion": " A"}),
+  ],
+)
+@pytest.mark.parametrize(
+  "template", [*chat_templates.TEMPLATES.values(), THINK]
+)
+def test_a_prompt_is_what_an_answer_is_learned_after(template, form, fields):
+  tokenizer = chat_templates.make_tokenizer(template)
+  form, row = tasks.formatted("own", form), _row(**fields)
+  question = encode_prompts.encode_question(form, row, tokenizer, max_length=99)
+  tokens = encode_text.tokenize(form.read_document(row), tokenizer, "row 1")
+  last = len(tokens.ids) - tokens.learned[::-1].index(True)
+  length = tokens.learned[:last][::-1].index(False)
+  assert question.tokens == tokens.ids[: last - length]
+  prompt = fields.get("prompt", tokenizer.decode(question.tokens))
+  assert question.prompt == prompt
+
+
+WARNINGS = [
+  (chat_templates.CHATML, tasks.Chat(TURNS[:2]), "<|im_end|>", []),
+  (chat_templates.LLAMA3, tasks.Chat(TURNS), "<|eot_id|>", []),
+  (chat_templates.MISTRAL, tasks.Chat(TURNS), "</s>", []),
+  (THINK, tasks.Chat(TURNS), "<|im_end|>", ["before an answer, and ''"]),
+  (PLAIN_ENDS, tasks.Chat(TURNS), None, ["'.' is the last token that is"]),
+  (PLAIN_ENDS, tasks.Plain("Q:", " A"), None, []),
+  (None, tasks.Plain("Q:", " A"), None, []),
+  ("{{ raise_exception('no') }}", tasks.Plain("Q:", " A"), None, []),
+]
+
+
+@pytest.mark.parametrize("template, document, end, reasons", WARNINGS)
+def test_the_end_of_a_turn(template, document, end, reasons):
+  for blocks in (True, False):
+    if template and not blocks:
+      template = chat_templates.without_blocks(template)
+    tokenizer = chat_templates.make_tokenizer(template)
+    expected = end and tokenizer.convert_tokens_to_ids(end)
+    assert encode_text.end_of_turn(tokenizer) == expected
+    texts = [*encode_text.warnings(document, tokenizer, "row 1")]
+    assert len(texts) == len(reasons)
+    assert all(r in text for r, text in zip(reasons, texts))
+
+
+def test_texts_without_an_end():
+  tokenizer = chat_templates.make_tokenizer()
+  tokenizer.eos_token = None
+  (text,) = encode_text.warnings(tasks.Plain("", "Hi."), tokenizer, "row 1")
+  assert "'.' is the last token that is learned, and not a special" in text
+
+
+def test_turns_that_are_not_learned(marked, unmarked):
+  row = _row(messages=[{**TURNS[i], "weight": i // 3} for i in range(4)])
+  for tokenizer in (marked, unmarked):
+    tokens = encode_text.tokenize(FORM.read_document(row), tokenizer, "row 1")
+    only = tasks.Chat(TURNS, start=3)
+    assert tokens == encode_text.tokenize(only, tokenizer, "row 1")
+
+
+def test_blocks_without_spaces(marked, template):
+  tokenizer = chat_templates.make_tokenizer(
+    template.replace("{% generation %}", "{%-generation-%}")
+  )
+  chat = tasks.Chat(TURNS)
+  assert encode_text.tokenize(chat, tokenizer, "row 1") == encode_text.tokenize(
+    chat, marked, "row 1"
+  )
+  # What is marked is learned, whatever it is.
+  tokenizer.chat_template = (
+    "{% for m in messages %}{%generation%}{{ m.role + m.content }}"
+    "{%endgeneration%}{% endfor %}"
+  )
+  assert all(encode_text.tokenize(chat, tokenizer, "row 1").learned)
+
+
 @pytest.mark.parametrize(
   "form, fields, question, answer",
   [
@@ -180,6 +275,24 @@ def test_the_prompt_of_a_chat(unmarked):
         ]
       },
       "Add",
+      "3",
+    ),
+    (
+      "messages",
+      {
+        "messages": [
+          {"role": "user", "content": _parts("A", "dd")},
+          {"role": "assistant", "content": _parts("3"), "weight": 1},
+        ]
+      },
+      "Add",
+      "3",
+    ),
+    ("dolly", {"instruction": "Add", "response": "3"}, "Add", "3"),
+    (
+      "dolly",
+      {"instruction": "Add", "context": "1, 2", "response": "3"},
+      "Add\n\n1, 2",
       "3",
     ),
   ],
@@ -220,6 +333,13 @@ def _said(*roles, **more):
     (_said("user", "assistant", name="\ud83d"), "half of a surrogate pair"),
     ([{"from": "chatgpt", "value": "x"}], "has the role 'chatgpt'"),
     ([{"from": "human", "value": ["x"]}], "content of type list"),
+    (
+      [{"role": "user", "content": [*_parts("x"), {"type": "image"}]}],
+      "content of type list",
+    ),
+    (_said("user", function_call={"name": "f"}), "message 1 .* calls a tool"),
+    (_said("user", "assistant", weight=2), "message 1 .* the weight 2; expe"),
+    (_said("user", "developer"), "message 2 .* 'system' after user"),
   ],
 )
 def test_broken_chats_are_named(messages, reason):
@@ -282,8 +402,9 @@ def test_what_a_template_refuses_is_a_bad_row():
     encode_text.tokenize(chat, tokenizer, "row 1")
 
 
-def test_a_tokenizer_without_template_says_how_to_give_one():
-  tokenizer = chat_templates.make_tokenizer()
+@pytest.mark.parametrize("template", [None, 5, {"tool_use": PLAIN_ENDS}])
+def test_a_tokenizer_without_template_says_how_to_give_one(template):
+  tokenizer = chat_templates.make_tokenizer(template)
   with pytest.raises(errors.UserError, match=r"chat_template\.jinja") as raised:
     encode_text.tokenize(tasks.Chat(TURNS), tokenizer, "row 1")
   assert not isinstance(raised.value, errors.RowError)
@@ -297,3 +418,10 @@ def test_a_template_that_drops_content_is_named():
     errors.RowError, match="changes the text around message 2"
   ):
     encode_text.tokenize(tasks.Chat(TURNS[:2]), tokenizer, "row 1")
+
+
+def test_thoughts_that_a_template_rewrites_are_named():
+  tokenizer = chat_templates.make_tokenizer(THINK)
+  answer = {"role": "assistant", "content": "<think>Hm.</think>Hello."}
+  with pytest.raises(errors.RowError, match=r"rewrites the thoughts .* 2, so"):
+    encode_text.tokenize(tasks.Chat((TURNS[0], answer)), tokenizer, "row 1")

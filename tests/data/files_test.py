@@ -480,6 +480,62 @@ def test_files_that_do_not_make_a_split(tmp_path, names, sentence):
     sources.load(TASK, tmp_path, "train")
 
 
+@pytest.mark.parametrize("name", ["valid", "dev", "val", "eval", "evaluation"])
+def test_names_of_a_split(tmp_path, name):
+  put(tmp_path / "train.parquet", 1)
+  put(tmp_path / f"{name}.parquet", 2)
+  (path,) = layouts.find(tmp_path, TASK, "validation")
+  assert path.stem == name
+
+
+def test_files_of_no_split_are_named(tmp_path, caplog):
+  for name in ("train", "train2", "val", "Test_2", "notes"):
+    put(tmp_path / f"{name}.parquet", 1)
+  (tmp_path / "train.py").write_text("")
+  sources.load(OWN, tmp_path, "train")
+  assert "are not read: Test_2.parquet, train2.parquet; ex" in caplog.text
+
+
+TEXTS = tasks.formatted("texts", "text")
+
+
+@pytest.mark.parametrize("ending", ["txt", "TXT.gz", "md"])
+def test_a_plain_text_is_a_row_a_line(tmp_path, ending):
+  """As `datasets` reads it, but without blank lines."""
+  path = tmp_path / f"train.{ending}"
+  text = "\ufeff A day.\r\n\r\n  \nIt rained. \n".encode()
+  path.write_bytes(gzip.compress(text) if "gz" in ending else text)
+  for source in (path, tmp_path):
+    rows = sources.load(TEXTS, source, "train")
+    assert [row.fields for row in rows] == [
+      {"text": " A day."},
+      {"text": "It rained. "},
+    ]
+    assert [row.source for row in rows] == [f"{path} row 1", f"{path} row 4"]
+
+
+def test_a_folder_of_plain_texts_is_a_row_a_file(tmp_path):
+  for name in ("b.txt", "a.md", "c.txt"):
+    (tmp_path / name).write_text(f"{name}\n\nand more.\n")
+  rows = sources.load(TEXTS, tmp_path, "train")
+  assert [row.source for row in rows] == [
+    str(tmp_path / name) for name in ("a.md", "b.txt", "c.txt")
+  ]
+  assert rows[1].fields == {"text": "b.txt\n\nand more.\n"}
+  assert sources.columns(TEXTS, str(tmp_path)) == ("text",)
+  assert not sources.has_split(TEXTS, tmp_path, "validation")
+  chosen = sources.load(
+    TEXTS, tmp_path, "train", choose=lambda total: np.array([total - 1, 0])
+  )
+  assert chosen == [rows[2], rows[0]]
+  # Beside other data, a text may say what they are.
+  (tmp_path / "chats.jsonl").write_text("{}")
+  with pytest.raises(errors.UserError, match=r"no train\.jsonl .* a\.md, b"):
+    sources.load(TEXTS, tmp_path, "train")
+  with pytest.raises(errors.UserError, match=r"no train\.jsonl"):
+    sources.load(OWN, tmp_path, "train")
+
+
 @pytest.mark.parametrize("ending", files.ENDINGS)
 def test_every_ending_is_found_in_a_folder(tmp_path, ending):
   path = tmp_path / f"train{ending.upper()}"

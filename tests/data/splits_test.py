@@ -125,15 +125,17 @@ def test_files_of_the_wrong_kind(tmp_path):
   (tmp_path / "a.parquet").write_bytes(b"no parquet here")
   with pytest.raises(errors.UserError, match="not a Parquet file"):
     sources.load(TASK, tmp_path / "a.parquet", "train")
-  (tmp_path / "a.txt").write_text("text")
+  (tmp_path / "a.rtf").write_text("text")
   with pytest.raises(errors.UserError, match="unknown ending"):
-    sources.load(TASK, tmp_path / "a.txt", "train")
+    sources.load(TASK, tmp_path / "a.rtf", "train")
 
 
 def test_missing_folders_and_files(tmp_path):
   _write(tmp_path / "movies" / "train.jsonl", _records(2))
   with pytest.raises(errors.UserError, match=r"No data folder.*'movies'"):
     sources.load(TASK, tmp_path / "movie", "train")
+  with pytest.raises(errors.UserError, match=r"No data file .*movies\.jsonl"):
+    sources.load(TASK, tmp_path / "movies.jsonl", "train")
   with pytest.raises(errors.UserError, match=r"no test\.jsonl.*train\.jsonl"):
     sources.load(TASK, tmp_path / "movies", "test")
 

@@ -103,6 +103,40 @@ def test_text(tokenizer):
   assert asked(tokenizer, question=" It was").endswith("great\n\n It was")
 
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+ASK = {"role": "user", "content": "Hi?"}
+REPLY = {"role": "assistant", "content": "Hello."}
+PAIR = tasks.Chat((SYSTEM, ASK, REPLY, ASK))
+
+
+@pytest.mark.parametrize(
+  "shown, query, expected",
+  [
+    ([], PAIR, PAIR),
+    (
+      [PAIR, tasks.Plain("Q:", " A")],
+      tasks.Chat((SYSTEM, ASK, REPLY), answers=("Hello.",)),
+      tasks.Chat((SYSTEM, ASK, REPLY, ASK, REPLY), 3, ("Hello.",)),
+    ),
+    (
+      [PAIR, PAIR],
+      tasks.Chat((ASK, REPLY, ASK, REPLY), start=2, skipped=(3,)),
+      tasks.Chat((ASK, REPLY) * 4, start=6, skipped=(7,)),
+    ),
+    (
+      [tasks.Plain("Q: 1?", " 1."), PAIR, tasks.Plain("Q: 2?", " 2.")],
+      tasks.Plain("Q: 3?", " 3."),
+      tasks.Plain("Q: 1? 1.\n\nQ: 2? 2.\n\nQ: 3?", " 3."),
+    ),
+  ],
+)
+def test_chats_and_texts(shown, query, expected):
+  (actual,) = in_context.encode_rows(
+    [None], [query], shown, lambda row, prompt, truncate: prompt
+  )
+  assert actual == expected
+
+
 def test_text_of_a_line_break_before_the_option(tokenizer):
   task = tasks.get("rte")
   row = tasks.Row(

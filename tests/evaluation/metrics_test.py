@@ -39,6 +39,22 @@ def test_rouge_l_is_the_f1_of_the_longest_common_subsequence(
   assert metrics.rouge_l(predicted, ["zzz", answer]) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+  "predicted, answer, expected",
+  [
+    ("北京。", "北京", 0.0),
+    ("北京", "北京", 1.0),
+    ("Это не кот", "это кот", 0.8),
+    ("cat 北京", "cat", 1.0),  # as rouge-score, which sees ASCII alone
+    ("cat", "北京", 0.0),
+    ("", "北京", 0.0),
+    ("!", "?", 0.0),
+  ],
+)
+def test_rouge_l_of_other_scripts(predicted, answer, expected):
+  assert metrics.rouge_l(predicted, [answer]) == pytest.approx(expected)
+
+
 def test_token_metrics_are_over_all_tokens():
   sums = np.array([[-1.0, 1, 1], [-6.0, 0, 3]])
   assert metrics.token_loss(sums) == pytest.approx(7 / 4)

@@ -4,8 +4,9 @@ What is cheap and can fail comes first: names, files, rows and lengths are
 checked before any weight is read or anything is compiled.
 """
 
+import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -37,6 +38,7 @@ class RowSource(NamedTuple):
       left out.
     order: as for `splits.load_splits`.
     stream: likewise.
+    check: (task, row) -> nothing, or a `RowError`; see `splits.load_splits`.
   """
 
   folder: str | None
@@ -48,6 +50,7 @@ class RowSource(NamedTuple):
   bad_rows: bad_rows_lib.BadRows
   order: splits_lib.Order = "file"
   stream: bool = False
+  check: Callable[[tasks.Task, tasks.Row], None] | None = None
 
   def load(self, task: tasks.Task) -> splits_lib.Splits:
     """Reads and divides the rows of a task.
@@ -66,6 +69,7 @@ class RowSource(NamedTuple):
       bad_rows=self.bad_rows,
       order=self.order,
       stream=self.stream,
+      check=functools.partial(self.check, task) if self.check else None,
     )
 
 
@@ -121,8 +125,8 @@ def load_examples(
 ) -> Examples:
   """Reads, divides and encodes the rows of a task.
 
-  Selection and test rows are never dropped for their length: those that do
-  not fit `encoder.max_length` still count, up to the model's context.
+  Where long rows are dropped, selection and test rows are only if they exceed
+  the model's context: those beyond `encoder.max_length` still count.
 
   Args:
     task: the task.
@@ -136,6 +140,8 @@ def load_examples(
     UserError: names the file and row that is wrong.
   """
   splits = source.load(task)
+  if with_answers:
+    encoder.warn_of_answers(task, splits.lower)
   lower, upper = (
     encoder.encode_train(task, rows) if with_answers else []
     for rows in (splits.lower, splits.upper)

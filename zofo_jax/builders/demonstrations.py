@@ -20,7 +20,7 @@ def encode(
   encoder: encoder_lib.Encoder,
   demonstrations: Sequence[tasks.Row],
   queries: Sequence[tasks.Row],
-  prompts: Sequence[str] | None = None,
+  prompts: Sequence[in_context.Prompt] | None = None,
   *,
   separator: str,
   max_length: int | None = None,
@@ -45,7 +45,10 @@ def encode(
   """
   version = encoder.version
   if prompts is None:
-    prompts = [task.prompt(row, version) for row in queries]
+    prompts = [
+      task.read_document(row) if task.document else task.prompt(row, version)
+      for row in queries
+    ]
 
   def encode_one(row, prompt, truncate):
     return encoder.encode_prompt(

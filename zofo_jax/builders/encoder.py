@@ -1,5 +1,6 @@
 """How the rows of a run become tokens: lengths, template, loss."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -10,9 +11,14 @@ from zofo_jax import errors, tasks
 from zofo_jax.builders import model as model_lib
 from zofo_jax.config import defaults
 from zofo_jax.data import bad_rows as bad_rows_lib
-from zofo_jax.data import encode_options, encode_prompts, packing
+from zofo_jax.data import (
+  encode_options,
+  encode_prompts,
+  encode_text,
+  packing,
+)
 from zofo_jax.data import tokenizer as tokenizer_lib
-from zofo_jax.evaluation import objectives
+from zofo_jax.evaluation import in_context, objectives
 
 
 class Encoder(NamedTuple):
@@ -28,7 +34,7 @@ class Encoder(NamedTuple):
     mode: "classification" encodes all options of a training row, "likelihood"
       the right one.
     version: of the task's template.
-    long_rows: what happens to training rows that do not fit.
+    long_rows: what happens to rows that do not fit.
     bad_rows: what happens to other rows that cannot be used, and which ones
       were left out.
     pack: whether training rows hold several chats or texts.
@@ -104,10 +110,30 @@ class Encoder(NamedTuple):
     )
     return packing.pack(usable, length) if self.pack else usable
 
+  def check_document(self, task: tasks.Task, row: tasks.Row) -> None:
+    """Raises a `RowError` if a chat or text cannot be rendered."""
+    if task.document:
+      document = task.read_document(row)
+      encode_text.tokenize(document, self.tokenizer, row.source)
+
+  def warn_of_answers(
+    self, task: tasks.Task, rows: Sequence[tasks.Row]
+  ) -> None:
+    """Warns of what `encode_text.warnings` sees in the first usable row."""
+    for row in rows if task.document else ():
+      try:
+        document = task.read_document(row)
+        texts = [*encode_text.warnings(document, self.tokenizer, row.source)]
+      except errors.RowError:
+        continue
+      for text in texts:
+        logging.getLogger("zofo_jax").warning("%s: %s", task.name, text)
+      return
+
   def encode_eval(
     self, task: tasks.Task, rows: Sequence[tasks.Row]
   ) -> list[Any]:
-    """Encodes labelled rows to answer; none is dropped for its length.
+    """Encodes labelled rows to answer.
 
     Raises:
       UserError: names the file and row that is wrong.
@@ -121,7 +147,7 @@ class Encoder(NamedTuple):
         task, rows, sys.maxsize if splits else length, labelled=True
       ),
       max_length=length,
-      long_rows=self._eval_long_rows(),
+      long_rows=self.long_rows,
       bad_rows=self.bad_rows,
     )
     return packing.split(usable, length) if splits else usable
@@ -144,7 +170,7 @@ class Encoder(NamedTuple):
     self,
     task: tasks.Task,
     row: tasks.Row,
-    prompt: str,
+    prompt: in_context.Prompt,
     *,
     truncate: bool = False,
     max_length: int | None = None,
@@ -154,7 +180,7 @@ class Encoder(NamedTuple):
     Args:
       task: gives the options or the answers.
       row: the data.
-      prompt: the whole prompt.
+      prompt: the whole prompt; a chat or text of a format.
       truncate: whether a prompt that does not fit is truncated at the left.
       max_length: longest row with its option, in tokens; None for
         `max_eval_length`. Prompts of generated answers ignore it.
@@ -212,7 +238,7 @@ class Encoder(NamedTuple):
       self.tokenizer,
       max_length=max_length,
       version=self.version,
-      long_rows=self._eval_long_rows(),
+      long_rows=self.long_rows,
       labelled=labelled,
     )
     return self._check_each(examples)
@@ -257,9 +283,6 @@ class Encoder(NamedTuple):
   def _splits(self, task: tasks.Task) -> bool:
     """Returns whether rows that do not fit become several."""
     return self.pack and task.may_split
-
-  def _eval_long_rows(self) -> encode_options.LongRows:
-    return "truncate" if self.truncate else "error"
 
 
 def make_encoder(

@@ -23,6 +23,7 @@ from zofo_jax import errors, models, report
 from zofo_jax.builders import assets, storage
 from zofo_jax.core import losses, quantized
 from zofo_jax.core.types import LossFn
+from zofo_jax.data import encode_text
 from zofo_jax.data import tokenizer as tokenizer_lib
 from zofo_jax.evaluation import generation
 from zofo_jax.models import apply
@@ -336,16 +337,18 @@ def make_generate_fn(
   model: Model,
   *,
   stop: Sequence[str] = (),
+  chat: bool = False,
   **options: Any,
 ) -> generation.GenerateFn:
   """Returns the function that continues prompts; not jitted.
 
-  The keyword arguments are the fields of `config.generate`.
+  The other keyword arguments are the fields of `config.generate`.
 
   Args:
     model: gives the module, the tokenizer and the tokens that end a text;
       without a tokenizer no token does, which is enough for a plan.
     stop: strings that end an answer.
+    chat: whether the token that ends the assistant's turns does, too.
     **options: of `generation.make_generate_fn`.
   """
   if not model.module.config.causal:
@@ -356,16 +359,18 @@ def make_generate_fn(
   size, pad = model.module.config.vocab_size, 0
   stops = np.zeros(size, bool)
   if model.tokenizer is not None:
-    pad, ids = model.pad, _end_ids(model)
+    pad, ids = model.pad, _end_ids(model, chat)
     stops = generation.stop_table(model.tokenizer, size, ids=ids, texts=stop)
   return generation.make_generate_fn(
     model.module, stops=stops, pad=pad, **options
   )
 
 
-def _end_ids(model: Model) -> list[int]:
+def _end_ids(model: Model, chat: bool = False) -> list[int]:
   """Returns the tokens that end a text, of the tokenizer and of the model."""
   end_ids = {model.tokenizer.eos_token_id}
+  if chat:
+    end_ids.add(encode_text.end_of_turn(model.tokenizer))
   for name in (config_lib.FILE, "generation_config.json"):
     path = model.folder / name
     if path.exists():

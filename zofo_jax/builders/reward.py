@@ -86,6 +86,7 @@ def make_reward(
   alone: bool,
   max_new_tokens: int,
   stop: Sequence[str],
+  chat: bool = False,
   functions: Sequence[str],
   weights: Sequence[float],
   directions_at_once: int,
@@ -105,6 +106,7 @@ def make_reward(
     alone: see `Reward`.
     max_new_tokens: longest answer.
     stop: strings that end an answer.
+    chat: as for `model.make_generate_fn`.
     functions: names of reward functions.
     weights: of the functions; () for 1.
     directions_at_once: see `num_at_once`.
@@ -118,7 +120,11 @@ def make_reward(
     UserError: there is no such function.
   """
   generate_fn = model_lib.make_generate_fn(
-    model, max_new_tokens=max_new_tokens, stop=stop, temperature=temperature
+    model,
+    max_new_tokens=max_new_tokens,
+    stop=stop,
+    chat=chat,
+    temperature=temperature,
   )
   if not train_base:
     zo = base_update.of_adapter(zo)

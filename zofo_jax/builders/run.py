@@ -309,11 +309,12 @@ def make_run(
   module = model.module
   loss_fn = model_lib.make_loss_fn(config.loss, module)
   generate_fn = None
+  chat = task.document is not None and not task.may_split
   stop = tuple(config.generate.stop)
   if task.document and stop == defaults.FIELDS["generate.stop"].default:
     stop = ()  # the answers of chats have several lines
   if task.kind in ("generation", "text") and model.tokenizer is not None:
-    options = dict(config.generate, stop=stop)
+    options = dict(config.generate, stop=stop, chat=chat)
     generate_fn = dispatch.jit_on_batches(
       model_lib.make_generate_fn(model, **options), mesh, 2
     )
@@ -340,6 +341,7 @@ def make_run(
       alone=method.by_reward,
       max_new_tokens=config.generate.max_new_tokens,
       stop=stop,
+      chat=chat,
       functions=config.reward.functions,
       weights=config.reward.weights,
       directions_at_once=config.reward.directions_at_once,
@@ -353,7 +355,9 @@ def make_run(
     config=config,
     model=model,
     task=task,
-    row_source=data.make_row_source(config)._replace(bad_rows=encode.bad_rows),
+    row_source=data.make_row_source(config)._replace(
+      bad_rows=encode.bad_rows, check=encode.check_document
+    ),
     encoder=encode,
     algorithm=algorithm_lib.make_algorithm(
       config,

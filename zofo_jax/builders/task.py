@@ -129,11 +129,22 @@ def _find_format(name: str, source: str, stream: bool) -> str:
         *(name, form, ", ".join(others)),
       )
     return form
+  problem = (
+    f"config.data.task: there is no built-in task '{name}', and rows with the "
+    f"columns {', '.join(columns)} "
+  )
+  suggestion = errors.nearest(name, tasks.ALL, 0.75)
+  if "text" in columns:
+    raise errors.UserError(
+      f"{problem}may be texts or have labels; expected data.format=text to "
+      "learn the texts, or data.prompt and data.options to learn the column "
+      "label."
+      f"{suggestion}"
+    )
   formats = "; ".join(" and ".join(f.columns) for f in tasks.FORMATS.values())
   raise errors.UserError(
-    f"config.data.task: there is no built-in task '{name}', and rows with the "
-    f"columns {', '.join(columns)} have no known format; expected {formats}, "
-    f"or data.prompt.{errors.nearest(name, tasks.ALL)}"
+    f"{problem}have no known format; expected {formats}, or data.prompt."
+    f"{suggestion}"
   )
 
 

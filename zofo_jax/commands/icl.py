@@ -21,7 +21,7 @@ from zofo_jax.checkpoints import inputs, lock
 from zofo_jax.commands import arguments as arguments_lib
 from zofo_jax.commands import results as results_lib
 from zofo_jax.data import encode_options, fingerprints
-from zofo_jax.evaluation import calibration, in_context
+from zofo_jax.evaluation import calibration, in_context, metrics
 
 
 @lock.locked
@@ -42,12 +42,6 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
     UserError: something in the config or the files is wrong.
   """
   run = run_lib.make_run(config)
-  if run.task.document is not None:
-    raise errors.UserError(
-      "config.data.format: demonstrations are put before a prompt, which rows "
-      f"of '{config.data.format}' do not have; expected data.prompt or a "
-      "built-in task."
-    )
   if run.generate_fn is not None and config.icl.calibration != "none":
     raise errors.UserError(
       f"config.icl.calibration: task {run.task.name} is answered by generating "
@@ -92,9 +86,10 @@ def icl(config: ml_collections.ConfigDict, workdir: str) -> dict[str, Any]:
   if len(results) > 1:
     sets = [result.metrics() for result in results]
     for name in sets[0]:
-      values = [metrics[name] for metrics in sets]
+      values = [figures_of_set[name] for figures_of_set in sets]
       figures[name] = float(np.mean(values))
-      figures[f"worst_{name}"] = min(values)
+      worst = max if name in metrics.LOWER_IS_BETTER else min
+      figures[f"worst_{name}"] = worst(values)
     figures["sets"] = sets
   else:
     figures |= {**results[0].metrics(), **results[0].intervals()}

@@ -45,7 +45,8 @@ METRICS = (
 )
 # Of rows; see `tasks.formatted`.
 FORMATS = (
-  *("messages", "conversations", "completion", "alpaca", "question", "text"),
+  *("messages", "conversations", "completion", "alpaca", "dolly"),
+  *("question", "text"),
 )
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw")
 SCHEDULES = ("constant", "linear", "cosine")

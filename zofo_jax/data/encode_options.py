@@ -10,8 +10,8 @@ whether options are scored in one sequence or in several.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import bad_rows as bad_rows_lib
@@ -20,6 +20,7 @@ from zofo_jax.data import tokenizer as tokenizer_lib
 
 Mode = Literal["classification", "likelihood"]
 LongRows = Literal["error", "truncate", "drop"]
+_T = TypeVar("_T")
 
 
 class TooLongError(errors.RowError):
@@ -72,7 +73,7 @@ def encode(
   version: tasks.Version = 0,
   long_rows: LongRows = "error",
   labelled: bool = True,
-  prompt: str | None = None,
+  prompt: Any = None,
 ) -> Example:
   """Encodes all options of a row, or its correct option only.
 
@@ -89,7 +90,7 @@ def encode(
     long_rows: "truncate" cuts prompts that are too long on the left, after the
       leading special tokens; with any other value they are an error.
     labelled: if False, the label is not read and the example's label is 0.
-    prompt: replaces the task's prompt.
+    prompt: replaces the task's prompt, or the row's chat or text.
 
   Returns:
     The example.
@@ -100,7 +101,11 @@ def encode(
   """
   if task.document is not None:
     return _encode_document(
-      task, row, tokenizer, max_length, long_rows == "truncate"
+      prompt or task.read_document(row),
+      tokenizer,
+      max_length,
+      long_rows == "truncate",
+      row.source,
     )
   prompt = task.prompt(row, version) if prompt is None else prompt
   options = task.options(row, version)
@@ -195,24 +200,21 @@ def _encode_mask(
 
 
 def _encode_document(
-  task: tasks.Task,
-  row: tasks.Row,
+  document: tasks.Chat | tasks.Plain,
   tokenizer: Any,
   max_length: int,
   truncate: bool,
+  source: str,
 ) -> Example:
   """Encodes a chat or text, truncated at the left if it is too long."""
-  document = task.read_document(row)
-  ids, learned, num_leading = encode_text.tokenize(
-    document, tokenizer, row.source
-  )
+  ids, learned, num_leading = encode_text.tokenize(document, tokenizer, source)
   count = max(i for i, is_learned in enumerate(learned) if is_learned) + 1
   excess = count - 1 - max_length  # the last token is not read
   indices = list(range(count))
   if excess > 0:
     if not truncate or max_length <= num_leading:
       raise TooLongError(
-        row.source, f"the row is {count - 1} tokens; at most {max_length} fit."
+        source, f"the row is {count - 1} tokens; at most {max_length} fit."
       )
     indices = [*range(num_leading), *range(num_leading + excess, count)]
   tokens = tuple(ids[i] for i in indices)
@@ -222,7 +224,7 @@ def _encode_document(
     positions=tuple(i - 1 for i in targets),
     targets=tuple((slot, tokens[i], 0) for slot, i in enumerate(targets)),
   )
-  return Example((sequence,), 0, (0,), (True,), row.source)
+  return Example((sequence,), 0, (0,), (True,), source)
 
 
 def encode_rows(
@@ -299,11 +301,10 @@ def keep_encoded(
   """
   long = [item for item in items if isinstance(item, TooLongError)]
   if long and long_rows != "drop":
-    # Questions are never dropped for their length.
-    drop = "" if task.kind == "generation" else " or 'drop'"
     raise TooLongError(
       long[0].source,
-      f"{long[0].reason} Set data.long_rows to 'truncate' (at the left){drop}.",
+      f"{long[0].reason} Set data.long_rows to 'truncate' (at the left) or "
+      "'drop'.",
     )
   if len(long) == len(items):
     raise errors.UserError(
@@ -344,23 +345,69 @@ def encode_each(
   Returns:
     An example, or what is wrong, for each row.
   """
-  items: list[Example | errors.RowError] = []
+
+  def encode_one(row, truncate):
+    return encode(
+      task,
+      row,
+      tokenizer,
+      mode,
+      max_length=max_length,
+      version=version,
+      long_rows="truncate" if truncate else "error",
+      labelled=labelled,
+    )
+
+  return encode_all(
+    encode_one,
+    data,
+    truncate=long_rows == "truncate",
+    name=task.name,
+    noun="rows",
+    max_length=max_length,
+  )
+
+
+def encode_all(
+  encode_one: Callable[[tasks.Row, bool], _T],
+  data: Sequence[tasks.Row],
+  *,
+  truncate: bool,
+  name: str,
+  noun: str,
+  max_length: int,
+) -> list[_T | errors.RowError]:
+  """Encodes rows, and logs how many of them had to be truncated.
+
+  Args:
+    encode_one: (row, whether it may be truncated) -> what it becomes.
+    data: the rows.
+    truncate: whether rows that are too long are truncated at the left.
+    name: of the task, for the message.
+    noun: what is truncated, likewise.
+    max_length: in tokens, likewise.
+
+  Returns:
+    For each row what it becomes, or what is wrong.
+  """
+  items: list[_T | errors.RowError] = []
+  num_truncated = 0
   for row in data:
     try:
-      items.append(
-        encode(
-          task,
-          row,
-          tokenizer,
-          mode,
-          max_length=max_length,
-          version=version,
-          long_rows=long_rows,
-          labelled=labelled,
-        )
-      )
+      try:
+        items.append(encode_one(row, False))
+      except TooLongError:
+        if not truncate:
+          raise
+        items.append(encode_one(row, True))
+        num_truncated += 1
     except errors.RowError as error:
       items.append(error)
+  if num_truncated:
+    logging.getLogger("zofo_jax").warning(
+      "%s: %d of %d %s are cut to %d tokens at the left",
+      *(name, num_truncated, len(data), noun, max_length),
+    )
   return items
 
 

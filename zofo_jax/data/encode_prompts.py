@@ -1,7 +1,5 @@
 """Encodes rows that are answered by generated text as prompts."""
 
-import functools
-import logging
 import types
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -38,7 +36,7 @@ def encode_question(
   version: tasks.Version = 0,
   truncate: bool = False,
   labelled: bool = True,
-  prompt: str | None = None,
+  prompt: Any = None,
 ) -> Question:
   """Encodes the prompt of a row that is answered by generated text.
 
@@ -51,7 +49,7 @@ def encode_question(
     truncate: cut a prompt that is too long on the left, after the leading
       special tokens.
     labelled: if False, the answers are not read.
-    prompt: replaces the task's prompt.
+    prompt: replaces the task's prompt, or the row's chat or text.
 
   Returns:
     The question.
@@ -63,7 +61,7 @@ def encode_question(
   answers: tuple[str, ...] = ()
   if task.document is not None:
     prompt, num_leading, tokens, answers = encode_text.tokenize_prompt(
-      task.read_document(row, labelled=labelled),
+      prompt or task.read_document(row, labelled=labelled),
       tokenizer,
       row.source,
       labelled=labelled,
@@ -105,32 +103,24 @@ def encode_questions(
   Returns:
     A question, or what is wrong, for each row.
   """
-  items: list[Question | errors.RowError] = []
-  num_truncated = 0
-  for row in data:
-    encode = functools.partial(
-      encode_question,
+
+  def encode_one(row, may_truncate):
+    return encode_question(
       *(task, row, tokenizer),
       max_length=max_length,
       version=version,
+      truncate=may_truncate,
       labelled=labelled,
     )
-    try:
-      try:
-        items.append(encode())
-      except encode_options.TooLongError:
-        if not truncate:
-          raise
-        items.append(encode(truncate=True))
-        num_truncated += 1
-    except errors.RowError as error:
-      items.append(error)
-  if num_truncated:
-    logging.getLogger("zofo_jax").warning(
-      "%s: %d of %d prompts are cut to %d tokens at the left",
-      *(task.name, num_truncated, len(data), max_length),
-    )
-  return items
+
+  return encode_options.encode_all(
+    encode_one,
+    data,
+    truncate=truncate,
+    name=task.name,
+    noun="prompts",
+    max_length=max_length,
+  )
 
 
 def check_room(max_new_tokens: int, context: int) -> int:

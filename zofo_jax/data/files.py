@@ -1,4 +1,4 @@
-"""Reads rows from files: JSON, JSON lines, CSV, TSV, Parquet and Arrow.
+"""Reads rows from files: JSON, CSV, TSV, plain text, Parquet and Arrow.
 
 A broken row becomes a `RowError` in its place among the rows, so that callers
 choose between stopping and leaving it out. A file that cannot be divided into
@@ -26,14 +26,17 @@ _TEXTS = {
   ".json": text_files.json_records,
   ".csv": text_files.csv_records,
   ".tsv": text_files.csv_records,
+  ".txt": text_files.line_records,
+  ".md": text_files.line_records,
 }
-ENDINGS = (*_TEXTS, *_TABLES, ".jsonl.gz", ".json.gz", ".csv.gz", ".tsv.gz")
+_PLAIN = (".txt", ".md")
+ENDINGS = (*_TEXTS, *_TABLES, *(f"{ending}.gz" for ending in _TEXTS))
 
 
 def ending(path: pathlib.Path) -> str:
   """Returns the ending that can be read, ".gz" included, or ""."""
   match = re.search(
-    r"\.(jsonl?|[ct]sv)(\.gz)?$|\.(parquet|arrow)$", path.name, re.I
+    r"\.(jsonl?|[ct]sv|txt|md)(\.gz)?$|\.(parquet|arrow)$", path.name, re.I
   )
   return match[0] if match else ""
 
@@ -82,6 +85,31 @@ def read_all(
     rows = _items(path, inside - start)
     items |= zip(inside.tolist(), rows, strict=True)
   return [items[i] for i in indices.tolist()]
+
+
+def read_documents(
+  paths: Sequence[pathlib.Path], choose: Choose | None = None
+) -> list[Item]:
+  """Reads files of plain text, each of which is a row.
+
+  Args:
+    paths: of the files.
+    choose: as for `read_all`.
+
+  Raises:
+    UserError: a file cannot be read.
+  """
+  indices = choose(len(paths)) if choose else None
+  items: list[Item] = []
+  for path in paths if indices is None else [paths[i] for i in indices]:
+    with _file_errors(path):
+      items.append(tasks.Row({"text": text_files.whole(path)}, str(path)))
+  return items
+
+
+def is_plain(path: pathlib.Path) -> bool:
+  """Returns whether a file has plain text, by its ending."""
+  return ending(path).lower().removesuffix(".gz") in _PLAIN
 
 
 def first(path: pathlib.Path) -> tasks.Row | None:

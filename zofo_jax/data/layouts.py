@@ -14,7 +14,7 @@ from zofo_jax.data import files
 
 SPLITS = ("train", "validation", "test")
 # Other names of a split's files.
-_ALIASES = {"validation": ("valid", "dev", "val")}
+_ALIASES = {"validation": ("valid", "dev", "val", "eval", "evaluation")}
 # Folders in which data sets of one configuration keep their files.
 _SUBFOLDERS = ("", "data", "default", "plain_text")
 _SHARD = r"(?P<number>\d+)(-of-(?P<total>\d+)(-[0-9a-f]+)?)?"
@@ -56,6 +56,27 @@ def find(
   paths = chosen.get(split, [])
   # The only split of some sets is called "test", and is the one to train on.
   return [] if split != "train" and paths == chosen.get("train") else paths
+
+
+def unread(source: pathlib.Path, task: tasks.Task) -> list[pathlib.Path]:
+  """Returns files that are named like those of splits, but are in none."""
+  used = {path for split in SPLITS for path in find(source, task, split)}
+  names = (*SPLITS, *(name for names in _ALIASES.values() for name in names))
+  return [
+    path
+    for folder in {path.parent for path in used}
+    for path in sorted(folder.iterdir())
+    if path not in used
+    and files.ending(path)
+    and path.name.lower().startswith(names)
+  ]
+
+
+def documents(source: pathlib.Path) -> list[pathlib.Path]:
+  """Returns a folder's files of plain text, if it has no other data."""
+  listed = sorted(source.iterdir()) if source.is_dir() else []
+  paths = [path for path in listed if files.ending(path)]
+  return paths if all(map(files.is_plain, paths)) else []
 
 
 def _in_folder(

@@ -3,6 +3,7 @@
 Every row keeps its file and row number, so that error messages can name them.
 """
 
+import logging
 import pathlib
 
 from zofo_jax import errors, tasks
@@ -26,8 +27,9 @@ def load(
   Args:
     task: defines which columns a row must have and checks each row.
     source: one of: a folder with `<split>.jsonl` or another of
-      `files.ENDINGS`, in a layout of `layouts.find`; the common prefix of such
-      files, as MetaICL names them (`DIR/mrpc_16_100` for
+      `files.ENDINGS`, in a layout of `layouts.find`; of rows of a format, a
+      folder of plain texts, each of which is a row of the split "train"; the
+      common prefix of such files, as MetaICL names them (`DIR/mrpc_16_100` for
       `mrpc_16_100_<split>.jsonl`); a single file, which is the split "train";
       "hub:owner/name" or "hub:owner/name/config", and perhaps "@revision";
       None for the task's default data set on the hub.
@@ -58,6 +60,14 @@ def load(
     return bool(hub or local)
 
   name = "/".join(filter(None, (*hub, split))) if hub else str(source)
+  if split == "train" and not hub and task.hub is None:
+    path = pathlib.Path(str(source))
+    if unread := [] if path.is_file() else layouts.unread(path, task):
+      logging.getLogger("zofo_jax").warning(
+        "%s: files that no split holds are not read: %s; expected names such "
+        "as train.jsonl or train-00000-of-00002.jsonl",
+        *(source, ", ".join(path.name for path in unread)),
+      )
   return bad_rows.keep(items, name, is_known)
 
 
@@ -88,9 +98,12 @@ def read(
     name = "/".join(filter(None, hub))
     items = hub_lib.read(task, hub, split, choose, stream)
   else:
-    paths = _local_files(task, pathlib.Path(str(source)), split)
+    path = pathlib.Path(str(source))
+    paths = _local_files(task, path, split)
     name = str(paths[0])
-    items = files.read_all(paths, choose)
+    is_whole = path.is_dir() and not layouts.find(path, task, split)
+    read_all = files.read_documents if is_whole else files.read_all
+    items = read_all(paths, choose)
   if not items:
     raise errors.UserError(f"{name}: split '{split}' has no rows.")
 
@@ -155,13 +168,17 @@ def _local_files(
     return [source]
   if paths := layouts.find(source, task, split):
     return paths
+  if task.document and split == "train":
+    if paths := layouts.documents(source):
+      return paths
   if not source.is_dir():
     suggestion = (
       errors.nearest(source.name, [p.name for p in source.parent.iterdir()])
       if source.parent.is_dir()
       else ""
     )
-    raise errors.UserError(f"No data folder {source}.{suggestion}")
+    kind = "file" if files.ending(source) else "folder"
+    raise errors.UserError(f"No data {kind} {source}.{suggestion}")
   names = ", ".join(sorted(p.name for p in source.iterdir())[:12])
   first, *others = files.ENDINGS
   raise errors.UserError(

@@ -8,17 +8,18 @@ permutations from which MeZO takes its first 1,000 rows.
 import json
 import logging
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from zofo_jax import errors, tasks
 from zofo_jax.data import bad_rows as bad_rows_lib
-from zofo_jax.data import fingerprints, sources
+from zofo_jax.data import files, fingerprints, sources
 from zofo_jax.data import hub as hub_lib
 
 Order = Literal["file", "content"]
+Check = Callable[[tasks.Row], None]
 
 
 class Counts(NamedTuple):
@@ -66,6 +67,7 @@ def load_splits(
   bad_rows: bad_rows_lib.BadRows | None = None,
   order: Order = "file",
   stream: bool = False,
+  check: Check | None = None,
 ) -> Splits:
   """Reads a task's data and splits it.
 
@@ -84,6 +86,8 @@ def load_splits(
       reads every row.
     stream: whether rows of a set of the hub are drawn while they are
       downloaded, so that only a part of it is.
+    check: raises a `RowError` for a row that a run cannot use. If such rows are
+      dropped, others are drawn instead; None if all can be used.
 
   Returns:
     The four splits.
@@ -116,6 +120,11 @@ def load_splits(
       rows.sort(key=lambda row: fingerprints.of_rows([row]))
     return [rows[i] for i in np.random.RandomState(seed).permutation(len(rows))]
 
+  def usable(rows, count):
+    if check is None or bad_rows is None or bad_rows.policy == "error":
+      return rows
+    return bad_rows.keep(_checked(rows, count, check), f"Task {task.name}")
+
   _check_counts(counts)
   train = load("train", sum(counts))
   if test_split is None:
@@ -126,7 +135,24 @@ def load_splits(
   test = None
   if test_split:
     test = load(test_split, counts.test)
-  return _divide(task, train, test, counts, shots, seed)
+  return _divide(task, train, test, counts, shots, seed, usable)
+
+
+def _checked(
+  rows: Sequence[tasks.Row], count: int, check: Check
+) -> list[files.Item]:
+  """Replaces rows that cannot be used by errors, until there are enough."""
+  items: list[files.Item] = []
+  for number, row in enumerate(rows):
+    if not count:
+      return [*items, *rows[number:]]
+    try:
+      check(row)
+      items.append(row)
+      count -= 1
+    except errors.RowError as error:
+      items.append(error)
+  return items
 
 
 def split(
@@ -188,10 +214,16 @@ def _divide(
   counts: Counts,
   shots: int,
   seed: int,
+  usable: Callable[..., Sequence[tasks.Row]] = lambda rows, count: rows,
 ) -> Splits:
-  """Divides rows in random order; see `split`."""
+  """Divides rows in random order; see `split`.
+
+  `usable` leaves out rows until as many as `count` can be used.
+  """
+  test = None if test is None else usable(test, counts.test)
   chosen = [] if test is None else list(test[: counts.test])
-  pool = _distinct(task, train, chosen)
+  count = sum(counts if test is None else counts._replace(test=0))
+  pool = [*usable(_distinct(task, train, chosen), count)]
   if shots:
     pool, counts = _balanced_first(task, pool, counts, shots, seed, test)
   sizes = _sizes(task, len(pool), counts, hold_out=test is None)

@@ -1,4 +1,4 @@
-"""Reads rows from text files: JSON, JSON lines, CSV and TSV.
+"""Reads rows from text files: JSON, JSON lines, CSV, TSV and plain text.
 
 A file is first divided into records, of which only those that are needed are
 made into rows.
@@ -38,7 +38,9 @@ _MAX_DEPTH = 100
 
 
 @contextlib.contextmanager
-def _open_text(path: pathlib.Path, newline: str) -> Iterator[io.TextIOWrapper]:
+def _open_text(
+  path: pathlib.Path, newline: str | None
+) -> Iterator[io.TextIOWrapper]:
   """Opens UTF-8, or what a byte-order mark says; compressed or not."""
   with contextlib.ExitStack() as stack:
     raw: Any = stack.enter_context(path.open("rb"))
@@ -132,7 +134,7 @@ def _json_row(value: Any, source: str) -> Item:
     return tasks.Row(value, source)
   return errors.RowError(
     source,
-    f"found {json.dumps(value)[:40]}; expected a JSON object of columns.",
+    f"found {errors.as_json(value)}; expected a JSON object of columns.",
   )
 
 
@@ -141,6 +143,24 @@ def _is_deeper(value: Any, depth: int) -> bool:
     return False
   items = value.values() if isinstance(value, dict) else value
   return depth == 0 or any(_is_deeper(item, depth - 1) for item in items)
+
+
+def line_records(path: pathlib.Path) -> Iterator[Record]:
+  """Reads lines, each of which is a text; blank ones are skipped."""
+  with _open_text(path, newline=None) as stream:
+    for number, line in enumerate(stream, 1):
+      if line.strip():
+        yield number, line.removesuffix("\n"), _text_row
+
+
+def _text_row(text: str, source: str) -> Item:
+  return tasks.Row({"text": text}, source)
+
+
+def whole(path: pathlib.Path) -> str:
+  """Returns all of a file's text."""
+  with _open_text(path, newline=None) as stream:
+    return stream.read()
 
 
 def csv_records(path: pathlib.Path) -> Iterator[Record]:

@@ -101,6 +101,9 @@ def prompt_tokens(
 ) -> tuple[int, tuple[int, ...]]:
   """Returns the number of leading special tokens and a prompt's tokens.
 
+  They are those before a word that follows: a space at the end, which the
+  word's first token holds where it is learned, is not among them.
+
   Args:
     tokenizer: a fast tokenizer.
     prompt: the text.
@@ -113,7 +116,9 @@ def prompt_tokens(
   Raises:
     UserError: the prompt is empty and there is no begin-of-text token.
   """
-  ids, _, num_leading = tokenize(tokenizer, prompt)
+  word = "A" if prompt[-1:].isspace() else ""
+  ids, ends, num_leading = tokenize(tokenizer, prompt + word)
+  ids = [i for i, end in zip(ids, ends, strict=True) if end <= len(prompt)]
   return with_begin_token(tokenizer, num_leading, ids, source)
 
 

@@ -1,13 +1,14 @@
 """In-context learning: demonstrations, rows with their answers, before a query.
 
 As in MeZO, each demonstration is a prompt with its correct option, stripped of
-surrounding spaces and followed by a separator.
+surrounding spaces and followed by a separator. In a chat, demonstrations are
+earlier turns.
 """
 
 import bisect
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,10 @@ import numpy as np
 from zofo_jax import errors, tasks
 from zofo_jax.data import encode_options
 
+# A prompt, or a row of a format.
+Prompt = str | tasks.Chat | tasks.Plain
 # (row, prompt, truncate) -> an example or a question.
-EncodeFn = Callable[[tasks.Row, str, bool], Any]
+EncodeFn = Callable[[tasks.Row, Any, bool], Any]
 
 
 def draw(
@@ -62,16 +65,18 @@ def draw(
 
 def demonstration(
   task: tasks.Task, row: tasks.Row, version: tasks.Version = 0
-) -> str:
+) -> Prompt:
   """Returns a row's prompt followed by its first correct option."""
+  if task.document:
+    return task.read_document(row)
   option = task.options(row, version)[task.right(row)[0]]
   return (task.prompt(row, version) + option).strip()
 
 
 def encode_rows(
   queries: Sequence[tasks.Row],
-  prompts: Sequence[str],
-  demonstrations: Sequence[str],
+  prompts: Sequence[Prompt],
+  demonstrations: Sequence[Prompt],
   encode_one: EncodeFn,
   *,
   separator: str = "\n\n",
@@ -84,8 +89,8 @@ def encode_rows(
 
   Args:
     queries: the rows to answer.
-    prompts: of the queries.
-    demonstrations: texts of `demonstration`.
+    prompts: of the queries; chats or texts of a format.
+    demonstrations: what `demonstration` returns.
     encode_one: (row, prompt, truncate) -> an encoded row; raises
       `encode_options.TooLongError` if the prompt does not fit.
     separator: text after each demonstration.
@@ -103,8 +108,8 @@ def encode_rows(
 
     def encoded(dropped, row=row, prompt=prompt):
       remaining = demonstrations[dropped:]
-      text = separator.join([*remaining, prompt])
-      return encode_one(row, text, truncate and not remaining)
+      after = _put_before(remaining, prompt, separator)
+      return encode_one(row, after, truncate and not remaining)
 
     def fits(dropped, encoded=encoded):
       try:
@@ -124,6 +129,42 @@ def encode_rows(
       *(np.mean(num_fitting), len(demonstrations), min(num_fitting)),
     )
   return examples
+
+
+def _put_before(
+  demonstrations: Sequence[Any], prompt: Prompt, separator: str
+) -> Prompt:
+  """Returns a prompt with demonstrations of its kind before it."""
+  if isinstance(prompt, str):
+    return separator.join([*demonstrations, prompt])
+  if isinstance(prompt, tasks.Plain):
+    before = [
+      text.prompt + text.completion
+      for text in demonstrations
+      if isinstance(text, tasks.Plain)
+    ]
+    return prompt._replace(prompt=separator.join([*before, prompt.prompt]))
+  turns = [
+    message
+    for chat in demonstrations
+    if isinstance(chat, tasks.Chat)
+    for message in _turns(chat)
+  ]
+  if not turns:
+    return prompt
+  count = int(prompt.messages[0]["role"] == "system")
+  return prompt._replace(
+    messages=(*prompt.messages[:count], *turns, *prompt.messages[count:]),
+    start=len(turns) + max(prompt.start, count),
+    skipped=tuple(number + len(turns) for number in prompt.skipped),
+  )
+
+
+def _turns(chat: tasks.Chat) -> Sequence[Mapping[str, str]]:
+  """Returns a chat's questions and answers."""
+  roles = [message["role"] for message in chat.messages]
+  end = len(roles) - roles[::-1].index("assistant")
+  return chat.messages[roles[0] == "system" : end]
 
 
 def split_shared(examples: Sequence[Any]) -> tuple[tuple[int, ...], list[Any]]:

@@ -2,7 +2,9 @@
 
 Token F1 and exact match are SQuAD's: lower case, without punctuation and
 articles, the best over the accepted answers. ROUGE-L is Lin's (2004) F1 of the
-longest common subsequence of words of letters and digits, without stemming.
+longest common subsequence of words of ASCII letters and digits, without
+stemming, as the package rouge-score computes it; of an answer that has no such
+word, it is that of the words of token F1.
 """
 
 import collections
@@ -85,9 +87,15 @@ def exact_match(predicted: str, answers: Sequence[str]) -> float:
 
 def rouge_l(predicted: str, answers: Sequence[str]) -> float:
   """Returns the best ROUGE-L between a text and the accepted answers."""
-  words = _ROUGE_WORDS.findall(predicted.lower())
-  others = (_ROUGE_WORDS.findall(answer.lower()) for answer in answers)
-  return max(_f1(_common(words, o), len(words), len(o)) for o in others)
+  return max(_rouge_l(predicted, answer) for answer in answers)
+
+
+def _rouge_l(predicted: str, answer: str) -> float:
+  split = _ROUGE_WORDS.findall
+  right = split(answer.lower())
+  words = split(predicted.lower()) if right else _words(predicted)
+  right = right or _words(answer)
+  return _f1(_common(words, right), len(words), len(right))
 
 
 TEXT_METRICS: dict[str, Callable[[str, Sequence[str]], float]] = {

@@ -6,7 +6,6 @@ follows the prompt and includes its leading space or line break.
 """
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -37,11 +36,17 @@ class Chat(NamedTuple):
     messages: {"role": ..., "content": ...} each.
     start: index of the first message that may be learned.
     answers: accepted contents of the last message; () for that one alone.
+    skipped: indices of messages that are not learned.
   """
 
   messages: tuple[Mapping[str, str], ...]
   start: int = 0
   answers: tuple[str, ...] = ()
+  skipped: tuple[int, ...] = ()
+
+  def is_learned(self, number: int) -> bool:
+    """Returns whether a message of the assistant is to be learned."""
+    return number >= self.start and number not in self.skipped
 
 
 class Plain(NamedTuple):
@@ -305,7 +310,7 @@ class Task:
       if not isinstance(value, str):
         raise errors.RowError(
           row.source,
-          f"column '{column}' holds {json.dumps(value, default=str)[:40]} of "
+          f"column '{column}' holds {errors.as_json(value)} of "
           f"type {type(value).__name__}, but task {self.name} expects text.",
         )
       _check_characters(value, f"column '{column}'", row.source)
@@ -337,12 +342,12 @@ def texts(values: Any, column: str) -> list[str]:
   if not isinstance(values, list | tuple):
     raise ValueError(
       f"column '{column}' is not of the kind this task reads: found "
-      f"{json.dumps(values, default=str)[:60]}; expected a list of texts."
+      f"{errors.as_json(values)}; expected a list of texts."
     )
   for value in values:
     if is_missing(value) or not isinstance(value, str | int | float):
       raise ValueError(
-        f"column '{column}' holds {json.dumps(values, default=str)[:60]}; "
+        f"column '{column}' holds {errors.as_json(values)}; "
         "expected texts, none of them empty."
       )
   return [str(value) for value in values]

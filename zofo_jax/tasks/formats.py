@@ -3,7 +3,6 @@
 They are known by their columns, as the libraries of Hugging Face name them.
 """
 
-import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,15 +18,20 @@ from zofo_jax.tasks.base import (
 )
 
 _ROLES = ("system", "user", "assistant")
-# ShareGPT's names.
-_OTHER_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant"}
+# ShareGPT's names, and OpenAI's.
+_OTHER_ROLES = {
+  "human": "user",
+  "gpt": "assistant",
+  "model": "assistant",
+  "developer": "system",
+}
 
 
-def _messages(value: Any, column: str) -> tuple[dict[str, str], ...]:
+def _messages(value: Any, column: str) -> tuple[dict[str, Any], ...]:
   """Returns a column's messages, each checked."""
   if not isinstance(value, list | tuple) or not value:
     raise ValueError(
-      f"column '{column}' holds {json.dumps(value, default=str)[:40]}; "
+      f"column '{column}' holds {errors.as_json(value)}; "
       "expected a list of messages."
     )
   return tuple(
@@ -36,11 +40,11 @@ def _messages(value: Any, column: str) -> tuple[dict[str, str], ...]:
   )
 
 
-def _message(message: Any, what: str) -> dict[str, str]:
-  """Returns a message's role, content and name."""
+def _message(message: Any, what: str) -> dict[str, Any]:
+  """Returns a message's role, content and name, and its weight if given."""
   if not isinstance(message, Mapping):
     raise ValueError(
-      f"{what} is {json.dumps(message, default=str)[:40]}; expected an object "
+      f"{what} is {errors.as_json(message)}; expected an object "
       "with 'role' and 'content'."
     )
   # Tables fill in the keys that other rows have.
@@ -49,16 +53,18 @@ def _message(message: Any, what: str) -> dict[str, str]:
     fields["role"], fields["content"] = fields.pop("from"), fields.pop("value")
   role = fields.get("role")
   role = _OTHER_ROLES.get(role, role) if isinstance(role, str) else role
-  if role in ("tool", "function") or fields.get("tool_calls"):
+  calls = fields.get("tool_calls") or fields.get("function_call")
+  if role in ("tool", "function") or calls:
     raise ValueError(f"{what} calls a tool, which is not supported.")
   if role not in _ROLES:
     raise ValueError(
       f"{what} has the role {role!r}; expected one of {', '.join(_ROLES)}."
     )
+  keys = ("role", "content", "name", "weight")
   unknown = [
     key
     for key, value in fields.items()
-    if key not in ("role", "content", "name") and not is_missing(value)
+    if key not in keys and not is_missing(value)
   ]
   if unknown:
     raise ValueError(
@@ -66,7 +72,7 @@ def _message(message: Any, what: str) -> dict[str, str]:
     )
   if is_missing(fields.get("content")):
     raise ValueError(f"{what} has no content.")
-  read = {"role": role, "content": fields["content"]}
+  read = {"role": role, "content": _joined(fields["content"])}
   if not is_missing(fields.get("name")):
     read["name"] = fields["name"]
   for key, value in read.items():
@@ -74,11 +80,34 @@ def _message(message: Any, what: str) -> dict[str, str]:
       raise ValueError(
         f"{what} has {key} of type {type(value).__name__}; expected text."
       )
-  return read
+  if "weight" not in fields:
+    return read
+  if fields["weight"] not in (0, 1):
+    raise ValueError(
+      f"{what} has the weight {fields['weight']!r}; expected 0 or 1."
+    )
+  return {**read, "weight": fields["weight"]}
 
 
-def _chat(messages: Sequence[dict[str, str]], start: int, column: str) -> Chat:
-  """Returns a chat whose roles are in order."""
+def _joined(content: Any) -> Any:
+  """Returns a content, one of several parts as one if all of them are text."""
+  parts = content if isinstance(content, list | tuple) else ()
+  said = [
+    part["text"]
+    for part in parts
+    if isinstance(part, Mapping)
+    and part.get("type") == "text"
+    and isinstance(part.get("text"), str)
+  ]
+  return "".join(said) if said and len(said) == len(parts) else content
+
+
+def _chat(messages: Sequence[dict[str, Any]], start: int, column: str) -> Chat:
+  """Returns a chat whose roles are in order.
+
+  Raises:
+    ValueError: they are not.
+  """
   roles = [message["role"] for message in messages]
   for number, role in enumerate(roles, 1):
     earlier = roles[: number - 1]
@@ -92,7 +121,9 @@ def _chat(messages: Sequence[dict[str, str]], start: int, column: str) -> Chat:
       f"message {number} of column '{column}' has the role '{role}' after "
       f"{earlier[-1] if earlier else 'nothing'}; {problem}."
     )
-  return Chat(tuple(messages), start)
+  weights = [message.pop("weight", 1) for message in messages]
+  skipped = tuple(i for i, weight in enumerate(weights) if not weight)
+  return Chat(tuple(messages), start, skipped=skipped)
 
 
 def _of_messages(column: str) -> Callable[[Fields, bool], Chat]:
@@ -101,7 +132,7 @@ def _of_messages(column: str) -> Callable[[Fields, bool], Chat]:
     chat = _chat(messages, 0, column)
     if not labelled:
       if messages[-1]["role"] == "assistant":
-        chat = chat._replace(messages=messages[:-1])
+        chat = chat._replace(messages=chat.messages[:-1])
       return _question(chat, column)
     if "assistant" not in {m["role"] for m in messages}:
       raise ValueError(f"column '{column}' has no message of the assistant.")
@@ -147,7 +178,7 @@ def _text(fields: Fields, column: str) -> str:
     raise ValueError(f"column '{column}' is empty.")
   if not isinstance(value, str):
     raise ValueError(
-      f"column '{column}' holds {json.dumps(value, default=str)[:40]} of type "
+      f"column '{column}' holds {errors.as_json(value)} of type "
       f"{type(value).__name__}; expected text."
     )
   return value
@@ -172,12 +203,15 @@ def _of_question(fields: Fields, labelled: bool) -> Chat:
   return _one_question(_text(fields, "question"), texts(answer, "answer"))
 
 
-def _of_instruction(fields: Fields, labelled: bool) -> Chat:
-  parts = [_text(fields, "instruction")]
-  if not is_missing(fields.get("input")):
-    parts.append(_text(fields, "input"))
-  answers = [_text(fields, "output")] if labelled else []
-  return _one_question("\n\n".join(parts), answers)
+def _of_instruction(more: str, answer: str) -> Callable[[Fields, bool], Chat]:
+  def read(fields, labelled):
+    parts = [_text(fields, "instruction")]
+    if not is_missing(fields.get(more)):
+      parts.append(_text(fields, more))
+    answers = [_text(fields, answer)] if labelled else []
+    return _one_question("\n\n".join(parts), answers)
+
+  return read
 
 
 def _as_message(answer: str, like: Mapping[str, Any]) -> dict[str, str]:
@@ -242,9 +276,15 @@ FORMATS: dict[str, _Format] = {
   ),
   "alpaca": _Format(
     ("instruction", "output"),
-    _of_instruction,
+    _of_instruction("input", "output"),
     {"instruction": "Say it in French.", "input": "Hi!", "output": "Salut !"},
     optional=("input",),
+  ),
+  "dolly": _Format(
+    ("instruction", "response"),
+    _of_instruction("context", "response"),
+    {"instruction": "Where is the cat?", "response": "On the mat."},
+    optional=("context",),
   ),
   "question": _Format(
     ("question", "answer"),
