@@ -63,9 +63,9 @@ def _words(config):
   config.reward.temperature = 1.0
   config.upper.batch_size = 4
   _move_last_norm(config, 8)
-  config.zo.learning_rate = 0.04
-  config.train.num_steps = 150
-  config.train.eval_every_steps = 50
+  config.zo.learning_rate = 0.1
+  config.train.num_steps = 60
+  config.train.eval_every_steps = 20
 
 
 def _bilevel(config, task, outer):
