@@ -420,7 +420,7 @@ def test_predict_answers_what_it_can(
     ("columns.jsonl", '{"txt": "a film"}', "no column 'text'"),
     ("empty.jsonl", "", "no rows"),
     ("long.jsonl", json.dumps({"text": "cold " * 99}), "at most 64 fit"),
-    ("rows.txt", "a film", "unknown ending"),
+    ("rows.doc", "a film", "unknown ending"),
   ],
 )
 def test_rows_that_cannot_be_answered(
