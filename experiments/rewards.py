@@ -70,7 +70,7 @@ def make_cells(given: argparse.Namespace) -> Iterator[sweep.SweepRun]:
         command += [f"--config={ROOT / 'configs/reward.py'}:{text}"]
         if task in folders:
           command += [f"--config.data.dir={folders[task]}"]
-        yield sweep.SweepRun(folder, choice, command, "summary.json")
+        yield sweep.SweepRun(folder, choice, command)
 
 
 def result(folder: pathlib.Path) -> dict[str, Any]:
@@ -80,13 +80,16 @@ def result(folder: pathlib.Path) -> dict[str, Any]:
   summary = json.loads((folder / "summary.json").read_text())
   summary["model"] = pathlib.Path(summary["model"]).name
   rewards = [round(row["reward"], 4) for row in rows if "reward" in row]
-  samples = folder / "samples.jsonl"
+  path = folder / "samples.jsonl"
+  samples = report.read_jsonl(path)[-2:] if path.exists() else []
+  for sample in samples:  # a file's name and row, without its folder
+    sample["where"] = sample["where"].rpartition("/")[2]
   return {
     "cell": folder.name,
     **summary,
     **choice,
     "rewards": rewards,
-    "samples": report.read_jsonl(samples)[-2:] if samples.exists() else [],
+    "samples": samples,
     **json.loads((folder / "machine.json").read_text()),
   }
 
@@ -141,7 +144,7 @@ def main() -> None:
       for cell in make_cells(given)
       if cell.folder.name not in finished
       and cell.fields["seed"] in given.seeds
-      and cell.fields["outer"] in (given.outer or cell.fields["outer"])
+      and (not given.outer or cell.fields["outer"] in given.outer)
     ]
     single_task.run(cells, given)
     for cell in cells:

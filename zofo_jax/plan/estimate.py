@@ -171,8 +171,8 @@ def estimate(
   temp = max(zo_temp, backward)
   answers = {}
   if run.reward is not None:
-    sizes = module.config
-    cached = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * width
+    c = module.config
+    cached = 2 * c.num_layers * c.num_kv_heads * c.head_dim * width
     cached *= rows * (length + run.encoder.max_new_tokens)
     members = run.reward.members_at_once
     answers["answers_temp"] = read + members * (cached + 2 * layer)
